@@ -1,0 +1,425 @@
+"""The executor: requests flow through a graph, and items of all of them share each node's batches.
+
+    submit ─► request ─► ready node ─► its items queue ─► a lane takes a batch ─► results ─► next nodes
+
+A lane is a thread of one device. On a CPU there is one a core: it takes items side by side with its
+neighbours and never so many that one of them idles. A lane that finds no full batch does the work that
+may fill one, and only then takes what there is: a lone request never waits for company, and under load
+batches fill by themselves. Whatever a node raises ends only its own request.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from torchserve_dag.engine.graph import REQUEST, Graph, Node
+from torchserve_dag.messages import Failure, InputError, Skipped
+
+logger = logging.getLogger(__name__)
+
+Runner = Callable[[Sequence[Any]], Sequence[Any]]
+"""Answers for items, one each, in order; a Failure for each that has none. For a node of several
+parameters an item is the tuple of their values."""
+
+PATIENCE_S = 0.05
+"""How long an item may wait for its batch to fill while a lane has other work to do."""
+
+MAX_INSIDE = 1_000
+"""Requests that may be inside an engine; more are refused at once."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One request on its way through the graph."""
+
+    id: str
+    timeout_s: float
+    deadline: float
+    """On time.monotonic()'s clock."""
+    values: dict[str, Any]
+    """What is known so far: the parameters, the decoded request, and each ended node's result."""
+    waits: dict[str, int]
+    """For each node that has not started: how many that it needs have not ended."""
+    future: Future[Any] = field(default_factory=Future)
+    """The answer, or a Failure. It always comes, at the deadline at the latest."""
+    gathers: dict[str, _Gather] = field(default_factory=dict)
+    ended: bool = False
+
+
+@dataclass
+class _Gather:
+    """The answers of an `each` node's items, in order, and how many are still to come."""
+
+    answers: list[Any]
+    missing: int
+
+
+@dataclass(slots=True)
+class _Item:
+    request: Request
+    place: int | None
+    """Its index in the `each` list; None for a node that runs once."""
+    value: Any
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class NodeCounts:
+    """What a node has done so far."""
+
+    batches: int = 0
+    items: int = 0
+    failures: int = 0
+
+
+_Ended = tuple[Request, str, Any]
+"""A request, a node that has ended for it, and the node's result."""
+_Ready = tuple[Request, Node, Mapping[str, Any]]
+"""A request, a node that can start for it, and the values that the node may read."""
+
+
+class _Station:
+    """A node at work: its queue, what it runs, and on which device's lanes."""
+
+    def __init__(self, name: str, runner: Runner, batch: int, device: str, depth: int, node: Node | None) -> None:
+        self.name = name
+        self.runner = runner
+        self.batch = batch
+        self.device = device
+        self.depth = depth
+        self.node = node
+        self.queue: deque[_Item] = deque()
+        self.counts = NodeCounts()
+
+
+class Engine:
+    """Runs one graph. `runners` has one for each node, and one called `request` that decodes."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        runners: Mapping[str, Runner],
+        *,
+        lanes: Mapping[str, int],
+        timeout_s: float = 30.0,
+        devices: Mapping[str, str] | None = None,
+    ) -> None:
+        """`lanes`: how many a device has; `devices`: each node's, `cpu` where it is not said."""
+        self.graph = graph
+        self.timeout_s = timeout_s
+        self._nodes = graph.nodes
+        self._stations = {
+            name: _Station(
+                name,
+                runners[name],
+                node.batch if node else 1,
+                (devices or {}).get(name, "cpu"),
+                node.depth if node else 0,
+                node,
+            )
+            for name, node in {REQUEST: None, **graph.nodes}.items()
+        }
+        self._after: dict[str, list[str]] = {name: [] for name in self._stations}
+        for node in graph.nodes.values():
+            for need in node.needs:
+                self._after[need].append(node.name)
+        self._waits = {name: len(node.needs) for name, node in graph.nodes.items()}
+
+        self._lock = threading.Lock()
+        self._closed = False
+        self._inside = 0
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._order = itertools.count()
+        self._watch_changed = threading.Condition(self._lock)
+        self._work = {device: threading.Condition(self._lock) for device in lanes}
+        self._idle = dict.fromkeys(lanes, 0)
+        shallow = sorted(self._stations.values(), key=lambda station: station.depth)
+        self._by_device = {device: [s for s in shallow if s.device == device] for device in lanes}
+        self._busy_since: dict[int, float] = {}
+        self._threads = [
+            threading.Thread(target=self._lane, args=(device,), name=f"{graph.name}-{device}-{i}", daemon=True)
+            for device, count in lanes.items()
+            for i in range(count)
+        ]
+        self._threads.append(threading.Thread(target=self._watch, name=f"{graph.name}-deadlines", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        body: Any,
+        parameters: Mapping[str, str] | None = None,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """Put a request in. Its `future` gives the answer or a Failure, within `timeout_s`.
+
+        `known` holds results that come with the request, for the nodes that a segment leaves out.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        request = Request(
+            request_id or uuid.uuid4().hex,
+            timeout_s,
+            time.monotonic() + timeout_s,
+            {**(known or {}), "parameters": dict(parameters or {})},
+            dict(self._waits),
+        )
+        with self._lock:
+            if self._closed or self._inside >= MAX_INSIDE:
+                message = (
+                    "The workflow is closing." if self._closed else f"{MAX_INSIDE} requests are inside; try later."
+                )
+                request.future.set_result(Failure(HTTPStatus.SERVICE_UNAVAILABLE, message, "Overloaded"))
+                return request
+            self._inside += 1
+            if len(self._deadlines) > 2 * self._inside + 64:  # those that have ended need not be watched
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (request.deadline, next(self._order), request))
+            if self._deadlines[0][2] is request:
+                self._watch_changed.notify()
+            self._enqueue(self._stations[REQUEST], [_Item(request, None, body)])
+        return request
+
+    def counts(self) -> dict[str, NodeCounts]:
+        with self._lock:
+            return {name: NodeCounts(**vars(station.counts)) for name, station in self._stations.items()}
+
+    def stuck(self) -> bool:
+        """Whether a lane has been in one node for longer than a request may take at all."""
+        with self._lock:
+            return any(time.monotonic() - since > self.timeout_s for since in self._busy_since.values())
+
+    def close(self) -> None:
+        """Refuse what is inside, and end the lanes. One that hangs in a node is left behind."""
+        with self._lock:
+            self._closed = True
+            inside = [request for _, _, request in self._deadlines if not request.ended]
+            for condition in (*self._work.values(), self._watch_changed):
+                condition.notify_all()
+        for request in inside:
+            self._end(request, Failure(HTTPStatus.SERVICE_UNAVAILABLE, "The workflow is closing.", "Overloaded"))
+        for thread in self._threads:
+            thread.join(timeout=1)
+
+    # One lane's life.
+
+    def _lane(self, device: str) -> None:
+        while True:
+            with self._lock:
+                while not self._closed and (taken := self._take(device)) is None:
+                    self._idle[device] += 1
+                    self._work[device].wait()
+                    self._idle[device] -= 1
+                if self._closed:
+                    return
+                self._busy_since[threading.get_ident()] = time.monotonic()
+            station, items = taken  # type: ignore[misc]
+            answers = self._run(station, items)
+            with self._lock:
+                del self._busy_since[threading.get_ident()]
+            self._deliver(station, items, answers)
+
+    def _take(self, device: str) -> tuple[_Station, list[_Item]] | None:
+        """The next batch for a lane of `device`, under the lock."""
+        chosen: _Station | None = None
+        patience = time.monotonic() - PATIENCE_S
+        for station in self._by_device[device]:
+            queue = station.queue
+            while queue and queue[0].request.ended:
+                queue.popleft()
+            if not queue:
+                continue
+            # Of the full batches the deepest: a request that is nearly done leaves before another is begun.
+            # Where none is full, the shallowest: its results may fill one.
+            if chosen is None or len(queue) >= station.batch or queue[0].since < patience:
+                chosen = station
+        if chosen is None:
+            return None
+        size, queue = chosen.batch, chosen.queue
+        if device == "cpu":  # share with the idle neighbours; a GPU's lanes are not cores, and want it whole
+            size = min(size, -(-len(queue) // (1 + self._idle[device])))
+        items: list[_Item] = []
+        while queue and len(items) < size:
+            item = queue.popleft()
+            if not item.request.ended:
+                items.append(item)
+        return chosen, items
+
+    def _run(self, station: _Station, items: list[_Item]) -> Sequence[Any]:
+        try:
+            answers = station.runner([item.value for item in items])
+            if len(answers) == len(items):
+                return answers
+            logger.error("%s gave %d answers for %d items", station.name, len(answers), len(items))
+        except Exception:
+            logger.exception("%s raised; requests %s", station.name, ", ".join(item.request.id for item in items))
+        return [internal_error(station.name)] * len(items)
+
+    # What ends, and what can start because of it.
+
+    def _deliver(self, station: _Station, items: list[_Item], answers: Sequence[Any]) -> None:
+        failed = [(i.request, a) for i, a in zip(items, answers, strict=True) if isinstance(a, Failure)]
+        ended: list[_Ended] = []
+        with self._lock:
+            station.counts.batches += 1
+            station.counts.items += len(items)
+            station.counts.failures += len(failed)
+            for item, answer in zip(items, answers, strict=True):
+                if item.place is None:
+                    ended.append((item.request, station.name, answer))
+                elif (gather := item.request.gathers.get(station.name)) is not None:
+                    gather.answers[item.place] = answer
+                    gather.missing -= 1
+                    if not gather.missing:
+                        ended.append((item.request, station.name, gather.answers))
+        for request, failure in failed:
+            node = failure.node or (None if station.name == REQUEST else station.name)
+            self._end(request, Failure(failure.status, failure.message, failure.type, node))
+        self._advance(ended)
+
+    def _advance(self, ended: Iterable[_Ended]) -> None:
+        """Record the results of nodes that have ended, and start all that are now ready, together."""
+        todo = list(ended)
+        queued: dict[str, list[_Item]] = {}
+        while todo:
+            with self._lock:
+                ready, answers = self._record(todo)
+            for request, value in answers:
+                self._end(request, value)
+            todo = []
+            for request, node, values in ready:  # without the lock: what a ready node reads no longer changes
+                try:
+                    items, result = self._start(request, node, values)
+                except Exception:
+                    logger.exception("request %s: the expressions of %s raised", request.id, node.name)
+                    self._end(request, internal_error(node.name))
+                    continue
+                if items:
+                    queued.setdefault(node.name, []).extend(items)
+                else:
+                    todo.append((request, node.name, result))
+        with self._lock:
+            for name, items in queued.items():
+                self._enqueue(self._stations[name], items)
+
+    def _record(self, ended: list[_Ended]) -> tuple[list[_Ready], list[tuple[Request, Any]]]:
+        """Under the lock: keep the results; which nodes are ready now, and which requests have their answer."""
+        ready: list[_Ready] = []
+        answers: list[tuple[Request, Any]] = []
+        for request, name, value in ended:
+            if request.ended:
+                continue
+            request.values[name] = value
+            if name == self.graph.output:
+                answers.append((request, value))
+                continue
+            for after in self._after[name]:
+                request.waits[after] -= 1
+                if not request.waits[after]:
+                    ready.append((request, self._nodes[after], request.values))
+        return ready, answers
+
+    @staticmethod
+    def _start(request: Request, node: Node, values: Mapping[str, Any]) -> tuple[list[_Item], Any]:
+        """A ready node's items; where there are none, its result."""
+        if node.each is None:
+            value = _value(node, values)
+            return ([], value) if isinstance(value, Skipped) else ([_Item(request, None, value)], None)
+        elements = node.each.evaluate(values)
+        if isinstance(elements, Skipped):
+            return [], elements
+        answers: list[Any] = [None] * len(elements)
+        items: list[_Item] = []
+        here = dict(values)
+        for place, element in enumerate(elements):
+            here["item"] = element
+            value = element if isinstance(element, Skipped) else _value(node, here)
+            if isinstance(value, Skipped):
+                answers[place] = value
+            else:
+                items.append(_Item(request, place, value))
+        request.gathers[node.name] = _Gather(answers, len(items))
+        return items, answers
+
+    def _enqueue(self, station: _Station, items: list[_Item]) -> None:
+        """Under the lock."""
+        station.queue.extend(items)
+        self._work[station.device].notify(len(items))
+
+    def _end(self, request: Request, answer: Any) -> None:
+        with self._lock:
+            if request.ended:
+                return
+            request.ended = True
+            request.values, request.gathers = {}, {}  # photos are large, and a client may keep its request
+            self._inside -= 1
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_result(answer)
+
+    def _watch(self) -> None:
+        """Answer every request that is still inside at its deadline."""
+        while True:
+            late: list[Request] = []
+            with self._lock:
+                if self._closed:
+                    return
+                now = time.monotonic()
+                while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].ended):
+                    request = heapq.heappop(self._deadlines)[2]
+                    if not request.ended:
+                        late.append(request)
+                if not late:
+                    self._watch_changed.wait(self._deadlines[0][0] - now if self._deadlines else None)
+            for request in late:
+                waiting = next((name for name in self._nodes if name not in request.values), None)
+                message = f"No answer within {request.timeout_s:g} s."
+                self._end(request, Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout", waiting))
+
+
+def function_runner(function: Callable[..., Any]) -> Runner:
+    """A function as a runner: one item at a time, each one's exception its own."""
+
+    def run(items: Sequence[Any]) -> list[Any]:
+        return [_call(function, item) for item in items]
+
+    return run
+
+
+def internal_error(node: str) -> Failure:
+    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{node} failed; the log says why.", "InternalError", node)
+
+
+def _call(function: Callable[..., Any], item: Any) -> Any:
+    try:
+        return function(**item) if isinstance(item, dict) else function(item)
+    except InputError as error:
+        return Failure(error.status, error.message)
+    except Exception:
+        name = getattr(function, "__name__", "a function")
+        logger.exception("%s raised", name)
+        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why.", "InternalError")
+
+
+def _value(node: Node, values: Mapping[str, Any]) -> Any:
+    """What a node takes for one item, or Skipped."""
+    if node.when is not None and not node.when.evaluate(values):
+        return Skipped(node.name)
+    taken = {parameter: expression.evaluate(values) for parameter, expression in node.takes.items()}
+    for parameter, value in taken.items():
+        if isinstance(value, Skipped) and parameter not in node.sees_skipped:
+            return value
+    return taken["item"] if node.handler else taken

@@ -1,0 +1,84 @@
+"""Where and how a model computes: device, precision, memory layout, threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One handler's device and the way its model runs there."""
+
+    device: torch.device
+    precision: Precision = "float32"
+    channels_last: bool = False
+    compile: bool = False
+
+    def put(self, module: M) -> M:
+        """`module` ready to infer: on the device, without gradients, laid out and compiled as set."""
+        module = module.eval().requires_grad_(requires_grad=False).to(self.device)
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return torch.compile(module, dynamic=True) if self.compile else module  # type: ignore[return-value]
+
+    def tensor(self, batch: torch.Tensor) -> torch.Tensor:
+        """`batch` on the device, in the layout that the model wants."""
+        if self.channels_last and batch.dim() == 4:  # noqa: PLR2004 ([batch, channel, height, width])
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
+
+    @contextlib.contextmanager
+    def inferring(self) -> Iterator[None]:
+        """The context in which `infer` runs: no gradients, and bf16 where it is set."""
+        with torch.inference_mode():
+            if self.precision == "bfloat16":
+                with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                    yield
+            else:
+                yield
+
+
+def find_device(name: str, gpu: int | None = None) -> torch.device:
+    """`auto`, `cpu` or `cuda:N` as a device.
+
+    `auto` takes the GPU that TorchServe gave the worker (`gpu`), else the first, else the CPU.
+    Raises ValueError where the named device is not there.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda", gpu or 0) if count else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'"{name}" is not a device; write auto, cpu or cuda:N') from None
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"{name} is asked for, and this machine has {count} GPUs")
+    if device.type not in {"cpu", "cuda"}:
+        raise ValueError(f'"{name}" is not a device that is served; write auto, cpu or cuda:N')
+    return device
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def share_cores(lanes: int) -> None:
+    """Give each of `lanes` threads its share of the cores for torch's own threads.
+
+    More runnable threads than cores is what slows a CPU most: two lanes with two torch threads each
+    on two cores took up to ten times as long as two lanes with one.
+    """
+    torch.set_num_threads(max(1, cores() // lanes))

@@ -1,0 +1,207 @@
+"""Plain data (what JSON and YAML hold) to typed values and back.
+
+`build(type, data)` follows the type's hints and reports everything that is wrong, each with the path
+to it, so that a caller who knows line numbers can name them. It is written here, on the standard
+library alone, because an archive must serve where no other package is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+Path = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wrong:
+    """One thing that is wrong in plain data."""
+
+    path: Path
+    what: str
+    help: str = ""
+    at_key: bool = False
+    """True where the key itself is wrong, not its value."""
+
+
+class WrongDataError(Exception):
+    """Plain data that does not fit its type; `wrongs` holds every reason."""
+
+    def __init__(self, wrongs: list[Wrong]) -> None:
+        self.wrongs = wrongs
+        super().__init__("; ".join(f"{dotted(w.path)}: {w.what}" if w.path else w.what for w in wrongs))
+
+
+def dotted(path: Path) -> str:
+    """`("nodes", "a", 0)` → `nodes.a[0]`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """A hint for a misspelt name: the closest known one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    return f"known: {', '.join(sorted(known))}" if known else ""
+
+
+def build(kind: type[T], data: Any) -> T:
+    """Plain data as a value of type `kind`. Raises WrongDataError with every reason."""
+    wrongs: list[Wrong] = []
+    value = _build(kind, data, (), wrongs)
+    if wrongs:
+        raise WrongDataError(wrongs)
+    return value  # type: ignore[no-any-return]
+
+
+def flatten(value: Any) -> Any:
+    """A typed value as plain data: dataclasses become dicts, tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: flatten(getattr(value, name)) for name in field_types(type(value))}
+    if isinstance(value, Mapping):
+        return {str(key): flatten(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [flatten(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+    """A dataclass's fields and their resolved types."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in {Union, types.UnionType}
+
+
+def name_of(kind: Any) -> str:
+    """A type as a person writes it: `list[Photo | Skipped]`."""
+    if kind is None or kind is type(None):
+        return "nothing"
+    if kind is Any:
+        return "anything"
+    if is_union(kind):
+        return " | ".join(name_of(part) for part in typing.get_args(kind))
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(kind))
+    if origin is not None:
+        return f"{name_of(origin)}[{', '.join(name_of(a) for a in typing.get_args(kind))}]"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _build(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:  # noqa: PLR0911 (one return a kind of type)
+    if kind is Any:
+        return data
+    if is_union(kind):
+        return _build_union(kind, data, path, wrongs)
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if data in choices:
+            return data
+        return _refuse(kind, data, path, wrongs)
+    if origin is list:
+        if not isinstance(data, list):
+            return _refuse(kind, data, path, wrongs)
+        (item,) = typing.get_args(kind)
+        return [_build(item, part, (*path, i), wrongs) for i, part in enumerate(data)]
+    if origin is dict:
+        if not isinstance(data, Mapping):
+            return _refuse(kind, data, path, wrongs)
+        _, item = typing.get_args(kind)
+        return {key: _build(item, part, (*path, key), wrongs) for key, part in data.items()}
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, data, path, wrongs)  # type: ignore[arg-type]
+    return _build_scalar(kind, data, path, wrongs)
+
+
+def _build_union(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
+    options = typing.get_args(kind)
+    if data is None and type(None) in options:
+        return None
+    options = tuple(o for o in options if o is not type(None))
+    best: list[Wrong] | None = None
+    for option in options:
+        found: list[Wrong] = []
+        value = _build(option, data, path, found)
+        if not found:
+            return value
+        if len(options) == 1 or any(len(w.path) > len(path) for w in found):
+            best = best or found
+    wrongs.extend(best or [Wrong(path, _expected(kind, data))])
+    return None
+
+
+def _build_dataclass(kind: type, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
+    if not isinstance(data, Mapping):
+        return _refuse(kind, data, path, wrongs)
+    hints = field_types(kind)
+    before = len(wrongs)
+    values: dict[str, Any] = {}
+    for key, part in data.items():
+        if key not in hints:
+            wrongs.append(Wrong((*path, key), f'unknown key "{key}"', did_you_mean(str(key), list(hints)), at_key=True))
+        else:
+            values[key] = _build(hints[key], part, (*path, key), wrongs)
+    wrongs.extend(
+        Wrong(path, f'"{f.name}" is missing')
+        for f in dataclasses.fields(kind)
+        if f.name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
+    if len(wrongs) > before:
+        return None
+    try:
+        return kind(**values)
+    except ValueError as error:  # a dataclass's own __post_init__ says no
+        wrongs.append(Wrong(path, str(error)))
+        return None
+
+
+def _build_scalar(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(data, bool) and kind is not bool:
+        return _refuse(kind, data, path, wrongs)
+    if isinstance(kind, type) and isinstance(data, kind):
+        return data
+    if kind is str and isinstance(data, int | float):
+        wrongs.append(Wrong(path, f"{data} is a number where text is meant", f'write "{data}" in quotes'))
+        return None
+    return _refuse(kind, data, path, wrongs)
+
+
+_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+def _expected(kind: Any, data: Any) -> str:
+    shown = repr(data) if isinstance(data, str | int | float | bool) or data is None else name_of(type(data))
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."  # noqa: PLR2004
+    origin = typing.get_origin(kind)
+    word = "a mapping" if dataclasses.is_dataclass(kind) else _WORDS.get(origin or kind) or name_of(kind)
+    return f"expected {word}, not {shown}"
+
+
+def _refuse(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> None:
+    wrongs.append(Wrong(path, _expected(kind, data)))

@@ -1,0 +1,158 @@
+"""What TorchServe calls in a worker: rows of requests in, bodies and statuses out.
+
+An archive is a project of its own (`handlers/`, `workflows/`, `weights/`) whose `build.json` says which
+file is served. This is the only module that knows TorchServe's side of the socket.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from concurrent.futures import Future
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Protocol
+
+from torchserve_dag import codec
+from torchserve_dag.engine.graph import Graph
+from torchserve_dag.engine.workflow import Workflow, read_graph
+from torchserve_dag.messages import Failure
+from torchserve_dag.project import Project
+from torchserve_dag.segment import FAILURE_PART, REQUEST_PART, segments, unseal
+
+logger = logging.getLogger(__name__)
+
+MAX_ANSWER_BYTES = 6_553_500
+"""TorchServe's default `max_response_size`: a larger answer ends the worker, and all that is inside it."""
+
+BODY_KEYS = ("body", "data")
+"""Where a request's body is: TorchServe calls a raw body `body`; its clients call a form's part `data`."""
+
+
+class Context(Protocol):
+    """The part of TorchServe's context that is used here."""
+
+    system_properties: dict[str, Any]
+    manifest: dict[str, Any]
+
+    def get_request_header(self, idx: int, key: str) -> Any: ...
+    def get_request_id(self, idx: int = 0) -> str | None: ...
+    def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None: ...
+    def set_response_content_type(self, idx: int, value: str) -> None: ...
+
+
+class Service:
+    """One worker's model: a workflow, and what its archive says about it."""
+
+    def __init__(self, folder: Path, gpu: int | None) -> None:
+        self.build = json.loads((folder / "build.json").read_text("utf-8"))
+        project = Project(folder)
+        graph = self.graph(read_graph(project, folder / self.build["file"]))
+        self.workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers)
+
+    def graph(self, whole: Graph) -> Graph:
+        """What this worker runs of the archive's graph: all of it."""
+        return whole
+
+    def answer(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
+        """One body a row. Every request of the batch is inside the workflow before the first is awaited."""
+        futures = [self._submit(i, row, context) for i, row in enumerate(rows)]
+        bodies = [self._body(i, future, context) for i, future in enumerate(futures)]
+        if self.workflow.engine.stuck():
+            # A thread that hangs in a model cannot be ended; its process can, and TorchServe starts another.
+            logger.error("a node of %s hangs: this worker ends", self.workflow.graph.name)
+            threading.Timer(1.0, os._exit, (70,)).start()
+        return bodies
+
+    def _patience(self) -> float:
+        return self.workflow.graph.serve.timeout_s + 5
+
+    def describe(self) -> bytes:
+        return json.dumps(self.build).encode()
+
+    def _submit(self, index: int, row: dict[str, Any], context: Context) -> Future[Any]:
+        key = next((k for k in BODY_KEYS if k in row), None)
+        if key is None and len(row) == 1:  # a gRPC client may call its one input as it likes
+            key = next(iter(row))
+        body = row.get(key, b"") if key else b""
+        # A part's own type comes under its name, the request's under its header.
+        part = context.get_request_header(index, key) if key else None
+        content_type = part.get("content-type") if isinstance(part, dict) else None
+        parameters = {k: _text(v) for k, v in row.items() if k != key}
+        return self.workflow.submit(
+            body if isinstance(body, bytes | bytearray) else json.dumps(body).encode(),
+            parameters,
+            content_type=content_type,
+            request_id=context.get_request_id(index),
+        )
+
+    def _body(self, index: int, future: Future[Any], context: Context) -> bytes:
+        # The engine always answers, at the request's deadline at the latest.
+        answer = future.result(self._patience())
+        if not isinstance(answer, Failure):
+            try:
+                body, content_type = codec.encode(answer)
+            except (TypeError, ValueError):
+                logger.exception("request %s: the answer cannot be written", context.get_request_id(index))
+                answer = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The answer cannot be written.", "InternalError")
+            else:
+                if len(body) <= MAX_ANSWER_BYTES:
+                    context.set_response_content_type(index, content_type)
+                    return body
+                answer = Failure(
+                    HTTPStatus.INTERNAL_SERVER_ERROR,
+                    f"The answer is {len(body):,} bytes; the limit is {MAX_ANSWER_BYTES:,}.",
+                    "AnswerTooLarge",
+                )
+        context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, index)
+        context.set_response_content_type(index, "application/json")
+        return json.dumps(codec.failure_fields(answer, context.get_request_id(index))).encode()
+
+
+class SegmentService(Service):
+    """One model of a `.war`: rows are envelopes, and every answer is one too, whatever became of it."""
+
+    def graph(self, whole: Graph) -> Graph:
+        self.segment = segments(whole)[self.build["segment"]]
+        return self.segment.part()
+
+    def answer(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
+        envelopes = [unseal(row) for row in rows]
+        futures = [
+            None
+            if FAILURE_PART in parts
+            else self.workflow.submit(
+                parts[REQUEST_PART], request_id=context.get_request_id(i), known=self.segment.known_results(parts)
+            )
+            for i, parts in enumerate(envelopes)
+        ]
+        return [
+            self.segment.seal(
+                parts, future.result(self._patience()) if future else codec.failure_in(parts[FAILURE_PART])
+            )
+            for parts, future in zip(envelopes, futures, strict=True)
+        ]
+
+
+_service: Service | None = None
+
+
+def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
+    """TorchServe's entry point. It calls it once with no rows, to load."""
+    global _service  # noqa: PLW0603 (TorchServe's entry point is a function: the worker's model lives in the module)
+    if _service is None:
+        folder = Path(context.system_properties["model_dir"])
+        segment = "segment" in json.loads((folder / "build.json").read_text("utf-8"))
+        kind = SegmentService if segment else Service
+        _service = kind(folder, context.system_properties.get("gpu_id"))
+    if rows is None:
+        return []
+    if rows and context.get_request_header(0, "describe") == "True":
+        return [_service.describe() for _ in rows]
+    return _service.answer(rows, context)
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes | bytearray) else str(value)

@@ -1,0 +1,86 @@
+"""A small project, made on the spot: handlers without weights, so that the engine is tested in milliseconds."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CARD = """
+card:
+  does: A small model for tests.
+  input: Text.
+  output: Text.
+  limits: Made on the spot.
+  weights: []
+"""
+
+HANDLERS = {
+    "upper": """
+        class Upper(Handler[Text, str, str, Text]):
+            def load(self, folder, settings, placement): pass
+            def example(self) -> Text: return Text("example")
+            def preprocess(self, item: Text) -> str:
+                if item.text == "bad": raise InputError("That text is bad.", 422)
+                if item.text == "slow": time.sleep(3)
+                return item.text
+            def infer(self, batch):
+                if "poison" in batch: raise RuntimeError("poison")
+                return [text.upper() for text in batch]
+            def postprocess(self, output: str, item: Text) -> Text: return Text(output)
+        """,
+    "words": """
+        @dataclass(frozen=True)
+        class Word:
+            text: str
+            size: int
+
+        @dataclass(frozen=True)
+        class Words:
+            words: list[Word]
+
+        class Split(Handler[Text, str, str, Words]):
+            def load(self, folder, settings, placement): pass
+            def example(self) -> Text: return Text("two words")
+            def preprocess(self, item: Text) -> str: return item.text
+            def infer(self, batch): return batch
+            def postprocess(self, output: str, item: Text) -> Words:
+                return Words([Word(w, len(w)) for w in output.split()])
+        """,
+}
+
+IMPORTS = """
+from __future__ import annotations
+import time
+from dataclasses import dataclass
+from torchserve_dag.handler import Handler
+from torchserve_dag.messages import InputError, Skipped, Text
+"""
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "handlers").mkdir()
+    (tmp_path / "workflows").mkdir()
+    for name, code in HANDLERS.items():
+        (tmp_path / "handlers" / f"{name}.py").write_text(IMPORTS + textwrap.dedent(code))
+        (tmp_path / "handlers" / f"{name}.yaml").write_text(f'name: {name}\nversion: "1.0"\n{CARD}')
+    return tmp_path
+
+
+@pytest.fixture
+def write(project: Path) -> Write:
+    """Writes `workflows/flow.yaml` and its functions; gives the path."""
+
+    def write_workflow(nodes: str, functions: str = "", output: str = "answer", more: str = "") -> Path:
+        body = textwrap.indent(textwrap.dedent(nodes).strip(), "  ")
+        text = f'name: flow\nversion: "1.0"\ndoes: A test.\nnodes:\n{body}\noutput: {output}\n{more}'
+        (project / "workflows" / "flow.yaml").write_text(text)
+        (project / "workflows" / "flow.py").write_text(IMPORTS + textwrap.dedent(functions))
+        return project / "workflows" / "flow.yaml"
+
+    return write_workflow

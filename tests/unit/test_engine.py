@@ -1,0 +1,227 @@
+"""The engine runs graphs: order, batches across requests, failures, time limits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Write
+
+from torchserve_dag.engine.workflow import Workflow
+from torchserve_dag.messages import Failure, Skipped, Text
+
+EACH = """
+    split: {handler: words}
+    word: {function: word_text, each: split.words}
+    upper: {handler: upper, each: word, batch: 8}
+    answer: {function: join, input: upper}
+"""
+EACH_FUNCTIONS = """
+    def word_text(word: object) -> Text: return Text(word.text)
+    def join(texts: list[Text]) -> Text: return Text("-".join(t.text for t in texts))
+"""
+
+
+def test_a_handler_alone_is_a_workflow_of_one_node(project: Path) -> None:
+    with Workflow.load(project / "handlers" / "upper.yaml") as upper:
+        assert upper([Text("a"), b"b"]) == [Text("A"), Text("B")]
+
+
+def test_a_sequence_hands_each_result_on(write: Write) -> None:
+    path = write(
+        """
+        upper: {handler: upper}
+        answer: {function: twice, input: upper}
+    """,
+        "def twice(text: Text) -> Text: return Text(text.text * 2)",
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"ab"]) == [Text("ABAB")]
+
+
+def test_parallel_nodes_join_in_a_node_that_takes_both(write: Write) -> None:
+    path = write(
+        """
+        upper: {handler: upper}
+        size: {function: size}
+        answer: {function: both, inputs: {text: upper, count: size}}
+    """,
+        """
+        def size(text: Text) -> int: return len(text.text)
+        def both(text: Text, count: int) -> Text: return Text(f"{text.text}:{count}")
+    """,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"abc"]) == [Text("ABC:3")]
+
+
+def test_parallel_nodes_run_at_the_same_time(write: Write) -> None:
+    path = write(
+        """
+        one: {function: meet}
+        two: {function: meet}
+        answer: {function: both, inputs: {one: one, two: two}}
+    """,
+        """
+        import threading
+        barrier = threading.Barrier(2, timeout=5)
+        def meet(text: Text) -> int: return barrier.wait() * 0 + 1
+        def both(one: int, two: int) -> int: return one + two
+    """,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"x"]) == [2]
+
+
+def test_each_fans_out_and_gathers_in_order(write: Write) -> None:
+    with Workflow.load(write(EACH, EACH_FUNCTIONS)) as workflow:
+        assert workflow([b"a b c", b"d"]) == [Text("A-B-C"), Text("D")]
+
+
+def test_an_empty_list_is_an_ordinary_result(write: Write) -> None:
+    with Workflow.load(write(EACH, EACH_FUNCTIONS)) as workflow:
+        assert workflow([b"  "]) == [Text("")]
+
+
+def test_items_of_different_requests_share_batches(write: Write) -> None:
+    """Items that queue while the lanes are busy leave in full batches, whichever request they are of."""
+    with Workflow.load(write(EACH, EACH_FUNCTIONS)) as workflow:
+        answers = workflow([b"a b c d"] * 40)
+        counts = workflow.counts()["upper"]
+
+    assert answers == [Text("A-B-C-D")] * 40
+    assert counts.items == 160
+    assert counts.batches < 60
+
+
+def test_when_skips_an_item_and_what_follows_sees_it(write: Write) -> None:
+    path = write(
+        """
+        split: {handler: words}
+        word: {function: word_text, each: split.words, when: item.size > 1}
+        upper: {handler: upper, each: word}
+        answer: {function: join, input: upper}
+    """,
+        """
+        def word_text(word: object) -> Text: return Text(word.text)
+        def join(texts: list[Text | Skipped]) -> Text:
+            return Text("-".join("?" if isinstance(t, Skipped) else t.text for t in texts))
+    """,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"aa b cc"]) == [Text("AA-?-CC")]
+
+
+def test_parameters_reach_any_node(write: Write) -> None:
+    path = write(
+        """
+        upper: {handler: upper}
+        answer: {function: sign, inputs: {text: upper, by: parameters.by}}
+    """,
+        "def sign(text: Text, by: str | None) -> Text: return Text(f'{text.text} ({by})')",
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"a"], {"by": "me"}) == [Text("A (me)")]
+        assert workflow([b"a"]) == [Text("A (None)")]
+
+
+def test_a_bad_request_touches_no_other(write: Write) -> None:
+    with Workflow.load(write(EACH, EACH_FUNCTIONS)) as workflow:
+        answers = workflow([b"a", b"x bad", b"b", b"poison", b"", b"c"])
+
+    assert [a for a in answers if isinstance(a, Text)] == [Text("A"), Text("B"), Text("C")]
+    assert answers[1] == Failure(422, "That text is bad.", "InputError", "upper")
+    assert (answers[3].status, answers[3].node) == (500, "upper")
+    assert (answers[4].status, answers[4].node) == (400, None)
+
+
+def test_a_function_that_raises_ends_only_its_request(write: Write) -> None:
+    path = write(
+        "answer: {function: fail}",
+        """
+        def fail(text: Text) -> Text:
+            if text.text == "x": raise KeyError("x")
+            return text
+    """,
+    )
+    with Workflow.load(path) as workflow:
+        good, bad = workflow([b"ok", b"x"])
+
+    assert good == Text("ok")
+    assert (bad.status, bad.node) == (500, "answer")
+    assert "KeyError" not in bad.message
+
+
+def test_a_request_is_answered_at_its_time_limit_and_the_worker_known_to_hang(write: Write) -> None:
+    path = write("answer: {handler: upper}", more="serve: {timeout_s: 1}")
+    with Workflow.load(path) as workflow:
+        begin = time.monotonic()
+        slow, quick = workflow([b"slow", b"quick"])
+
+        assert quick == Text("QUICK")
+        assert (slow.status, slow.node) == (504, "answer")
+        assert time.monotonic() - begin < 3
+        time.sleep(0.2)
+        assert workflow.engine.stuck()
+
+
+def test_closing_answers_what_is_inside_and_ends_the_threads(write: Write) -> None:
+    before = set(threading.enumerate())
+    workflow = Workflow.load(
+        write(
+            "answer: {function: wait}",
+            """
+        def wait(text: Text) -> Text:
+            time.sleep(0.2)
+            return text
+    """,
+        )
+    )
+    futures = [workflow.submit(b"x") for _ in range(20)]
+    workflow.close()
+
+    assert all(f.done() for f in futures)
+    assert {f.result().status for f in futures if isinstance(f.result(), Failure)} == {503}
+    assert set(threading.enumerate()) <= before
+
+
+def test_past_the_limit_of_requests_inside_the_next_is_refused_at_once(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchserve_dag.engine.engine.MAX_INSIDE", 3)
+    path = write(
+        "answer: {function: wait}",
+        """
+        def wait(text: Text) -> Text:
+            time.sleep(0.1)
+            return text
+    """,
+    )
+    with Workflow.load(path) as workflow:
+        answers = workflow([b"x"] * 5)
+
+    assert [a for a in answers if isinstance(a, Text)] == [Text("x")] * 3
+    assert {a.status for a in answers if isinstance(a, Failure)} == {503}
+
+
+def test_a_thousand_items_keep_their_order(write: Write) -> None:
+    words = [f"w{i}" for i in range(1000)]
+    with Workflow.load(write(EACH, EACH_FUNCTIONS)) as workflow:
+        (answer,) = workflow([" ".join(words).encode()])
+
+    assert answer == Text("-".join(w.upper() for w in words))
+
+
+def test_a_skipped_node_is_the_answer_of_what_needs_it(write: Write) -> None:
+    path = write(
+        """
+        upper: {handler: upper, when: request.text != "no"}
+        answer: {function: end, input: upper}
+    """,
+        "def end(text: Text | Skipped) -> bool: return isinstance(text, Skipped)",
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"no", b"yes"]) == [True, False]
+        assert Skipped("upper") == Skipped("upper")
