@@ -41,6 +41,7 @@ class Context(Protocol):
     def get_request_id(self, idx: int = 0) -> str | None: ...
     def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None: ...
     def set_response_content_type(self, idx: int, value: str) -> None: ...
+    def set_response_header(self, idx: int, key: str, value: str) -> None: ...
 
 
 class Service:
@@ -58,6 +59,10 @@ class Service:
 
     def answer(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
         """One body a row. Every request of the batch is inside the workflow before the first is awaited."""
+        for i in range(len(rows)):
+            if not context.get_request_header(i, "explain"):  # which TorchServe adds to every REST request
+                # StreamPredictions ends the worker that gives it a whole answer without this.
+                context.set_response_header(i, "ts_stream_next", "false")
         futures = [self._submit(i, row, context) for i, row in enumerate(rows)]
         bodies = [self._body(i, future, context) for i, future in enumerate(futures)]
         if self.workflow.engine.stuck():

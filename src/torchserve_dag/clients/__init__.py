@@ -1,0 +1,44 @@
+"""Clients for TorchServe: REST and gRPC, plain and asyncio, with the same methods, messages and exceptions."""
+
+from torchserve_dag.clients.client import AsyncClient, Client
+from torchserve_dag.clients.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    ModelNotFound,
+    Overloaded,
+    RequestRefused,
+    ServerFailed,
+    ServingError,
+    TooLarge,
+    Unauthorized,
+    UnexpectedAnswer,
+    Unreachable,
+)
+from torchserve_dag.clients.grpc import AsyncGrpcClient, GrpcClient
+from torchserve_dag.clients.models import ModelInfo, VersionInfo, WorkerInfo
+from torchserve_dag.clients.rest import AsyncRestClient, RestClient
+from torchserve_dag.clients.tokens import Tokens
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGrpcClient",
+    "AsyncRestClient",
+    "Client",
+    "ConnectionLost",
+    "DeadlineExceeded",
+    "GrpcClient",
+    "ModelInfo",
+    "ModelNotFound",
+    "Overloaded",
+    "RequestRefused",
+    "RestClient",
+    "ServerFailed",
+    "ServingError",
+    "Tokens",
+    "TooLarge",
+    "Unauthorized",
+    "UnexpectedAnswer",
+    "Unreachable",
+    "VersionInfo",
+    "WorkerInfo",
+]

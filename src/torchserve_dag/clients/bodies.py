@@ -1,0 +1,86 @@
+"""A message as a request's body, and an answer's body as a message: alike over REST and gRPC."""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torchserve_dag import codec, plain
+from torchserve_dag.clients.errors import unexpected_answer
+from torchserve_dag.messages import InputError, Photo, Text
+
+T = TypeVar("T")
+
+UNKNOWN = "application/octet-stream"
+"""For a server: look at the bytes."""
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"GIF8", "image/gif"),
+    (b"BM", "image/bmp"),
+    (b"II*\x00", "image/tiff"),
+    (b"MM\x00*", "image/tiff"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A request's body. Over gRPC its content type is lost: TorchServe has no field for it."""
+
+    content: bytes
+    content_type: str = UNKNOWN
+
+
+def body_of(message: Any) -> Body:
+    """A message as a body. Bytes and files go as they are; send a photo's file and not a decoded Photo where
+    you have it, for a Photo is written as PNG, which takes time and room.
+
+    Raises OSError where a file cannot be read, TypeError for a str, which may be a path or a text.
+    """
+    if isinstance(message, str):
+        raise TypeError(f'"{message[:40]}" may be a path or a text; write Path("…") or Text("…")')
+    if isinstance(message, Path):
+        content = message.read_bytes()
+        return Body(content, _look(content) or mimetypes.guess_type(message.name)[0] or UNKNOWN)
+    if isinstance(message, bytes | bytearray | memoryview):
+        content = bytes(message)
+        return Body(content, _look(content) or UNKNOWN)
+    if isinstance(message, Text):
+        # Not as JSON: over gRPC a server cannot tell JSON from a text that looks like it.
+        return Body(message.text.encode(), "text/plain; charset=utf-8")
+    return Body(*codec.encode(message))
+
+
+def answer_as(kind: type[T] | None, body: bytes) -> T | Any:
+    """An answer's body as a `kind`; with None, the data of its JSON, or the bytes where it is none.
+
+    Raises UnexpectedAnswer where it is something else.
+    """
+    if kind is None:
+        try:
+            return json.loads(body)
+        except ValueError:
+            return body
+    if kind is bytes:
+        return body
+    try:
+        if kind in {Photo, Text}:
+            return codec.decode(kind, body)
+        return plain.build(kind, json.loads(body))
+    except InputError as error:
+        raise unexpected_answer(f"The answer is not a {plain.name_of(kind)}. {error.message}") from None
+    except ValueError as error:
+        raise unexpected_answer(f"The answer is not a {plain.name_of(kind)} but no JSON at all: {error}.") from None
+    except plain.WrongDataError as error:
+        raise unexpected_answer(f"The answer is not a {plain.name_of(kind)}: {error}.") from None
+
+
+def _look(content: bytes) -> str | None:
+    """The content type that the first bytes tell."""
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "image/webp"
+    return next((media for magic, media in _MAGIC if content.startswith(magic)), None)

@@ -1,0 +1,44 @@
+"""How long a call may take in all, and when a failed one may be sent again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+
+from torchserve_dag.clients.errors import ConnectionLost, ServingError, deadline_exceeded
+from torchserve_dag.clients.flows import Call, Predict
+
+FIRST_PAUSE_S = 0.1
+
+
+class Deadline:
+    """The end of a call, its retries and pauses included."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._end = time.monotonic() + timeout_s
+
+    def left(self) -> float:
+        """Seconds. Raises DeadlineExceeded where there are none."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise deadline_exceeded(self.timeout_s)
+        return left
+
+
+def pauses(retries: int) -> Iterator[float | None]:
+    """The pause after each attempt, doubling, scattered so that clients do not come back together; None at the end."""
+    for attempt in range(retries):
+        yield FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)  # noqa: S311 (no secret)
+    yield None
+
+
+def may_repeat(call: Call, error: ServingError, pause: float | None, deadline: Deadline) -> bool:
+    """Whether a call that failed may be sent again, `pause` seconds from now.
+
+    A prediction only where it cannot have been served: it costs time and may have an effect. The other
+    calls do the same when done twice.
+    """
+    safe = error.unserved or (isinstance(error, ConnectionLost) and not isinstance(call, Predict))
+    return safe and pause is not None and pause < deadline.left()

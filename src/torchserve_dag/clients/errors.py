@@ -1,0 +1,173 @@
+"""The clients' exceptions: the same ones over REST and gRPC, whatever either makes of a failure.
+
+    ServingError
+    ├── Unreachable             no connection could be made; nothing was delivered
+    ├── ConnectionLost          it broke before the answer came; the request may have been served
+    ├── DeadlineExceeded        no answer in time: the client's own deadline, or a 504 of the server
+    ├── UnexpectedAnswer        an answer, but not the message that was asked for
+    ├── RequestRefused          4xx: the sender can mend it
+    │   ├── Unauthorized        the token is missing, wrong or expired
+    │   ├── ModelNotFound       no such model, or no such version of it
+    │   └── TooLarge            the body is larger than the server takes
+    └── ServerFailed            5xx: the server's owner can mend it
+        └── Overloaded          no worker, or no room in its queue; try later
+
+The names say what happened, without "Error": `except Unreachable` reads as a sentence.
+"""
+# ruff: noqa: N818
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+from torchserve_dag import codec
+
+NO_WORKER = "ServiceUnavailableException"
+"""TorchServe's type for a request that it never queued: no worker, or a full queue."""
+RAISED = "InternalServerException"
+"""TorchServe's type, beside a 503, for a handler that raised."""
+
+
+class ServingError(Exception):
+    """Why a call has no answer."""
+
+    def __init__(
+        self, status: int, kind: str, message: str, node: str | None = None, request_id: str | None = None
+    ) -> None:
+        super().__init__(status, kind, message, node, request_id)
+        self.status = int(status)
+        """The HTTP status, over gRPC too; where the server said nothing, what a gateway would say."""
+        self.type = kind
+        """A short name for programs: the server's own, where it gave one."""
+        self.message = message
+        self.node = node
+        """The workflow's node that failed, where the server said so."""
+        self.request_id = request_id
+        """What the server's log calls the request, where the server said so."""
+
+    def __str__(self) -> str:
+        facts = [f"{self.status} {self.type}"]
+        facts += [f"node {self.node}"] if self.node else []
+        facts += [f"request {self.request_id}"] if self.request_id else []
+        return f"{self.message} ({', '.join(facts)})"
+
+    @property
+    def unserved(self) -> bool:
+        """True where the request cannot have been served, so that sending it again is safe."""
+        return False
+
+
+class Unreachable(ServingError):
+    """No connection could be made; nothing was delivered."""
+
+    @property
+    def unserved(self) -> bool:
+        return True
+
+
+class ConnectionLost(ServingError):
+    """The connection broke before the answer came; the request may have been served."""
+
+
+class DeadlineExceeded(ServingError):
+    """No answer in time: the client's own deadline, or a 504 of the server."""
+
+
+class UnexpectedAnswer(ServingError):
+    """An answer, but not the message that was asked for."""
+
+
+class RequestRefused(ServingError):
+    """4xx: the sender can mend it."""
+
+
+class Unauthorized(RequestRefused):
+    """The token is missing, wrong or expired. TorchServe says 400 or 403; here it is always 401."""
+
+
+class ModelNotFound(RequestRefused):
+    """No such model, or no such version of it."""
+
+
+class TooLarge(RequestRefused):
+    """The body is larger than the server takes."""
+
+
+class ServerFailed(ServingError):
+    """5xx: the server's owner can mend it."""
+
+
+class Overloaded(ServerFailed):
+    """No worker, or no room in its queue (503), or a front door's limit (429); try later."""
+
+    @property
+    def unserved(self) -> bool:
+        # A worker may set 503 for reasons of its own, after it did its work.
+        return self.type == NO_WORKER or self.status == HTTPStatus.TOO_MANY_REQUESTS
+
+
+Kind: TypeAlias = type[ServingError]
+
+
+def unreachable(address: str, why: object) -> Unreachable:
+    message = f"{address} cannot be reached: {why or 'no connection'}. Is the server up, and is this its address?"
+    return Unreachable(HTTPStatus.SERVICE_UNAVAILABLE, "Unreachable", message)
+
+
+def connection_lost(address: str, why: object) -> ConnectionLost:
+    message = f"{address} broke the connection off before it answered: {why or 'no reason given'}."
+    return ConnectionLost(HTTPStatus.BAD_GATEWAY, "ConnectionLost", message)
+
+
+def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:
+    message = f"No answer within {timeout_s:g} s; give the call a longer timeout, or the model more workers."
+    return DeadlineExceeded(HTTPStatus.GATEWAY_TIMEOUT, "DeadlineExceeded", message)
+
+
+def unexpected_answer(message: str) -> UnexpectedAnswer:
+    return UnexpectedAnswer(HTTPStatus.BAD_GATEWAY, "UnexpectedAnswer", message)
+
+
+def error_of(
+    status: int, kind: str = "", message: str = "", node: str | None = None, request_id: str | None = None
+) -> ServingError:
+    """The exception for what a server said. TorchServe's types weigh more than its statuses."""
+    chosen: Kind
+    front_doors = status == HTTPStatus.FORBIDDEN and not kind  # TorchServe's own have a type
+    if kind == "InvalidKeyException" or status == HTTPStatus.UNAUTHORIZED or front_doors:
+        chosen, status = Unauthorized, HTTPStatus.UNAUTHORIZED
+    elif kind in {"ModelNotFoundException", "ModelVersionNotFoundException"}:
+        chosen, status = ModelNotFound, HTTPStatus.NOT_FOUND
+    elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        chosen = TooLarge
+        message = message or "The body is larger than the server takes; send less, or raise its max_request_size."
+    elif status == HTTPStatus.GATEWAY_TIMEOUT:
+        chosen = DeadlineExceeded
+    elif status == HTTPStatus.TOO_MANY_REQUESTS or (status == HTTPStatus.SERVICE_UNAVAILABLE and kind != RAISED):
+        chosen = Overloaded
+    else:
+        chosen = RequestRefused if status < HTTPStatus.INTERNAL_SERVER_ERROR else ServerFailed
+    return chosen(status, kind or chosen.__name__, message or f"The server answered {int(status)}.", node, request_id)
+
+
+def error_in(body: bytes) -> ServingError | None:
+    """The failure that an answer holds where its message would be, as an exception."""
+    failure = codec.failure_in(body)
+    if failure is None:
+        return None
+    request_id = json.loads(body).get("request_id")
+    return error_of(failure.status, failure.type, failure.message, failure.node, request_id)
+
+
+def error_from_http(status: int, body: bytes, request_id: str | None) -> ServingError:
+    """The exception for an HTTP answer that is not 2xx: from its JSON where it has one, else from its text."""
+    try:
+        fields: Any = json.loads(body)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict) or "message" not in fields:
+        return error_of(status, message=body[:300].decode(errors="replace").strip(), request_id=request_id)
+    kind, message = str(fields.get("type") or ""), str(fields["message"] or "")
+    return error_of(status, kind, message, fields.get("node"), fields.get("request_id") or request_id)

@@ -1,0 +1,87 @@
+"""What a server says of its models: the management API's JSON, read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    id: str
+    ready: bool
+    """Its model is loaded."""
+    pid: int
+    gpu: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VersionInfo:
+    """One version of a model, as it is served."""
+
+    version: str
+    default: bool
+    """It answers where a call names no version."""
+    workers: tuple[WorkerInfo, ...]
+    min_workers: int
+    max_workers: int
+    batch_size: int
+    max_batch_delay_ms: int
+    response_timeout_s: int
+    queued: int
+    """Requests that wait for a worker."""
+    archive: str
+
+    @property
+    def ready(self) -> bool:
+        """It has its least number of workers, and one at least, with the model loaded."""
+        return sum(worker.ready for worker in self.workers) >= max(1, self.min_workers)
+
+    @property
+    def state(self) -> str:
+        """`ready`, `starting` (fewer workers ready than there should be) or `stopped` (none wanted)."""
+        return "ready" if self.ready else "starting" if self.min_workers else "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model and its versions, in the order of their numbers."""
+
+    name: str
+    versions: tuple[VersionInfo, ...]
+
+    @property
+    def default(self) -> VersionInfo:
+        return next(version for version in self.versions if version.default)
+
+
+def model_info(name: str, descriptions: list[dict[str, Any]], default: str) -> ModelInfo:
+    """A model from TorchServe's descriptions of all its versions."""
+    versions = [version_info(described, default=described["modelVersion"] == default) for described in descriptions]
+    return ModelInfo(name, tuple(sorted(versions, key=lambda version: _number(version.version))))
+
+
+def version_info(described: Mapping[str, Any], *, default: bool) -> VersionInfo:
+    """A version from TorchServe's description of it."""
+    return VersionInfo(
+        version=described["modelVersion"],
+        default=default,
+        workers=tuple(_worker(worker) for worker in described["workers"]),
+        min_workers=described["minWorkers"],
+        max_workers=described["maxWorkers"],
+        batch_size=described["batchSize"],
+        max_batch_delay_ms=described["maxBatchDelay"],
+        response_timeout_s=described["responseTimeout"],
+        queued=described["jobQueueStatus"]["pendingRequests"],
+        archive=described["modelUrl"],
+    )
+
+
+def _worker(worker: Mapping[str, Any]) -> WorkerInfo:
+    return WorkerInfo(worker["id"], worker["status"] == "READY", worker["pid"], worker["gpu"])
+
+
+def _number(version: str) -> tuple[tuple[int, int, str], ...]:
+    """`1.10` after `1.9`; what is no number comes last."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in version.split("."))

@@ -1,0 +1,1 @@
+"""What touches TorchServe itself: nothing else in the package knows that it is the server."""

@@ -1,0 +1,512 @@
+"""The clients: what they send, what they make of an answer or a failure, and when they try again."""
+# ruff: noqa: N802, S106 (grpc's names; tokens of no server)
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from PIL import Image
+
+from torchserve_dag.clients import (
+    AsyncGrpcClient,
+    AsyncRestClient,
+    ConnectionLost,
+    DeadlineExceeded,
+    GrpcClient,
+    ModelNotFound,
+    Overloaded,
+    RequestRefused,
+    RestClient,
+    ServerFailed,
+    ServingError,
+    Tokens,
+    TooLarge,
+    Unauthorized,
+    UnexpectedAnswer,
+    Unreachable,
+)
+from torchserve_dag.clients.bodies import body_of
+from torchserve_dag.clients.errors import error_of
+from torchserve_dag.messages import Box, DetectedObject, Label, Objects, Photo, Text
+from torchserve_dag.torchserve import protos
+from torchserve_dag.torchserve.protos import (
+    inference_pb2,
+    inference_pb2_grpc,
+    management_pb2,
+    management_pb2_grpc,
+)
+
+OBJECTS = Objects(4, 3, [DetectedObject("cat", 0.5, Box(0.0, 0.0, 1.0, 1.0))])
+FAILURE = {"code": 415, "type": "InputError", "message": "No.", "node": "detect", "request_id": "r1"}
+DESCRIBED: dict[str, Any] = {
+    "modelVersion": "1.0", "modelUrl": "a.mar", "minWorkers": 2, "maxWorkers": 2, "batchSize": 8, "maxBatchDelay": 1,
+    "responseTimeout": 120, "jobQueueStatus": {"pendingRequests": 0},
+    "workers": [{"id": "1", "status": "READY", "pid": 7, "gpu": False},
+                {"id": "2", "status": "UNLOADING", "pid": 8, "gpu": False}],
+}  # fmt: skip
+
+
+def run(result: Any) -> Any:
+    """What a method gives, whichever client's it is."""
+    if inspect.isasyncgen(result):
+
+        async def gathered() -> list[Any]:
+            return [piece async for piece in result]
+
+        return asyncio.run(gathered())
+    if inspect.isawaitable(result):
+
+        async def awaited() -> Any:
+            return await result
+
+        return asyncio.run(awaited())
+    return list(result) if inspect.isgenerator(result) else result
+
+
+class FakeServer:
+    """Answers with each of its replies in turn, the last for ever, and keeps the requests."""
+
+    def __init__(self, *replies: httpx.Response | Exception) -> None:
+        self.replies = list(replies)
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return httpx.Response(reply.status_code, content=reply.content, headers=reply.headers)
+
+
+@pytest.fixture(params=[RestClient, AsyncRestClient])
+def rest(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    def make(server: FakeServer, **settings: Any) -> Any:
+        return request.param(transport=httpx.MockTransport(server), **settings)
+
+    return make
+
+
+def reply(status: int, data: Any = None) -> httpx.Response:
+    return httpx.Response(status, content=b"" if data is None else json.dumps(data).encode())
+
+
+def no_worker() -> httpx.Response:
+    return reply(503, {"code": 503, "type": "ServiceUnavailableException", "message": "no worker"})
+
+
+# What is sent
+
+
+def test_bytes_and_files_go_as_they_are_with_the_type_that_they_show(tmp_path: Path) -> None:
+    photo, words = tmp_path / "photo.data", tmp_path / "words.json"
+    photo.write_bytes(b"\xff\xd8\xff\xe0 jpeg")
+    words.write_bytes(b"{}")
+
+    assert body_of(photo).content_type == "image/jpeg"
+    assert body_of(photo).content == b"\xff\xd8\xff\xe0 jpeg"
+    assert body_of(words).content_type == "application/json"
+    assert body_of(b"RIFF....WEBP").content_type == "image/webp"
+    assert body_of(b"anything").content_type == "application/octet-stream"
+
+
+def test_messages_are_encoded() -> None:
+    assert body_of(Photo(Image.new("RGB", (2, 2)))).content_type == "image/png"
+    assert (body_of(Text("grün")).content, body_of(Text("x")).content_type[:10]) == ("grün".encode(), "text/plain")
+    assert json.loads(body_of(OBJECTS).content)["objects"][0]["label"] == "cat"
+    with pytest.raises(TypeError, match="write Path"):
+        body_of("photo.jpg")
+
+
+def test_a_message_alone_is_the_body(rest: Callable[..., Any]) -> None:
+    server = FakeServer(reply(200, {}))
+    run(rest(server, token="one", management_token="two").predict("a b", b"GIF8 x", "1.0"))
+    (request,) = server.requests
+
+    assert str(request.url) == "http://127.0.0.1:8080/predictions/a%20b/1.0"
+    assert (request.content, request.headers["content-type"]) == (b"GIF8 x", "image/gif")
+    assert request.headers["authorization"] == "Bearer one"
+
+
+def test_parameters_make_a_form(rest: Callable[..., Any]) -> None:
+    server = FakeServer(reply(200, {}))
+    run(rest(server).predict("a", b"GIF8 x", parameters={"top": "3"}))
+    content = server.requests[0].content
+
+    assert b'name="body"; filename="body"\r\nContent-Type: image/gif\r\n\r\nGIF8 x' in content
+    assert b'name="top"\r\n\r\n3' in content
+    with pytest.raises(ValueError, match="body"):
+        run(rest(server).predict("a", b"x", parameters={"body": "y"}))
+
+
+def test_management_has_its_own_port_and_token_even_behind_one_address(rest: Callable[..., Any]) -> None:
+    server = FakeServer(reply(200, {}))
+    door = "https://door.example"
+    run(rest(server, inference=door, management=door, token="one", management_token="two").set_default("a", "2"))
+
+    assert server.requests[0].headers["authorization"] == "Bearer two"
+    assert (server.requests[0].method, server.requests[0].url.path) == ("PUT", "/models/a/2/set-default")
+
+
+def test_tokens_are_read_from_the_key_file(tmp_path: Path) -> None:
+    file = tmp_path / "key_file.json"
+    file.write_text('{"management": {"key": "m"}, "inference": {"key": "i"}, "API": {"key": "a"}}')
+
+    assert Tokens.read(file) == Tokens("i", "m")
+    assert "'i'" not in repr(Tokens.read(file))
+    file.write_text("")
+    with pytest.raises(ValueError, match="holds no tokens"):
+        Tokens.read(file)
+
+
+# What is made of an answer
+
+
+def test_an_answer_becomes_the_message_asked_for(rest: Callable[..., Any]) -> None:
+    client = rest(FakeServer(httpx.Response(200, content=body_of(OBJECTS).content)))
+
+    assert run(client.predict("a", b"x", answer=Objects)) == OBJECTS
+    assert run(client.predict("a", b"x"))["width"] == 4
+    assert run(client.predict("a", b"x", answer=bytes)) == body_of(OBJECTS).content
+    with pytest.raises(UnexpectedAnswer, match='unknown key "width"'):
+        run(client.predict("a", b"x", answer=Label))
+
+
+def test_bytes_that_are_no_json_stay_bytes(rest: Callable[..., Any]) -> None:
+    client = rest(FakeServer(httpx.Response(200, content=b"\x89PNG")))
+
+    assert run(client.predict("a", b"x")) == b"\x89PNG"
+    for kind in (Label, Photo, list[Label]):
+        with pytest.raises(UnexpectedAnswer):
+            run(client.predict("a", b"x", answer=kind))
+
+
+@pytest.mark.parametrize("status", [415, 200])  # a .war drops the status
+def test_a_failure_carries_its_facts(rest: Callable[..., Any], status: int) -> None:
+    with pytest.raises(RequestRefused) as caught:
+        run(rest(FakeServer(reply(status, FAILURE))).predict("a", b"x"))
+
+    assert str(caught.value) == "No. (415 InputError, node detect, request r1)"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301 (its own)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind", "shown"),
+    [
+        (400, "InvalidKeyException", Unauthorized, 401),
+        (401, "", Unauthorized, 401),
+        (403, "", Unauthorized, 401),
+        (403, "InvalidModelVersionException", RequestRefused, 403),
+        (404, "ModelVersionNotFoundException", ModelNotFound, 404),
+        (500, "ModelNotFoundException", ModelNotFound, 404),
+        (404, "ResourceNotFoundException", RequestRefused, 404),
+        (413, "", TooLarge, 413),
+        (429, "", Overloaded, 429),
+        (500, "InternalServerException", ServerFailed, 500),
+        (503, "ServiceUnavailableException", Overloaded, 503),
+        (503, "InternalServerException", ServerFailed, 503),
+        (504, "Timeout", DeadlineExceeded, 504),
+        (507, "InternalServerException", ServerFailed, 507),
+    ],
+)
+def test_each_failure_has_its_exception(status: int, said: str, kind: Any, shown: int) -> None:
+    error = error_of(status, said)
+
+    assert (error.__class__, error.status) == (kind, shown)
+    assert error.message
+
+
+def test_models_are_read_page_by_page(rest: Callable[..., Any]) -> None:
+    listed = [
+        reply(200, {"models": [{"modelName": "a"}], "nextPageToken": "1"}),
+        reply(200, {"models": [{"modelName": "gone"}]}),
+    ]
+    every = reply(200, [{**DESCRIBED, "modelVersion": version} for version in ("1.10", "1.9")])
+    default = reply(200, [{**DESCRIBED, "modelVersion": "1.9"}])
+    gone = reply(404, {"code": 404, "type": "ModelNotFoundException", "message": "Model not found: gone"})
+    server = FakeServer(*listed, every, default, gone)
+
+    (model,) = run(rest(server).models())
+
+    assert [str(r.url).rpartition(":8081")[2] for r in server.requests] == [
+        "/models?limit=100&next_page_token=0", "/models?limit=100&next_page_token=1",
+        "/models/a/all", "/models/a", "/models/gone/all",
+    ]  # fmt: skip
+    assert [(v.version, v.default, v.state) for v in model.versions] == [
+        ("1.9", True, "starting"),
+        ("1.10", False, "starting"),
+    ]
+
+
+def test_ready_needs_the_least_number_of_workers(rest: Callable[..., Any]) -> None:
+    assert run(rest(FakeServer(reply(200, {"status": "Healthy"}))).ready())
+    assert not run(rest(FakeServer(reply(500, {"status": "Unhealthy"}))).ready())
+    assert not run(rest(FakeServer(reply(200, [DESCRIBED]))).ready("a"))
+    assert run(rest(FakeServer(reply(200, [{**DESCRIBED, "minWorkers": 1}]))).ready("a"))
+    assert not run(rest(FakeServer(httpx.ConnectError("refused")), retries=0).ready())
+
+
+# When it is tried again
+
+
+@pytest.mark.parametrize("failed", [httpx.ConnectError("refused"), no_worker(), reply(429)])
+def test_what_cannot_have_been_served_is_sent_again(rest: Callable[..., Any], failed: Any) -> None:
+    server = FakeServer(failed, failed, reply(200, {"a": 1}))
+
+    assert run(rest(server).predict("a", b"x")) == {"a": 1}
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("failed", "kind"),
+    [
+        (httpx.ReadError("reset"), ConnectionLost),
+        (httpx.RemoteProtocolError("closed"), ConnectionLost),
+        (httpx.ReadTimeout("late"), DeadlineExceeded),
+        (reply(503, {"code": 503, "type": "InternalServerException", "message": "Prediction failed"}), ServerFailed),
+        (reply(503, {"code": 503, "type": "Busy", "message": "A node is busy."}), Overloaded),
+    ],
+)
+def test_what_may_have_been_served_is_not_sent_again(rest: Callable[..., Any], failed: Any, kind: Any) -> None:
+    server = FakeServer(failed)
+    for method in ("predict", "stream"):
+        with pytest.raises(kind):
+            run(getattr(rest(server), method)("a", b"x"))
+
+    assert len(server.requests) == 2
+
+
+def test_a_question_is_asked_again_after_a_broken_connection(rest: Callable[..., Any]) -> None:
+    server = FakeServer(httpx.ReadError("reset"), reply(200, {"models": []}))
+
+    assert run(rest(server).models()) == []
+    assert len(server.requests) == 2
+
+
+def test_retries_are_bounded_by_number_and_by_deadline(rest: Callable[..., Any]) -> None:
+    server = FakeServer(no_worker())
+    with pytest.raises(Overloaded):
+        run(rest(server, retries=1).predict("a", b"x"))
+    assert len(server.requests) == 2
+
+    began = time.monotonic()
+    with pytest.raises(Overloaded):
+        run(rest(server, retries=50).predict("a", b"x", timeout=0.5))
+    assert time.monotonic() - began < 1
+
+
+def test_a_stream_gives_pieces_until_one_is_a_failure(rest: Callable[..., Any]) -> None:
+    class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield from (b"one", json.dumps(FAILURE).encode())
+
+        async def __aiter__(self) -> Any:
+            for piece in self:
+                yield piece
+
+    got: list[bytes] = []
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Pieces()))
+
+    async def gather() -> None:
+        async for piece in AsyncRestClient(transport=transport).stream("a", b"x"):
+            got.append(piece)  # noqa: PERF401 (what came before the failure counts)
+
+    with pytest.raises(RequestRefused):
+        asyncio.run(gather())
+    with pytest.raises(RequestRefused):
+        got.extend(RestClient(transport=transport).stream("a", b"x"))
+    assert got == [b"one", b"one"]
+
+
+@pytest.mark.parametrize("kind", [RestClient, AsyncRestClient])
+def test_the_deadline_holds_against_a_server_that_trickles(kind: Any) -> None:
+    """The timeout of httpx would begin anew with every byte."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                try:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                    for _ in range(100):
+                        connection.sendall(b"1")
+                        time.sleep(0.05)
+                except OSError:
+                    pass  # the client has left
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"0\.4 s"):
+            run(kind(f"http://127.0.0.1:{listener.getsockname()[1]}").predict("a", b"x", timeout=0.4))
+        assert 0.35 < time.monotonic() - began < 0.9
+        thread.join()
+
+
+# gRPC, against a server in this process
+
+
+JAVA = "org.pytorch.serve"
+ABORTS = {
+    "nobody": (grpc.StatusCode.INTERNAL, f"Model not found: nobody\n{JAVA}.archive.model.ModelNotFoundException"),
+    "busy": (grpc.StatusCode.INTERNAL, 'Model "busy" has no worker to serve inference …\nInternalServerException.()'),
+    "unnamed": (grpc.StatusCode.INTERNAL, "Parameter model_name is required.\nBadRequestException.()"),
+    "raises": (grpc.StatusCode.UNAVAILABLE, f"Prediction failed\n{JAVA}.http.InternalServerException"),
+    "killed": (grpc.StatusCode.RESOURCE_EXHAUSTED, f"Out of memory\n{JAVA}.http.InternalServerException"),
+    "locked": (grpc.StatusCode.PERMISSION_DENIED, "Token Authorization failed. Token either incorrect, …"),
+    "large": (grpc.StatusCode.CANCELLED, "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"),
+    "limited": (grpc.StatusCode.RESOURCE_EXHAUSTED, "local_rate_limited"),
+    "lost": (grpc.StatusCode.UNAVAILABLE, "Socket closed"),
+}
+
+
+class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
+    """Does what the model's name says, as TorchServe does it: the live tests hold the clients to that."""
+
+    seen: Any = None
+
+    def Ping(self, request: Any, context: Any) -> Any:
+        return inference_pb2.TorchServeHealthResponse(health='{"status": "Unhealthy"}')
+
+    def Predictions(self, request: Any, context: Any) -> Any:
+        self.seen = (dict(request.input), request.model_version, dict(context.invocation_metadata()))
+        if request.model_name in ABORTS:
+            context.abort(*ABORTS[request.model_name])
+        if request.model_name == "slow":
+            time.sleep(0.5)
+        if request.model_name == "refuses":
+            return inference_pb2.PredictionResponse(prediction=json.dumps(FAILURE, indent=2).encode())
+        return inference_pb2.PredictionResponse(prediction=request.input["body"])
+
+    def StreamPredictions(self, request: Any, context: Any) -> Any:
+        yield inference_pb2.PredictionResponse(prediction=b"one")
+        yield inference_pb2.PredictionResponse(prediction=b"two")
+
+
+class Management(management_pb2_grpc.ManagementAPIsServiceServicer):
+    def ListModels(self, request: Any, context: Any) -> Any:
+        assert request.limit == 100  # 0 lists nothing
+        return management_pb2.ManagementResponse(msg='{"models": [{"modelName": "a"}]}')
+
+    def DescribeModel(self, request: Any, context: Any) -> Any:
+        more = {"customizedMetadata": {"says": "a"}} if request.customized else {}
+        return management_pb2.ManagementResponse(msg=json.dumps([DESCRIBED | more]))
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[str, Inference]]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    inference = Inference()
+    inference_pb2_grpc.add_InferenceAPIsServiceServicer_to_server(inference, server)
+    management_pb2_grpc.add_ManagementAPIsServiceServicer_to_server(Management(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}", inference
+    server.stop(None).wait()
+
+
+def over_grpc(kind: Any, address: str, method: str, *values: Any, retries: int = 0, **named: Any) -> Any:
+    if kind is GrpcClient:
+        with GrpcClient(address, address, token="one", management_token="two", retries=retries) as client:
+            return run(getattr(client, method)(*values, **named))
+
+    async def call() -> Any:
+        async with AsyncGrpcClient(address, address, token="one", management_token="two", retries=retries) as client:
+            result = getattr(client, method)(*values, **named)
+            return [piece async for piece in result] if inspect.isasyncgen(result) else await result
+
+    return asyncio.run(call())
+
+
+both = pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+
+
+@both
+def test_grpc_sends_the_message_and_parameters_as_inputs(kind: Any, served: tuple[str, Inference]) -> None:
+    address, server = served
+    answer = over_grpc(kind, address, "predict", "a", OBJECTS, "1.0", answer=Objects, parameters={"top": "3"})
+    inputs, version, metadata = server.seen
+
+    assert answer == OBJECTS
+    assert (inputs, version) == ({"body": body_of(OBJECTS).content, "top": b"3"}, "1.0")
+    assert metadata["authorization"] == "Bearer one"
+
+
+@both
+def test_grpc_asks_the_same_questions(kind: Any, served: tuple[str, Inference]) -> None:
+    address, _ = served
+
+    assert over_grpc(kind, address, "stream", "a", b"x") == [b"one", b"two"]
+    assert [model.name for model in over_grpc(kind, address, "models")] == ["a"]
+    assert over_grpc(kind, address, "describe", "a")["customizedMetadata"] == {"says": "a"}
+    assert not over_grpc(kind, address, "ready")
+
+
+@both
+@pytest.mark.parametrize(
+    ("model", "expected", "status", "unserved"),
+    [
+        ("nobody", ModelNotFound, 404, False),
+        ("busy", Overloaded, 503, True),
+        ("unnamed", RequestRefused, 400, False),
+        ("raises", ServerFailed, 503, False),
+        ("killed", ServerFailed, 507, False),
+        ("locked", Unauthorized, 401, False),
+        ("large", TooLarge, 413, False),
+        ("limited", Overloaded, 429, True),
+        ("lost", ConnectionLost, 502, False),
+        ("slow", DeadlineExceeded, 504, False),
+        ("refuses", RequestRefused, 415, False),
+    ],
+)
+def test_grpcs_failures_are_rests(
+    kind: Any, served: tuple[str, Inference], model: str, expected: Any, status: int, *, unserved: bool
+) -> None:
+    with pytest.raises(ServingError) as caught:
+        over_grpc(kind, served[0], "predict", model, b"x", timeout=0.3 if model == "slow" else 5)
+
+    assert (type(caught.value), caught.value.status, caught.value.unserved) == (expected, status, unserved)
+
+
+@both
+def test_grpc_finds_a_server_that_comes_up_while_it_tries(kind: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(Unreachable, match=address):
+        over_grpc(kind, address, "predict", "a", b"x", timeout=5)
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    inference_pb2_grpc.add_InferenceAPIsServiceServicer_to_server(Inference(), server)
+    start = threading.Timer(0.3, lambda: (server.add_insecure_port(address), server.start()))
+    start.start()
+    try:
+        assert over_grpc(kind, address, "predict", "a", b"1", retries=6, timeout=10) == 1
+    finally:
+        start.join()
+        server.stop(None).wait()
+
+
+def test_the_kept_stubs_are_what_the_pinned_tools_make(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "stubs"
+    subprocess.run([sys.executable, script, tmp_path], check=True)
+    kept = Path(protos.__path__[0])
+
+    for fresh in sorted(tmp_path.iterdir()):
+        assert (kept / fresh.name).read_bytes() == fresh.read_bytes(), f"{fresh.name}: run scripts/stubs"
+    assert len(list(tmp_path.iterdir())) == 8
