@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import warnings
+import re
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from torchserve_dag import plain
 from torchserve_dag.messages import Failure, InputError, Photo, Text
@@ -20,6 +20,18 @@ MAX_PIXELS = 50_000_000
 """A photo with more is refused before it is decoded: 150 MB as RGB."""
 
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_TURNS: dict[Any, Image.Transpose] = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_16_BITS = ("I", "I;16", "I;16B", "I;16L")
+_FAILURE = re.compile(rb'\s*\{\s*"code"\s*:')
+_FAILURE_KEYS = {"code", "type", "message", "node", "request_id"}
 _ANY_CONTENT = {"", "application/octet-stream", "binary/octet-stream"}
 
 
@@ -75,15 +87,18 @@ def failure_in(body: bytes) -> Failure | None:
     Over gRPC TorchServe drops the status that a worker sets and delivers the body as an ordinary
     answer, so a client has to look; no message of ours begins with a `code`.
     """
-    if not body.lstrip()[:7].replace(b" ", b"").startswith(b'{"code"'):
+    if not _FAILURE.match(body):
         return None
     try:
         fields = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not {"code", "type", "message"} <= fields.keys() or not isinstance(fields["code"], int):
+    if not {"code", "type", "message"} <= fields.keys() <= _FAILURE_KEYS:
         return None
-    return Failure(fields["code"], str(fields["message"]), str(fields["type"]), fields.get("node"))
+    code, kind, message, node = fields["code"], fields["type"], fields["message"], fields.get("node")
+    if type(code) is not int or code < HTTPStatus.BAD_REQUEST or not isinstance(kind, str):
+        return None
+    return Failure(code, str(message), kind, node)
 
 
 def describe(kind: Any) -> str:
@@ -112,11 +127,8 @@ def _expect(media: str, wanted: str, kind: type) -> None:
 def _photo(body: bytes) -> Photo:
     """The first frame of an image, upright, as 8-bit RGB; transparent parts become white."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of a bomb at 90 million pixels; the limit here is lower and firm.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(body), formats=PHOTO_FORMATS)
-    except Image.DecompressionBombError:
+        image = Image.open(io.BytesIO(body), formats=PHOTO_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the limit here is lower than Pillow's
         raise InputError(
             f"The photo has too many pixels; the limit is {MAX_PIXELS:,}.", HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         ) from None
@@ -130,20 +142,28 @@ def _photo(body: bytes) -> Photo:
             f"The photo is {width:,} x {height:,} = {width * height:,} pixels; the limit is {MAX_PIXELS:,}.",
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         )
+    if image.mode == "F":
+        raise InputError(
+            "The photo's pixels are floating-point numbers, and nothing says which is white; send 8 or 16 bits.",
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        )
     try:
         image.seek(0)
         image.load()
-        return Photo(_rgb(ImageOps.exif_transpose(image)))
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        return Photo(_rgb(_upright(image)))
+    except Exception as error:  # noqa: BLE001 (broken bytes make Pillow raise struct.error, TypeError and more)
         raise InputError(f"The photo is damaged and cannot be decoded: {error}.") from None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose copies what is upright already, and fails where it cannot write the EXIF again.
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode in {"I", "I;16", "I;16B", "I;16L", "F"}:  # 16 bits a pixel: Pillow's own conversion clips at 255
-        scaled = image.convert("F") if image.mode == "F" else image.convert("I")
-        return scaled.point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
+    if image.mode in _16_BITS:  # Pillow's own conversion clips at 255; its `point` cuts off, so half is added
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -152,7 +172,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _text(body: bytes, media: str) -> Text:
-    if media in {"application/json"}:
+    if media == "application/json":
         return _plain(Text, body)
     if media not in _ANY_CONTENT and not media.startswith("text/"):
         _expect(media, "text/", Text)
@@ -166,7 +186,7 @@ def _anything(body: bytes, media: str) -> Any:
     """What TorchServe hands a handler: JSON decoded where it is declared, else the bytes."""
     if media == "application/json":
         try:
-            return json.loads(body)
+            return _json(body)
         except (ValueError, RecursionError) as error:
             raise InputError(f"The body is not valid JSON: {error}.") from None
     return bytes(body)
@@ -174,10 +194,22 @@ def _anything(body: bytes, media: str) -> Any:
 
 def _plain(kind: type[T], body: bytes) -> T:
     try:
-        data = json.loads(body)
+        data = _json(body)
     except (ValueError, RecursionError) as error:
         raise InputError(f"The body is not valid JSON: {error}; send {describe(kind)}.") from None
     try:
         return plain.build(kind, data)
     except plain.WrongDataError as error:
         raise InputError(f"The JSON does not fit: {error}.", HTTPStatus.UNPROCESSABLE_ENTITY) from None
+
+
+def _json(body: bytes) -> Any:
+    """What strict JSON holds. Python's own reader takes NaN and half a surrogate pair, which no answer could repeat."""
+    data = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)
+    if b"\\u" in body:
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

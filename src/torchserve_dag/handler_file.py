@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchserve_dag.placement import Precision
+from torchserve_dag.plain import WrongFieldError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*\Z")
@@ -40,7 +41,7 @@ class Card:
     def __post_init__(self) -> None:
         for name in ("does", "input", "output", "limits"):
             if not getattr(self, name).strip():
-                raise ValueError(f'"{name}" is empty; write a sentence')
+                raise WrongFieldError("it is empty; write a sentence", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,10 @@ class Serve:
 def check_name_and_version(name: str, version: str) -> None:
     """Raises ValueError."""
     if not NAME.match(name):
-        raise ValueError(f'"{name}" is not a name; write lower-case letters, digits and underscores, a letter first')
+        what = f'"{name}" is not a name; write lower-case letters, digits and underscores, a letter first'
+        raise WrongFieldError(what, "name")
     if not VERSION.match(version):
-        raise ValueError(f'"{version}" is not a version; write numbers with dots, like "1.0"')
+        raise WrongFieldError(f'"{version}" is not a version; write numbers with dots, like "1.0"', "version")
 
 
 @dataclass(frozen=True, slots=True)

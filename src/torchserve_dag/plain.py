@@ -39,6 +39,14 @@ class WrongDataError(Exception):
         super().__init__("; ".join(f"{dotted(w.path)}: {w.what}" if w.path else w.what for w in wrongs))
 
 
+class WrongFieldError(ValueError):
+    """Raised in a dataclass's `__post_init__`: the value of the field at `path` is wrong."""
+
+    def __init__(self, what: str, *path: str | int) -> None:
+        super().__init__(what)
+        self.path = path
+
+
 def dotted(path: Path) -> str:
     """`("nodes", "a", 0)` → `nodes.a[0]`."""
     text = ""
@@ -84,16 +92,17 @@ def field_types(kind: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
+_NAMES = {None: "nothing", type(None): "nothing", Any: "anything", ...: "..."}
+
+
 def is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in {Union, types.UnionType}
 
 
 def name_of(kind: Any) -> str:
     """A type as a person writes it: `list[Photo | Skipped]`."""
-    if kind is None or kind is type(None):
-        return "nothing"
-    if kind is Any:
-        return "anything"
+    if kind in _NAMES:
+        return _NAMES[kind]
     if is_union(kind):
         return " | ".join(name_of(part) for part in typing.get_args(kind))
     origin = typing.get_origin(kind)
@@ -104,7 +113,7 @@ def name_of(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def _build(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:  # noqa: PLR0911 (one return a kind of type)
+def _build(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:  # noqa: C901, PLR0911 (one return a kind)
     if kind is Any:
         return data
     if is_union(kind):
@@ -123,8 +132,18 @@ def _build(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:  # noq
     if origin is dict:
         if not isinstance(data, Mapping):
             return _refuse(kind, data, path, wrongs)
-        _, item = typing.get_args(kind)
+        name, item = typing.get_args(kind)
+        if name is str:  # YAML reads `on:` as the key True, and `1:` as a number
+            wrongs.extend(
+                Wrong((*path, key), f"the key {key} is not text", "put it in quotes", at_key=True)
+                for key in data
+                if not isinstance(key, str)
+            )
         return {key: _build(item, part, (*path, key), wrongs) for key, part in data.items()}
+    if origin is tuple:
+        return _build_tuple(kind, data, path, wrongs)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return _build_enum(kind, data, path, wrongs)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, data, path, wrongs)  # type: ignore[arg-type]
     return _build_scalar(kind, data, path, wrongs)
@@ -145,6 +164,25 @@ def _build_union(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
             best = best or found
     wrongs.extend(best or [Wrong(path, _expected(kind, data))])
     return None
+
+
+def _build_tuple(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
+    if not isinstance(data, list | tuple):
+        return _refuse(kind, data, path, wrongs)
+    items = typing.get_args(kind)
+    if items[1:] == (...,):
+        items = items[:1] * len(data)
+    if len(items) != len(data):
+        wrongs.append(Wrong(path, f"expected {len(items)} items, not {len(data)}"))
+        return None
+    return tuple(_build(item, part, (*path, i), wrongs) for i, (item, part) in enumerate(zip(items, data, strict=True)))
+
+
+def _build_enum(kind: type[enum.Enum], data: Any, path: Path, wrongs: list[Wrong]) -> Any:
+    for member in kind:
+        if type(member.value) is type(data) and member.value == data:
+            return member
+    return _refuse(kind, data, path, wrongs)
 
 
 def _build_dataclass(kind: type, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
@@ -168,19 +206,23 @@ def _build_dataclass(kind: type, data: Any, path: Path, wrongs: list[Wrong]) -> 
     try:
         return kind(**values)
     except ValueError as error:  # a dataclass's own __post_init__ says no
-        wrongs.append(Wrong(path, str(error)))
+        where = error.path if isinstance(error, WrongFieldError) else ()
+        wrongs.append(Wrong((*path, *where), str(error)))
         return None
 
 
 def _build_scalar(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            return _refuse(kind, data, path, wrongs)
     if isinstance(data, bool) and kind is not bool:
         return _refuse(kind, data, path, wrongs)
     if isinstance(kind, type) and isinstance(data, kind):
         return data
     if kind is str and isinstance(data, int | float):
-        wrongs.append(Wrong(path, f"{data} is a number where text is meant", f'write "{data}" in quotes'))
+        wrongs.append(Wrong(path, f"{data} is a number where text is meant", "put it in quotes"))
         return None
     return _refuse(kind, data, path, wrongs)
 
@@ -192,6 +234,7 @@ _WORDS = {
     bool: "true or false",
     dict: "a mapping",
     list: "a list",
+    tuple: "a list",
 }
 
 
@@ -200,6 +243,8 @@ def _expected(kind: Any, data: Any) -> str:
     shown = shown if len(shown) <= 60 else shown[:57] + "..."  # noqa: PLR2004
     origin = typing.get_origin(kind)
     word = "a mapping" if dataclasses.is_dataclass(kind) else _WORDS.get(origin or kind) or name_of(kind)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        word += f" ({', '.join(repr(member.value) for member in kind)})"
     return f"expected {word}, not {shown}"
 
 

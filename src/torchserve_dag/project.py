@@ -127,7 +127,8 @@ def import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         del sys.modules[name]
-        raise CheckError([Problem(str(path), error.lineno or 1, f"not valid Python: {error.msg}")]) from None
+        file = error.filename or str(path)  # it may be in what the file imports
+        raise CheckError([Problem(file, error.lineno or 1, f"not valid Python: {error.msg}")]) from None
     except Exception as error:
         del sys.modules[name]
         line = _line_in(error, path)
@@ -138,7 +139,7 @@ def import_file(path: Path) -> ModuleType:
 def _line_in(error: Exception, path: Path) -> int:
     line, trace = 1, error.__traceback__
     while trace:
-        if trace.tb_frame.f_code.co_filename == str(path):
+        if trace.tb_frame.f_code.co_filename == str(path.absolute()):
             line = trace.tb_lineno
         trace = trace.tb_next
     return line

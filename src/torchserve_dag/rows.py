@@ -10,12 +10,15 @@ import inspect
 import io
 import json
 import logging
+import shutil
 import sys
 import tempfile
 import threading
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 import yaml
 
+from torchserve_dag import codec
 from torchserve_dag.messages import Failure
 from torchserve_dag.project import import_file
 
@@ -93,7 +97,10 @@ class RowsRunner:
         context = Context(name, folder, gpu, batch)
         file, _, function = str(context.manifest["model"]["handler"]).partition(":")
         with _importable(folder):
-            module = import_file(folder / f"{file.removesuffix('.py')}.py")
+            path = folder / f"{file.removesuffix('.py')}.py"
+            if not path.is_file():
+                raise RuntimeError(f"{archive.name}: it holds no {path.name}; write a handler of your own into it")
+            module = import_file(path)
             if hasattr(module, function or "handle"):
                 handle: Handle = getattr(module, function or "handle")
                 handle(None, context)
@@ -104,7 +111,9 @@ class RowsRunner:
                 handler: Any = classes[0]()
                 handler.initialize(context)
                 handle = handler.handle
-        return cls(name, handle, context, retries)
+        runner = cls(name, handle, context, retries)
+        weakref.finalize(runner, shutil.rmtree, folder, ignore_errors=True)
+        return runner
 
     def __call__(self, rows: Sequence[Any]) -> list[Any]:
         with self._one_at_a_time:
@@ -114,21 +123,24 @@ class RowsRunner:
         self.context.statuses.clear()
         try:
             answers = self.handle(rows, self.context)
-        except Exception:
-            if len(rows) > 1:  # TorchServe would fail them all; here each is tried alone
-                return [answer for row in rows for answer in self._run([row], retries)]
-            if retries > 0:
-                return self._run(rows, retries - 1)
+            if isinstance(answers, list) and len(answers) == len(rows):
+                return [self._answer(i, answer) for i, answer in enumerate(answers)]
+            what = f"must answer with a list as long as its batch, {len(rows)}"
+        except (Exception, SystemExit):
             logger.exception("%s raised", self.name)
-            return [self._failure("failed; the log says why")]
-        if not isinstance(answers, list) or len(answers) != len(rows):
-            return [self._failure(f"must answer with a list as long as its batch, {len(rows)}")] * len(rows)
-        return [
-            Failure(status, _said(answer), "HandlerError", self.name)
-            if (status := self.context.statuses.get(i, 200)) >= HTTPStatus.BAD_REQUEST
-            else as_bytes(answer)
-            for i, answer in enumerate(answers)
-        ]
+            what = "failed; the log says why"
+        if len(rows) > 1:  # TorchServe would fail them all; here each is tried alone
+            return [answer for row in rows for answer in self._run([row], retries)]
+        if retries > 0:
+            return self._run(rows, retries - 1)
+        return [self._failure(what)]
+
+    def _answer(self, index: int, answer: Any) -> bytes | Failure:
+        status = self.context.statuses.get(index, HTTPStatus.OK)
+        if status >= HTTPStatus.BAD_REQUEST:
+            ours = codec.failure_in(as_bytes(answer))  # an archive of ours says it in full
+            return replace(ours, node=self.name) if ours else Failure(status, _said(answer), "HandlerError", self.name)
+        return as_bytes(answer)
 
     def _failure(self, what: str) -> Failure:
         return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self.name} {what}.", "HandlerError", self.name)
@@ -158,9 +170,17 @@ def _said(answer: Any) -> str:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """TorchServe puts a model's folder on the path, so its files import each other by their bare names."""
+    """TorchServe puts a model's folder on the path, so its files import each other by their bare names.
+
+    There each model has a process of its own; here the next archive's `model.py` must not be this one's.
+    """
+    before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).parent == folder and Path(file).stem == name:
+                del sys.modules[name]

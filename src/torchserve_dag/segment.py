@@ -7,10 +7,13 @@ far; functions run again wherever they are read. A failure travels in the envelo
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import json
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torchserve_dag import codec, plain
 from torchserve_dag.engine.graph import Graph
@@ -18,7 +21,8 @@ from torchserve_dag.messages import Failure
 
 _MAGIC = b"TSDAG1\n"
 REQUEST_PART = "request"
-FAILURE_PART = "failure"
+ABOUT_PART = "!about"  # no node can have a name like this or the next
+FAILURE_PART = "!failure"
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,10 @@ class Segment:
 
 
 def unseal(row: Mapping[str, Any]) -> dict[str, bytes]:
-    """The parts that a node's row holds: one envelope a parent, or the client's own body at the start."""
+    """The parts that the row of a node with parents holds: one envelope a parent."""
     parts: dict[str, bytes] = {}
-    for value in row.values():
-        body = bytes(value) if isinstance(value, bytes | bytearray) else json.dumps(value).encode()
-        parts |= unpack(body) if body.startswith(_MAGIC) else {REQUEST_PART: body}
+    for envelope in row.values():
+        parts |= unpack(bytes(envelope))
     return parts
 
 
@@ -87,7 +90,7 @@ def segments(graph: Graph) -> dict[str, Segment]:
     if len(starts) > 1:
         raise ValueError(f"it starts with several models ({', '.join(starts)}), and TorchServe's engine wants one")
     for name in models:
-        if "Photo" in plain.name_of(graph.nodes[name].result):
+        if not _fits_json(graph.nodes[name].result, frozenset()):
             raise ValueError(f"{name} gives {plain.name_of(graph.nodes[name].result)}, which does not fit an envelope")
     ends = [name for name in models if not any(name in before for before in models.values())]
     if len(ends) > 1:
@@ -102,6 +105,22 @@ def parents(found: Mapping[str, Segment], name: str) -> list[str]:
     """The segments whose envelopes a segment needs: those known to it and to no other that is known to it."""
     known = found[name].known
     return [one for one in found if one in known and not any(one in found[other].known for other in known)]
+
+
+def _fits_json(kind: Any, inside: frozenset[type]) -> bool:
+    """Whether JSON brings a value of this type back as it was. `inside`: the dataclasses around it."""
+    if kind in {Any, str, int, float, bool, None, type(None)} or kind in inside:
+        return True
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return True
+    if origin is dict and parts[0] is not str:
+        return False
+    if origin in {list, tuple, dict} or plain.is_union(kind):
+        return all(_fits_json(part, inside) for part in parts if part is not ...)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return all(_fits_json(part, inside | {kind}) for part in plain.field_types(kind).values())
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
 
 
 def _models_before(graph: Graph, name: str) -> frozenset[str]:

@@ -11,7 +11,9 @@ import logging
 import os
 import threading
 from concurrent.futures import Future
+from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import responses
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from torchserve_dag.engine.graph import Graph
 from torchserve_dag.engine.workflow import Workflow, read_graph
 from torchserve_dag.messages import Failure
 from torchserve_dag.project import Project
-from torchserve_dag.segment import FAILURE_PART, REQUEST_PART, segments, unseal
+from torchserve_dag.segment import ABOUT_PART, FAILURE_PART, REQUEST_PART, segments, unseal
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ MAX_ANSWER_BYTES = 6_553_500
 
 BODY_KEYS = ("body", "data")
 """Where a request's body is: TorchServe calls a raw body `body`; its clients call a form's part `data`."""
+
+
+_CANNOT_BE_WRITTEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The answer cannot be written.", "InternalError")
 
 
 class Context(Protocol):
@@ -42,6 +47,15 @@ class Context(Protocol):
     def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None: ...
     def set_response_content_type(self, idx: int, value: str) -> None: ...
     def set_response_header(self, idx: int, key: str, value: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Incoming:
+    """What a client sent."""
+
+    body: bytes
+    content_type: str | None
+    parameters: dict[str, str]
 
 
 class Service:
@@ -59,17 +73,16 @@ class Service:
 
     def answer(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
         """One body a row. Every request of the batch is inside the workflow before the first is awaited."""
-        for i in range(len(rows)):
-            if not context.get_request_header(i, "explain"):  # which TorchServe adds to every REST request
-                # StreamPredictions ends the worker that gives it a whole answer without this.
-                context.set_response_header(i, "ts_stream_next", "false")
-        futures = [self._submit(i, row, context) for i, row in enumerate(rows)]
+        futures = [self._submit(_incoming(i, row, context), context.get_request_id(i)) for i, row in enumerate(rows)]
         bodies = [self._body(i, future, context) for i, future in enumerate(futures)]
+        self._end_if_stuck()
+        return bodies
+
+    def _end_if_stuck(self) -> None:
         if self.workflow.engine.stuck():
             # A thread that hangs in a model cannot be ended; its process can, and TorchServe starts another.
             logger.error("a node of %s hangs: this worker ends", self.workflow.graph.name)
             threading.Timer(1.0, os._exit, (70,)).start()
-        return bodies
 
     def _patience(self) -> float:
         return self.workflow.graph.serve.timeout_s + 5
@@ -77,20 +90,9 @@ class Service:
     def describe(self) -> bytes:
         return json.dumps(self.build).encode()
 
-    def _submit(self, index: int, row: dict[str, Any], context: Context) -> Future[Any]:
-        key = next((k for k in BODY_KEYS if k in row), None)
-        if key is None and len(row) == 1:  # a gRPC client may call its one input as it likes
-            key = next(iter(row))
-        body = row.get(key, b"") if key else b""
-        # A part's own type comes under its name, the request's under its header.
-        part = context.get_request_header(index, key) if key else None
-        content_type = part.get("content-type") if isinstance(part, dict) else None
-        parameters = {k: _text(v) for k, v in row.items() if k != key}
+    def _submit(self, one: _Incoming, request_id: str | None, known: dict[str, Any] | None = None) -> Future[Any]:
         return self.workflow.submit(
-            body if isinstance(body, bytes | bytearray) else json.dumps(body).encode(),
-            parameters,
-            content_type=content_type,
-            request_id=context.get_request_id(index),
+            one.body, one.parameters, content_type=one.content_type, request_id=request_id, known=known
         )
 
     def _body(self, index: int, future: Future[Any], context: Context) -> bytes:
@@ -101,17 +103,13 @@ class Service:
                 body, content_type = codec.encode(answer)
             except (TypeError, ValueError):
                 logger.exception("request %s: the answer cannot be written", context.get_request_id(index))
-                answer = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The answer cannot be written.", "InternalError")
+                answer = _CANNOT_BE_WRITTEN
             else:
                 if len(body) <= MAX_ANSWER_BYTES:
                     context.set_response_content_type(index, content_type)
                     return body
-                answer = Failure(
-                    HTTPStatus.INTERNAL_SERVER_ERROR,
-                    f"The answer is {len(body):,} bytes; the limit is {MAX_ANSWER_BYTES:,}.",
-                    "AnswerTooLarge",
-                )
-        context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, index)
+                answer = _too_large(len(body))
+        context.set_response_status(answer.status, responses.get(answer.status, "Failed"), index)
         context.set_response_content_type(index, "application/json")
         return json.dumps(codec.failure_fields(answer, context.get_request_id(index))).encode()
 
@@ -124,39 +122,75 @@ class SegmentService(Service):
         return self.segment.part()
 
     def answer(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
-        envelopes = [unseal(row) for row in rows]
+        envelopes = [self._opened(i, row, context) for i, row in enumerate(rows)]
         futures = [
             None
             if FAILURE_PART in parts
-            else self.workflow.submit(
-                parts[REQUEST_PART], request_id=context.get_request_id(i), known=self.segment.known_results(parts)
-            )
+            else self._submit(_from_parts(parts), context.get_request_id(i), self.segment.known_results(parts))
             for i, parts in enumerate(envelopes)
         ]
-        return [
-            self.segment.seal(
-                parts, future.result(self._patience()) if future else codec.failure_in(parts[FAILURE_PART])
-            )
+        bodies = [
+            self._sealed(parts, future.result(self._patience()) if future else codec.failure_in(parts[FAILURE_PART]))
             for parts, future in zip(envelopes, futures, strict=True)
         ]
+        self._end_if_stuck()
+        return bodies
+
+    def _opened(self, index: int, row: dict[str, Any], context: Context) -> dict[str, bytes]:
+        if self.segment.known:
+            return unseal(row)
+        one = _incoming(index, row, context)  # the client's own, whatever it looks like
+        return {REQUEST_PART: one.body, ABOUT_PART: json.dumps([one.content_type, one.parameters]).encode()}
+
+    def _sealed(self, parts: dict[str, bytes], result: Any) -> bytes:
+        try:
+            body = self.segment.seal(parts, result)
+        except (TypeError, ValueError):
+            logger.exception("the result of %s cannot be written", self.segment.node)
+            return self.segment.seal(parts, _CANNOT_BE_WRITTEN)
+        return body if len(body) <= MAX_ANSWER_BYTES else self.segment.seal(parts, _too_large(len(body)))
 
 
-_service: Service | None = None
+def _too_large(size: int) -> Failure:
+    message = f"The answer is {size:,} bytes; the limit is {MAX_ANSWER_BYTES:,}."
+    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "AnswerTooLarge")
+
+
+_services: dict[Path, Service] = {}
+"""By folder: a worker serves one archive, and an archive may hold others of ours as its nodes."""
 
 
 def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
     """TorchServe's entry point. It calls it once with no rows, to load."""
-    global _service  # noqa: PLW0603 (TorchServe's entry point is a function: the worker's model lives in the module)
-    if _service is None:
-        folder = Path(context.system_properties["model_dir"])
+    folder = Path(context.system_properties["model_dir"])
+    service = _services.get(folder)
+    if service is None:
         segment = "segment" in json.loads((folder / "build.json").read_text("utf-8"))
         kind = SegmentService if segment else Service
-        _service = kind(folder, context.system_properties.get("gpu_id"))
+        service = _services[folder] = kind(folder, context.system_properties.get("gpu_id"))
     if rows is None:
         return []
     if rows and context.get_request_header(0, "describe") == "True":
-        return [_service.describe() for _ in rows]
-    return _service.answer(rows, context)
+        return [service.describe() for _ in rows]
+    return service.answer(rows, context)
+
+
+def _incoming(index: int, row: dict[str, Any], context: Context) -> _Incoming:
+    key = next((k for k in BODY_KEYS if k in row), None)
+    if key is None and len(row) == 1:  # a gRPC client may call its one input as it likes
+        key = next(iter(row))
+    body = row.get(key, b"") if key else b""
+    # A part's own type comes under its name, the request's under its header.
+    part = context.get_request_header(index, key) if key else None
+    return _Incoming(
+        bytes(body) if isinstance(body, bytes | bytearray) else json.dumps(body).encode(),
+        part.get("content-type") if isinstance(part, dict) else None,
+        {k: _text(v) for k, v in row.items() if k != key},
+    )
+
+
+def _from_parts(parts: dict[str, bytes]) -> _Incoming:
+    return _Incoming(parts[REQUEST_PART], *json.loads(parts[ABOUT_PART]))
 
 
 def _text(value: Any) -> str:

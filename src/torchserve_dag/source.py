@@ -83,8 +83,12 @@ def read_plain(path: Path) -> tuple[Any, dict[plain.Path, int]]:
         return yaml.safe_load(text), lines
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error)
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise CheckError([Problem(str(path), mark.line + 1 if mark else 1, f"not valid YAML: {what}")]) from None
+    except ValueError as error:  # a date or a number that is none
+        raise CheckError([Problem(str(path), 1, f"not valid YAML: {error}")]) from None
+    except RecursionError:
+        raise CheckError([Problem(str(path), 1, "it contains itself, or is nested too deeply")]) from None
 
 
 def _sentence(wrong: plain.Wrong) -> str:
@@ -95,9 +99,9 @@ def _sentence(wrong: plain.Wrong) -> str:
 def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repeats: list[Problem], file: str) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
+        seen: set[Any] = set()
         for key, value in node.value:
-            name = str(key.value)
+            name = _key(key)
             line = key.start_mark.line + 1
             if name in seen:  # YAML keeps the last one silently
                 repeats.append(Problem(file, line, f'"{name}" is written twice', "keep one"))
@@ -107,3 +111,8 @@ def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repe
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             _lines(value, (*path, i), lines, repeats, file)
+
+
+def _key(node: yaml.Node) -> Any:
+    """A mapping's key as the data has it: `on:` is True there."""
+    return yaml.SafeLoader("").construct_object(node) if isinstance(node, yaml.ScalarNode) else str(node.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from http import HTTPStatus
 from typing import Any
@@ -84,7 +84,12 @@ class Stages:
                 except BaseException as error:  # noqa: BLE001 (the waiting caller must hear of whatever it is)
                     end.set_exception(error)
 
-            self._threads[stage].submit(run)
+            try:
+                job = self._threads[stage].submit(run)
+            except RuntimeError:  # closed meanwhile
+                end.cancel()
+            else:
+                job.add_done_callback(lambda job: end.cancel() if job.cancelled() else None)
 
         for piece, end in zip(pieces, ends, strict=True):
 
@@ -96,18 +101,23 @@ class Stages:
 
             then("preprocess", lambda piece=piece: self._preprocess(piece), infer, end)  # type: ignore[misc]
 
-        answers: list[Any] = []
-        for piece, end in zip(pieces, ends, strict=True):
-            try:
-                answers += end.result(max(0.0, deadline - time.monotonic()))
-            except FutureTimeoutError:
-                late = Failure(
-                    HTTPStatus.GATEWAY_TIMEOUT, f"{self.name} took longer than {self.timeout_s:g} s.", "Timeout"
-                )
-                answers += [late] * len(piece)
-            except Exception as error:  # noqa: BLE001
-                answers += [self._surprise("a stage", error)] * len(piece)
-        return answers
+        return [
+            answer
+            for piece, end in zip(pieces, ends, strict=True)
+            for answer in self._awaited(end, len(piece), deadline)
+        ]
+
+    def _awaited(self, end: Future[Piece], size: int, deadline: float) -> Piece:
+        """A piece's answers; where they do not come by the deadline, as many failures."""
+        try:
+            return end.result(max(0.0, deadline - time.monotonic()))
+        except FutureTimeoutError:
+            message = f"{self.name} took longer than {self.timeout_s:g} s."
+            return [Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout")] * size
+        except CancelledError:
+            return [Failure(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.name} is closing.", "Overloaded")] * size
+        except Exception as error:  # noqa: BLE001
+            return [self._surprise("a stage", error)] * size
 
     def _preprocess(self, items: Piece) -> Piece:
         return [self._one("preprocess", self.handler.preprocess, item) for item in items]
@@ -123,7 +133,7 @@ class Stages:
     def _infer_alive(self, batch: Piece) -> Piece:
         try:
             outputs = list(self.handler.infer(batch))
-        except Exception as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             if len(batch) == 1:
                 return [self._failure("infer", error)]
             return [output for value in batch for output in self._infer_alive([value])]
@@ -145,14 +155,14 @@ class Stages:
     def _one(self, stage: str, function: Callable[..., Any], *values: Any) -> Any:
         try:
             return function(*values)
-        except Exception as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (a library may call sys.exit, which would end a lane)
             return self._failure(stage, error)
 
-    def _failure(self, stage: str, error: Exception) -> Failure:
+    def _failure(self, stage: str, error: BaseException) -> Failure:
         if isinstance(error, InputError):
             return Failure(error.status, error.message)
         return self._surprise(stage, error)
 
-    def _surprise(self, stage: str, error: Exception) -> Failure:
+    def _surprise(self, stage: str, error: BaseException) -> Failure:
         logger.error("%s: %s raised", self.name, stage, exc_info=error)
         return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self.name} failed in {stage}.", "HandlerError")

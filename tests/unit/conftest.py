@@ -6,7 +6,13 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile(  # a busy machine is slow, and that is no failure
+    "unit", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("unit")
 
 CARD = """
 card:
@@ -84,3 +90,37 @@ def write(project: Path) -> Write:
         return project / "workflows" / "flow.yaml"
 
     return write_workflow
+
+
+Mar = Callable[..., Path]
+
+
+@pytest.fixture
+def mar(project: Path, monkeypatch: pytest.MonkeyPatch) -> Mar:
+    """Makes `model_store/NAME.mar` with TorchServe's own archiver, of a handler's code and other files."""
+    from model_archiver.model_archiver_config import ModelArchiverConfig
+    from model_archiver.model_packaging import package_model
+    from model_archiver.model_packaging_utils import ModelExportUtils
+
+    def make(name: str, code: str, *, more: dict[str, str | bytes] | None = None, **settings: str) -> Path:
+        sources, store, private = project / f"{name}-sources", project / "model_store", project / f"{name}-tmp"
+        for folder in (sources, store, private):
+            folder.mkdir(exist_ok=True)
+        monkeypatch.setattr("tempfile.tempdir", str(private))  # the archiver deletes $TMPDIR/NAME before it starts
+        (sources / "handler.py").write_text(textwrap.dedent(code))
+        for file, content in (more or {}).items():
+            (sources / file).write_bytes(content if isinstance(content, bytes) else textwrap.dedent(content).encode())
+        extra = [str(sources / file) for file in more or {} if file not in settings.values()]
+        config = ModelArchiverConfig(
+            model_name=name,
+            version="1.0",
+            handler=str(sources / "handler.py"),
+            extra_files=",".join(extra) or None,
+            export_path=str(store),
+            **{key: str(sources / file) for key, file in settings.items()},
+        )
+        package_model(config, ModelExportUtils.generate_manifest_json(config))
+        monkeypatch.undo()
+        return store / f"{name}.mar"
+
+    return make

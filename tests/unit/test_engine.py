@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Write
 
+from tests.unit.conftest import Write
 from torchserve_dag.engine.workflow import Workflow
 from torchserve_dag.messages import Failure, Skipped, Text
 

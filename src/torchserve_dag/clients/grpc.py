@@ -40,6 +40,7 @@ from torchserve_dag.torchserve.protos.management_pb2_grpc import ManagementAPIsS
 INFERENCE = "127.0.0.1:7070"
 MANAGEMENT = "127.0.0.1:7071"
 OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # a proxy that is set for the web is not the way to a model server
     ("grpc.max_receive_message_length", -1),  # the server's limit holds, not grpc's 4 MB
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),  # by default a retry within a second finds the last failure again

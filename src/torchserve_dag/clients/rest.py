@@ -18,6 +18,7 @@ from torchserve_dag.clients.tokens import bearer
 INFERENCE = "http://127.0.0.1:8080"
 MANAGEMENT = "http://127.0.0.1:8081"
 LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=256)
+# trust_env=False below: a proxy that is set for the web is not the way to a model server.
 
 
 class _Port(NamedTuple):
@@ -69,7 +70,7 @@ class RestClient(Client):
     ) -> None:
         super().__init__(timeout, retries)
         self._ports = _Ports(inference, management, token, management_token)
-        self._http = httpx.Client(transport=transport, limits=LIMITS)
+        self._http = httpx.Client(transport=transport, limits=LIMITS, trust_env=False)
 
     def close(self) -> None:
         self._http.close()
@@ -107,7 +108,7 @@ class AsyncRestClient(AsyncClient):
     ) -> None:
         super().__init__(timeout, retries)
         self._ports = _Ports(inference, management, token, management_token)
-        self._http = httpx.AsyncClient(transport=transport, limits=LIMITS)
+        self._http = httpx.AsyncClient(transport=transport, limits=LIMITS, trust_env=False)
 
     async def close(self) -> None:
         await self._http.aclose()

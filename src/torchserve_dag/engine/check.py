@@ -13,7 +13,7 @@ from typing import Any
 from torchserve_dag import plain, source
 from torchserve_dag.engine.expression import Expression, ExpressionError, compile_expression, names_in
 from torchserve_dag.engine.graph import REQUEST, Graph, Node
-from torchserve_dag.engine.types import fits, without
+from torchserve_dag.engine.types import fits, includes, without
 from torchserve_dag.engine.workflow_file import NodeFile, WorkflowFile
 from torchserve_dag.handler import types_of
 from torchserve_dag.handler_file import HandlerFile
@@ -85,7 +85,9 @@ class _Check:
         return self.source.path.parent / self.file.code_file
 
     def _code(self, name: str, node: NodeFile, functions_path: Path | None) -> _Code | None:
-        return self._handler(name, node) if node.handler else self._function(name, str(node.function), functions_path)
+        if node.handler is not None:
+            return self._handler(name, node)
+        return self._function(name, str(node.function), functions_path)
 
     def _handler(self, name: str, node: NodeFile) -> _Code | None:
         reference = str(node.handler)
@@ -120,16 +122,30 @@ class _Check:
                 (name, "function"), f'{path} has no function "{function}"', plain.did_you_mean(function, known)
             )
             return None
-        hints = typing.get_type_hints(found)
-        parameters = inspect.signature(found).parameters
+        return self._signature(name, found)
+
+    def _signature(self, name: str, function: Callable[..., Any]) -> _Code | None:
+        called, path = function.__name__, (name, "function")
+        try:
+            hints = typing.get_type_hints(function)
+        except (NameError, TypeError) as error:
+            self._problem(path, f"the annotations of {called}: {error}")
+            return None
+        parameters = inspect.signature(function).parameters
+        before = len(self.problems)
+        if inspect.iscoroutinefunction(function):
+            self._problem(path, f"{called} is a coroutine", "write def, without async")
+        for one in parameters.values():
+            if one.kind not in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}:
+                what = f"{called}'s parameter {one.name} cannot be given by its name"
+                self._problem(path, what, "write it without * and /")
         untyped = [p for p in (*parameters, "return") if p not in hints]
         if untyped:
-            self._problem(
-                (name, "function"), f"{function} does not say the type of {', '.join(untyped)}", "annotate it"
-            )
+            self._problem(path, f"{called} does not say the type of {', '.join(untyped)}", "annotate it")
+        if len(self.problems) > before:
             return None
         optional = frozenset(p for p, v in parameters.items() if v.default is not inspect.Parameter.empty)
-        return _Code({p: hints[p] for p in parameters}, optional, hints["return"], function=found)
+        return _Code({p: hints[p] for p in parameters}, optional, hints["return"], function=function)
 
     def _inputs(self, name: str, node: NodeFile, code: _Code) -> dict[str, str]:
         """Each parameter's expression, as text."""
@@ -143,7 +159,10 @@ class _Check:
         wanted = [p for p in code.takes if p not in code.optional] or list(code.takes)[:1]
         if len(wanted) != 1:
             listed = ", ".join(code.takes)
-            self._problem((name,), f"{node.function} takes {listed}", "say what each gets, under inputs")
+            if listed:
+                self._problem((name,), f"{node.function} takes {listed}", "say what each gets, under inputs")
+            else:
+                self._problem((name, "function"), f"{node.function} takes nothing", "give it a parameter")
             return {}
         return {wanted[0]: node.input or ("item" if node.each else REQUEST)}
 
@@ -261,10 +280,11 @@ class _Check:
                 return None
             kind = without(each.type, Skipped)
             if typing.get_origin(kind) is not list:
-                self._problem((name, "each"), f'"{file.each}" is {plain.name_of(kind)}, where a list is meant')
+                hint = "say what is in it, like list[str]" if kind is list else ""
+                self._problem((name, "each"), f'"{file.each}" is {plain.name_of(kind)}, where a list is meant', hint)
                 return None
             here["item"] = typing.get_args(kind)[0]
-            may_skip = may_skip or fits(Skipped, here["item"])
+            may_skip = may_skip or includes(here["item"], Skipped)
         when = self._expression((name, "when"), file.when, here) if file.when is not None else None
         if when is not None and when.type is not bool:
             self._problem((name, "when"), f'"{file.when}" is {plain.name_of(when.type)}, where true or false is meant')
@@ -279,7 +299,7 @@ class _Check:
             want = code.takes[parameter]
             if fits(Skipped, want) and want is not Any:
                 sees_skipped.add(parameter)
-            elif value.type is not Any and fits(Skipped, value.type):
+            elif includes(value.type, Skipped):
                 may_skip = True
             self._edge(path, text, value.type, want)
         if len(self.problems) > problems:
@@ -293,7 +313,7 @@ class _Check:
             when=when,
             sees_skipped=frozenset(sees_skipped),
             result=_result(each, gives),
-            needs=needs,
+            needs=needs or frozenset({REQUEST}),  # what reads only parameters begins with the request
             depth=1 + max((before[need].depth for need in needs if need != REQUEST), default=0),
             handler=code.handler,
             function=code.function,
@@ -321,4 +341,4 @@ def _result(each: Expression | None, gives: Any) -> Any:
     if each is None:
         return gives
     # A list that is itself skipped (its node's `when` said no) skips the whole node.
-    return list[gives] | Skipped if fits(Skipped, each.type) else list[gives]
+    return list[gives] | Skipped if includes(each.type, Skipped) else list[gives]

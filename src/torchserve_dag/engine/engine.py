@@ -265,7 +265,7 @@ class Engine:
             if len(answers) == len(items):
                 return answers
             logger.error("%s gave %d answers for %d items", station.name, len(answers), len(items))
-        except Exception:
+        except (Exception, SystemExit):  # a lane must not end, whatever a library does
             logger.exception("%s raised; requests %s", station.name, ", ".join(item.request.id for item in items))
         return [internal_error(station.name)] * len(items)
 
@@ -408,7 +408,7 @@ def _call(function: Callable[..., Any], item: Any) -> Any:
         return function(**item) if isinstance(item, dict) else function(item)
     except InputError as error:
         return Failure(error.status, error.message)
-    except Exception:
+    except (Exception, SystemExit):
         name = getattr(function, "__name__", "a function")
         logger.exception("%s raised", name)
         return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why.", "InternalError")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchserve_dag import plain
-from torchserve_dag.engine.types import fits
+from torchserve_dag.engine.types import fits, without
 from torchserve_dag.messages import Skipped
 
 Values = Mapping[str, Any]
@@ -49,25 +49,40 @@ _COMPARE: dict[type[ast.cmpop], tuple[str, Callable[[Any, Any], bool]]] = {
     ast.Eq: ("==", operator.eq),
     ast.NotEq: ("!=", operator.ne),
 }
+_MAX_LENGTH, _MAX_DEPTH = 1_000, 30
 _GRAMMAR = "write paths like detect.objects, comparisons, and, or, not, len(...)"
 
 
 def names_in(text: str) -> frozenset[str]:
     """The names that an expression begins its paths with. Raises ExpressionError."""
-    return frozenset(n.id for n in ast.walk(_parse(text)) if isinstance(n, ast.Name) and n.id != "len")
+    nodes = list(ast.walk(_parse(text)))
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return frozenset(node.id for node in nodes if isinstance(node, ast.Name) and node not in called)
 
 
 def compile_expression(text: str, scope: Mapping[str, Any]) -> Expression:
     """`text` as an expression over `scope` (name → type). Raises ExpressionError."""
-    kind, evaluate = _compile(_parse(text), scope)
+    try:
+        kind, evaluate = _compile(_parse(text), scope)
+    except ValueError:  # ast.unparse cannot write every f-string into the message
+        raise ExpressionError(f'"{text}" is not an expression', _GRAMMAR) from None
     return Expression(text, kind, names_in(text), evaluate)
 
 
 def _parse(text: str) -> ast.expr:
+    if len(text) > _MAX_LENGTH:
+        what = f'"{text[:50]}…" has {len(text):,} characters; the limit is {_MAX_LENGTH:,}'
+        raise ExpressionError(what, "do more in a function node")
     try:
-        return ast.parse(text.strip(), mode="eval").body
+        parsed = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ExpressionError(f'"{text}" is not an expression', _GRAMMAR) from None
+        raise ExpressionError(f'"{text[:200]}" is not an expression', _GRAMMAR) from None
+    level: list[ast.AST] = [parsed]
+    for _ in range(_MAX_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        raise ExpressionError(f'"{text[:50]}…" is nested too deeply', "do more in a function node")
+    return parsed
 
 
 def _compile(node: ast.expr, scope: Mapping[str, Any]) -> tuple[Any, Evaluate]:  # noqa: C901, PLR0911 (one return a form)
@@ -110,16 +125,17 @@ def _attribute(node: ast.Attribute, scope: Mapping[str, Any]) -> tuple[Any, Eval
     name = node.attr
     if typing.get_origin(kind) is dict:
         return typing.get_args(kind)[1] | None, lambda values: owner(values).get(name)
-    known = _attributes(kind)
+    owner_kind = without(kind, Skipped)
+    known = _attributes(owner_kind)
     if name not in known:
-        what = f'{plain.name_of(kind)} (the type of "{ast.unparse(node.value)}") has no "{name}"'
+        what = f'{plain.name_of(owner_kind)} (the type of "{ast.unparse(node.value)}") has no "{name}"'
         raise ExpressionError(what, plain.did_you_mean(name, list(known)))
 
     def read(values: Values) -> Any:
         value = owner(values)
         return value if isinstance(value, Skipped) else getattr(value, name)
 
-    return known[name], read
+    return known[name] if owner_kind is kind else known[name] | Skipped, read
 
 
 def _attributes(kind: Any) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Graph:
                 kind = self.request if need == REQUEST else self.nodes[need].result
                 fans_out = node.each is not None and need in node.each.names
                 arrow = "==>" if fans_out else "-->"
-                label = f"each of {plain.name_of(kind)}" if fans_out else plain.name_of(kind)
+                label = f"each {node.each.text}" if fans_out and node.each else plain.name_of(kind)
                 lines.append(f'  {need} {arrow}|"{label}"| {node.name}')
         lines.append(f'  {self.output} -->|"{plain.name_of(self.answer)}"| answer([answer])')
         return "\n".join(lines) + "\n"

@@ -8,21 +8,25 @@ several gets each under its parent's name; what several leaves give is one JSON 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from torchserve_dag import plain, source
-from torchserve_dag.engine.expression import Expression, compile_expression
+from torchserve_dag.engine.expression import Expression
 from torchserve_dag.engine.graph import REQUEST, Graph, Node, RowsCode
 from torchserve_dag.handler_file import Serve
+from torchserve_dag.messages import Failure
 from torchserve_dag.project import Project, import_file
 from torchserve_dag.source import CheckError, Problem, Source
 
 ANSWER = "answer"
+_RESERVED = (REQUEST, "parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,10 @@ class ModelSettings:
     max_batch_delay: int = 50
     retry_attempts: int = 1
     timeout_ms: int = 10_000
+
+    def __post_init__(self) -> None:
+        if min(self.min_workers, self.max_workers, self.batch_size, self.timeout_ms) < 1:
+            raise ValueError("min-workers, max-workers, batch-size and timeout-ms are at least 1")
 
 
 def is_torchserve_file(path: Path) -> bool:
@@ -74,8 +82,8 @@ class _Check:
         leaves = [name for name in parents if not any(name in others for others in parents.values())]
         output = leaves[0]
         if len(leaves) > 1:
-            output = ANSWER
-            nodes[ANSWER] = _joined(leaves, 1 + max(nodes[leaf].depth for leaf in leaves))
+            output = next(name for name in _answer_names() if name not in nodes)
+            nodes[output] = _joined(output, leaves, 1 + max(nodes[leaf].depth for leaf in leaves))
         timeout = max([models[n].timeout_ms for n in parents if n in models], default=defaults["timeout_ms"])
         return Graph(
             self.source.path.stem,
@@ -96,7 +104,12 @@ class _Check:
             return {}, {}
         keys = {f.replace("_", "-"): f for f in plain.field_types(ModelSettings) if f != "url"}
         shared = {keys[k]: v for k, v in section.items() if k in keys}
-        defaults = {f: shared.get(f, ModelSettings("").__getattribute__(f)) for f in keys.values()}
+        try:
+            defaults = plain.flatten(plain.build(ModelSettings, {**shared, "url": ""}))
+        except plain.WrongDataError as error:
+            for wrong in error.wrongs:
+                self._problem(("models", *_as_written(wrong.path)), f"models: {wrong.what}", wrong.help)
+            return {}, {}
         models = {}
         for name, settings in section.items():
             if name in keys:
@@ -110,8 +123,8 @@ class _Check:
                 models[name] = plain.build(ModelSettings, {**shared, **renamed})
             except plain.WrongDataError as error:
                 for wrong in error.wrongs:
-                    written = tuple(str(part).replace("_", "-") for part in wrong.path)
-                    self._problem(("models", name, *written), f"{name}: {wrong.what}", wrong.help.replace("_", "-"))
+                    place = ("models", name, *_as_written(wrong.path))
+                    self._problem(place, f"{name}: {wrong.what}", wrong.help.replace("_", "-"))
         return models, defaults
 
     def _parents(self) -> dict[str, list[str]]:
@@ -122,13 +135,23 @@ class _Check:
             return {}
         parents: dict[str, list[str]] = {}
         for name, after in dag.items():
+            if not isinstance(name, str):
+                self._problem(("dag", name), f"dag: the key {name} is not text", "put it in quotes")
+                continue
             parents.setdefault(name, [])
             if not isinstance(after, list):
                 self._problem(("dag", name), f"dag: {name}: expected a list of nodes")
                 continue
             for child in after:
-                if child and str(child).strip():
-                    parents.setdefault(str(child), []).append(name)
+                if child and str(child).strip() and name not in (before := parents.setdefault(str(child), [])):
+                    before.append(name)
+        for name in _RESERVED:
+            if name in parents:
+                self._problem(self._place(name), f'dag: a node cannot be called "{name}"', "rename it")
+        return {} if self.problems else self._ordered(parents)
+
+    def _ordered(self, parents: dict[str, list[str]]) -> dict[str, list[str]]:
+        """The same, each node after its parents."""
         try:
             order = list(TopologicalSorter(parents).static_order())
         except CycleError as error:
@@ -143,6 +166,15 @@ class _Check:
             )
         return {name: parents[name] for name in order}
 
+    def _place(self, name: str) -> plain.Path:
+        """Where the dag names a node first."""
+        for parent, after in self.source.value["dag"].items():
+            if parent == name:
+                break
+            if isinstance(after, list) and name in after:
+                return ("dag", parent, after.index(name))
+        return ("dag", name)
+
     def _functions_path(self, models: dict[str, ModelSettings], parents: dict[str, list[str]]) -> Path | None:
         functions = [name for name in parents if name not in models]
         if not functions:
@@ -153,7 +185,7 @@ class _Check:
         if found is None:
             names = ", ".join(functions)
             self._problem(
-                ("dag", functions[0]),
+                self._place(functions[0]),
                 f"dag: {names}: not in models, and there is no {tried[0].name}",
                 "write the functions there, or the models under models",
             )
@@ -207,21 +239,39 @@ class _Check:
             self.problems += [p for p in error.problems if p not in self.problems]
             return None
         if not inspect.isfunction(function):
-            self._problem(("dag", name), f'dag: "{name}" is neither in models nor a function of {path.name}')
+            self._problem(self._place(name), f'dag: "{name}" is neither in models nor a function of {path.name}')
             return None
         return function
 
 
 def _read(name: str) -> Expression:
-    return compile_expression(name, {name: Any})
+    # Names in such a file may have hyphens, which an expression would read as minus.
+    return Expression(name, Any, frozenset({name}), lambda values: values[name])
 
 
-def _joined(leaves: list[str], depth: int) -> Node:
+def _as_written(path: plain.Path) -> plain.Path:
+    return tuple(str(part).replace("_", "-") for part in path)
+
+
+def _answer_names() -> Iterator[str]:
+    return (ANSWER + "_" * i for i in itertools.count())
+
+
+def _joined(name: str, leaves: list[str], depth: int) -> Node:
     def answer(**results: bytes) -> Any:
-        return {leaf: json.loads(results[leaf]) for leaf in leaves}
+        found: dict[str, Any] = {}
+        for leaf in leaves:
+            try:
+                found[leaf] = json.loads(results[leaf])
+            except ValueError:
+                found[leaf] = None
+            if not isinstance(found[leaf], dict):
+                message = f"{leaf} must give a JSON object, since the workflow has several leaves."
+                return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "HandlerError")
+        return found
 
     return Node(
-        name=ANSWER,
+        name=name,
         takes={leaf: _read(leaf) for leaf in leaves},
         each=None,
         when=None,

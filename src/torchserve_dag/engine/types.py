@@ -25,9 +25,9 @@ def fits(have: Any, want: Any) -> bool:
     return all(fits(a, b) for a, b in pairs)
 
 
-def either(one: Any, other: Any) -> Any:
-    """The type of a value that is one or the other."""
-    return one if fits(other, one) else one | other
+def includes(kind: Any, part: Any) -> bool:
+    """Whether a value of type `kind` is said to be possibly a `part`; "anything" says nothing."""
+    return kind == part or (is_union(kind) and part in typing.get_args(kind))
 
 
 def without(kind: Any, part: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import keyword
 from dataclasses import dataclass, field
 
 from torchserve_dag.handler_file import Serve, check_name_and_version
+from torchserve_dag.plain import WrongFieldError
 
-RESERVED = ("request", "item", "parameters")
+RESERVED = ("request", "item", "parameters", "len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,16 @@ class WorkflowFile:
     def __post_init__(self) -> None:
         check_name_and_version(self.name, self.version)
         if not self.does.strip():
-            raise ValueError('"does" is empty; say what the workflow is for')
+            raise WrongFieldError('"does" is empty; say what the workflow is for', "does")
         if not self.nodes:
-            raise ValueError("there are no nodes")
+            raise WrongFieldError("there are no nodes", "nodes")
         for name in self.nodes:
-            if name in RESERVED or not name.isidentifier():
-                raise ValueError(f'a node cannot be called "{name}"; {", ".join(RESERVED)} have a meaning of their own')
+            if name in RESERVED or keyword.iskeyword(name) or not name.isidentifier():
+                what = (
+                    f'a node cannot be called "{name}"; write letters, digits and underscores, but not '
+                    f"{', '.join(RESERVED)}, which have a meaning of their own, nor a word of Python's"
+                )
+                raise WrongFieldError(what, "nodes", name)
 
     @property
     def code_file(self) -> str:

@@ -1,0 +1,30 @@
+"""Users who send photos over REST, each as soon as the last is answered.
+
+locust --config loadtests/locust.conf -f loadtests/rest.py
+"""
+
+from __future__ import annotations
+
+from locust import FastHttpUser, constant, task
+
+from photos import ROOT, WORKFLOW, any_photo
+from torchserve_dag.server.state import State
+
+STATE = State(ROOT)
+
+
+class RestUser(FastHttpUser):
+    wait_time = constant(0)
+    host = STATE.addresses().inference
+    # A user that waits longer than the workflow's own time limit would only hide it.
+    network_timeout = connection_timeout = 60.0
+
+    @task
+    def photo(self) -> None:
+        objects, body = any_photo()
+        headers = {"Authorization": f"Bearer {STATE.tokens().inference}", "Content-Type": "image/jpeg"}
+        with self.client.post(
+            f"/predictions/{WORKFLOW}", body, headers=headers, name=f"{objects} objects", catch_response=True
+        ) as response:
+            if response.status_code == 200 and not response.js.get("summary"):  # noqa: PLR2004
+                response.failure("an answer without a summary")

@@ -1,0 +1,126 @@
+"""Build archives: which handlers and workflows are meant, and what becomes of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchserve_dag import plain, source
+from torchserve_dag.archives import mar, war
+from torchserve_dag.archives.contents import contents
+from torchserve_dag.archives.store import Built, Target, place
+from torchserve_dag.archives.weights import MissingWeightsError
+from torchserve_dag.engine.torchserve_file import is_torchserve_file
+from torchserve_dag.engine.workflow import read_graph
+from torchserve_dag.project import Project
+from torchserve_dag.source import CheckError, Problem, Source
+
+FOLDERS = ("handlers", "workflows")
+WORKFLOW_STORE = "workflow_store"
+"""The folder beside the store for `.war` exports."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being built, how many are done, and how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    name: str
+    version: str
+    reasons: list[Problem]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    built: list[Built] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    """Their weights are not on this machine; nobody asked for them by name."""
+    not_exported: list[LeftOut] = field(default_factory=list)
+    """Workflows that TorchServe's own engine cannot run: they have no `.war`."""
+    problems: list[Problem] = field(default_factory=list)
+
+
+def build(
+    project: Project,
+    names: Sequence[str] = (),
+    *,
+    store: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Build the named handlers and workflows, or all of them, into `store` (the project's `model_store`).
+
+    A name is NAME, for all of its versions, or NAME/VERSION. A version that is built already is left
+    as it is where nothing but the commit differs, and refused where its content does, unless `force`.
+    """
+    store = store or project.root / "model_store"
+    report = Report()
+    wanted = targets(project, names, report.problems)
+    for i, target in enumerate(wanted):
+        if progress:
+            progress(str(target), i, len(wanted))
+        try:
+            report.built.append(build_one(project, target, store, force=force))
+            if target.folder == "workflows" and not is_torchserve_file(target.file.path):
+                report.built.extend(war.export(project, target, store.with_name(WORKFLOW_STORE), force=force))
+        except war.NotForTorchServeError as error:
+            report.not_exported.append(LeftOut(target.name, target.version, error.problems))
+        except MissingWeightsError as error:
+            if names:
+                report.problems.extend(error.problems)
+            else:
+                report.left_out.append(LeftOut(target.name, target.version, error.problems))
+        except CheckError as error:
+            report.problems.extend(error.problems)
+    return report
+
+
+def targets(project: Project, names: Sequence[str], problems: list[Problem]) -> list[Target]:
+    """What `names` mean, or everything; what is wrong with them goes to `problems`."""
+    asked = {name.partition("/")[0] for name in names}
+    found: dict[tuple[str, str], Target] = {}
+    for folder in FOLDERS:
+        for path in project.files(folder):
+            try:
+                target = _target(folder, path)
+            except CheckError as error:
+                if not names or path.stem in asked:
+                    problems.extend(error.problems)
+                continue
+            first = found.setdefault((target.name, target.version), target)
+            if first is not target and (not names or target.name in asked):
+                what = f"{target.name} {target.version} is {first.file.path} already"
+                problems.append(target.file.problem(("version",), what, "give it a name or a version of its own"))
+    if not names:
+        return list(found.values())
+    chosen: dict[int, Target] = {}
+    for name in names:
+        matches = [t for t in found.values() if name in {t.name, f"{t.name}/{t.version}"}]
+        chosen |= {id(target): target for target in matches}
+        if not matches and not any(Path(problem.file).stem == name.partition("/")[0] for problem in problems):
+            known = sorted({t.name for t in found.values()} | {f"{t.name}/{t.version}" for t in found.values()})
+            what = f'there is no handler or workflow "{name}"'
+            problems.append(Problem(str(project.root / "handlers"), 1, what, plain.did_you_mean(name, known)))
+    return list(chosen.values())
+
+
+def build_one(project: Project, target: Target, store: Path, *, force: bool = False) -> Built:
+    """Build one archive. Raises CheckError; nothing of it is seen in `store` before it is whole."""
+    content = contents(project, read_graph(project, target.file.path))
+
+    def write(part: Path) -> None:
+        mar.write(part, target.name, target.version, content.small, content.large)
+
+    return place(target, store / str(target), write, force=force)
+
+
+def _target(folder: str, path: Path) -> Target:
+    data, lines = source.read_plain(path)
+    file = Source(path, data, lines)
+    name, version = (data.get(key) if isinstance(data, dict) else None for key in ("name", "version"))
+    # The file is read in full, and every mistake in it named, when its turn comes. TorchServe's own workflow
+    # files have neither a name nor a version.
+    return Target(
+        folder, file, name if isinstance(name, str) else path.stem, version if isinstance(version, str) else "1.0"
+    )

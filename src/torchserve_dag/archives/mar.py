@@ -1,0 +1,127 @@
+"""A `.mar` file: made by TorchServe's own archiver, then rewritten so that the same input gives the same bytes."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import shutil
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from model_archiver.model_archiver_config import ModelArchiverConfig
+from model_archiver.model_packaging import package_model
+from model_archiver.model_packaging_utils import ModelExportUtils
+
+ENTRY = "serve.py"
+"""The file that TorchServe's worker imports."""
+SETTINGS = "model-config.yaml"
+"""How TorchServe serves the model."""
+MANIFEST = "MAR-INF/MANIFEST.json"
+
+BadArchiveError = zipfile.BadZipFile
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment that a zip can name
+_MODE = 0o100644
+_tempdir = threading.Lock()
+
+
+def write(target: Path, name: str, version: str, small: Mapping[str, bytes], large: Mapping[str, Path]) -> None:
+    """Write an archive of `small` files and of `large` ones, copied from disk, each by its path inside.
+
+    ENTRY and SETTINGS are among the small ones. The parent folder of `target` exists.
+    """
+    with tempfile.TemporaryDirectory(prefix="torchserve-dag-") as folder:
+        rewrite(_official(Path(folder), name, version, small), target, large)
+
+
+def rewrite(official: Path, target: Path, large: Mapping[str, Path]) -> None:
+    """What an archiver made, with `large` files added, so that the same input gives the same bytes."""
+    with zipfile.ZipFile(official) as made, zipfile.ZipFile(target, "w") as archive:
+        for entry in sorted({*made.namelist(), *large}):
+            if entry in large:
+                with large[entry].open("rb") as stream:
+                    _add(archive, entry, stream, large[entry].stat().st_size)
+            else:
+                body = made.read(entry)
+                body = _timeless(body) if entry.endswith("/MANIFEST.json") else body
+                _add(archive, entry, io.BytesIO(body), len(body))
+
+
+def _official(folder: Path, name: str, version: str, small: Mapping[str, bytes]) -> Path:
+    """The archive as TorchServe's own archiver makes it, in `folder`."""
+    top, tree = folder / "top", folder / "tree"
+    for path, body in small.items():
+        place = (top if path in {ENTRY, SETTINGS} else tree) / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(body)
+    config = ModelArchiverConfig(
+        model_name=name,
+        version=version,
+        handler=str(top / ENTRY),
+        config_file=str(top / SETTINGS),
+        extra_files=glob.escape(str(tree)),
+        export_path=str(folder),
+    )
+    manifest = ModelExportUtils.generate_manifest_json(config)
+    with private_tempdir(folder / "tmp"):
+        package_model(config, manifest)
+    return folder / f"{name}.mar"
+
+
+@contextmanager
+def private_tempdir(folder: Path) -> Iterator[None]:
+    """Both archivers work in $TMPDIR/NAME, and delete whatever is there before they start."""
+    folder.mkdir()
+    with _tempdir:
+        before, tempfile.tempdir = tempfile.tempdir, str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+def _timeless(manifest: bytes) -> bytes:
+    fields = json.loads(manifest)
+    fields["createdOn"] = "01/01/1980 00:00:00"  # TorchServe warns where it is missing
+    return json.dumps(fields, indent=2).encode()
+
+
+def _add(archive: zipfile.ZipFile, entry: str, stream: BinaryIO, size: int) -> None:
+    # Stored, not deflated: weights do not compress, and two zlibs deflate the same text differently.
+    # TorchServe reads an archive as a stream, and Java's reader wants a stored entry's size before its bytes:
+    # Python writes it there as long as the file can be sought in.
+    info = zipfile.ZipInfo(entry, _EPOCH)
+    info.compress_type = zipfile.ZIP_STORED
+    info.create_system = 3  # Unix, wherever it is built
+    info.external_attr = _MODE << 16
+    info.file_size = size
+    with archive.open(info, "w") as out:
+        shutil.copyfileobj(stream, out, 1 << 20)
+
+
+def read_text(archive: Path, entry: str) -> str:
+    """A small file inside an archive. Raises KeyError where there is none, zipfile.BadZipFile for no archive."""
+    with zipfile.ZipFile(archive) as stored:
+        return stored.read(entry).decode("utf-8")
+
+
+def name_and_version(archive: Path) -> tuple[str, str]:
+    """Under which name and version TorchServe registers an archive."""
+    model = json.loads(read_text(archive, MANIFEST))["model"]
+    return str(model["modelName"]), str(model.get("modelVersion", "1.0"))
+
+
+def same_content(one: Path, other: Path, ignoring: str) -> bool:
+    """Whether two archives hold the same files, byte for byte, apart from the entry `ignoring`."""
+    with zipfile.ZipFile(one) as a, zipfile.ZipFile(other) as b:
+        return _contents(a, ignoring) == _contents(b, ignoring)
+
+
+def _contents(archive: zipfile.ZipFile, ignoring: str) -> list[tuple[str, int, int]]:
+    return sorted((e.filename, e.file_size, e.CRC) for e in archive.infolist() if e.filename != ignoring)

@@ -1,0 +1,50 @@
+"""What an archive was built from: the commit, the packages' versions, the weights' sha256."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torchserve-dag", "torch", "torchserve", "transformers", "pillow", "numpy", "safetensors")
+"""Those whose code a worker runs."""
+
+
+def inputs(root: Path, weights: dict[str, str]) -> dict[str, object]:
+    """The `inputs` of an archive's `build.json`."""
+    return {"commit": commit(root), "packages": packages(), "weights": dict(sorted(weights.items()))}
+
+
+def commit(root: Path) -> str:
+    """The commit that `root` is at, with `+uncommitted` where its files differ; `unknown` without git."""
+    head = _git(root, "rev-parse", "HEAD")
+    if head is None:
+        return "unknown"
+    changes = _git(root, "status", "--porcelain", "--", ".")
+    return head if changes == "" else f"{head}+uncommitted"
+
+
+def packages() -> dict[str, str]:
+    """The versions of what is installed here, Python's own among them."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(  # noqa: S603 (fixed arguments)
+            ["git", "-C", str(root), *arguments],  # noqa: S607 (whichever git the user has)
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

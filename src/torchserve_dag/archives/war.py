@@ -1,0 +1,109 @@
+"""The `.war` export: a workflow for TorchServe 0.12.0's own engine, with the archives of its nodes.
+
+They go into a folder of their own, `workflow_store/`: TorchServe looks for a workflow's models in its model
+store, and would serve each of them as a model by itself if it found them among the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from workflow_archiver.workflow_packaging import package_workflow
+from workflow_archiver.workflow_packaging_utils import WorkflowExportUtils
+
+from torchserve_dag.archives import mar, weights
+from torchserve_dag.archives.contents import BUILD, Contents, contents
+from torchserve_dag.archives.store import Built, Target, place
+from torchserve_dag.engine.graph import Graph
+from torchserve_dag.engine.workflow import read_graph
+from torchserve_dag.project import Project
+from torchserve_dag.segment import Segment, parents, segments
+from torchserve_dag.source import CheckError
+
+SPEC = "workflow.yaml"
+FUNCTIONS = "functions.py"
+
+
+class NotForTorchServeError(CheckError):
+    """A workflow that TorchServe's own engine cannot run; everything else about it is in order."""
+
+
+def export(project: Project, target: Target, store: Path, *, force: bool = False) -> list[Built]:
+    """Write a workflow's `.war` and its nodes' archives into `store`. Raises CheckError."""
+    graph = read_graph(project, target.file.path)
+    try:
+        found = segments(graph)
+    except ValueError as error:
+        what = f"TorchServe's own engine cannot run this workflow: {error}"
+        problem = target.file.problem(("nodes",), what, "serve its .mar, which can do all of it")
+        raise NotForTorchServeError([problem]) from None
+    whole = contents(project, graph)
+    built = []
+    for name, segment in found.items():
+        content = _part_of(project, whole, segment)
+        stem = f"{graph.name}-{graph.version}-{name}"
+
+        def write(part: Path, stem: str = stem, content: Contents = content) -> None:
+            mar.write(part, stem.replace(".", "_"), graph.version, content.small, content.large)
+
+        built.append(place(target, store / f"{stem}.mar", write, force=force))
+    spec = yaml.safe_dump(_spec(graph, found), sort_keys=False)
+    path = store / f"{graph.name}-{graph.version}.war"
+    built.append(place(target, path, lambda part: _write(part, graph.name, spec), force=force))
+    return built
+
+
+def _part_of(project: Project, whole: Contents, segment: Segment) -> Contents:
+    """A segment's archive: the workflow's, with the weights of one model, and word of which segment it is."""
+    file = segment.graph.handlers[segment.node]
+    wanted = {
+        f"weights/{path.relative_to(project.weights).as_posix()}"
+        for one in file.value.card.weights
+        for path in weights.files(project.weights / one.file)
+    }
+    fields = json.loads(whole.small[BUILD]) | {"segment": segment.node}
+    build = (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return Contents({**whole.small, BUILD: build}, {k: v for k, v in whole.large.items() if k in wanted})
+
+
+def _spec(graph: Graph, found: dict[str, Segment]) -> dict[str, Any]:
+    """TorchServe's workflow specification. Everything is written out: its own batch size would be 1."""
+    models: dict[str, Any] = {
+        "min-workers": graph.serve.workers,
+        "max-workers": graph.serve.workers,
+        "batch-size": graph.serve.batch,
+        "max-batch-delay": graph.serve.delay_ms,
+        # A retry runs a node again whatever its error was, and its client waits twice.
+        "retry-attempts": 1,
+        "timeout-ms": (graph.serve.timeout_s + 10) * 1000,
+    }
+    dag: dict[str, list[str]] = {name: [] for name in found}
+    for name in found:
+        models[name] = {"url": f"{graph.name}-{graph.version}-{name}.mar"}
+        for parent in parents(found, name):
+            dag[parent].append(name)
+    return {"models": models, "dag": dag if len(dag) == 1 else {name: after for name, after in dag.items() if after}}
+
+
+def _write(target: Path, name: str, spec: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="torchserve-dag-") as folder:
+        root = Path(folder)
+        (root / SPEC).write_text(spec, "utf-8")
+        # TorchServe fails on a workflow without a functions file, also where no node is a function.
+        (root / FUNCTIONS).write_text('"""This workflow has no function nodes."""\n', "utf-8")
+        arguments = argparse.Namespace(
+            workflow_name=name,
+            spec_file=str(root / SPEC),
+            handler=str(root / FUNCTIONS),
+            extra_files=None,
+            export_path=str(root),
+            force=True,
+        )
+        with mar.private_tempdir(root / "tmp"):
+            package_workflow(arguments, WorkflowExportUtils.generate_manifest_json(arguments))
+        mar.rewrite(root / f"{name}.war", target, {})

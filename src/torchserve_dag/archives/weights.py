@@ -1,0 +1,88 @@
+"""Weights on disk against the cards that name them: nothing is packed whose bytes nobody vouched for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from torchserve_dag.handler_file import HandlerFile
+from torchserve_dag.project import Project
+from torchserve_dag.source import CheckError, Problem, Source
+
+
+class MissingWeightsError(CheckError):
+    """Weights that a card names are not on this machine; everything else about the handlers is in order."""
+
+
+def verified(project: Project, handlers: Iterable[Source[HandlerFile]]) -> dict[str, str]:
+    """The sha256 of every file or folder of weights that the handlers' cards name, by its name below `weights/`.
+
+    Raises CheckError where one differs from its card or has no sha256 there, MissingWeightsError
+    where the only thing wrong is that some are not here.
+    """
+    missing: list[Problem] = []
+    wrong: list[Problem] = []
+    found: dict[str, str] = {}
+    for source in handlers:
+        for i, weights in enumerate(source.value.card.weights):
+            at = ("card", "weights", i)
+            path = project.weights / weights.file
+            if not _is_below(weights.file):
+                wrong.append(
+                    source.problem((*at, "file"), f'"{weights.file}" is not below weights/', "write a path inside it")
+                )
+            elif not path.exists():
+                get = f"get them with: {weights.get}" if weights.get else f"they come from {weights.source}"
+                missing.append(source.problem((*at, "file"), f"there are no weights {path}", get))
+            else:
+                digest = found.setdefault(weights.file, sha256(path))
+                if weights.sha256 is None:
+                    wrong.append(
+                        source.problem(at, f"{weights.file}: the card has no sha256", f"write sha256: {digest}")
+                    )
+                elif weights.sha256 != digest:
+                    what = f"{weights.file}: its sha256 is {digest}, and the card says {weights.sha256}"
+                    again = f"get them again with: {weights.get}" if weights.get else f"get them from {weights.source}"
+                    wrong.append(source.problem((*at, "sha256"), what, again))
+    if wrong:
+        raise CheckError(wrong + missing)
+    if missing:
+        raise MissingWeightsError(missing)
+    return found
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file; of a folder, that of its sorted `sha256sum` lines.
+
+    By hand: `(cd FOLDER && find * -type f | xargs sha256sum | LC_ALL=C sort | sha256sum)`.
+    """
+    if path.is_dir():
+        lines = sorted(f"{_of_file(file)}  {file.relative_to(path).as_posix()}\n".encode() for file in files(path))
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+    return _of_file(path)
+
+
+def files(path: Path) -> list[Path]:
+    """The files of a folder of weights, or the file itself; what begins with a dot is a tool's, not the model's."""
+    if not path.is_dir():
+        return [path]
+    found: list[Path] = []
+    for folder, folders, names in os.walk(path, followlinks=True):  # a hub's cache is made of links
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _is_below(file: str) -> bool:
+    path = PurePosixPath(file)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

@@ -1,0 +1,21 @@
+"""The command line, `torchserve-dag`: one module for each group of commands."""
+
+from __future__ import annotations
+
+import typer
+
+from torchserve_dag.commands.build import build
+from torchserve_dag.commands.call import call
+from torchserve_dag.commands.check import check
+from torchserve_dag.commands.serve import default, down, status, up
+
+app = typer.Typer(
+    name="torchserve-dag",
+    help="Workflows of models on TorchServe: check, build, serve and call them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+for command in (check, build, up, status, call, default, down):
+    app.command()(command)

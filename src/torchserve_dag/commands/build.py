@@ -1,0 +1,66 @@
+"""`torchserve-dag build`: archives of handlers and workflows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from torchserve_dag.commands.common import (
+    JsonOption,
+    ProjectOption,
+    err,
+    failures,
+    out,
+    print_json,
+    print_problems,
+    project_root,
+)
+
+
+def build(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[/VERSION]]...", help="All unless given.")] = None,
+    *,
+    store: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the archives go; model_store unless given.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="While developing: replace a version that is built already.")
+    ] = False,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Build an archive for each handler and workflow whose weights are here, or for those named."""
+    from torchserve_dag.archives.build import build as build_all  # noqa: PLC0415 (see check)
+    from torchserve_dag.project import Project  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with failures(), Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+        report = build_all(
+            Project(project_root(project)),
+            names or [],
+            store=store,
+            force=force,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    if json:
+        print_json(report)
+    else:
+        for built in report.built:
+            state = f"[green]{built.state:9}[/]"
+            out.print(f"{state} {escape(str(built.path))}  {decimal(built.size)}", soft_wrap=True)
+        for left in report.left_out:
+            out.print(f"[yellow]left out[/]  {left.name} {left.version}", soft_wrap=True)
+            for reason in left.reasons:
+                out.print(f"  {escape(str(reason))}", soft_wrap=True)
+        for left in report.not_exported:
+            out.print(f"[yellow]no .war[/]   {left.name} {left.version}", soft_wrap=True)
+            for reason in left.reasons:
+                out.print(f"  {escape(str(reason))}", soft_wrap=True)
+        print_problems(report.problems)
+    raise typer.Exit(1 if report.problems else 0)

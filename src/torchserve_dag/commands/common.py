@@ -1,0 +1,79 @@
+"""What all commands share: the project they are for, how they print, how they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from torchserve_dag import plain
+from torchserve_dag.clients import ServingError
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.source import CheckError, Problem
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ProjectOption = Annotated[
+    Path | None,
+    typer.Option("--project", metavar="DIR", help="The project; else the nearest folder with handlers/ or workflows/."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
+
+FOLDERS = ("handlers", "workflows")
+
+
+def project_root(given: Path | None) -> Path:
+    """The project's folder, as short as it can be written, for messages name files in it."""
+    if given is not None:
+        if not _is_project(given):
+            fail(f"{given} is no project: it has neither handlers/ nor workflows/.")
+        return given
+    here = Path.cwd()
+    found = next((folder for folder in (here, *here.parents) if _is_project(folder)), None)
+    if found is None:
+        fail(f"{here} is not in a project: no folder above it has handlers/ or workflows/; name one with --project.")
+    return Path(os.path.relpath(found))
+
+
+def _is_project(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in FOLDERS)
+
+
+def fail(sentence: str) -> NoReturn:
+    """End the command with one sentence and exit code 1."""
+    err.print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Every failure that can be foreseen, as its sentence: no traceback."""
+    try:
+        yield
+    except (CheckError, ServerError, ServingError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(plain.flatten(value), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_problems(problems: list[Problem]) -> None:
+    for problem in problems:
+        err.print(f"[bold red]error:[/] {escape(str(problem))}", soft_wrap=True)
+
+
+def count(number: int, what: str) -> str:
+    """`1 handler`, `2 handlers`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,155 @@
+"""`torchserve-dag up`, `down`, `status` and `default`: the server of this project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.syntax import Syntax
+from rich.table import Table
+
+from torchserve_dag.commands.common import (
+    JsonOption,
+    ProjectOption,
+    count,
+    err,
+    failures,
+    out,
+    print_json,
+    project_root,
+)
+from torchserve_dag.server import defaults, torchserve
+from torchserve_dag.server.connect import client, running
+from torchserve_dag.server.ready import Readiness
+from torchserve_dag.server.state import State
+from torchserve_dag.server.status import Status, about
+from torchserve_dag.server.status import status as status_of
+
+
+def up(
+    *,
+    port: Annotated[
+        int | None, typer.Option(help="REST's port; the two after it are for management and metrics. [8080]")
+    ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="gRPC's port; the one after it is for management. [7070]")
+    ] = None,
+    free_ports: Annotated[bool, typer.Option("--free-ports", help="Whatever ports are free.")] = False,
+    store: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the archives are; model_store unless given.")
+    ] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log one line a request in access_log.log.")] = False,
+    timeout: Annotated[float, typer.Option(help="How long to wait for every model, in seconds.")] = 600.0,
+    project: ProjectOption = None,
+) -> None:
+    """Start TorchServe, and wait until every archive is served."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    options = torchserve.Options(port, grpc_port, free_ports, store, access_log, timeout)
+    with failures(), Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("starting TorchServe", total=None)
+
+        def show(found: list[Readiness]) -> None:
+            waiting = [f"{one.name} {one.version}" for one in found if not one.done]
+            text = f"loading {waiting[0]}" if waiting else "ready"
+            bar.update(task, description=text, completed=len(found) - len(waiting), total=len(found))
+
+        root = project_root(project)
+        record = torchserve.start(root, options, show)
+        with client(State(root)) as serving:
+            found = status_of(record, serving)
+    where = record.addresses
+    out.print(f"[green]up[/]: {count(len(found.versions), 'model version')}, pid {record.pid}")
+    out.print(
+        f"  REST {where.inference}  management {where.management}  metrics {where.metrics}/metrics", soft_wrap=True
+    )
+    out.print(f"  gRPC {where.grpc_inference}  management {where.grpc_management}")
+    out.print(f"  tokens and logs in {State(root).folder}", soft_wrap=True)
+
+
+def down(*, project: ProjectOption = None) -> None:
+    """Stop the server that `up` started."""
+    with failures():
+        stopped = torchserve.stop(project_root(project))
+    out.print("stopped" if stopped else "nothing was running")
+
+
+def status(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME[/VERSION]]", help="Why this model is there: its card, inputs, graph.")
+    ] = None,
+    *,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """What is served: versions, workers, queues."""
+    with failures():
+        state = State(project_root(project))
+        record = running(state)
+        with client(state) as serving:
+            if name is None:
+                found = status_of(record, serving)
+                print_json(found) if json else _print_status(found)
+            else:
+                model, _, version = name.partition("/")
+                fields = dict(about(serving, model, version or None))
+                print_json(fields) if json else _print_about(fields)
+
+
+def default(
+    name: Annotated[str, typer.Argument()],
+    version: Annotated[str, typer.Argument()],
+    *,
+    project: ProjectOption = None,
+) -> None:
+    """Let VERSION answer where a call names none: now, and at each start from now on."""
+    with failures():
+        state = State(project_root(project))
+        with client(state) as serving:
+            defaults.set_default(state, serving, name, version)
+    out.print(f"{name}: {version} is the default")
+
+
+def _print_status(found: Status) -> None:
+    out.print(f"pid {found.pid}, REST {found.addresses['inference']}, gRPC {found.addresses['grpc_inference']}")
+    table = Table()
+    for heading in ("model", "version", "state", "batch", "pending", "pids", "device", "memory"):
+        table.add_column(heading, no_wrap=heading in {"model", "version"}, overflow="fold")
+    for one in found.versions:
+        colour = "green" if one.state == "ready" else "yellow"
+        workers = [w for w in one.workers if w.pid > 0]
+        table.add_row(
+            one.name,
+            f"{one.version} (default)" if one.default else one.version,
+            f"[{colour}]{one.state}[/]",
+            str(one.batch_size),
+            str(one.pending),
+            "\n".join(str(w.pid) for w in workers),
+            "\n".join(w.device for w in workers),
+            "\n".join(f"{w.memory_mb} MB" if w.memory_mb is not None else "" for w in workers),
+        )
+    out.print(table)
+
+
+def _print_about(fields: dict[str, Any]) -> None:
+    graph = fields.pop("graph", None)
+    _print_fields(fields)
+    if graph:
+        out.print("[bold]graph[/] (Mermaid)")
+        out.print(Syntax(graph, "text", background_color="default"))
+
+
+def _print_fields(fields: dict[str, Any], indent: int = 0) -> None:
+    for key, value in fields.items():
+        label = f"{' ' * indent}[bold]{escape(str(key))}[/]"
+        if isinstance(value, dict):
+            out.print(label)
+            _print_fields(value, indent + 2)
+        elif isinstance(value, list):
+            for item in value:
+                out.print(label)
+                _print_fields(item if isinstance(item, dict) else {"": item}, indent + 2)
+        else:
+            out.print(f"{label} {escape(str(value))}", soft_wrap=True)

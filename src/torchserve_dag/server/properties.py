@@ -1,0 +1,90 @@
+"""TorchServe's `config.properties`: read, and written again with what the options of `up` change."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.ports import Addresses, host_and_port
+
+PATHS = (
+    "workflow_store", "metrics_config", "plugins_path", "cpp_log_config",
+    "keystore", "private_key_file", "certificate_file",
+)  # fmt: skip
+"""Keys whose values are paths: relative to the project, and TorchServe runs elsewhere."""
+
+_LOGGING = "-Dlog4j.configurationFile="
+
+
+def read(path: Path) -> dict[str, str]:
+    """What a file of properties says. Raises ServerError."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ServerError(
+            f"{path} cannot be read ({error.strerror}): every project has one; torchserve-dag's own is a good start."
+        ) from None
+    return dict(pair for line in text.splitlines() if (pair := _pair(line)))
+
+
+def addresses(properties: Mapping[str, str]) -> Addresses:
+    """Where a server with these properties listens."""
+    default = Addresses()
+    return Addresses(
+        inference=properties.get("inference_address", default.inference),
+        management=properties.get("management_address", default.management),
+        metrics=properties.get("metrics_address", default.metrics),
+        grpc_inference=_grpc(properties, "inference", default.grpc_inference),
+        grpc_management=_grpc(properties, "management", default.grpc_management),
+    )
+
+
+def listening_at(where: Addresses) -> dict[str, str]:
+    """The properties that put a server there."""
+    inference, management = host_and_port(where.grpc_inference), host_and_port(where.grpc_management)
+    return {
+        "inference_address": where.inference,
+        "management_address": where.management,
+        "metrics_address": where.metrics,
+        "grpc_inference_address": inference[0],
+        "grpc_inference_port": str(inference[1]),
+        "grpc_management_address": management[0],
+        "grpc_management_port": str(management[1]),
+    }
+
+
+def write(source: Path, target: Path, changes: Mapping[str, str]) -> None:
+    """Write `source` to `target` with `changes`, so that it says the same in `target`'s folder."""
+    before = read(source)
+    here = {key: str((source.parent / before[key]).resolve()) for key in PATHS if key in before}
+    after = {**here, **changes}
+    lines = [f"# Written by torchserve-dag from {source}: change that one."]
+    lines += [line for line in source.read_text("utf-8").splitlines() if (_pair(line) or ("",))[0] not in after]
+    lines += [f"{key}={value}" for key, value in sorted(after.items())]
+    target.write_text("\n".join(lines) + "\n", "utf-8")
+    _copy_logging(before.get("vmargs", ""), source.parent, target.parent)
+
+
+def _copy_logging(vmargs: str, source: Path, target: Path) -> None:
+    # Copied, not named in full: TorchServe splits vmargs at blanks, and a project's path may have some.
+    for argument in vmargs.split():
+        name = Path(argument.removeprefix(_LOGGING))
+        if argument.startswith(_LOGGING) and not name.is_absolute() and (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def _pair(line: str) -> tuple[str, str] | None:
+    """A line's key and value, as both of TorchServe's readers, Java's and Python's, understand it."""
+    line = line.strip()
+    if line.startswith(("#", "!")) or "=" not in line:
+        return None
+    key, _, value = line.partition("=")
+    return key.strip(), value.strip()
+
+
+def _grpc(properties: Mapping[str, str], name: str, default: str) -> str:
+    host, port = host_and_port(default)
+    return f"{properties.get(f'grpc_{name}_address', host)}:{properties.get(f'grpc_{name}_port', port)}"

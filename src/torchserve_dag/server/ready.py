@@ -1,0 +1,101 @@
+"""Wait until a server serves every archive, or say why it never will."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torchserve_dag.clients import Client, ModelInfo, ServingError
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.logs import Logs
+
+POLL_S = 0.3
+FAILURES = 3
+"""Workers of one place that ended before they were ready, after which waiting longer helps nobody."""
+
+ModelVersion = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """How far one version of a model is."""
+
+    name: str
+    version: str
+    ready: int
+    """Workers whose model is loaded."""
+    wanted: int
+    """Zero until TorchServe has unpacked the archive."""
+
+    @property
+    def done(self) -> bool:
+        return 0 < self.wanted <= self.ready
+
+
+Progress = Callable[[list[Readiness]], None]
+
+
+class Waiting:
+    """Looks at a starting server again and again."""
+
+    def __init__(self, archives: Mapping[ModelVersion, str], logs: Logs) -> None:
+        """`archives` are the files to be served, by what TorchServe registers them under."""
+        self.archives = archives
+        self.logs = logs
+        self._pids: dict[tuple[str, str, str], set[int]] = {}
+
+    def wait(
+        self, client: Client, is_alive: Callable[[], bool], timeout_s: float, progress: Progress | None = None
+    ) -> None:
+        """Raises ServerError where the server ends, a worker keeps failing, or the time is up."""
+        deadline = time.monotonic() + timeout_s
+        seen = [Readiness(name, version, 0, 0) for name, version in self.archives]
+        while time.monotonic() < deadline:
+            if not is_alive():
+                raise ServerError(f"TorchServe ended: {self.logs.server_failure() or 'it does not say why'}.")
+            models = _models(client)
+            if models is not None:
+                seen = self._look(models)
+            if progress:
+                progress(seen)
+            if all(one.done for one in seen):
+                return
+            time.sleep(POLL_S)
+        slow = ", ".join(f"{one.name} {one.version}" for one in seen if not one.done)
+        raise ServerError(
+            f"Not ready after {timeout_s:g} s: {slow}; give it longer with --timeout, or see {self.logs.folder}."
+        )
+
+    def _look(self, models: list[ModelInfo]) -> list[Readiness]:
+        versions = {(model.name, version.version): version for model in models for version in model.versions}
+        found = []
+        for name, version in self.archives:
+            info = versions.get((name, version))
+            if info is None:  # TorchServe takes all archives before it answers the first question
+                archive = self.archives[name, version]
+                why = self.logs.archive_failure(archive) or f"see {self.logs.folder}"
+                raise ServerError(f"TorchServe did not take {archive}: {why}.")
+            for worker in info.workers:
+                if not worker.ready and worker.pid > 0:
+                    self._count(name, version, worker.id, worker.pid)
+            ready = sum(worker.ready for worker in info.workers)
+            found.append(Readiness(name, version, ready, max(1, info.min_workers)))
+        return found
+
+    def _count(self, name: str, version: str, worker: str, pid: int) -> None:
+        pids = self._pids.setdefault((name, version, worker), set())
+        pids.add(pid)
+        if len(pids) >= FAILURES:
+            why = self.logs.worker_failure(name, version) or "it does not say why"
+            raise ServerError(
+                f"A worker of {name} {version} keeps failing: {why.rstrip('.')}; the rest is in "
+                f"{self.logs.folder / 'model_log.log'}."
+            )
+
+
+def _models(client: Client) -> list[ModelInfo] | None:
+    try:
+        return client.models(timeout=10)
+    except ServingError:  # it does not listen yet
+        return None

@@ -1,0 +1,101 @@
+"""A project's state folder: what runs, its keys, its logs. Nothing is written outside it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchserve_dag import plain
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.ports import Addresses
+
+FOLDER = ".torchserve-dag"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The server that was started, so that it is found again, and nothing else is taken for it."""
+
+    pid: int
+    """Of its Java process."""
+    created: float
+    """When that process began, in seconds since 1970: a pid alone may be another's by now."""
+    addresses: Addresses
+
+
+class State:
+    """The state folder of the project at `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root.resolve() / FOLDER
+        self.config = self.folder / "config.properties"
+        self.logs = self.folder / "logs"
+        self.tmp = self.folder / "tmp"
+        self.key_file = self.folder / "key_file.json"
+        """TorchServe writes it into its working directory, which is this folder."""
+        self._server = self.folder / "server.json"
+        self._defaults = self.folder / "defaults.json"
+
+    def prepare(self) -> None:
+        """Make the folder, and take away what an earlier server left in it, apart from its logs."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        (self.folder / ".gitignore").write_text("*\n", "utf-8")
+        self.clear()
+        self.tmp.mkdir(mode=0o700)
+
+    def clear(self) -> None:
+        """Take away what a server that has ended left: its record, its keys, its unpacked archives."""
+        for path in (self._server, self.key_file):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.tmp, ignore_errors=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Raises ServerError where another `up` or `down` of this project is at work."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ServerError(
+                    "Another torchserve-dag up or down of this project is at work: wait for it."
+                ) from None
+            yield
+
+    def record(self) -> Record | None:
+        """The server that was started last, whether it still runs or not."""
+        data = _read(self._server)
+        return plain.build(Record, data) if data else None
+
+    def save(self, record: Record) -> None:
+        _write(self._server, plain.flatten(record))
+
+    def defaults(self) -> dict[str, str]:
+        """The version that somebody set as the default, by model."""
+        return {str(name): str(version) for name, version in (_read(self._defaults) or {}).items()}
+
+    def save_default(self, name: str, version: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self._defaults, {**self.defaults(), name: version})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ServerError(f"{path} cannot be read ({error}): delete it.") from None
+    return data if isinstance(data, dict) else None
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    part.replace(path)

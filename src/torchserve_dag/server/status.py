@@ -1,0 +1,72 @@
+"""What the running server serves: versions, workers, queues, and why a model is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from torchserve_dag.clients import Client, VersionInfo, WorkerInfo
+from torchserve_dag.server.state import Record
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    id: str
+    pid: int
+    ready: bool
+    device: str
+    memory_mb: int | None
+    """Resident; nothing for a process that is not on this machine any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionStatus:
+    name: str
+    version: str
+    state: str
+    """`ready`, `starting` or `stopped`."""
+    default: bool
+    batch_size: int
+    pending: int
+    """Requests that wait for a worker."""
+    workers: list[WorkerStatus]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    pid: int
+    addresses: dict[str, str]
+    versions: list[VersionStatus]
+
+
+def status(record: Record, client: Client) -> Status:
+    """The server and all that it serves. Raises ServingError."""
+    where = record.addresses
+    versions = [_version(model.name, version) for model in client.models() for version in model.versions]
+    return Status(record.pid, {name: getattr(where, name) for name in where.__slots__}, versions)
+
+
+def about(client: Client, name: str, version: str | None = None) -> Mapping[str, Any]:
+    """What an archive's `build.json` says: its card, its inputs, its graph. Raises ServingError."""
+    described = client.describe(name, version).get("customizedMetadata")
+    return described if isinstance(described, dict) else {}
+
+
+def _version(name: str, info: VersionInfo) -> VersionStatus:
+    workers = [_worker(worker) for worker in info.workers]
+    return VersionStatus(name, info.version, info.state, info.default, info.batch_size, info.queued, workers)
+
+
+def _worker(info: WorkerInfo) -> WorkerStatus:
+    return WorkerStatus(info.id, info.pid, info.ready, "gpu" if info.gpu else "cpu", _memory_mb(info.pid))
+
+
+def _memory_mb(pid: int) -> int | None:
+    # TorchServe says so too, once a minute; for the first minute it says 0.
+    try:
+        return round(psutil.Process(pid).memory_info().rss / 2**20) if pid > 0 else None
+    except psutil.Error:
+        return None

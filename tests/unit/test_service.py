@@ -1,0 +1,311 @@
+"""A worker answers TorchServe's rows: bodies, statuses and content types, request by request."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ts.context import Context, RequestProcessor
+from ts.protocol.otf_message_handler import create_predict_response
+
+from tests.unit.conftest import Write
+from torchserve_dag import service
+from torchserve_dag.archives.build import build
+from torchserve_dag.project import Project
+from torchserve_dag.segment import pack, unpack
+from torchserve_dag.service import SegmentService, Service
+
+Row = dict[str, Any]
+Request = tuple[Row, dict[str, Any]]
+Make = Callable[..., Service]
+
+
+def context(folder: Path, *headers: dict[str, Any]) -> Context:
+    """As TorchServe's own ts/service.py makes it for a batch."""
+    made = Context("upper", str(folder), {"model": {}}, 1, None, "0.12.0")
+    made.request_ids = {i: f"id-{i}" for i in range(len(headers))}
+    made.request_processor = [RequestProcessor(one) for one in headers]
+    return made
+
+
+@pytest.fixture
+def make(project: Path) -> Iterator[Make]:
+    made: list[Service] = []
+
+    def of(file: str, kind: type[Service] = Service, **build: Any) -> Service:
+        (project / "build.json").write_text(json.dumps({"file": file, "kind": "handler", **build}))
+        made.append(kind(project, None))
+        return made[-1]
+
+    yield of
+    for one in made:
+        one.workflow.close()
+
+
+def answers(
+    served: Service, folder: Path, *rows: Row, headers: list[dict[str, Any]] | None = None
+) -> list[tuple[int, str | None, Any]]:
+    """Each request's status, content type and body; the bodies have gone through TorchServe's own encoder."""
+    ctx = context(folder, *(headers or [{} for _ in rows]))
+    found = served.answer(list(rows), ctx)
+    create_predict_response(found, ctx.request_ids, "Prediction success", 200, context=ctx)
+    return [
+        (ctx.get_response_status(i)[0], ctx.get_response_content_type(i), json.loads(body))
+        for i, body in enumerate(found)
+    ]
+
+
+def test_each_request_of_a_batch_has_its_own_status(make: Make, project: Path) -> None:
+    found = answers(
+        make("handlers/upper.yaml"),
+        project,
+        {"body": bytearray(b"a")},
+        {"body": b"bad"},
+        {"body": b""},
+        {"body": b"poison"},
+        {"body": b"\xff"},
+        {"body": b"b"},
+    )
+
+    assert [status for status, _, _ in found] == [200, 422, 400, 500, 400, 200]
+    assert {kind for _, kind, _ in found} == {"application/json"}
+    assert found[0][2] == {"text": "A"}
+    assert found[1][2] == {
+        "code": 422,
+        "type": "InputError",
+        "message": "That text is bad.",
+        "node": "upper",
+        "request_id": "id-1",
+    }
+    assert found[5][2] == {"text": "B"}
+
+
+def test_a_body_may_come_as_body_or_as_data_or_under_one_name_of_the_clients_own(make: Make, project: Path) -> None:
+    """Raw over REST, as a form's part, or over gRPC under any key."""
+    found = answers(make("handlers/upper.yaml"), project, {"body": b"a"}, {"data": b"b"}, {"my_input": b"c"})
+
+    assert [body for _, _, body in found] == [{"text": "A"}, {"text": "B"}, {"text": "C"}]
+
+
+@pytest.mark.parametrize("row", [{}, {"one": b"a", "two": b"b"}])
+def test_a_request_without_a_body_is_refused(make: Make, project: Path, row: Row) -> None:
+    ((status, _, body),) = answers(make("handlers/upper.yaml"), project, row)
+
+    assert status == 400
+    assert "empty" in body["message"]
+
+
+@pytest.mark.parametrize(
+    ("row", "headers", "status", "body"),
+    [
+        ({"body": b'{"text": "a"}'}, {"body": {"content-type": "application/json"}}, 200, {"text": "A"}),
+        ({"body": b'{"text": "a"}'}, {"body": {"content-type": "text/plain"}}, 200, {"text": '{"TEXT": "A"}'}),
+        ({"data": b'{"text": "a"}'}, {"data": {"content-type": "application/json"}}, 200, {"text": "A"}),
+        # A form's own type is not its part's; TorchServe gives both.
+        ({"data": b"a"}, {"Content-Type": "multipart/form-data", "data": {"content-type": "text/plain"}}, 200, {"text": "A"}),
+        ({"data": b"a"}, {"Content-Type": "multipart/form-data", "data": {"content-type": ""}}, 200, {"text": "A"}),
+        # A client may send a header that is called as the body is.
+        ({"body": b"a"}, {"body": "a header"}, 200, {"text": "A"}),
+        ({"body": b"a"}, {"body": {"content-type": "image/jpeg"}}, 415, None),
+    ],
+)  # fmt: skip
+def test_the_content_type_of_the_part_decides(
+    make: Make, project: Path, row: Row, headers: dict[str, Any], status: int, body: Any
+) -> None:
+    ((found_status, _, found),) = answers(make("handlers/upper.yaml"), project, row, headers=[headers])
+
+    assert found_status == status
+    assert body is None or found == body
+
+
+def test_json_that_torchserve_has_decoded_already_is_read_too(make: Make, project: Path) -> None:
+    """`decode_input_request` is on where nobody turned it off."""
+    headers = [{"body": {"content-type": "application/json"}}]
+
+    assert answers(make("handlers/upper.yaml"), project, {"body": {"text": "a"}}, headers=headers)[0][2] == {
+        "text": "A"
+    }
+
+
+SIGNED = """
+    upper: {handler: upper}
+    answer: {function: sign, inputs: {text: upper, by: parameters.by}}
+"""
+SIGN = """
+    def sign(text: Text, by: str | None) -> Text: return Text(f"{text.text} ({by})")
+"""
+
+
+def test_what_comes_beside_the_body_is_a_parameter(make: Make, project: Path, write: Write) -> None:
+    write(SIGNED, SIGN)
+
+    found = answers(
+        make("workflows/flow.yaml"),
+        project,
+        {"by": b"me", "body": b"a"},
+        {"by": "\u00fc", "body": b"b"},
+        {"body": b"c"},
+    )
+
+    assert [body["text"] for _, _, body in found] == ["A (me)", "B (\u00fc)", "C (None)"]
+
+
+ODD = """
+    def odd(text: Text) -> {kind}:
+        if text.text == "status": raise InputError("Odd.", 499)
+        return {value}
+"""
+
+
+def test_a_status_that_has_no_name_is_passed_on(make: Make, project: Path, write: Write) -> None:
+    write("answer: {function: odd}", ODD.replace("{kind}", "Text").replace("{value}", "text"))
+
+    found = answers(make("workflows/flow.yaml"), project, {"body": b"status"}, {"body": b"a"})
+
+    assert [status for status, _, _ in found] == [499, 200]
+
+
+def test_an_answer_that_is_too_large_for_torchserve_is_refused_here(make: Make, project: Path, write: Write) -> None:
+    """TorchServe would end the worker, and everything that is inside it."""
+    write("answer: {function: odd}", ODD.replace("{kind}", "Text").replace("{value}", "Text('x' * int(text.text))"))
+
+    found = answers(make("workflows/flow.yaml"), project, {"body": b"6553600"}, {"body": b"6000000"})
+
+    assert [status for status, _, _ in found] == [500, 200]
+    assert (found[0][2]["type"], found[0][2]["request_id"]) == ("AnswerTooLarge", "id-0")
+    assert "the limit is 6,553,500" in found[0][2]["message"]
+
+
+def test_an_answer_that_cannot_be_written_touches_no_other(make: Make, project: Path, write: Write) -> None:
+    write("answer: {function: odd}", ODD.replace("{kind}", "float").replace("{value}", "float(text.text)"))
+
+    found = answers(make("workflows/flow.yaml"), project, {"body": b"nan"}, {"body": b"1.5"})
+
+    assert [(status, body) for status, _, body in found][1] == (200, 1.5)
+    assert (found[0][0], found[0][2]["message"]) == (500, "The answer cannot be written.")
+
+
+def test_bytes_have_their_own_content_type(make: Make, project: Path, write: Write) -> None:
+    write("answer: {function: odd}", ODD.replace("{kind}", "bytes").replace("{value}", "b'12'"))
+
+    assert answers(make("workflows/flow.yaml"), project, {"body": b"a"}) == [(200, "application/octet-stream", 12)]
+
+
+# The function that TorchServe calls.
+
+
+@pytest.fixture
+def entry(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(service, "_services", {})
+    (project / "build.json").write_text(json.dumps({"file": "handlers/upper.yaml", "name": "upper", "version": "1.0"}))
+    yield project
+    for one in service._services.values():
+        one.workflow.close()
+
+
+def test_torchserve_loads_with_no_rows_and_then_asks(entry: Path) -> None:
+    assert service.handle(None, context(entry)) == []
+    loaded = service._services[entry]
+    assert isinstance(loaded, Service)
+
+    assert service.handle([{"body": b"a"}], context(entry, {})) == [b'{"text": "A"}']
+    assert list(service._services.values()) == [loaded]
+
+
+def test_a_request_to_describe_is_answered_with_what_the_archive_says(entry: Path) -> None:
+    (body,) = service.handle([{}], context(entry, {"describe": "True"}))
+
+    assert json.loads(body) == {"file": "handlers/upper.yaml", "name": "upper", "version": "1.0"}
+
+
+def test_an_archive_of_a_segment_is_served_as_one(entry: Path, write: Write) -> None:
+    write(SIGNED, SIGN)
+    (entry / "build.json").write_text(json.dumps({"file": "workflows/flow.yaml", "segment": "upper"}))
+    service.handle(None, context(entry))
+
+    assert isinstance(service._services[entry], SegmentService)
+    assert service.handle([{"body": b"a", "by": b"me"}], context(entry, {})) == [b'{"text": "A (me)"}']
+
+
+def test_an_archive_of_ours_may_be_a_node_of_another(project: Path, tmp_path: Path) -> None:
+    """A workflow in TorchServe's own form, of two of our archives, as an archive."""
+    build(Project(project), ["upper", "words"])
+    (project / "workflows" / "native.yaml").write_text(
+        "models: {upper: {url: upper-1.0.mar}, words: {url: words-1.0.mar}}\ndag: {upper: [words]}\n"
+    )
+    (built,) = build(Project(project), ["native"]).built
+    folder = tmp_path / "unpacked"
+    with zipfile.ZipFile(built.path) as archive:
+        archive.extractall(folder)
+    service.handle(None, context(folder))
+
+    found = context(folder, {}, {})
+    good, bad = service.handle([{"body": b"a bc"}, {"body": b"bad"}], found)
+    assert b"A" in good
+    assert (found.get_response_status(1)[0], json.loads(bad)["message"]) == (422, "That text is bad.")
+
+
+# The segments of a `.war`.
+
+CHAIN = """
+    first: {handler: upper}
+    second: {handler: upper, input: first}
+    answer: {function: sign, inputs: {text: second, by: parameters.by}}
+"""
+
+
+@pytest.fixture
+def war(make: Make, write: Write) -> Callable[..., list[Any]]:
+    """Sends requests through a chain of two segments, as TorchServe's engine would."""
+    write(CHAIN, SIGN)
+    first, second = (make("workflows/flow.yaml", SegmentService, segment=name) for name in ("first", "second"))
+
+    def send(folder: Path, *requests: Request) -> list[Any]:
+        rows, headers = [row for row, _ in requests], [header for _, header in requests]
+        sealed = first.answer(rows, context(folder, *headers))
+        found = second.answer([{"body": bytearray(one)} for one in sealed], context(folder, *({} for _ in rows)))
+        return [json.loads(body) for body in found]
+
+    return send
+
+
+def test_segments_pass_content_type_and_parameters_on(war: Callable[..., list[Any]], project: Path) -> None:
+    """TorchServe itself gives them to the first node only."""
+    found = war(
+        project,
+        ({"body": b'{"text": "a"}', "by": b"me"}, {"body": {"content-type": "application/json"}}),
+        ({"by": b"you", "data": b"b"}, {}),
+    )
+
+    assert found == [{"text": "A (me)"}, {"text": "B (you)"}]
+
+
+def test_a_failure_reaches_the_client_and_touches_no_other(war: Callable[..., list[Any]], project: Path) -> None:
+    found = war(
+        project, ({"body": b"a"}, {}), ({"body": b"bad"}, {}), ({"body": b""}, {}), ({}, {}), ({"body": b"c"}, {})
+    )
+
+    assert [body.get("code", 200) for body in found] == [200, 422, 400, 400, 200]
+    assert (found[1]["node"], found[1]["message"]) == ("first", "That text is bad.")
+
+
+@pytest.mark.parametrize(
+    "body", [b"TSDAG1\n", b"TSDAG1\nnot json\n", pack({"request": b"x", "!failure": b"{}"}), pack({"first": b"1"})]
+)
+def test_a_client_cannot_send_an_envelope_of_its_own(war: Callable[..., list[Any]], project: Path, body: bytes) -> None:
+    found = war(project, ({"body": body}, {}), ({"body": b"a"}, {}))
+
+    assert found == [{"text": f"{body.decode().upper()} (None)"}, {"text": "A (None)"}]
+
+
+def test_an_envelope_that_is_too_large_for_torchserve_is_a_failure(make: Make, project: Path, write: Write) -> None:
+    write(CHAIN, SIGN)
+    first = make("workflows/flow.yaml", SegmentService, segment="first")
+
+    (sealed,) = first.answer([{"body": b"x" * 4_000_000}], context(project, {}))
+
+    assert json.loads(unpack(sealed)["!failure"])["type"] == "AnswerTooLarge"
