@@ -10,21 +10,20 @@ import time
 import grpc.experimental.gevent
 from locust import User, constant, task
 
-from photos import ROOT, WORKFLOW, any_photo
+from photos import STATE, WORKFLOW, any_photo
 
 # locust runs its users as greenlets: without this, gRPC's own threads would block them all.
 grpc.experimental.gevent.init_gevent()
 
 from torchserve_dag.clients import ServingError  # noqa: E402 (after gRPC was told of gevent)
 from torchserve_dag.server.connect import client  # noqa: E402
-from torchserve_dag.server.state import State  # noqa: E402
 
 
 class GrpcUser(User):
     wait_time = constant(0)
 
     def on_start(self) -> None:
-        self.serving = client(State(ROOT), "grpc")
+        self.serving = client(STATE, "grpc")
 
     def on_stop(self) -> None:
         self.serving.close()

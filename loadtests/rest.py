@@ -7,24 +7,25 @@ from __future__ import annotations
 
 from locust import FastHttpUser, constant, task
 
-from photos import ROOT, WORKFLOW, any_photo
-from torchserve_dag.server.state import State
+from photos import STATE, WORKFLOW, any_photo
+from torchserve_dag.clients import Tokens
+from torchserve_dag.server.connect import running
 
-STATE = State(ROOT)
+TOKEN = Tokens.read(STATE.key_file).inference
 
 
 class RestUser(FastHttpUser):
     wait_time = constant(0)
-    host = STATE.addresses().inference
+    host = running(STATE).addresses.inference
     # A user that waits longer than the workflow's own time limit would only hide it.
     network_timeout = connection_timeout = 60.0
 
     @task
     def photo(self) -> None:
         objects, body = any_photo()
-        headers = {"Authorization": f"Bearer {STATE.tokens().inference}", "Content-Type": "image/jpeg"}
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/jpeg"}
         with self.client.post(
             f"/predictions/{WORKFLOW}", body, headers=headers, name=f"{objects} objects", catch_response=True
         ) as response:
-            if response.status_code == 200 and not response.js.get("summary"):  # noqa: PLR2004
+            if response.status_code == 200 and not response.json().get("summary"):  # noqa: PLR2004
                 response.failure("an answer without a summary")

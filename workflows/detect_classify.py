@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torchserve_dag.messages import Box, DetectedObject, Label, Labels, Objects, Photo, Skipped
 
+NAMED = 3
+"""How many objects a sentence names before it only counts."""
+
 
 @dataclass(frozen=True, slots=True)
 class NamedObject:
@@ -40,10 +43,12 @@ def describe(found: Objects, names: list[Labels]) -> Description:
 def describe_in_words(found: Objects, names: list[Labels | Skipped]) -> Description:
     """Version 2: a sentence with each object's finer name and place; objects that were skipped stay unnamed."""
     objects = [_named(one, labels) for one, labels in zip(found.objects, names, strict=True)]
-    parts = [f"{_name(one)} {_place(one.box, found)}" for one in objects if one.names]
-    unsure = len(objects) - len(parts)
-    if unsure:
-        parts.append(f"{unsure} more that the detector is unsure of")
+    sure = [one for one in objects if one.names]
+    parts = [f"{_name(one)} {_place(one.box, found)}" for one in sure[:NAMED]]
+    if len(sure) > NAMED:
+        parts.append(f"{len(sure) - NAMED} more")
+    if len(sure) < len(objects):
+        parts.append(f"{len(objects) - len(sure)} that the detector is unsure of")
     if not parts:
         return Description(objects, "Nothing that the detector knows is in this photo.")
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

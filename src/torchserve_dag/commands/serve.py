@@ -25,7 +25,7 @@ from torchserve_dag.server import defaults, torchserve
 from torchserve_dag.server.connect import client, running
 from torchserve_dag.server.ready import Readiness
 from torchserve_dag.server.state import State
-from torchserve_dag.server.status import Status, about
+from torchserve_dag.server.status import Status, WorkerStatus, about
 from torchserve_dag.server.status import status as status_of
 
 
@@ -114,23 +114,23 @@ def default(
 
 def _print_status(found: Status) -> None:
     out.print(f"pid {found.pid}, REST {found.addresses['inference']}, gRPC {found.addresses['grpc_inference']}")
-    table = Table()
-    for heading in ("model", "version", "state", "batch", "pending", "pids", "device", "memory"):
-        table.add_column(heading, no_wrap=heading in {"model", "version"}, overflow="fold")
+    table = Table("model", "version", "state", "batch", "queue", "workers")
     for one in found.versions:
         colour = "green" if one.state == "ready" else "yellow"
-        workers = [w for w in one.workers if w.pid > 0]
         table.add_row(
             one.name,
             f"{one.version} (default)" if one.default else one.version,
             f"[{colour}]{one.state}[/]",
             str(one.batch_size),
             str(one.pending),
-            "\n".join(str(w.pid) for w in workers),
-            "\n".join(w.device for w in workers),
-            "\n".join(f"{w.memory_mb} MB" if w.memory_mb is not None else "" for w in workers),
+            "\n".join(_worker(worker) for worker in one.workers if worker.pid > 0),
         )
     out.print(table)
+
+
+def _worker(worker: WorkerStatus) -> str:
+    memory = f" {worker.memory_mb} MB" if worker.memory_mb is not None else ""
+    return f"pid {worker.pid} {worker.device}{memory}"
 
 
 def _print_about(fields: dict[str, Any]) -> None:
