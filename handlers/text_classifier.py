@@ -15,6 +15,9 @@ from torchserve_dag.handler import Handler
 from torchserve_dag.messages import InputError, Label, Labels, Text
 from torchserve_dag.placement import Placement
 
+MOST_CHARACTERS_A_TOKEN = 100
+"""A text with more for each token that it may have is refused before it is split into tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
@@ -68,6 +71,8 @@ class TextClassifier(Handler[Text, dict[str, list[int]], Tensor, Labels]):
         """The text as tokens: `input_ids` and `attention_mask`, both [token]."""
         if not item.text.strip():
             raise InputError("The text is blank; send at least a word.", 422)
+        if len(item.text) > self.limit * MOST_CHARACTERS_A_TOKEN:  # a text of megabytes takes seconds to split
+            raise InputError(f"The text has {len(item.text):,} characters; the limit is {self.limit} tokens.", 422)
         tokens = self.tokenizer(item.text, verbose=False)
         count = len(tokens["input_ids"])
         if count > self.limit:

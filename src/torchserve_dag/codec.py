@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import re
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -205,10 +206,17 @@ def _plain(kind: type[T], body: bytes) -> T:
 
 def _json(body: bytes) -> Any:
     """What strict JSON holds. Python's own reader takes NaN and half a surrogate pair, which no answer could repeat."""
-    data = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)
+    data = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
     if b"\\u" in body:
         json.dumps(data, ensure_ascii=False).encode()
     return data
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
 
 
 def _no_constant(name: str) -> Any:

@@ -10,6 +10,7 @@ from torchserve_dag.placement import Precision
 from torchserve_dag.plain import WrongFieldError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+CODE = re.compile(r"[A-Za-z0-9_]+\.py\Z")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*\Z")
 
 
@@ -96,13 +97,15 @@ class Serve:
             raise ValueError("workers, batch, delay_ms, timeout_s and startup_timeout_s are at least 1")
 
 
-def check_name_and_version(name: str, version: str) -> None:
-    """Raises ValueError."""
+def check_identity(name: str, version: str, code: str = "") -> None:
+    """Raises ValueError: names and versions become file names, and the code is packed beside its YAML."""
     if not NAME.match(name):
         what = f'"{name}" is not a name; write lower-case letters, digits and underscores, a letter first'
         raise WrongFieldError(what, "name")
     if not VERSION.match(version):
         raise WrongFieldError(f'"{version}" is not a version; write numbers with dots, like "1.0"', "version")
+    if code and not CODE.match(code):
+        raise WrongFieldError(f'"{code}" is not a Python file in this folder; write its name, like {name}.py', "code")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class HandlerFile:
     serve: Serve = field(default_factory=Serve)
 
     def __post_init__(self) -> None:
-        check_name_and_version(self.name, self.version)
+        check_identity(self.name, self.version, self.code)
 
     @property
     def code_file(self) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -66,23 +67,41 @@ class Service:
         project = Project(folder)
         graph = self.graph(read_graph(project, folder / self.build["file"]))
         self.workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers)
+        self._answering = threading.Lock()
 
     def graph(self, whole: Graph) -> Graph:
         """What this worker runs of the archive's graph: all of it."""
         return whole
 
-    def answer(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
-        """One body a row. Every request of the batch is inside the workflow before the first is awaited."""
-        futures = [self._submit(_incoming(i, row, context), context.get_request_id(i)) for i, row in enumerate(rows)]
-        bodies = [self._body(i, future, context) for i, future in enumerate(futures)]
-        self._end_if_stuck()
-        return bodies
+    def handle(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
+        """One body a row."""
+        for i in range(len(rows)):
+            if not context.get_request_header(i, "explain"):  # which TorchServe adds to every REST request
+                # StreamPredictions ends the worker that gives it a whole answer without this.
+                context.set_response_header(i, "ts_stream_next", "false")
+        with self._answering:
+            return self.answer(rows, context)
 
-    def _end_if_stuck(self) -> None:
-        if self.workflow.engine.stuck():
-            # A thread that hangs in a model cannot be ended; its process can, and TorchServe starts another.
-            logger.error("a node of %s hangs: this worker ends", self.workflow.graph.name)
-            threading.Timer(1.0, os._exit, (70,)).start()
+    def answer(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
+        """Every request of the batch is inside the workflow before the first is awaited."""
+        futures = [
+            None
+            if context.get_request_header(i, "describe") == "True"
+            else self._submit(_incoming(i, row, context), context.get_request_id(i))
+            for i, row in enumerate(rows)
+        ]
+        return [self._body(i, future, context) if future else self.describe() for i, future in enumerate(futures)]
+
+    def end_when_stuck(self) -> None:
+        """A thread that hangs in a model cannot be ended; its process can, and TorchServe starts another."""
+        while not self.workflow.stuck():
+            if self.workflow.engine.closed:
+                return
+            time.sleep(1)
+        logger.error("a node of %s hangs: this worker ends", self.workflow.graph.name)
+        with self._answering:  # what is inside is answered first, at its time limit at the latest
+            time.sleep(0.2)  # for the answers to leave
+            os._exit(70)
 
     def _patience(self) -> float:
         return self.workflow.graph.serve.timeout_s + 5
@@ -101,7 +120,7 @@ class Service:
         if not isinstance(answer, Failure):
             try:
                 body, content_type = codec.encode(answer)
-            except (TypeError, ValueError):
+            except Exception:
                 logger.exception("request %s: the answer cannot be written", context.get_request_id(index))
                 answer = _CANNOT_BE_WRITTEN
             else:
@@ -129,12 +148,10 @@ class SegmentService(Service):
             else self._submit(_from_parts(parts), context.get_request_id(i), self.segment.known_results(parts))
             for i, parts in enumerate(envelopes)
         ]
-        bodies = [
+        return [
             self._sealed(parts, future.result(self._patience()) if future else codec.failure_in(parts[FAILURE_PART]))
             for parts, future in zip(envelopes, futures, strict=True)
         ]
-        self._end_if_stuck()
-        return bodies
 
     def _opened(self, index: int, row: dict[str, Any], context: Context) -> dict[str, bytes]:
         if self.segment.known:
@@ -145,7 +162,7 @@ class SegmentService(Service):
     def _sealed(self, parts: dict[str, bytes], result: Any) -> bytes:
         try:
             body = self.segment.seal(parts, result)
-        except (TypeError, ValueError):
+        except Exception:
             logger.exception("the result of %s cannot be written", self.segment.node)
             return self.segment.seal(parts, _CANNOT_BE_WRITTEN)
         return body if len(body) <= MAX_ANSWER_BYTES else self.segment.seal(parts, _too_large(len(body)))
@@ -168,11 +185,10 @@ def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
         segment = "segment" in json.loads((folder / "build.json").read_text("utf-8"))
         kind = SegmentService if segment else Service
         service = _services[folder] = kind(folder, context.system_properties.get("gpu_id"))
+        threading.Thread(target=service.end_when_stuck, name="end when stuck", daemon=True).start()
     if rows is None:
         return []
-    if rows and context.get_request_header(0, "describe") == "True":
-        return [service.describe() for _ in rows]
-    return service.answer(rows, context)
+    return service.handle(rows, context)
 
 
 def _incoming(index: int, row: dict[str, Any], context: Context) -> _Incoming:

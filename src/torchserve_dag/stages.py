@@ -42,6 +42,8 @@ class Stages:
         self.placement = placement
         self.micro_batch = micro_batch
         self.timeout_s = timeout_s
+        self.hangs = False
+        """Whether a micro-batch did not end in time: its thread cannot be ended, and others wait behind it."""
         self._threads = (
             {
                 stage: ThreadPoolExecutor(getattr(micro_batch, stage), thread_name_prefix=f"{name}-{stage}")
@@ -112,6 +114,7 @@ class Stages:
         try:
             return end.result(max(0.0, deadline - time.monotonic()))
         except FutureTimeoutError:
+            self.hangs = True
             message = f"{self.name} took longer than {self.timeout_s:g} s."
             return [Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout")] * size
         except CancelledError:
@@ -133,18 +136,15 @@ class Stages:
     def _infer_alive(self, batch: Piece) -> Piece:
         try:
             outputs = list(self.handler.infer(batch))
-        except (Exception, SystemExit) as error:  # noqa: BLE001
+            if len(outputs) == len(batch):
+                return outputs
+            raise ValueError(f"infer gave {len(outputs)} outputs for {len(batch)} items")  # noqa: TRY301
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 (libraries raise SystemExit, and Rust's panics are no Exception)
             if len(batch) == 1:
                 return [self._failure("infer", error)]
             return [output for value in batch for output in self._infer_alive([value])]
-        if len(outputs) != len(batch):
-            wrong = Failure(
-                HTTPStatus.INTERNAL_SERVER_ERROR,
-                f"{self.name}'s infer gave {len(outputs)} outputs for {len(batch)} items.",
-                "HandlerError",
-            )
-            return [wrong] * len(batch)
-        return outputs
 
     def _postprocess(self, outputs: Piece, items: Piece) -> Piece:
         return [
@@ -155,7 +155,9 @@ class Stages:
     def _one(self, stage: str, function: Callable[..., Any], *values: Any) -> Any:
         try:
             return function(*values)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (a library may call sys.exit, which would end a lane)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 (as above)
             return self._failure(stage, error)
 
     def _failure(self, stage: str, error: BaseException) -> Failure:

@@ -428,3 +428,8 @@ def test_a_kind_is_described_for_a_person() -> None:
     assert codec.describe(Photo).startswith("a photo (JPEG")
     assert codec.describe(Own) == "JSON with the keys size"
     assert codec.describe(list[Own]) == "JSON (list[Own])"
+
+
+def test_a_number_that_no_answer_could_repeat_is_refused() -> None:
+    with pytest.raises(InputError, match="too large a number"):
+        codec.decode(dict[str, Any], b'{"a": 1e999}', "application/json")

@@ -200,7 +200,7 @@ def test_past_the_limit_of_requests_inside_the_next_is_refused_at_once(
     """,
     )
     with Workflow.load(path) as workflow:
-        answers = workflow([b"x"] * 5)
+        answers = [future.result() for future in [workflow.submit(b"x") for _ in range(5)]]
 
     assert [a for a in answers if isinstance(a, Text)] == [Text("x")] * 3
     assert {a.status for a in answers if isinstance(a, Failure)} == {503}
@@ -225,3 +225,46 @@ def test_a_skipped_node_is_the_answer_of_what_needs_it(write: Write) -> None:
     with Workflow.load(path) as workflow:
         assert workflow([b"no", b"yes"]) == [True, False]
         assert Skipped("upper") == Skipped("upper")
+
+
+def test_a_fan_out_over_too_many_elements_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchserve_dag.engine.engine.MAX_ELEMENTS", 5)
+    with Workflow.load(write(EACH, EACH_FUNCTIONS)) as workflow:
+        many, few = workflow([b"a b c d e f", b"a b"])
+
+    assert (many.status, many.node) == (422, "word")
+    assert "6 elements" in many.message
+    assert few == Text("A-B")
+
+
+def test_a_long_list_of_requests_is_answered_whole(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than may be inside at a time, and than the lanes can do within one time limit."""
+    monkeypatch.setattr("torchserve_dag.engine.engine.MAX_INSIDE", 20)
+    with Workflow.load(write("answer: {handler: upper}")) as workflow:
+        answers = workflow([f"t{i}".encode() for i in range(500)])
+
+    assert answers == [Text(f"T{i}") for i in range(500)]
+
+
+def test_a_panic_of_a_library_does_not_end_a_lane(write: Write) -> None:
+    """What Rust's panics become in Python is no Exception."""
+    path = write("answer: {function: fail}", """
+        class Panic(BaseException): pass
+        def fail(text: Text) -> Text:
+            if text.text == "x": raise Panic()
+            return text
+    """)  # fmt: skip
+    with Workflow.load(path) as workflow:
+        answers = workflow([b"x"] * 10 + [b"ok"])
+
+    assert {answer.status for answer in answers[:10]} == {500}
+    assert answers[10] == Text("ok")
+
+
+def test_nodes_that_run_one_handler_share_its_weights(write: Write) -> None:
+    path = write("""
+        one: {handler: upper}
+        answer: {handler: upper, input: one}
+    """)
+    with Workflow.load(path) as workflow:
+        assert workflow._stages["one"] is workflow._stages["answer"]

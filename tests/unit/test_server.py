@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -143,14 +145,14 @@ def test_a_project_without_a_configuration_or_archives_is_told_so(tmp_path: Path
 def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> None:
     state = State(tmp_path)
     state.prepare()
-    me = psutil.Process()
-    record = Record(me.pid, me.create_time(), Addresses())
-    state.save(record)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=processes.mark(state)) as ours:
+        record = Record(ours.pid, Addresses())
+        state.save(record)
+        assert state.record() == record
+        assert processes.java(record, state) == psutil.Process(ours.pid)
+        ours.kill()
+    state.save(Record(psutil.Process().pid, Addresses()))  # alive, and none of ours
 
-    assert state.record() == record
-    assert processes.java(record) == me
-    assert processes.java(Record(me.pid, me.create_time() - 60, Addresses())) is None
-    state.save(Record(me.pid, me.create_time() - 60, Addresses()))
     assert not torchserve.stop(tmp_path)
     with pytest.raises(ServerError, match=r"No server of this project is running: start it with torchserve-dag up"):
         client(state)

@@ -222,6 +222,23 @@ def test_a_request_to_describe_is_answered_with_what_the_archive_says(entry: Pat
     assert json.loads(body) == {"file": "handlers/upper.yaml", "name": "upper", "version": "1.0"}
 
 
+def test_a_client_that_asks_to_describe_does_not_touch_its_neighbours(entry: Path) -> None:
+    """TorchServe hands every header of every client on."""
+    mine, asked = service.handle([{"body": b"a"}, {}], context(entry, {}, {"describe": "True"}))
+
+    assert mine == b'{"text": "A"}'
+    assert json.loads(asked)["name"] == "upper"
+
+
+def test_a_whole_answer_ends_a_stream_over_grpc_only(entry: Path) -> None:
+    """Or TorchServe ends the worker; over REST it would be a header that nobody asked for."""
+    found = context(entry, {}, {"explain": "False"})
+    service.handle([{"body": b"a"}, {"body": b"b"}], found)
+
+    assert found.get_response_headers(0)["ts_stream_next"] == "false"
+    assert "ts_stream_next" not in found.get_response_headers(1)
+
+
 def test_an_archive_of_a_segment_is_served_as_one(entry: Path, write: Write) -> None:
     write(SIGNED, SIGN)
     (entry / "build.json").write_text(json.dumps({"file": "workflows/flow.yaml", "segment": "upper"}))

@@ -229,12 +229,12 @@ class Miscounting(Scripted):
 
 @pytest.mark.parametrize("micro_batch", PIECES)
 def test_outputs_that_are_not_one_an_item_are_a_failure_of_the_handler(
-    make: Make, micro_batch: MicroBatch | None
+    make: Make, micro_batch: MicroBatch | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers = make(Miscounting(), micro_batch)(range(4))
 
     assert {(a.status, a.type) for a in answers} == {(500, "HandlerError")}
-    assert "outputs for" in answers[0].message
+    assert "infer gave 2 outputs for 1 items" in caplog.text
 
 
 class Nothing(Scripted):

@@ -13,6 +13,7 @@ from torchserve_dag.archives.store import Built, Target, place
 from torchserve_dag.archives.weights import MissingWeightsError
 from torchserve_dag.engine.torchserve_file import is_torchserve_file
 from torchserve_dag.engine.workflow import read_graph
+from torchserve_dag.handler_file import check_identity
 from torchserve_dag.project import Project
 from torchserve_dag.source import CheckError, Problem, Source
 
@@ -121,6 +122,11 @@ def _target(folder: str, path: Path) -> Target:
     name, version = (data.get(key) if isinstance(data, dict) else None for key in ("name", "version"))
     # The file is read in full, and every mistake in it named, when its turn comes. TorchServe's own workflow
     # files have neither a name nor a version.
-    return Target(
+    target = Target(
         folder, file, name if isinstance(name, str) else path.stem, version if isinstance(version, str) else "1.0"
     )
+    try:
+        check_identity(target.name, target.version)  # they become a file's name
+    except ValueError as error:
+        raise CheckError([file.problem(("name",), str(error))]) from None
+    return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def place(target: Target, path: Path, write: Callable[[Path], None], *, force: b
 @contextmanager
 def _part(path: Path) -> Iterator[Path]:
     """A hidden file beside `path` to write to: TorchServe skips it when it loads all that is in the folder."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two builds at once do not share it
     try:
         yield part
     finally:

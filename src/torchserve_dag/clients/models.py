@@ -59,7 +59,7 @@ class ModelInfo:
 def model_info(name: str, descriptions: list[dict[str, Any]], default: str) -> ModelInfo:
     """A model from TorchServe's descriptions of all its versions."""
     versions = [version_info(described, default=described["modelVersion"] == default) for described in descriptions]
-    return ModelInfo(name, tuple(sorted(versions, key=lambda version: _number(version.version))))
+    return ModelInfo(name, tuple(sorted(versions, key=lambda version: version_key(version.version))))
 
 
 def version_info(described: Mapping[str, Any], *, default: bool) -> VersionInfo:
@@ -82,6 +82,6 @@ def _worker(worker: Mapping[str, Any]) -> WorkerInfo:
     return WorkerInfo(worker["id"], worker["status"] == "READY", worker["pid"], worker["gpu"])
 
 
-def _number(version: str) -> tuple[tuple[int, int, str], ...]:
-    """`1.10` after `1.9`; what is no number comes last."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in version.split("."))
+def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
+    """To sort versions by: `1.10` after `1.9`, and what is no number before all numbers."""
+    return tuple((1, int(part), "") if part.isdigit() else (0, 0, part) for part in version.split("."))

@@ -114,7 +114,7 @@ def default(
 
 def _print_status(found: Status) -> None:
     out.print(f"pid {found.pid}, REST {found.addresses['inference']}, gRPC {found.addresses['grpc_inference']}")
-    table = Table("model", "version", "state", "batch", "queue", "workers")
+    table = Table("model", "version", "state", "batch", "queue", "worker pids")
     for one in found.versions:
         colour = "green" if one.state == "ready" else "yellow"
         table.add_row(
@@ -130,7 +130,7 @@ def _print_status(found: Status) -> None:
 
 def _worker(worker: WorkerStatus) -> str:
     memory = f" {worker.memory_mb} MB" if worker.memory_mb is not None else ""
-    return f"pid {worker.pid} {worker.device}{memory}"
+    return f"{worker.pid} {worker.device}{memory}"
 
 
 def _print_about(fields: dict[str, Any]) -> None:

@@ -2,10 +2,11 @@
 
     submit ─► request ─► ready node ─► its items queue ─► a lane takes a batch ─► results ─► next nodes
 
-A lane is a thread of one device. On a CPU there is one a core: it takes items side by side with its
-neighbours and never so many that one of them idles. A lane that finds no full batch does the work that
-may fill one, and only then takes what there is: a lone request never waits for company, and under load
-batches fill by themselves. Whatever a node raises ends only its own request.
+A station is a node at work, with its queue. A lane is a thread of one device. On a CPU there is one a
+core: it takes items side by side with its neighbours, and never so many that one of them idles. A lane
+that finds no full batch does the work that may fill one, and only then takes what there is: a lone request
+never waits for company, and under load batches fill by themselves. A Failure ends its own request, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ parameters an item is the tuple of their values."""
 
 PATIENCE_S = 0.05
 """How long an item may wait for its batch to fill while a lane has other work to do."""
+
+MAX_ELEMENTS = 10_000
+"""Elements that one `each` may fan out over; a request with more is refused."""
 
 MAX_INSIDE = 1_000
 """Requests that may be inside an engine; more are refused at once."""
@@ -68,7 +72,7 @@ class _Gather:
 @dataclass(slots=True)
 class _Item:
     request: Request
-    place: int | None
+    index: int | None
     """Its index in the `each` list; None for a node that runs once."""
     value: Any
     since: float = field(default_factory=time.monotonic)
@@ -97,7 +101,7 @@ class _Station:
         self.runner = runner
         self.batch = batch
         self.device = device
-        self.depth = depth
+        self.depth = depth  # the scheduling priority: see Engine._take
         self.node = node
         self.queue: deque[_Item] = deque()
         self.counts = NodeCounts()
@@ -146,7 +150,8 @@ class Engine:
         self._idle = dict.fromkeys(lanes, 0)
         shallow = sorted(self._stations.values(), key=lambda station: station.depth)
         self._by_device = {device: [s for s in shallow if s.device == device] for device in lanes}
-        self._busy_since: dict[int, float] = {}
+        self._busy: dict[int, tuple[float, list[_Item]]] = {}
+        """By lane: since when it is in a node, and with which items."""
         self._threads = [
             threading.Thread(target=self._lane, args=(device,), name=f"{graph.name}-{device}-{i}", daemon=True)
             for device, count in lanes.items()
@@ -194,14 +199,22 @@ class Engine:
             self._enqueue(self._stations[REQUEST], [_Item(request, None, body)])
         return request
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def counts(self) -> dict[str, NodeCounts]:
         with self._lock:
             return {name: NodeCounts(**vars(station.counts)) for name, station in self._stations.items()}
 
     def stuck(self) -> bool:
-        """Whether a lane has been in one node for longer than a request may take at all."""
+        """Whether a lane hangs: it works for requests that have all ended, and has for half of what one may take."""
+        now = time.monotonic()
         with self._lock:
-            return any(time.monotonic() - since > self.timeout_s for since in self._busy_since.values())
+            return any(
+                now - since > self.timeout_s / 2 and all(item.request.ended for item in items)
+                for since, items in self._busy.values()
+            )
 
     def close(self) -> None:
         """Refuse what is inside, and end the lanes. One that hangs in a node is left behind."""
@@ -212,8 +225,10 @@ class Engine:
                 condition.notify_all()
         for request in inside:
             self._end(request, Failure(HTTPStatus.SERVICE_UNAVAILABLE, "The workflow is closing.", "Overloaded"))
+        deadline = time.monotonic() + 1
         for thread in self._threads:
-            thread.join(timeout=1)
+            if thread is not threading.current_thread():  # a future's callback may close the engine
+                thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     # One lane's life.
 
@@ -226,11 +241,11 @@ class Engine:
                     self._idle[device] -= 1
                 if self._closed:
                     return
-                self._busy_since[threading.get_ident()] = time.monotonic()
-            station, items = taken  # type: ignore[misc]
+                station, items = taken  # type: ignore[misc]
+                self._busy[threading.get_ident()] = (time.monotonic(), items)
             answers = self._run(station, items)
             with self._lock:
-                del self._busy_since[threading.get_ident()]
+                del self._busy[threading.get_ident()]
             self._deliver(station, items, answers)
 
     def _take(self, device: str) -> tuple[_Station, list[_Item]] | None:
@@ -243,9 +258,11 @@ class Engine:
                 queue.popleft()
             if not queue:
                 continue
-            # Of the full batches the deepest: a request that is nearly done leaves before another is begun.
-            # Where none is full, the shallowest: its results may fill one.
-            if chosen is None or len(queue) >= station.batch or queue[0].since < patience:
+            due = len(queue) >= station.batch or queue[0].since < patience
+            # The stations come shallowest first. Of those that are due the last, so the deepest, is taken: a
+            # request that is nearly done leaves before another is begun. Where none is due, the first: its
+            # results may fill the batch of one behind it.
+            if due or chosen is None:
                 chosen = station
         if chosen is None:
             return None
@@ -265,7 +282,7 @@ class Engine:
             if len(answers) == len(items):
                 return answers
             logger.error("%s gave %d answers for %d items", station.name, len(answers), len(items))
-        except (Exception, SystemExit):  # a lane must not end, whatever a library does
+        except BaseException:  # a lane must not end: libraries raise SystemExit, and Rust's panics are no Exception
             logger.exception("%s raised; requests %s", station.name, ", ".join(item.request.id for item in items))
         return [internal_error(station.name)] * len(items)
 
@@ -279,10 +296,10 @@ class Engine:
             station.counts.items += len(items)
             station.counts.failures += len(failed)
             for item, answer in zip(items, answers, strict=True):
-                if item.place is None:
+                if item.index is None:
                     ended.append((item.request, station.name, answer))
                 elif (gather := item.request.gathers.get(station.name)) is not None:
-                    gather.answers[item.place] = answer
+                    gather.answers[item.index] = answer
                     gather.missing -= 1
                     if not gather.missing:
                         ended.append((item.request, station.name, gather.answers))
@@ -304,6 +321,9 @@ class Engine:
             for request, node, values in ready:  # without the lock: what a ready node reads no longer changes
                 try:
                     items, result = self._start(request, node, values)
+                except InputError as error:
+                    self._end(request, Failure(error.status, error.message, node=node.name))
+                    continue
                 except Exception:
                     logger.exception("request %s: the expressions of %s raised", request.id, node.name)
                     self._end(request, internal_error(node.name))
@@ -342,16 +362,21 @@ class Engine:
         elements = node.each.evaluate(values)
         if isinstance(elements, Skipped):
             return [], elements
+        if len(elements) > MAX_ELEMENTS:
+            raise InputError(
+                f"{node.each.text} has {len(elements):,} elements; the limit is {MAX_ELEMENTS:,}.",
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+            )
         answers: list[Any] = [None] * len(elements)
         items: list[_Item] = []
         here = dict(values)
-        for place, element in enumerate(elements):
+        for index, element in enumerate(elements):
             here["item"] = element
             value = element if isinstance(element, Skipped) else _value(node, here)
             if isinstance(value, Skipped):
-                answers[place] = value
+                answers[index] = value
             else:
-                items.append(_Item(request, place, value))
+                items.append(_Item(request, index, value))
         request.gathers[node.name] = _Gather(answers, len(items))
         return items, answers
 
@@ -383,11 +408,15 @@ class Engine:
                     if not request.ended:
                         late.append(request)
                 if not late:
-                    self._watch_changed.wait(self._deadlines[0][0] - now if self._deadlines else None)
+                    self._watch_changed.wait(min(self._deadlines[0][0] - now, 3600) if self._deadlines else None)
             for request in late:
                 waiting = next((name for name in self._nodes if name not in request.values), None)
                 message = f"No answer within {request.timeout_s:g} s."
                 self._end(request, Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout", waiting))
+            if late:  # where every lane hangs, no lane takes these out
+                with self._lock:
+                    for station in self._stations.values():
+                        station.queue = deque(item for item in station.queue if not item.request.ended)
 
 
 def function_runner(function: Callable[..., Any]) -> Runner:
@@ -408,7 +437,7 @@ def _call(function: Callable[..., Any], item: Any) -> Any:
         return function(**item) if isinstance(item, dict) else function(item)
     except InputError as error:
         return Failure(error.status, error.message)
-    except (Exception, SystemExit):
+    except BaseException:  # as in Engine._run
         name = getattr(function, "__name__", "a function")
         logger.exception("%s raised", name)
         return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why.", "InternalError")

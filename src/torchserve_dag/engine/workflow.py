@@ -16,6 +16,7 @@ from torchserve_dag.engine.torchserve_file import check_torchserve_file, is_torc
 from torchserve_dag.handler import types_of
 from torchserve_dag.project import Project
 from torchserve_dag.rows import RowsRunner
+from torchserve_dag.stages import Stages
 
 GPU_LANES = 2
 """Batches under way on one GPU: while one is inferred, the next is being prepared."""
@@ -40,15 +41,18 @@ class Workflow:
         self.graph = graph
         lanes = max(1, placement.cores() // workers)
         placement.share_cores(lanes * workers)
-        self._stages = {
-            name: project.load(node.handler, device=device or node.device, gpu=gpu, batch=node.batch)
-            for name, node in graph.nodes.items()
-            if node.handler
-        }
+        loaded: dict[tuple[Path, str | None], Stages] = {}  # nodes that run one handler share its weights
+        self._stages: dict[str, Stages] = {}
+        for name, node in graph.nodes.items():
+            if node.handler:
+                key = (node.handler.path, device or node.device)
+                loaded[key] = loaded.get(key) or project.load(node.handler, device=key[1], gpu=gpu, batch=node.batch)
+                self._stages[name] = loaded[key]
         devices = {name: str(stages.placement.device) for name, stages in self._stages.items()}
         runners: dict[str, Runner] = {REQUEST: function_runner(_decoder(graph.request))}
         for name, node in graph.nodes.items():
             runners[name] = self._stages.get(name) or _runner(node, graph, gpu)
+        self._most_at_once = lanes + max(node.batch for node in graph.nodes.values())
         self.engine = Engine(
             graph,
             runners,
@@ -65,11 +69,21 @@ class Workflow:
         return cls(project, read_graph(project, path), device=device)
 
     def __call__(self, items: Sequence[Any], parameters: Mapping[str, str] | None = None) -> list[Any]:
-        """The answers to requests that are all put in at once, in order; a Failure for each that has none.
+        """The answers to many requests, in order; a Failure for each that has none.
 
         An item is a message of the type that the workflow takes, or its bytes.
         """
-        return [request.result() for request in [self.submit(item, parameters) for item in items]]
+        window = 2 * self._most_at_once
+        futures: list[Future[Any]] = []
+        for i, item in enumerate(items):
+            if i >= window:  # a long list waits outside, where no time limit runs
+                futures[i - window].result()
+            futures.append(self.submit(item, parameters))
+        return [future.result() for future in futures]
+
+    def stuck(self) -> bool:
+        """Whether a model hangs. A thread cannot be ended in Python, so only ending the process helps."""
+        return self.engine.stuck() or any(stages.hangs for stages in self._stages.values())
 
     def submit(
         self,

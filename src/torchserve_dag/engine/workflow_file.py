@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 from dataclasses import dataclass, field
 
-from torchserve_dag.handler_file import Serve, check_name_and_version
+from torchserve_dag.handler_file import Serve, check_identity
 from torchserve_dag.plain import WrongFieldError
 
 RESERVED = ("request", "item", "parameters", "len")
@@ -61,7 +61,7 @@ class WorkflowFile:
     serve: Serve = field(default_factory=Serve)
 
     def __post_init__(self) -> None:
-        check_name_and_version(self.name, self.version)
+        check_identity(self.name, self.version, self.code)
         if not self.does.strip():
             raise WrongFieldError('"does" is empty; say what the workflow is for', "does")
         if not self.nodes:

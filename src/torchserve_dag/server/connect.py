@@ -15,7 +15,7 @@ Protocol = Literal["rest", "grpc"]
 def running(state: State) -> Record:
     """The server that runs. Raises ServerError where none does."""
     record = state.record()
-    if record is None or processes.java(record) is None:
+    if record is None or processes.java(record, state) is None:
         raise ServerError("No server of this project is running: start it with torchserve-dag up.")
     return record
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torchserve_dag.clients import Client, ModelNotFound
+from torchserve_dag.clients.models import version_key
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -35,8 +36,4 @@ def set_default(state: State, client: Client, name: str, version: str) -> None:
 
 def highest(versions: Iterable[str]) -> str:
     """The last of some versions by their numbers: 1.10 comes after 1.9."""
-    return max(versions, key=_numbers)
-
-
-def _numbers(version: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in version.split(".")]
+    return max(versions, key=version_key)

@@ -13,20 +13,18 @@ from torchserve_dag.server.state import Record, State
 MARK = "TORCHSERVE_DAG_STATE"
 """The environment variable that a server and all of its children have: its state folder."""
 
-_SAME = 2.0  # seconds: the clock may have been set since
-
 
 def mark(state: State) -> dict[str, str]:
     return {MARK: str(state.folder)}
 
 
-def java(record: Record) -> psutil.Process | None:
-    """The server's process, if it still runs and is still the one that was started."""
+def java(record: Record, state: State) -> psutil.Process | None:
+    """The server's process, if it still runs and its pid is not another's by now."""
     try:
         process = psutil.Process(record.pid)
-        return process if alive(process) and abs(process.create_time() - record.created) < _SAME else None
     except psutil.Error:
         return None
+    return process if alive(process) and _marked(process, state.folder) else None
 
 
 def family(state: State) -> list[psutil.Process]:

@@ -24,8 +24,6 @@ class Record:
 
     pid: int
     """Of its Java process."""
-    created: float
-    """When that process began, in seconds since 1970: a pid alone may be another's by now."""
     addresses: Addresses
 
 
@@ -70,8 +68,10 @@ class State:
 
     def record(self) -> Record | None:
         """The server that was started last, whether it still runs or not."""
-        data = _read(self._server)
-        return plain.build(Record, data) if data else None
+        try:
+            return plain.build(Record, _read(self._server))
+        except plain.WrongDataError:  # there is none, or another version's
+            return None
 
     def save(self, record: Record) -> None:
         _write(self._server, plain.flatten(record))

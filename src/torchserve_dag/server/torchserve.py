@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
-import psutil
-
 from torchserve_dag.archives import mar
 from torchserve_dag.clients import Tokens
 from torchserve_dag.server import defaults, java, ports, processes, properties
@@ -66,7 +64,7 @@ def start(root: Path, options: Options | None = None, progress: Progress | None 
             state.save(record)
             with client(state) as serving:
                 waiting = Waiting(archives, logs)
-                waiting.wait(serving, lambda: processes.java(record) is not None, options.timeout_s, progress)
+                waiting.wait(serving, lambda: processes.java(record, state) is not None, options.timeout_s, progress)
                 defaults.apply(state, serving)
         except BaseException:  # an interrupt as well: what is not served is not left behind
             _end(state)
@@ -85,11 +83,11 @@ def stop(root: Path) -> bool:
 
 def _end(state: State) -> bool:
     record = state.record()
-    process = processes.java(record) if record else None
-    family = processes.family(state)
+    process = processes.java(record, state) if record else None
     if process:
         process.terminate()
         processes.wait([process], STOP_S)
+    family = processes.family(state)  # now, not before: while it ended it may have started more
     processes.kill(left := processes.wait(family, 1.0))
     if processes.wait(left, 5.0):
         pids = ", ".join(str(one.pid) for one in left)
@@ -100,7 +98,7 @@ def _end(state: State) -> bool:
 
 def _refuse_second(state: State) -> None:
     record = state.record()
-    if record and processes.java(record):
+    if record and processes.java(record, state):
         raise ServerError(
             f"A server of this project is running already (pid {record.pid}, {record.addresses.inference}): "
             "stop it with torchserve-dag down."
@@ -153,11 +151,11 @@ def _launch(state: State, store: Path, java_home: Path, where: Addresses, logs: 
         starter.wait()
     try:  # TorchServe's own command ends as soon as Java runs, and leaves its pid here
         pid = int((state.tmp / ".model_server.pid").read_text("utf-8"))
-        record = Record(pid, psutil.Process(pid).create_time(), where)
-    except (OSError, ValueError, psutil.Error):
+        record = Record(pid, where)
+    except (OSError, ValueError):
         raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'it does not say why'}.") from None
     while not _has_keys(state):
-        if processes.java(record) is None or time.time() > begun + 60:
+        if processes.java(record, state) is None or time.time() > begun + 60:
             processes.kill(processes.family(state))
             raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'it does not say why'}.")
         time.sleep(0.05)

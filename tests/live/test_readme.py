@@ -1,0 +1,151 @@
+"""Every block of the README is what it says it is: files are quoted as they are, and commands and code run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.live.conftest import ROOT
+from torchserve_dag.engine.workflow import read_graph
+from torchserve_dag.project import Project
+from torchserve_dag.server import properties
+from torchserve_dag.server.ports import Addresses
+
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+SCRIPTS = "./scripts/demo\n./scripts/test\n"
+
+Run = Callable[..., str]
+
+
+def blocks(kind: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == kind]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This project in a folder of its own, at ports that nobody has, with this environment as its `.venv`."""
+    root = tmp_path_factory.mktemp("readme")
+    for name in ("handlers", "workflows", "weights", "photos", "pyproject.toml", "constraints.txt"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "scripts").mkdir()
+    for path in (ROOT / "scripts").iterdir():
+        (root / "scripts" / path.name).write_bytes(path.read_bytes())
+        (root / "scripts" / path.name).chmod(0o755)
+    (root / ".venv").symlink_to(sys.prefix)
+    (root / "tmp").mkdir()
+    where = Addresses().with_free_ports()
+    properties.write(ROOT / "config.properties", root / "config.properties", properties.listening_at(where))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(copy: Path) -> Iterator[Run]:
+    """Runs a line of shell in the copy, as after `source .venv/bin/activate`; what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k not in {"JAVA_HOME", "VIRTUAL_ENV", "TS_CONFIG_FILE"}}
+    environment |= {"PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(copy / "tmp")}
+    environment |= {"COLUMNS": "80", "TERM": "dumb"}
+
+    def line(text: str) -> str:
+        words = ["bash", "-euo", "pipefail", "-c", text]
+        done = subprocess.run(
+            words, cwd=copy, env=environment, capture_output=True, text=True, timeout=170, check=False
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    yield line
+    line("torchserve-dag down")
+
+
+def test_every_block_is_of_a_kind_that_is_tested() -> None:
+    assert {name for name, _ in BLOCKS} == {"sh", "text", "yaml", "mermaid", "python"}
+    assert blocks("sh")[0] == SCRIPTS  # the first is run below, and the second is what runs this
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_a_file_is_quoted_as_it_is(text: str) -> None:
+    first, _, rest = text.partition("\n")
+
+    assert rest == (ROOT / first.removeprefix("# ")).read_text("utf-8")
+
+
+@pytest.mark.parametrize("text", blocks("mermaid"))
+def test_the_graph_is_drawn_from_its_file(text: str) -> None:
+    assert text == read_graph(Project(ROOT), ROOT / "workflows" / "detect_classify.yaml").mermaid()
+
+
+def test_the_demo_prints_what_the_readme_shows(run: Run) -> None:
+    """But for the milliseconds; and run again, it goes on with the server that it started."""
+    (shown,) = blocks("text")
+    first, again = run("./scripts/demo"), run("./scripts/demo")
+
+    for line in shown.splitlines():
+        assert without_times(line) in [without_times(one) for one in first.splitlines()]
+    assert "torchserve-dag up" in first
+    assert "torchserve-dag up" not in again
+    run("./scripts/demo --stop")
+
+
+def without_times(line: str) -> str:
+    return re.sub(r"│ [ \d]{7} (?=│)", "│ time    ", line)
+
+
+@pytest.mark.parametrize("text", blocks("sh")[1:])
+def test_the_commands_run(run: Run, copy: Path, text: str) -> None:
+    """Each line in the shell that the last one left; where TorchServe starts by itself, it comes to serve."""
+    before: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("export "):
+            before.append(line)
+            continue
+        starts = shlex.split(line)[:2] == ["torchserve", "--start"]
+        # Java keeps what it inherits: a pipe would never end.
+        run("; ".join([*before, f"{line} > torchserve.log 2>&1 < /dev/null" if starts else line]))
+        if starts:
+            wait_until_served(copy)
+
+
+def wait_until_served(copy: Path) -> None:
+    where = properties.addresses(properties.read(copy / "config.properties"))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            keys = httpx.Response(200, text=(copy / "key_file.json").read_text("utf-8")).json()
+            headers = {"Authorization": f"Bearer {keys['inference']['key']}"}
+            url = f"{where.inference}/predictions/detect_classify/1.0"
+            answer = httpx.post(url, content=(ROOT / "photos/coffee.jpg").read_bytes(), headers=headers, timeout=60)
+            if answer.status_code == 200:
+                assert answer.json()["summary"] == "1 cup"
+                return
+        except (OSError, ValueError, httpx.TransportError):
+            pass
+        time.sleep(1)
+    pytest.fail("TorchServe did not come to serve the workflow within 120 s")
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_the_code_runs(run: Run, copy: Path, text: str) -> None:
+    if "serving" in text:
+        run("torchserve-dag build detect_classify yolo_detector && torchserve-dag up")
+    (copy / "block.py").write_text(text, "utf-8")
+    run("python block.py")
+
+
+def test_the_handler_of_the_readme_is_one() -> None:
+    """It is loaded and run as a plain object, as the text beside it says."""
+    (text,) = [one for one in blocks("python") if "class Brightness" in one]
+    found: dict[str, type] = {}
+    exec(compile(text.replace("from __future__", "#"), "README.md", "exec"), found)  # noqa: S102 (our own README)
+    handler = found["Brightness"]()
+    handler.load(None, None, None)
+
+    assert handler.postprocess(*handler.infer([handler.preprocess(handler.example())]), None).name == "bright"
