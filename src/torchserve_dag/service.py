@@ -1,7 +1,7 @@
 """What TorchServe calls in a worker: rows of requests in, bodies and statuses out.
 
 An archive is a project of its own (`handlers/`, `workflows/`, `weights/`) whose `build.json` says which
-file is served. This is the only module that knows TorchServe's side of the socket.
+file is served.
 """
 
 from __future__ import annotations

@@ -92,11 +92,21 @@ def test_the_demo_prints_what_the_readme_shows(run: Run) -> None:
         assert without_times(line) in [without_times(one) for one in first.splitlines()]
     assert "torchserve-dag up" in first
     assert "torchserve-dag up" not in again
-    run("./scripts/demo --stop")
 
 
 def without_times(line: str) -> str:
     return re.sub(r"│ [ \d]{7} (?=│)", "│ time    ", line)
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_the_code_runs(run: Run, copy: Path, text: str) -> None:
+    """With the server that the demo started."""
+    (copy / "block.py").write_text(text, "utf-8")
+    run("python block.py")
+
+
+def test_the_demo_stops_what_it_started(run: Run) -> None:
+    assert run("./scripts/demo --stop") == "stopped\n"
 
 
 @pytest.mark.parametrize("text", blocks("sh")[1:])
@@ -130,14 +140,6 @@ def wait_until_served(copy: Path) -> None:
             pass
         time.sleep(1)
     pytest.fail("TorchServe did not come to serve the workflow within 120 s")
-
-
-@pytest.mark.parametrize("text", blocks("python"))
-def test_the_code_runs(run: Run, copy: Path, text: str) -> None:
-    if "serving" in text:
-        run("torchserve-dag build detect_classify yolo_detector && torchserve-dag up")
-    (copy / "block.py").write_text(text, "utf-8")
-    run("python block.py")
 
 
 def test_the_handler_of_the_readme_is_one() -> None:

@@ -118,7 +118,7 @@ def name_and_version(archive: Path) -> tuple[str, str]:
 
 
 def same_content(one: Path, other: Path, ignoring: str) -> bool:
-    """Whether two archives hold the same files, byte for byte, apart from the entry `ignoring`."""
+    """Whether two archives hold the same files, by size and checksum, apart from the entry `ignoring`."""
     with zipfile.ZipFile(one) as a, zipfile.ZipFile(other) as b:
         return _contents(a, ignoring) == _contents(b, ignoring)
 
