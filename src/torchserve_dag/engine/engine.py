@@ -208,11 +208,11 @@ class Engine:
             return {name: NodeCounts(**vars(station.counts)) for name, station in self._stations.items()}
 
     def stuck(self) -> bool:
-        """Whether a lane hangs: it works for requests that have all ended, and has for half of what one may take."""
+        """Whether a lane hangs: in one node for half of what a request may take, its own being past their deadlines."""
         now = time.monotonic()
         with self._lock:
             return any(
-                now - since > self.timeout_s / 2 and all(item.request.ended for item in items)
+                now - since > self.timeout_s / 2 and all(item.request.deadline < now for item in items)
                 for since, items in self._busy.values()
             )
 
