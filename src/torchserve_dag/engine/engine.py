@@ -18,64 +18,23 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from torchserve_dag.engine.graph import REQUEST, Graph, Node
-from torchserve_dag.messages import Failure, InputError, Skipped
+from torchserve_dag.engine.request import Item, Request, items_of
+from torchserve_dag.engine.runner import Runner, internal_error
+from torchserve_dag.messages import Failure, InputError
 
 logger = logging.getLogger(__name__)
-
-Runner = Callable[[Sequence[Any]], Sequence[Any]]
-"""Answers for items, one each, in order; a Failure for each that has none. For a node of several
-parameters an item is the tuple of their values."""
 
 PATIENCE_S = 0.05
 """How long an item may wait for its batch to fill while a lane has other work to do."""
 
-MAX_ELEMENTS = 10_000
-"""Elements that one `each` may fan out over; a request with more is refused."""
-
 MAX_INSIDE = 1_000
 """Requests that may be inside an engine; more are refused at once."""
-
-
-@dataclass(eq=False)
-class Request:
-    """One request on its way through the graph."""
-
-    id: str
-    timeout_s: float
-    deadline: float
-    """On time.monotonic()'s clock."""
-    values: dict[str, Any]
-    """What is known so far: the parameters, the decoded request, and each ended node's result."""
-    waits: dict[str, int]
-    """For each node that has not started: how many that it needs have not ended."""
-    future: Future[Any] = field(default_factory=Future)
-    """The answer, or a Failure. It always comes, at the deadline at the latest."""
-    gathers: dict[str, _Gather] = field(default_factory=dict)
-    ended: bool = False
-
-
-@dataclass
-class _Gather:
-    """The answers of an `each` node's items, in order, and how many are still to come."""
-
-    answers: list[Any]
-    missing: int
-
-
-@dataclass(slots=True)
-class _Item:
-    request: Request
-    index: int | None
-    """Its index in the `each` list; None for a node that runs once."""
-    value: Any
-    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -103,7 +62,7 @@ class _Station:
         self.device = device
         self.depth = depth  # the scheduling priority: see Engine._take
         self.node = node
-        self.queue: deque[_Item] = deque()
+        self.queue: deque[Item] = deque()
         self.counts = NodeCounts()
 
 
@@ -150,7 +109,7 @@ class Engine:
         self._idle = dict.fromkeys(lanes, 0)
         shallow = sorted(self._stations.values(), key=lambda station: station.depth)
         self._by_device = {device: [s for s in shallow if s.device == device] for device in lanes}
-        self._busy: dict[int, tuple[float, list[_Item]]] = {}
+        self._busy: dict[int, tuple[float, list[Item]]] = {}
         """By lane: since when it is in a node, and with which items."""
         self._threads = [
             threading.Thread(target=self._lane, args=(device,), name=f"{graph.name}-{device}-{i}", daemon=True)
@@ -196,7 +155,7 @@ class Engine:
             heapq.heappush(self._deadlines, (request.deadline, next(self._order), request))
             if self._deadlines[0][2] is request:
                 self._watch_changed.notify()
-            self._enqueue(self._stations[REQUEST], [_Item(request, None, body)])
+            self._enqueue(self._stations[REQUEST], [Item(request, None, body)])
         return request
 
     @property
@@ -248,7 +207,7 @@ class Engine:
                 del self._busy[threading.get_ident()]
             self._deliver(station, items, answers)
 
-    def _take(self, device: str) -> tuple[_Station, list[_Item]] | None:
+    def _take(self, device: str) -> tuple[_Station, list[Item]] | None:
         """The next batch for a lane of `device`, under the lock."""
         chosen: _Station | None = None
         patience = time.monotonic() - PATIENCE_S
@@ -269,14 +228,14 @@ class Engine:
         size, queue = chosen.batch, chosen.queue
         if device == "cpu":  # share with the idle neighbours; a GPU's lanes are not cores, and want it whole
             size = min(size, -(-len(queue) // (1 + self._idle[device])))
-        items: list[_Item] = []
+        items: list[Item] = []
         while queue and len(items) < size:
             item = queue.popleft()
             if not item.request.ended:
                 items.append(item)
         return chosen, items
 
-    def _run(self, station: _Station, items: list[_Item]) -> Sequence[Any]:
+    def _run(self, station: _Station, items: list[Item]) -> Sequence[Any]:
         try:
             answers = station.runner([item.value for item in items])
             if len(answers) == len(items):
@@ -288,7 +247,7 @@ class Engine:
 
     # What ends, and what can start because of it.
 
-    def _deliver(self, station: _Station, items: list[_Item], answers: Sequence[Any]) -> None:
+    def _deliver(self, station: _Station, items: list[Item], answers: Sequence[Any]) -> None:
         failed = [(i.request, a) for i, a in zip(items, answers, strict=True) if isinstance(a, Failure)]
         ended: list[_Ended] = []
         with self._lock:
@@ -311,7 +270,7 @@ class Engine:
     def _advance(self, ended: Iterable[_Ended]) -> None:
         """Record the results of nodes that have ended, and start all that are now ready, together."""
         todo = list(ended)
-        queued: dict[str, list[_Item]] = {}
+        queued: dict[str, list[Item]] = {}
         while todo:
             with self._lock:
                 ready, answers = self._record(todo)
@@ -320,7 +279,7 @@ class Engine:
             todo = []
             for request, node, values in ready:  # without the lock: what a ready node reads no longer changes
                 try:
-                    items, result = self._start(request, node, values)
+                    items, result = items_of(request, node, values)
                 except InputError as error:
                     self._end(request, Failure(error.status, error.message, node=node.name))
                     continue
@@ -353,34 +312,7 @@ class Engine:
                     ready.append((request, self._nodes[after], request.values))
         return ready, answers
 
-    @staticmethod
-    def _start(request: Request, node: Node, values: Mapping[str, Any]) -> tuple[list[_Item], Any]:
-        """A ready node's items; where there are none, its result."""
-        if node.each is None:
-            value = _value(node, values)
-            return ([], value) if isinstance(value, Skipped) else ([_Item(request, None, value)], None)
-        elements = node.each.evaluate(values)
-        if isinstance(elements, Skipped):
-            return [], elements
-        if len(elements) > MAX_ELEMENTS:
-            raise InputError(
-                f"{node.each.text} has {len(elements):,} elements; the limit is {MAX_ELEMENTS:,}.",
-                HTTPStatus.UNPROCESSABLE_ENTITY,
-            )
-        answers: list[Any] = [None] * len(elements)
-        items: list[_Item] = []
-        here = dict(values)
-        for index, element in enumerate(elements):
-            here["item"] = element
-            value = element if isinstance(element, Skipped) else _value(node, here)
-            if isinstance(value, Skipped):
-                answers[index] = value
-            else:
-                items.append(_Item(request, index, value))
-        request.gathers[node.name] = _Gather(answers, len(items))
-        return items, answers
-
-    def _enqueue(self, station: _Station, items: list[_Item]) -> None:
+    def _enqueue(self, station: _Station, items: list[Item]) -> None:
         """Under the lock."""
         station.queue.extend(items)
         self._work[station.device].notify(len(items))
@@ -417,38 +349,3 @@ class Engine:
                 with self._lock:
                     for station in self._stations.values():
                         station.queue = deque(item for item in station.queue if not item.request.ended)
-
-
-def function_runner(function: Callable[..., Any]) -> Runner:
-    """A function as a runner: one item at a time, each one's exception its own."""
-
-    def run(items: Sequence[Any]) -> list[Any]:
-        return [_call(function, item) for item in items]
-
-    return run
-
-
-def internal_error(node: str) -> Failure:
-    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{node} failed; the log says why.", "InternalError", node)
-
-
-def _call(function: Callable[..., Any], item: Any) -> Any:
-    try:
-        return function(**item) if isinstance(item, dict) else function(item)
-    except InputError as error:
-        return Failure(error.status, error.message)
-    except BaseException:  # as in Engine._run
-        name = getattr(function, "__name__", "a function")
-        logger.exception("%s raised", name)
-        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why.", "InternalError")
-
-
-def _value(node: Node, values: Mapping[str, Any]) -> Any:
-    """What a node takes for one item, or Skipped."""
-    if node.when is not None and not node.when.evaluate(values):
-        return Skipped(node.name)
-    taken = {parameter: expression.evaluate(values) for parameter, expression in node.takes.items()}
-    for parameter, value in taken.items():
-        if isinstance(value, Skipped) and parameter not in node.sees_skipped:
-            return value
-    return taken["item"] if node.handler else taken

@@ -9,9 +9,10 @@ from typing import Any
 
 from torchserve_dag import codec, placement
 from torchserve_dag.engine.check import check
-from torchserve_dag.engine.engine import Engine, NodeCounts, Runner, function_runner
+from torchserve_dag.engine.engine import Engine, NodeCounts
 from torchserve_dag.engine.expression import compile_expression
 from torchserve_dag.engine.graph import REQUEST, Graph, Node
+from torchserve_dag.engine.runner import Runner, function_runner
 from torchserve_dag.engine.torchserve_file import check_torchserve_file, is_torchserve_file
 from torchserve_dag.handler import types_of
 from torchserve_dag.project import Project
