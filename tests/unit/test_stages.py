@@ -279,7 +279,7 @@ def test_close_ends_the_threads(make: Make) -> None:
     stages = make(Scripted(), MicroBatch(1, 2, 2, 2))
     stages(range(8))
     mine = set(threading.enumerate()) - before
-    assert len(mine) == 6
+    assert 3 <= len(mine) <= 6  # a pool starts a thread only while none of its own is idle
 
     stages.close()
     for thread in mine:
