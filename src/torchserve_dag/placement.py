@@ -84,7 +84,7 @@ def cores() -> int:
 def share_cores(lanes: int) -> None:
     """Give each of `lanes` threads its share of the cores for torch's own threads.
 
-    More runnable threads than cores is what slows a CPU most: two lanes with two torch threads each
-    on two cores took up to ten times as long as two lanes with one.
+    With as many lanes as cores that is one each, which was fastest for requests together; the figures are
+    in docs/decisions/0008-lanes.md.
     """
     torch.set_num_threads(max(1, cores() // lanes))

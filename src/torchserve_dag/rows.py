@@ -126,7 +126,7 @@ class RowsRunner:
             if isinstance(answers, list) and len(answers) == len(rows):
                 return [self._answer(i, answer) for i, answer in enumerate(answers)]
             what = f"must answer with a list as long as its batch, {len(rows)}"
-        except (Exception, SystemExit):
+        except BaseException:  # as in runner.py
             logger.exception("%s raised", self.name)
             what = "failed; the log says why"
         if len(rows) > 1:  # TorchServe would fail them all; here each is tried alone

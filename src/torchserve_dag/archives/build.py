@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchserve_dag import plain, source
 from torchserve_dag.archives import mar, war
-from torchserve_dag.archives.contents import contents
+from torchserve_dag.archives.contents import Contents, contents
 from torchserve_dag.archives.store import Built, Target, place
 from torchserve_dag.archives.weights import MissingWeightsError
 from torchserve_dag.engine.torchserve_file import is_torchserve_file
@@ -62,9 +62,12 @@ def build(
         if progress:
             progress(str(target), i, len(wanted))
         try:
-            report.built.append(build_one(project, target, store, force=force))
+            graph = read_graph(project, target.file.path)
+            content = contents(project, graph)
+            report.built.append(_build_one(target, content, store, force=force))
             if target.folder == "workflows" and not is_torchserve_file(target.file.path):
-                report.built.extend(war.export(project, target, store.with_name(WORKFLOW_STORE), force=force))
+                exports = store.with_name(WORKFLOW_STORE)
+                report.built.extend(war.export(project, target, graph, content, exports, force=force))
         except war.NotForTorchServeError as error:
             report.not_exported.append(LeftOut(target.name, target.version, error.problems))
         except MissingWeightsError as error:
@@ -106,10 +109,7 @@ def targets(project: Project, names: Sequence[str], problems: list[Problem]) -> 
     return list(chosen.values())
 
 
-def build_one(project: Project, target: Target, store: Path, *, force: bool = False) -> Built:
-    """Build one archive. Raises CheckError; nothing of it is seen in `store` before it is whole."""
-    content = contents(project, read_graph(project, target.file.path))
-
+def _build_one(target: Target, content: Contents, store: Path, *, force: bool) -> Built:
     def write(part: Path) -> None:
         mar.write(part, target.name, target.version, content.small, content.large)
 
@@ -127,6 +127,6 @@ def _target(folder: str, path: Path) -> Target:
     )
     try:
         check_identity(target.name, target.version)  # they become a file's name
-    except ValueError as error:
-        raise CheckError([file.problem(("name",), str(error))]) from None
+    except plain.WrongFieldError as error:
+        raise CheckError([file.problem(error.path, str(error))]) from None
     return target

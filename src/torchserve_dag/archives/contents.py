@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ def contents(project: Project, graph: Graph) -> Contents:
         _put(small, "workflows", graph.path, graph.functions_path)
     small[mar.ENTRY] = _ENTRY
     small[mar.SETTINGS] = yaml.safe_dump(_settings(graph, handlers), sort_keys=True).encode()
-    small[BUILD] = _json(_description(project, graph, handlers, digests))
-    return Contents(small, _weights(project, digests) | _archives(project, graph))
+    small[BUILD] = to_json(_description(project, graph, handlers, digests))
+    return Contents(small, packed_weights(project, digests) | _archives(project, graph))
 
 
 def runtime() -> dict[str, bytes]:
@@ -68,10 +69,10 @@ def _put(small: dict[str, bytes], folder: str, *paths: Path | None) -> None:
             small[f"{folder}/{path.name}"] = path.read_bytes()
 
 
-def _weights(project: Project, digests: dict[str, str]) -> dict[str, Path]:
+def packed_weights(project: Project, names: Iterable[str]) -> dict[str, Path]:
     return {
         f"weights/{path.relative_to(project.weights).as_posix()}": path
-        for name in digests
+        for name in names
         for path in weights.files(project.weights / name)
     }
 
@@ -129,5 +130,5 @@ def _is_handler(graph: Graph) -> bool:
     return graph.path.parent.name == "handlers"
 
 
-def _json(fields: dict[str, Any]) -> bytes:
+def to_json(fields: dict[str, Any]) -> bytes:
     return (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

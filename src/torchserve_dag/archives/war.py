@@ -16,11 +16,10 @@ import yaml
 from workflow_archiver.workflow_packaging import package_workflow
 from workflow_archiver.workflow_packaging_utils import WorkflowExportUtils
 
-from torchserve_dag.archives import mar, weights
-from torchserve_dag.archives.contents import BUILD, Contents, contents
+from torchserve_dag.archives import mar
+from torchserve_dag.archives.contents import BUILD, Contents, packed_weights, to_json
 from torchserve_dag.archives.store import Built, Target, place
 from torchserve_dag.engine.graph import Graph
-from torchserve_dag.engine.workflow import read_graph
 from torchserve_dag.project import Project
 from torchserve_dag.segment import Segment, parents, segments
 from torchserve_dag.source import CheckError
@@ -33,16 +32,19 @@ class NotForTorchServeError(CheckError):
     """A workflow that TorchServe's own engine cannot run; everything else about it is in order."""
 
 
-def export(project: Project, target: Target, store: Path, *, force: bool = False) -> list[Built]:
-    """Write a workflow's `.war` and its nodes' archives into `store`. Raises CheckError."""
-    graph = read_graph(project, target.file.path)
+def export(
+    project: Project, target: Target, graph: Graph, whole: Contents, store: Path, *, force: bool = False
+) -> list[Built]:
+    """Write a workflow's `.war` and its nodes' archives into `store`; `whole` is what its `.mar` holds.
+
+    Raises CheckError.
+    """
     try:
         found = segments(graph)
     except ValueError as error:
         what = f"TorchServe's own engine cannot run this workflow: {error}"
         problem = target.file.problem(("nodes",), what, "serve its .mar, which can do all of it")
         raise NotForTorchServeError([problem]) from None
-    whole = contents(project, graph)
     built = []
     for name, segment in found.items():
         content = _part_of(project, whole, segment)
@@ -60,15 +62,9 @@ def export(project: Project, target: Target, store: Path, *, force: bool = False
 
 def _part_of(project: Project, whole: Contents, segment: Segment) -> Contents:
     """A segment's archive: the workflow's, with the weights of one model, and word of which segment it is."""
-    file = segment.graph.handlers[segment.node]
-    wanted = {
-        f"weights/{path.relative_to(project.weights).as_posix()}"
-        for one in file.value.card.weights
-        for path in weights.files(project.weights / one.file)
-    }
-    fields = json.loads(whole.small[BUILD]) | {"segment": segment.node}
-    build = (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    return Contents({**whole.small, BUILD: build}, {k: v for k, v in whole.large.items() if k in wanted})
+    card = segment.graph.handlers[segment.node].value.card
+    build = to_json(json.loads(whole.small[BUILD]) | {"segment": segment.node})
+    return Contents({**whole.small, BUILD: build}, packed_weights(project, [one.file for one in card.weights]))
 
 
 def _spec(graph: Graph, found: dict[str, Segment]) -> dict[str, Any]:

@@ -55,13 +55,12 @@ _Ready = tuple[Request, Node, Mapping[str, Any]]
 class _Station:
     """A node at work: its queue, what it runs, and on which device's lanes."""
 
-    def __init__(self, name: str, runner: Runner, batch: int, device: str, depth: int, node: Node | None) -> None:
+    def __init__(self, name: str, runner: Runner, batch: int, device: str, depth: int) -> None:
         self.name = name
         self.runner = runner
         self.batch = batch
         self.device = device
         self.depth = depth  # the scheduling priority: see Engine._take
-        self.node = node
         self.queue: deque[Item] = deque()
         self.counts = NodeCounts()
 
@@ -89,7 +88,6 @@ class Engine:
                 node.batch if node else 1,
                 (devices or {}).get(name, "cpu"),
                 node.depth if node else 0,
-                node,
             )
             for name, node in {REQUEST: None, **graph.nodes}.items()
         }
@@ -126,18 +124,15 @@ class Engine:
         parameters: Mapping[str, str] | None = None,
         *,
         request_id: str | None = None,
-        timeout_s: float | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> Request:
-        """Put a request in. Its `future` gives the answer or a Failure, within `timeout_s`.
+        """Put a request in. Its `future` gives the answer or a Failure, at the time limit at the latest.
 
         `known` holds results that come with the request, for the nodes that a segment leaves out.
         """
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         request = Request(
             request_id or uuid.uuid4().hex,
-            timeout_s,
-            time.monotonic() + timeout_s,
+            time.monotonic() + self.timeout_s,
             {**(known or {}), "parameters": dict(parameters or {})},
             dict(self._waits),
         )
@@ -343,7 +338,7 @@ class Engine:
                     self._watch_changed.wait(min(self._deadlines[0][0] - now, 3600) if self._deadlines else None)
             for request in late:
                 waiting = next((name for name in self._nodes if name not in request.values), None)
-                message = f"No answer within {request.timeout_s:g} s."
+                message = f"No answer within {self.timeout_s:g} s."
                 self._end(request, Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout", waiting))
             if late:  # where every lane hangs, no lane takes these out
                 with self._lock:

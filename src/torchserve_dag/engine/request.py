@@ -21,7 +21,6 @@ class Request:
     """One request on its way through the graph."""
 
     id: str
-    timeout_s: float
     deadline: float
     """On time.monotonic()'s clock."""
     values: dict[str, Any]
