@@ -76,6 +76,11 @@ def encode(message: Any) -> tuple[bytes, str]:
     return json.dumps(plain.flatten(message), ensure_ascii=False, allow_nan=False).encode(), "application/json"
 
 
+def writes(kind: Any) -> bool:
+    """Whether `encode` can write every value of a type. A photo or bytes can be an answer, and no part of one."""
+    return kind in {Photo, bytes} or plain.fits_json(kind)
+
+
 def failure_fields(failure: Failure, request_id: str | None = None) -> dict[str, Any]:
     """A failure as TorchServe writes its own: `code`, `type`, `message`; `node` and `request_id` where known."""
     fields = {"code": failure.status, "type": failure.type, "message": failure.message}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -69,9 +69,21 @@ class Handler(Generic[Item, Prepared, Output, Answer]):
         """The model's outputs for a batch, one an item, in order."""
         raise NotImplementedError
 
+    def stream(self, prepared: Prepared) -> Iterator[Output]:
+        """Instead of `infer`: the outputs for one item, one after another; `postprocess` makes a piece of each.
+
+        The pieces of several items take turns, so they reach their clients side by side.
+        """
+        raise NotImplementedError
+
     def postprocess(self, output: Output, item: Item) -> Answer:
         """The answer for one item."""
         raise NotImplementedError
+
+
+def streams(kind: type[Handler[Any, Any, Any, Any]]) -> bool:
+    """Whether a handler answers in pieces."""
+    return kind.stream is not Handler.stream
 
 
 def types_of(kind: type[Handler[Any, Any, Any, Any]]) -> tuple[Any, Any]:

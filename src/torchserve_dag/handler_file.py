@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torchserve_dag.placement import Precision
 from torchserve_dag.plain import WrongFieldError
@@ -12,6 +12,9 @@ from torchserve_dag.plain import WrongFieldError
 NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 CODE = re.compile(r"[A-Za-z0-9_]+\.py\Z")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*\Z")
+
+Mode = Literal["batched", "asynchronous"]
+"""How requests reach a worker: in batches that are answered together, or each by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +91,18 @@ class Serve:
     """The most requests that one worker takes at a time."""
     delay_ms: int = 1
     """How long TorchServe waits for a batch to fill. Zero would mean its default, 100 ms."""
+    mode: Mode | None = None
+    """`batched` unless the answer comes in pieces; in batched mode they leave as a whole. See docs/decisions."""
     timeout_s: int = 30
     """The longest that a request may take in the worker, before it is answered 504."""
     startup_timeout_s: int = 300
+    max_inside: int = 1_000
+    """Requests that may be inside one worker; one more is answered 503 at once."""
 
     def __post_init__(self) -> None:
-        if min(self.workers, self.batch, self.delay_ms, self.timeout_s, self.startup_timeout_s) < 1:
-            raise ValueError("workers, batch, delay_ms, timeout_s and startup_timeout_s are at least 1")
+        for name in ("workers", "batch", "delay_ms", "timeout_s", "startup_timeout_s", "max_inside"):
+            if getattr(self, name) < 1:
+                raise WrongFieldError(f"{name} is at least 1", name)
 
 
 def check_identity(name: str, version: str, code: str = "") -> None:

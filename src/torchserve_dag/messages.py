@@ -38,6 +38,9 @@ class Failure:
     node: str | None = None
     """The workflow's node that failed."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", int(self.status))  # an HTTPStatus prints otherwise
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:

@@ -113,6 +113,22 @@ def name_of(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
+def fits_json(kind: Any, inside: frozenset[type] = frozenset()) -> bool:
+    """Whether JSON brings a value of this type back as it was. `inside`: the dataclasses around it."""
+    if kind in {Any, str, int, float, bool, None, type(None)} or kind in inside:
+        return True
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return True
+    if origin is dict and parts[0] is not str:
+        return False
+    if origin in {list, tuple, dict} or is_union(kind):
+        return all(fits_json(part, inside) for part in parts if part is not ...)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return all(fits_json(part, inside | {kind}) for part in field_types(kind).values())
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
 def _build(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:  # noqa: C901, PLR0911 (one return a kind)
     if kind is Any:
         return data

@@ -1,11 +1,13 @@
 """A TorchServe handler, unedited, in this process: rows and a context in, its answers out.
 
-The handler is a function of rows and a context, or what a `.mar` holds: a module with such a function
-named `handle`, or with one class that has `initialize` and `handle`.
+The handler is what a `.mar` names: a module with a function `handle`, or with one class that has `initialize`
+and `handle`, its own or one of TorchServe's; or a function of a workflow's Python file.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib
 import inspect
 import io
 import json
@@ -13,137 +15,158 @@ import logging
 import shutil
 import sys
 import tempfile
-import threading
 import weakref
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 
 from torchserve_dag import codec
-from torchserve_dag.messages import Failure
-from torchserve_dag.project import import_file
+from torchserve_dag.folder_modules import FolderModules
+from torchserve_dag.messages import Failure, InputError, Text
+from torchserve_dag.rows_context import Context
 
 logger = logging.getLogger(__name__)
 
 Handle = Callable[[Any, Any], Any]
 
-
-class Context:
-    """What a TorchServe handler may ask of its context."""
-
-    def __init__(self, name: str, folder: Path, gpu: int | None, batch: int) -> None:
-        manifest = folder / "MAR-INF" / "MANIFEST.json"
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text("utf-8")) if manifest.is_file() else {}
-        config = folder / str(self.manifest.get("model", {}).get("configFile", ""))
-        self.model_yaml_config: dict[str, Any] = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
-        self.model_name = name
-        self.system_properties: dict[str, Any] = {"model_dir": str(folder), "gpu_id": gpu, "batch_size": batch}
-        self.metrics = _NoMetrics()
-        self.statuses: dict[int, int] = {}
-
-    def get_request_id(self, idx: int = 0) -> str:
-        return str(idx)
-
-    def get_request_header(self, idx: int, key: str) -> str | None:  # noqa: ARG002 (TorchServe's signature)
-        return None
-
-    def get_all_request_header(self, idx: int) -> dict[str, str]:  # noqa: ARG002
-        return {}
-
-    def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:  # noqa: ARG002
-        self.statuses[idx] = code
-
-    def set_response_content_type(self, idx: int, value: str) -> None: ...
-
-    def set_response_header(self, idx: int, key: str, value: str) -> None: ...
+_NOT_OF_WORKFLOWS = {"explain", "describe"}
+"""Headers that TorchServe adds to requests for a model, and not to those for a workflow."""
 
 
-class _NoMetrics:
-    """Takes every metric that a handler adds, and keeps none."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A request as TorchServe hands it to a handler: its body as `body`, or the parts of a form by their names."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+    values: Mapping[str, Any]
+    """Bytes, or what they hold; a message is encoded for the handler."""
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    """The request's, and for each part a mapping with its `content-type`."""
+
+    @classmethod
+    def received(cls, values: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
+        """What TorchServe gave a worker; JSON and text are decoded, as it does for a handler by default."""
+        decoded = {key: _decoded(value, headers.get(key)) for key, value in values.items()}
+        return cls(decoded, {key: value for key, value in headers.items() if key not in _NOT_OF_WORKFLOWS})
 
 
 class RowsRunner:
-    """Runs rows through one handler, one batch at a time: such handlers keep state between their stages."""
+    """Runs items through one handler: a Row as it is, a message as the `body` of a row."""
 
-    def __init__(self, name: str, handle: Handle, context: Context, retries: int = 0) -> None:
+    one_at_a_time = True
+    """Such handlers keep state between their stages, so two batches must not be inside one side by side."""
+
+    def __init__(self, name: str, handle: Handle, context: Context, gives: Any) -> None:
         self.name = name
-        self.handle = handle
         self.context = context
-        self.retries = retries
-        self._one_at_a_time = threading.Lock()
+        self._handle = handle
+        self._gives = gives
 
     @classmethod
-    def of_function(cls, name: str, function: Handle, folder: Path, retries: int) -> RowsRunner:
-        context = Context(name, folder, None, 1)
-        function(None, context)  # TorchServe calls it so, once, at load
-        return cls(name, function, context, retries)
+    def of_function(cls, name: str, file: Path, function: str) -> RowsRunner:
+        """A function of a workflow's Python file. Raises RuntimeError where it cannot be loaded."""
+        modules = modules_of(file)
+        context = Context(name, file.parent, None, 1)
+        return cls._load(name, file, modules, lambda: modules.module(file.stem), function, context, bytes)
 
     @classmethod
-    def of_archive(cls, name: str, archive: Path, gpu: int | None, batch: int, retries: int) -> RowsRunner:
-        """A finished `.mar`. Raises RuntimeError where it holds no handler."""
-        folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(folder)
+    def of_archive(cls, name: str, archive: Path, gpu: int | None, batch: int, *, gives: Any = Any) -> RowsRunner:
+        """A finished `.mar`, or a folder with what is in one. Raises RuntimeError where it cannot be loaded.
+
+        `gives`: the type to make of each answer. Any: its JSON's data, or its bytes where it is none; bytes: what
+        TorchServe puts on an edge.
+        """
+        folder = archive if archive.is_dir() else _unpacked(archive, name)
         context = Context(name, folder, gpu, batch)
-        file, _, function = str(context.manifest["model"]["handler"]).partition(":")
-        with _importable(folder):
-            path = folder / f"{file.removesuffix('.py')}.py"
-            if not path.is_file():
-                raise RuntimeError(f"{archive.name}: it holds no {path.name}; write a handler of your own into it")
-            module = import_file(path)
-            if hasattr(module, function or "handle"):
-                handle: Handle = getattr(module, function or "handle")
-                handle(None, context)
-            else:
-                classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-                if len(classes) != 1:
-                    raise RuntimeError(f"{archive.name}: {file} has {len(classes)} classes, where one is meant")
-                handler: Any = classes[0]()
-                handler.initialize(context)
-                handle = handler.handle
-        runner = cls(name, handle, context, retries)
-        weakref.finalize(runner, shutil.rmtree, folder, ignore_errors=True)
+        file, _, function = str((context.manifest or {})["model"]["handler"]).partition(":")
+        modules = FolderModules(folder)
+        runner = cls._load(
+            name, archive, modules, lambda: _module(folder, modules, file), function or "handle", context, gives
+        )
+        if folder != archive:
+            weakref.finalize(runner, shutil.rmtree, folder, ignore_errors=True)
         return runner
 
-    def __call__(self, rows: Sequence[Any]) -> list[Any]:
-        with self._one_at_a_time:
-            return self._run([_row(row) for row in rows], self.retries)
-
-    def _run(self, rows: list[dict[str, Any]], retries: int) -> list[Any]:
-        self.context.statuses.clear()
+    @classmethod
+    def _load(
+        cls,
+        name: str,
+        source: Path,
+        modules: FolderModules,
+        module: Callable[[], ModuleType],
+        function: str,
+        context: Context,
+        gives: Any,
+    ) -> RowsRunner:
         try:
-            answers = self.handle(rows, self.context)
+            with modules.loading():
+                handle = _entry(module(), function, context)
+        except Exception as error:
+            modules.close()
+            what = str(error) if type(error) is RuntimeError else f"loading it raised {type(error).__name__}: {error}"
+            raise RuntimeError(f"{source.name}: {what}") from error
+        runner = cls(name, handle, context, gives)
+        weakref.finalize(runner, modules.close)
+        return runner
+
+    def __call__(self, items: Sequence[Any]) -> list[Any]:
+        rows = [item if isinstance(item, Row) else Row({"body": item}) for item in items]
+        answers = self._run(rows)
+        if isinstance(answers, Failure):  # TorchServe would fail them all; here each is tried alone, once
+            answers = [answers] if len(rows) == 1 else [self._alone(row) for row in rows]
+        return [one if isinstance(one, Failure) else self._message(one) for one in answers]
+
+    def _alone(self, row: Row) -> bytes | Failure:
+        answers = self._run([row])
+        return answers if isinstance(answers, Failure) else answers[0]
+
+    def _run(self, rows: list[Row]) -> list[bytes | Failure] | Failure:
+        """The answers, or why there are none."""
+        self.context.begin([row.headers for row in rows])
+        try:
+            answers = self._handle([_handed_over(row) for row in rows], self.context)
             if isinstance(answers, list) and len(answers) == len(rows):
                 return [self._answer(i, answer) for i, answer in enumerate(answers)]
-            what = f"must answer with a list as long as its batch, {len(rows)}"
-        except BaseException:  # as in runner.py
+        except BaseException as error:  # as in runner.py
             logger.exception("%s raised", self.name)
-            what = "failed; the log says why"
-        if len(rows) > 1:  # TorchServe would fail them all; here each is tried alone
-            return [answer for row in rows for answer in self._run([row], retries)]
-        if retries > 0:
-            return self._run(rows, retries - 1)
-        return [self._failure(what)]
+            return self._raised(error)
+        return self._failure(f"{self.name} must answer with a list as long as its batch, {len(rows)}.")
 
     def _answer(self, index: int, answer: Any) -> bytes | Failure:
-        status = self.context.statuses.get(index, HTTPStatus.OK)
-        if status >= HTTPStatus.BAD_REQUEST:
-            ours = codec.failure_in(as_bytes(answer))  # an archive of ours says it in full
-            return replace(ours, node=self.name) if ours else Failure(status, _said(answer), "HandlerError", self.name)
-        return as_bytes(answer)
+        body = as_bytes(answer)
+        status, _ = self.context.get_response_status(index)
+        if status < HTTPStatus.BAD_REQUEST:
+            return body
+        ours = codec.failure_in(body)  # an archive of ours says it in full
+        said = body.decode("utf-8", "replace")[:500]
+        return replace(ours, node=self.name) if ours else self._failure(said, status)
 
-    def _failure(self, what: str) -> Failure:
-        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self.name} {what}.", "HandlerError", self.name)
+    def _raised(self, error: BaseException) -> Failure:
+        util = sys.modules.get("ts.utils.util")  # where it is not imported, none of its exceptions was raised
+        if util and isinstance(error, util.PredictionException) and error.error_code in _STATUSES:
+            return self._failure(str(error.message), error.error_code)
+        if isinstance(error, MemoryError) or "CUDA" in str(error):  # TorchServe's own rule
+            return self._failure(f"{self.name} is out of memory; the log says where.", HTTPStatus.INSUFFICIENT_STORAGE)
+        return self._failure(f"{self.name} failed; the log says why.")
+
+    def _failure(self, what: str, status: int = HTTPStatus.INTERNAL_SERVER_ERROR) -> Failure:
+        return Failure(status, what, "HandlerError", self.name)
+
+    def _message(self, body: bytes) -> Any:
+        if self._gives is bytes:
+            return body
+        try:
+            return _as(self._gives, body)
+        except InputError as error:
+            return self._failure(f"{self.name} did not give {codec.describe(self._gives)}. {error.message}")
+
+
+_STATUSES = range(HTTPStatus.BAD_REQUEST, 600)
 
 
 def as_bytes(answer: Any) -> bytes:
@@ -159,28 +182,97 @@ def as_bytes(answer: Any) -> bytes:
     return json.dumps(answer, indent=2).encode()
 
 
-def _row(row: Any) -> dict[str, Any]:
-    """TorchServe hands a handler bytearrays, and handlers rely on it."""
-    return {key: bytearray(value) if isinstance(value, bytes) else value for key, value in row.items()}
+def modules_of(file: Path) -> FolderModules:
+    """The modules that a workflow's Python file may import by their bare names.
 
-
-def _said(answer: Any) -> str:
-    return as_bytes(answer).decode("utf-8", "replace")[:500]
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """TorchServe puts a model's folder on the path, so its files import each other by their bare names.
-
-    There each model has a process of its own; here the next archive's `model.py` must not be this one's.
+    In an unpacked `.war` its other files are its own; elsewhere they are other workflows'.
     """
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
+    return FolderModules(file.parent, None if (file.parent / "WAR-INF").is_dir() else {file.stem})
+
+
+def entry_class(module: ModuleType) -> type | None:
+    """The class that TorchServe takes where a module has no function of the name that is meant: its only one."""
+    classes = [one for one in vars(module).values() if inspect.isclass(one) and one.__module__ == module.__name__]
+    return classes[0] if len(classes) == 1 else None
+
+
+def _entry(module: ModuleType, function: str, context: Context) -> Handle:
+    """What TorchServe calls for each batch, after its one call to load it."""
+    handler: Any = None
+    if hasattr(module, function):
+        handle: Handle = getattr(module, function)
+    else:
+        kind = entry_class(module)
+        if kind is None:
+            raise RuntimeError(f"{module.__name__.rpartition('.')[2]}.py has neither {function} nor one class alone")
+        handler = kind()
+        handle = handler.handle
+    if inspect.iscoroutinefunction(handle):
+        raise RuntimeError(f"{function} is a coroutine, and TorchServe's workflows cannot run one")
+    if handler is None:
+        handle(None, context)
+    else:
+        handler.initialize(context)
+    return handle
+
+
+def _module(folder: Path, modules: FolderModules, file: str) -> ModuleType:
+    """The module that an archive's manifest names: one of its own, or one of TorchServe's handlers."""
+    name = file.removesuffix(".py")
+    if (folder / f"{name}.py").is_file():
+        return modules.module(name)
     try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).parent == folder and Path(file).stem == name:
-                del sys.modules[name]
+        return importlib.import_module(f"ts.torch_handler.{name}")
+    except ModuleNotFoundError as error:
+        if error.name == f"ts.torch_handler.{name}":
+            raise RuntimeError(f"it holds no {name}.py, and TorchServe has no handler of that name") from None
+        raise RuntimeError(f"its handler is TorchServe's {name}, which cannot be imported here: {error}") from error
+
+
+def _unpacked(archive: Path, name: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(folder)
+    return folder
+
+
+def _decoded(value: Any, about: Any) -> Any:
+    """A part of a request by its own content type; what cannot be decoded goes on as it is."""
+    media = about.get("content-type", "") if isinstance(about, Mapping) else ""
+    if not isinstance(value, bytes | bytearray):
+        return value
+    try:
+        if media == "application/json":
+            return json.loads(value.decode("utf-8"))
+        if media.startswith("text"):
+            return value.decode("utf-8")
+    except ValueError:
+        pass
+    return value
+
+
+def _handed_over(row: Row) -> dict[str, Any]:
+    """A copy of its own for the handler, which may change it. Bytes are bytearrays, and handlers rely on it."""
+    return {key: _body(value) for key, value in row.values.items()}
+
+
+def _body(value: Any) -> Any:
+    if isinstance(value, bytes | bytearray):
+        return bytearray(value)
+    if value is None or isinstance(value, str | int | float | list | dict):
+        return copy.deepcopy(value)
+    if isinstance(value, Text):
+        return bytearray(value.text.encode())
+    body, content_type = codec.encode(value)
+    return json.loads(body) if content_type == "application/json" else bytearray(body)
+
+
+def _as(kind: Any, body: bytes) -> Any:
+    """An answer's body as a message. Raises InputError."""
+    if kind is Any or kind is Text:
+        try:
+            return codec.decode(kind, body, "application/json")
+        except InputError:  # not JSON of ours: the text itself, or the bytes
+            if kind is Any:
+                return body
+    return codec.decode(kind, body)

@@ -7,16 +7,13 @@ far; functions run again wherever they are read. A failure travels in the envelo
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torchserve_dag import codec, plain
-from torchserve_dag.engine.graph import Graph
+from torchserve_dag.engine.graph import Graph, Node, Output, result_of
 from torchserve_dag.messages import Failure
 
 _MAGIC = b"TSDAG1\n"
@@ -39,7 +36,8 @@ class Segment:
     """Whether this segment gives the workflow's answer."""
 
     def part(self) -> Graph:
-        return self.graph.segment(self.graph.output if self.last else self.node, self.known)
+        output = self.graph.output if self.last else Output({"": result_of(self.graph.nodes[self.node])})
+        return self.graph.segment(output, self.known)
 
     def known_results(self, parts: Mapping[str, bytes]) -> dict[str, Any]:
         return {name: plain.build(self.graph.nodes[name].result, json.loads(parts[name])) for name in self.known}
@@ -83,14 +81,16 @@ def segments(graph: Graph) -> dict[str, Segment]:
 
     Raises ValueError, with the reason, for a graph that TorchServe's own engine cannot run.
     """
-    models = {name: _models_before(graph, name) for name, node in graph.nodes.items() if node.handler}
+    for node in graph.nodes.values():
+        _refuse(node)
+    models = {name: _models_before(graph, name) for name, node in graph.nodes.items() if node.code.handler}
     if not models:
         raise ValueError("it has no model, and TorchServe 0.12.0 can lose the answer of a function node")
     starts = [name for name, before in models.items() if not before]
     if len(starts) > 1:
         raise ValueError(f"it starts with several models ({', '.join(starts)}), and TorchServe's engine wants one")
     for name in models:
-        if not _fits_json(graph.nodes[name].result, frozenset()):
+        if not plain.fits_json(graph.nodes[name].result):
             raise ValueError(f"{name} gives {plain.name_of(graph.nodes[name].result)}, which does not fit an envelope")
     ends = [name for name in models if not any(name in before for before in models.values())]
     if len(ends) > 1:
@@ -101,26 +101,25 @@ def segments(graph: Graph) -> dict[str, Segment]:
     return {name: Segment(graph, name, before, last=name == ends[0]) for name, before in models.items()}
 
 
+def _refuse(node: Node) -> None:
+    """Raises ValueError for what only our own engine does."""
+    beyond = {
+        "a workflow inside": any(code.graph for code in node.codes),
+        "a served model": any(code.served for code in node.codes),
+        "an archive of TorchServe's": any(code.rows for code in node.codes),
+        "an answer in pieces": node.streams,
+        "several models to choose from": sum(code.handler is not None for code in node.codes) > 1,
+        "functions and models to choose from": len({code.handler is None for code in node.codes}) > 1,
+    }
+    for what, there in beyond.items():
+        if there:
+            raise ValueError(f"{node.name} has {what}")
+
+
 def parents(found: Mapping[str, Segment], name: str) -> list[str]:
     """The segments whose envelopes a segment needs: those known to it and to no other that is known to it."""
     known = found[name].known
     return [one for one in found if one in known and not any(one in found[other].known for other in known)]
-
-
-def _fits_json(kind: Any, inside: frozenset[type]) -> bool:
-    """Whether JSON brings a value of this type back as it was. `inside`: the dataclasses around it."""
-    if kind in {Any, str, int, float, bool, None, type(None)} or kind in inside:
-        return True
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return True
-    if origin is dict and parts[0] is not str:
-        return False
-    if origin in {list, tuple, dict} or plain.is_union(kind):
-        return all(_fits_json(part, inside) for part in parts if part is not ...)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return all(_fits_json(part, inside | {kind}) for part in plain.field_types(kind).values())
-    return isinstance(kind, type) and issubclass(kind, enum.Enum)
 
 
 def _models_before(graph: Graph, name: str) -> frozenset[str]:
@@ -132,4 +131,4 @@ def _models_before(graph: Graph, name: str) -> frozenset[str]:
         if one in graph.nodes and one not in before:
             before.add(one)
             todo += graph.nodes[one].needs
-    return frozenset(one for one in before if graph.nodes[one].handler)
+    return frozenset(one for one in before if graph.nodes[one].code.handler)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
-from torchserve_dag.handler import Handler
+from torchserve_dag.handler import Handler, streams
 from torchserve_dag.handler_file import MicroBatch
 from torchserve_dag.messages import Failure, InputError
 from torchserve_dag.placement import Placement
 
 logger = logging.getLogger(__name__)
+
+END: Final = object()
 
 Piece = list[Any]
 """Some items' values at one stage; a Failure stands where an item has ended."""
@@ -60,9 +62,23 @@ class Stages:
             return self._postprocess(self._infer(self._preprocess(items)), items)
         return self._overlapped(items, self.micro_batch.size)
 
+    def pieces(self, item: Any) -> Iterator[Any]:
+        """The answer of a handler that streams, piece by piece. It raises what the handler raises."""
+        outputs = self.handler.stream(self.handler.preprocess(item))
+        while True:
+            with self.placement.inferring():  # it holds for a thread, and the next piece may be made in another
+                output = next(outputs, END)
+            if output is END:
+                return
+            yield self.handler.postprocess(output, item)
+
     def warm_up(self, batch: int) -> None:
         """Run the handler's own example, alone and as a full batch. Raises RuntimeError where it fails."""
         example = self.handler.example()
+        if streams(type(self.handler)):
+            for _ in self.pieces(example):
+                pass
+            return
         for size in dict.fromkeys((1, batch)):
             for answer in self([example] * size):
                 if isinstance(answer, Failure):

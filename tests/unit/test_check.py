@@ -65,11 +65,14 @@ def test_a_workflow_without_a_mistake_becomes_a_graph(write: Write) -> None:
     graph = checked(path)
 
     assert list(graph.nodes)[-1] == "answer"
-    assert (graph.name, graph.version, graph.output, graph.path) == ("flow", "1.0", "answer", path)
+    assert (graph.name, graph.version, graph.path, graph.output.needs) == ("flow", "1.0", path, {"answer"})
     assert (graph.request, graph.answer) == (Text, Text)
     assert {name: node.depth for name, node in graph.nodes.items()} == {"upper": 1, "size": 1, "answer": 2}
     assert graph.nodes["answer"].needs == {"upper", "size"}
-    assert (graph.nodes["upper"].batch, graph.nodes["size"].batch) == (4, 1)
+    assert (graph.nodes["upper"].code.batch, graph.nodes["size"].code.batch) == (4, 1)
+
+
+ONE_OF = "it has exactly one of handler, function, workflow, served, torchserve"
 
 
 @pytest.mark.parametrize(
@@ -89,11 +92,11 @@ def test_a_workflow_without_a_mistake_becomes_a_graph(write: Write) -> None:
         ("answer: {handler: upper, input: requst}", 5, 'there is no node "requst"', 'did you mean "request"?'),
         ("answer: {handler: upper, batsh: 3}", 5, 'nodes.answer: unknown key "batsh"', 'did you mean "batch"?'),
         ("answer: {handler: upper, on: 3}", 5, 'nodes.answer: unknown key "True"', "known: "),
-        ("answer: {handler: upper, function: twice}", 5, "a node has either a handler or a function", ""),
-        ("answer: {input: request}", 5, "a node has either a handler or a function", ""),
+        ("answer: {handler: upper, function: twice}", 5, ONE_OF, ""),
+        ("answer: {input: request}", 5, ONE_OF, ""),
         ("answer: {function: twice, input: request, inputs: {text: request}}", 5, "input or inputs, not both", ""),
-        ("answer: {handler: upper, inputs: {item: request}}", 5, "a handler takes one input", ""),
-        ("answer: {function: twice, batch: 2}", 5, "batch and device are for handlers", ""),
+        ("answer: {handler: upper, inputs: {item: request}}", 5, "upper takes one input", ""),
+        ("answer: {function: twice, batch: 2}", 5, "batch and device are for models", ""),
         ("answer: {handler: upper, batch: 0}", 5, "batch is at least 1", ""),
         ("answer: {handler: upper, batch: many}", 5, "expected a whole number, not 'many'", ""),
         ("answer: {function: both, inputs: {txt: request}}", 5, 'both has no parameter "txt"', 'did you mean "text"?'),
@@ -261,7 +264,7 @@ def test_a_node_that_reads_only_parameters_waits_for_the_request(write: Write) -
         ("  answer: {handler: upper}", "", 4, "nodes: expected a mapping, not None"),
         ("  answer: {handler: upper}", "  {}", 4, "there are no nodes"),
         ("output: answer", "output: answer\nserve: {timeout: 3}", 7, 'serve: unknown key "timeout"'),
-        ("output: answer", "output: answer\nserve: {timeout_s: 0}", 7, "are at least 1"),
+        ("output: answer", "output: answer\nserve: {timeout_s: 0}", 7, "timeout_s is at least 1"),
     ],
 )  # fmt: skip
 def test_a_mistake_about_the_whole(write: Write, changed: str, to: str, line: int, what: str) -> None:

@@ -179,7 +179,7 @@ def test_closing_answers_what_is_inside_and_ends_the_threads(write: Write) -> No
     """,
         )
     )
-    futures = [workflow.submit(b"x") for _ in range(20)]
+    futures = [workflow.submit(b"x").future for _ in range(20)]
     workflow.close()
 
     assert all(f.done() for f in futures)
@@ -187,10 +187,7 @@ def test_closing_answers_what_is_inside_and_ends_the_threads(write: Write) -> No
     assert set(threading.enumerate()) <= before
 
 
-def test_past_the_limit_of_requests_inside_the_next_is_refused_at_once(
-    write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torchserve_dag.engine.engine.MAX_INSIDE", 3)
+def test_past_the_limit_of_requests_inside_the_next_is_refused_at_once(write: Write) -> None:
     path = write(
         "answer: {function: wait}",
         """
@@ -198,9 +195,10 @@ def test_past_the_limit_of_requests_inside_the_next_is_refused_at_once(
             time.sleep(0.1)
             return text
     """,
+        more="serve: {max_inside: 3}",
     )
     with Workflow.load(path) as workflow:
-        answers = [future.result() for future in [workflow.submit(b"x") for _ in range(5)]]
+        answers = [future.result() for future in [workflow.submit(b"x").future for _ in range(5)]]
 
     assert [a for a in answers if isinstance(a, Text)] == [Text("x")] * 3
     assert {a.status for a in answers if isinstance(a, Failure)} == {503}
@@ -236,10 +234,9 @@ def test_a_fan_out_over_too_many_elements_is_refused(write: Write, monkeypatch: 
     assert few == Text("A-B")
 
 
-def test_a_long_list_of_requests_is_answered_whole(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_list_of_requests_is_answered_whole(write: Write) -> None:
     """More than may be inside at a time, and than the lanes can do within one time limit."""
-    monkeypatch.setattr("torchserve_dag.engine.engine.MAX_INSIDE", 20)
-    with Workflow.load(write("answer: {handler: upper}")) as workflow:
+    with Workflow.load(write("answer: {handler: upper}", more="serve: {max_inside: 20}")) as workflow:
         answers = workflow([f"t{i}".encode() for i in range(500)])
 
     assert answers == [Text(f"T{i}") for i in range(500)]

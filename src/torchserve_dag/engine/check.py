@@ -2,343 +2,460 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from torchserve_dag import plain, source
+from torchserve_dag.engine.code import ONE, Finder, Found, RunsItselfError
 from torchserve_dag.engine.expression import Expression, ExpressionError, compile_expression, names_in
-from torchserve_dag.engine.graph import REQUEST, Graph, Node
-from torchserve_dag.engine.types import fits, includes, without
-from torchserve_dag.engine.workflow_file import NodeFile, WorkflowFile
-from torchserve_dag.handler import types_of
-from torchserve_dag.handler_file import HandlerFile
+from torchserve_dag.engine.graph import REQUEST, Branch, Code, Graph, Level, Node, Output, Policy
+from torchserve_dag.engine.problems import Place, Problems
+from torchserve_dag.engine.torchserve_file import check_torchserve_file, is_torchserve_file
+from torchserve_dag.engine.types import fits, includes, union, without
+from torchserve_dag.engine.workflow_file import CodeFile, NodeFile, OtherwiseFile, WorkflowFile
 from torchserve_dag.messages import Skipped
-from torchserve_dag.project import Project, import_file
-from torchserve_dag.source import CheckError, Problem, Source
+from torchserve_dag.project import Project
+from torchserve_dag.source import Source
+
+PARAMETERS = "parameters"
 
 
-def check(project: Project, path: Path) -> Graph:
-    """The graph of the workflow file at `path`. Raises CheckError with everything that is wrong in it."""
-    return _Check(project, source.read(path, WorkflowFile)).graph()
+def check(project: Project, path: Path, inside: tuple[Path, ...] = ()) -> Graph:
+    """The graph of the workflow file at `path`, `inside` others. Raises CheckError with everything wrong in it."""
+    if path in inside:
+        raise RunsItselfError
+    if is_torchserve_file(path):
+        return check_torchserve_file(project, path)
+    return _Check(project, source.read(path, WorkflowFile), inside).graph()
 
 
-@dataclass(frozen=True)
-class _Code:
-    """What a node runs: the types of its parameters, and of its answer for one item."""
+@dataclass
+class _Run:
+    """One thing that a node may run: where the file says so, what was found, and what each parameter gets."""
 
-    takes: Mapping[str, Any]
-    optional: frozenset[str]
-    gives: Any
-    handler: Source[HandlerFile] | None = None
-    function: Callable[..., Any] | None = None
+    place: Place
+    name: str
+    file: CodeFile
+    when: str | None
+    found: Found
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Each parameter's expression, as text."""
+
+
+@dataclass
+class _Reading:
+    """A node half-way: what it may run, and the nodes that it reads."""
+
+    file: NodeFile
+    runs: list[_Run]
+    fallback: _Run | None = None
+    needs: frozenset[str] = frozenset()
+
+    @property
+    def all(self) -> list[_Run]:
+        return [*self.runs, self.fallback] if self.fallback else self.runs
+
+    @property
+    def yields(self) -> bool:
+        return self.runs[0].found.yields
 
 
 class _Check:
-    def __init__(self, project: Project, file: Source[WorkflowFile]) -> None:
-        self.project = project
+    def __init__(self, project: Project, file: Source[WorkflowFile], inside: tuple[Path, ...]) -> None:
         self.source = file
         self.file = file.value
-        self.problems: list[Problem] = []
+        self.problems = Problems(file)
+        inner: Callable[[Path], Graph] = functools.cache(lambda path: check(project, path, (*inside, file.path)))
+        self.finder = Finder(project, self.file, file.path, self.problems, inner)
 
     def graph(self) -> Graph:
-        functions_path = self._functions_path()
-        code = {name: self._code(name, node, functions_path) for name, node in self.file.nodes.items()}
-        inputs = {name: self._inputs(name, node, one) for name, node in self.file.nodes.items() if (one := code[name])}
-        self._stop()
-        needs = {name: self._needs(name, node, inputs[name]) for name, node in self.file.nodes.items()}
-        self._stop()
-        order = self._order(needs)
-        self._reach(needs)
-        self._stop()
-        known = {name: one for name, one in code.items() if one}
-        request = self._request_type(inputs, known)
-        self._stop()
-        nodes = self._typed(order, needs, inputs, known, request)
-        self._stop()
+        readings = {name: reading for name, node in self.file.nodes.items() if (reading := self._reading(name, node))}
+        self.problems.stop()
+        for name, reading in readings.items():
+            reading.needs = self._needs(name, reading)
+        outputs = {"": self.file.output} if isinstance(self.file.output, str) else self.file.output
+        wanted = self._wanted(outputs)
+        self.problems.stop()
+        order = self._order(readings)
+        self._reach(readings, wanted)
+        self.problems.stop()
+        request = self._request_type(readings)
+        self.problems.stop()
+        scope: dict[str, Any] = {REQUEST: request, PARAMETERS: dict[str, str]}
+        nodes: dict[str, Node] = {}
+        for name in order:
+            node = self._node(name, readings[name], scope, nodes)
+            if node is None:
+                break  # what follows would only repeat the mistake
+            nodes[name] = node
+            scope[name] = node.result
+        self.problems.stop()
+        output = self._output(outputs, scope)
+        self.problems.stop()
+        uses_functions = any(run.found.function for reading in readings.values() for run in reading.all)
         return Graph(
             self.file.name,
             self.file.version,
             self.file.does,
             self.source.path,
-            functions_path,
+            self.finder.functions_path if uses_functions else None,
             request,
             nodes,
-            self.file.output,
+            output,
             self.file.serve,
         )
 
-    def _stop(self) -> None:
-        if self.problems:
-            raise CheckError(self.problems)
+    # What each node may run, and what that takes.
 
-    def _problem(self, path: tuple[str, ...], what: str, help: str = "") -> None:  # noqa: A002
-        self.problems.append(self.source.problem(("nodes", *path), f"{path[0]}: {what}", help))
+    def _reading(self, name: str, node: NodeFile) -> _Reading | None:
+        for level in node.levels:
+            if level in self.file.nodes:
+                self.problems.add((name, "each", level), f'"{level}" is a node already', "call the element otherwise")
+        if node.switch is None:
+            runs = [self._run((name,), name, node, node, None)]
+        else:
+            runs = [
+                self._run((name, "switch", i), f"{name}.{_branch_name(branch, i)}", branch, node, branch.when)
+                for i, branch in enumerate(node.switch)
+            ]
+            names = [run.name for run in runs if run]
+            for i, run in enumerate(runs):
+                if run and names.count(run.name) > 1:
+                    run.name = f"{run.name}_{i + 1}"
+        reading = _Reading(node, [run for run in runs if run])
+        if isinstance(node.on_error, OtherwiseFile) and node.on_error.fallback:
+            place = (name, "on_error", "fallback")
+            reading.fallback = self._run(place, f"{name}.fallback", node.on_error.fallback, node, None)
+        if None in runs or not runs:
+            return None
+        self._check_yields(name, reading)
+        return reading
 
-    def _functions_path(self) -> Path | None:
-        if not any(node.function for node in self.file.nodes.values()):
+    def _run(self, place: Place, name: str, code: CodeFile, node: NodeFile, when: str | None) -> _Run | None:
+        found = self.finder.find(place, code)
+        if found is None:
             return None
-        return self.source.path.parent / self.file.code_file
+        run = _Run(place, name, code, when, found)
+        run.inputs = self._inputs(run, node)
+        return run
 
-    def _code(self, name: str, node: NodeFile, functions_path: Path | None) -> _Code | None:
-        if node.handler is not None:
-            return self._handler(name, node)
-        return self._function(name, str(node.function), functions_path)
-
-    def _handler(self, name: str, node: NodeFile) -> _Code | None:
-        reference = str(node.handler)
-        path = self.project.find("handlers", reference)
-        if path is None:
-            hint = plain.did_you_mean(reference, self.project.references("handlers"))
-            self._problem((name, "handler"), f'there is no handler "{reference}"', hint)
-            return None
-        try:
-            file = self.project.read_handler(path)
-            kind = self.project.handler_class(file)
-            self.project.settings(file, kind)
-        except CheckError as error:
-            self.problems += [problem for problem in error.problems if problem not in self.problems]
-            return None
-        takes, gives = types_of(kind)
-        return _Code({"item": takes}, frozenset(), gives, handler=file)
-
-    def _function(self, name: str, function: str, path: Path | None) -> _Code | None:
-        if path is None or not path.is_file():
-            self._problem((name, "function"), f"there is no {path}", f"write the function {function} there")
-            return None
-        try:
-            module = import_file(path)
-        except CheckError as error:
-            self.problems += [problem for problem in error.problems if problem not in self.problems]
-            return None
-        found = getattr(module, function, None)
-        if not inspect.isfunction(found):
-            known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
-            self._problem(
-                (name, "function"), f'{path} has no function "{function}"', plain.did_you_mean(function, known)
-            )
-            return None
-        return self._signature(name, found)
-
-    def _signature(self, name: str, function: Callable[..., Any]) -> _Code | None:
-        called, path = function.__name__, (name, "function")
-        try:
-            hints = typing.get_type_hints(function)
-        except (NameError, TypeError) as error:
-            self._problem(path, f"the annotations of {called}: {error}")
-            return None
-        parameters = inspect.signature(function).parameters
-        before = len(self.problems)
-        if inspect.iscoroutinefunction(function):
-            self._problem(path, f"{called} is a coroutine", "write def, without async")
-        for one in parameters.values():
-            if one.kind not in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}:
-                what = f"{called}'s parameter {one.name} cannot be given by its name"
-                self._problem(path, what, "write it without * and /")
-        untyped = [p for p in (*parameters, "return") if p not in hints]
-        if untyped:
-            self._problem(path, f"{called} does not say the type of {', '.join(untyped)}", "annotate it")
-        if len(self.problems) > before:
-            return None
-        optional = frozenset(p for p, v in parameters.items() if v.default is not inspect.Parameter.empty)
-        return _Code({p: hints[p] for p in parameters}, optional, hints["return"], function=function)
-
-    def _inputs(self, name: str, node: NodeFile, code: _Code) -> dict[str, str]:
-        """Each parameter's expression, as text."""
+    def _inputs(self, run: _Run, node: NodeFile) -> dict[str, str]:
+        found, name = run.found, str(run.place[0])
         if node.inputs:
-            for unknown in node.inputs.keys() - code.takes.keys():
-                hint = plain.did_you_mean(unknown, list(code.takes))
-                self._problem((name, "inputs", unknown), f'{node.function} has no parameter "{unknown}"', hint)
-            for missing in code.takes.keys() - node.inputs.keys() - code.optional:
-                self._problem((name, "inputs"), f'the parameter "{missing}" of {node.function} gets nothing')
-            return {p: text for p, text in node.inputs.items() if p in code.takes}
-        wanted = [p for p in code.takes if p not in code.optional] or list(code.takes)[:1]
+            if found.function is None:
+                self.problems.add((name, "inputs"), f"{found.called} takes one input", "write input")
+                return {}
+            for unknown in node.inputs.keys() - found.takes.keys():
+                hint = plain.did_you_mean(unknown, list(found.takes))
+                self.problems.add((name, "inputs", unknown), f'{found.called} has no parameter "{unknown}"', hint)
+            for missing in found.takes.keys() - node.inputs.keys() - found.optional:
+                self.problems.add((name, "inputs"), f'the parameter "{missing}" of {found.called} gets nothing')
+            return {p: text for p, text in node.inputs.items() if p in found.takes}
+        wanted = [p for p in found.takes if p not in found.optional] or list(found.takes)[:1]
         if len(wanted) != 1:
-            listed = ", ".join(code.takes)
+            listed = ", ".join(found.takes)
             if listed:
-                self._problem((name,), f"{node.function} takes {listed}", "say what each gets, under inputs")
+                self.problems.add(run.place, f"{found.called} takes {listed}", "say what each gets, under inputs")
             else:
-                self._problem((name, "function"), f"{node.function} takes nothing", "give it a parameter")
+                self.problems.add((*run.place, "function"), f"{found.called} takes nothing", "give it a parameter")
             return {}
-        return {wanted[0]: node.input or ("item" if node.each else REQUEST)}
+        return {wanted[0]: node.input or (list(node.levels)[-1] if node.levels else REQUEST)}
 
-    def _needs(self, name: str, node: NodeFile, inputs: Mapping[str, str]) -> frozenset[str]:
-        """The nodes that a node's expressions read."""
-        known = {*self.file.nodes, REQUEST, "parameters"}
+    def _check_yields(self, name: str, reading: _Reading) -> None:
+        yielding = [run for run in reading.all if run.found.yields]
+        if not yielding:
+            return
+        called = yielding[0].found.called
+        if len(reading.all) > 1:
+            self.problems.add((name,), f"{called} yields, so it cannot be one of several", "give it a node of its own")
+        if reading.file.levels:
+            what = f"{called} yields, so it runs once for a request, not for each item"
+            self.problems.add((name, "each"), what, "let a function after it take its pieces, with each")
+        if reading.file.retry or reading.file.on_error != "fail":
+            key = "retry" if reading.file.retry else "on_error"
+            self.problems.add((name, key), f"{called} yields: its first pieces are with the client when it fails")
+
+    # Which nodes each reads.
+
+    def _needs(self, name: str, reading: _Reading) -> frozenset[str]:
+        levels = list(reading.file.levels)
         needs: set[str] = set()
-        for path, text in self._texts(name, node, inputs):
-            try:
-                names = names_in(text)
-            except ExpressionError as error:
-                self._problem(path, error.what, error.help)
-                continue
-            if "item" in names and (node.each is None or path[1:] == ("each",)):
-                self._problem(path, f'"{text}" reads item, and there is no item here', "a node with each has one")
-            for unknown in sorted(names - known - {"item"}):
-                self._problem(path, f'there is no node "{unknown}"', plain.did_you_mean(unknown, sorted(known)))
-            needs |= names & {*self.file.nodes, REQUEST}
+        for place, text, seen in self._texts(name, reading):
+            needs |= self._names(place, text, levels[:seen], levels)
         return frozenset(needs)
 
     @staticmethod
-    def _texts(name: str, node: NodeFile, inputs: Mapping[str, str]) -> list[tuple[tuple[str, ...], str]]:
-        texts: list[tuple[tuple[str, ...], str]]
-        texts = [((name, "inputs", p) if node.inputs else (name, "input"), text) for p, text in inputs.items()]
-        texts += [((name, key), text) for key in ("each", "when") if (text := getattr(node, key)) is not None]
-        return texts
+    def _texts(name: str, reading: _Reading) -> Iterator[tuple[Place, str, int]]:
+        """Each expression: where it is, its text, and how many of the node's loops it is inside of."""
+        file = reading.file
+        for i, (level, text) in enumerate(file.levels.items()):
+            yield ((name, "each", level) if isinstance(file.each, dict) else (name, "each")), text, i
+        depth = len(file.levels)
+        if file.when is not None:
+            yield (name, "when"), file.when, depth
+        for run in reading.all:
+            if run.when is not None:
+                yield (*run.place, "when"), run.when, depth
+            for parameter, text in run.inputs.items():
+                yield ((name, "inputs", parameter) if file.inputs else (name, "input")), text, depth
 
-    def _order(self, needs: Mapping[str, frozenset[str]]) -> list[str]:
+    def _names(self, place: Place, text: str, seen: list[str], levels: list[str]) -> set[str]:
+        """The nodes that an expression reads, and the request."""
+        known = {*self.file.nodes, REQUEST, PARAMETERS, *seen}
         try:
-            order = list(TopologicalSorter({name: sorted(before) for name, before in needs.items()}).static_order())
+            names = names_in(text)
+        except ExpressionError as error:
+            self.problems.add(place, error.what, error.help)
+            return set()
+        for unknown in sorted(names - known):
+            if unknown == ONE or unknown in levels:
+                what = f'"{text}" reads {unknown}, and there is no {unknown} here'
+                self._once(place, what, "a node with each has one")
+            else:
+                self._once(place, f'there is no node "{unknown}"', plain.did_you_mean(unknown, sorted(known)))
+        return set(names & {*self.file.nodes, REQUEST} - {*seen})
+
+    def _once(self, place: Place, what: str, help: str) -> None:  # noqa: A002
+        """A problem that several of a node's codes may have in common."""
+        self.problems.add(place, what, help)
+        if self.problems.found[-1] in self.problems.found[:-1]:
+            self.problems.found.pop()
+
+    def _wanted(self, outputs: Mapping[str, str]) -> frozenset[str]:
+        wanted: set[str] = set()
+        for name, text in outputs.items():
+            path = ("output", name) if name else ("output",)
+            try:
+                names = names_in(text)
+            except ExpressionError as error:
+                self.problems.add_at(path, f"output: {error.what}", error.help)
+                continue
+            for unknown in sorted(names - {*self.file.nodes, REQUEST, PARAMETERS}):
+                hint = plain.did_you_mean(unknown, list(self.file.nodes))
+                self.problems.add_at(path, f'output: there is no node "{unknown}"', hint)
+            wanted |= names
+        return frozenset(wanted)
+
+    def _order(self, readings: Mapping[str, _Reading]) -> list[str]:
+        graph = {name: sorted(reading.needs) for name, reading in readings.items()}
+        try:
+            order = list(TopologicalSorter(graph).static_order())
         except CycleError as error:
             circle = error.args[1]
-            self._problem((circle[0],), f"these nodes wait for each other: {' -> '.join(reversed(circle))}")
+            self.problems.add((circle[0],), f"these nodes wait for each other: {' -> '.join(reversed(circle))}")
             return []
         return [name for name in order if name != REQUEST]
 
-    def _reach(self, needs: Mapping[str, frozenset[str]]) -> None:
-        output = self.file.output
-        if output not in self.file.nodes:
-            hint = plain.did_you_mean(output, list(self.file.nodes))
-            self.problems.append(self.source.problem(("output",), f'output: there is no node "{output}"', hint))
-            return
-        used, todo = set(), [output]
+    def _reach(self, readings: Mapping[str, _Reading], wanted: frozenset[str]) -> None:
+        used: set[str] = set()
+        todo = list(wanted)
         while todo:
             name = todo.pop()
-            if name not in used and name != REQUEST:
+            if name in readings and name not in used:
                 used.add(name)
-                todo += needs[name]
+                todo += readings[name].needs
+        shown = self.file.output if isinstance(self.file.output, str) else ", ".join(self.file.output.values())
         for name in self.file.nodes:
             if name not in used:
-                self._problem(
-                    (name,), f'nothing reads it on the way to the output, "{output}"', "read it, or remove it"
-                )
-        if not self.problems and not any(REQUEST in before for before in needs.values()):
-            self.problems.append(
-                self.source.problem(("nodes",), "no node reads the request", "begin with input: request")
-            )
+                what = f'nothing reads it on the way to the output, "{shown}"'
+                self.problems.add((name,), what, "read it, or remove it")
+        if not len(self.problems) and not any(REQUEST in reading.needs for reading in readings.values()):
+            self.problems.add_at(("nodes",), "no node reads the request", "begin with input: request")
 
-    def _request_type(self, inputs: Mapping[str, Mapping[str, str]], code: Mapping[str, _Code]) -> Any:
+    # Types.
+
+    def _request_type(self, readings: Mapping[str, _Reading]) -> Any:
         """What the nodes that take the request as it is want it to be."""
         wants = [
-            (name, without(code[name].takes[p], Skipped))
-            for name, texts in inputs.items()
-            for p, text in texts.items()
+            (name, without(run.found.takes[parameter], Skipped))
+            for name, reading in readings.items()
+            for run in reading.all
+            for parameter, text in run.inputs.items()
             if text.strip() == REQUEST
         ]
         if not wants:
-            self.problems.append(
-                self.source.problem(("nodes",), "no node takes the request as it is, so its type is not known")
-            )
+            self.problems.add_at(("nodes",), "no node takes the request as it is, so its type is not known")
             return Any
         first, kind = wants[0]
         for name, want in wants[1:]:
-            if fits(want, kind):
-                kind = want
+            if kind is Any or fits(want, kind):
+                kind = want if want is not Any else kind
             elif not fits(kind, want):
-                self._problem(
-                    (name,), f"takes the request as {plain.name_of(want)}, and {first} as {plain.name_of(kind)}"
-                )
+                what = f"takes the request as {plain.name_of(want)}, and {first} as {plain.name_of(kind)}"
+                self.problems.add((name,), what)
         return kind
 
-    def _typed(
-        self,
-        order: list[str],
-        needs: Mapping[str, frozenset[str]],
-        inputs: Mapping[str, Mapping[str, str]],
-        code: Mapping[str, _Code],
-        request: Any,
-    ) -> dict[str, Node]:
-        nodes: dict[str, Node] = {}
-        scope: dict[str, Any] = {REQUEST: request, "parameters": dict[str, str]}
-        for name in order:
-            node = self._node(name, needs[name], inputs[name], code[name], scope, nodes)
-            if node is None:
-                return nodes  # what follows would only repeat the mistake
-            nodes[name] = node
-            scope[name] = node.result
-        return nodes
+    def _node(self, name: str, reading: _Reading, scope: Mapping[str, Any], before: Mapping[str, Node]) -> Node | None:
+        file = reading.file
+        here, may_skip, each = dict(scope), file.when is not None, []
+        for level, text in file.levels.items():
+            place = (name, "each", level) if isinstance(file.each, dict) else (name, "each")
+            elements = self._list(place, text, here)
+            if elements is None:
+                return None
+            each.append(Level(level, elements))
+            (element,) = typing.get_args(without(elements.type, Skipped))
+            here[level] = without(element, Skipped)  # a skipped element's answer is skipped, and nothing is read of it
+        when = self._condition((name, "when"), file.when, here)
+        branches = []
+        for run in reading.runs:
+            condition = self._condition((*run.place, "when"), run.when, here)
+            branches.append(Branch(condition, self._code(run, file, here)))
+        may_skip = may_skip or branches[-1].when is not None
+        fallback = self._code(reading.fallback, file, here) if reading.fallback else None
+        follows = self._follows(name, reading, each, before)
+        if len(self.problems):
+            return None
+        gives = union([code.gives for code in [b.code for b in branches] + ([fallback] if fallback else [])])
+        may_skip = may_skip or any(self._skips(code) for branch in branches for code in [branch.code])
+        policy = self._policy(name, file, gives, fallback)
+        if len(self.problems):
+            return None
+        if may_skip or policy.on_error == "skip":
+            gives = union([gives, Skipped])
+        result = _result(each, gives)
+        if reading.yields:
+            result = list[branches[0].code.gives]  # type: ignore[misc]
+            result = union([result, Skipped]) if may_skip else result
+        return Node(
+            name=name,
+            branches=tuple(branches),
+            each=tuple(each),
+            when=when,
+            result=result,
+            needs=reading.needs or frozenset({REQUEST}),  # what reads only parameters begins with the request
+            depth=1 + max((before[need].depth for need in reading.needs if need != REQUEST), default=0),
+            policy=policy,
+            follows=follows,
+        )
 
-    def _node(
-        self,
-        name: str,
-        needs: frozenset[str],
-        inputs: Mapping[str, str],
-        code: _Code,
-        scope: Mapping[str, Any],
-        before: Mapping[str, Node],
-    ) -> Node | None:
-        file = self.file.nodes[name]
-        problems = len(self.problems)
-        each, may_skip, here = None, file.when is not None, dict(scope)
-        if file.each is not None:
-            each = self._expression((name, "each"), file.each, scope)
-            if each is None:
-                return None
-            kind = without(each.type, Skipped)
-            if typing.get_origin(kind) is not list:
-                hint = "say what is in it, like list[str]" if kind is list else ""
-                self._problem((name, "each"), f'"{file.each}" is {plain.name_of(kind)}, where a list is meant', hint)
-                return None
-            here["item"] = typing.get_args(kind)[0]
-            may_skip = may_skip or includes(here["item"], Skipped)
-        when = self._expression((name, "when"), file.when, here) if file.when is not None else None
-        if when is not None and when.type is not bool:
-            self._problem((name, "when"), f'"{file.when}" is {plain.name_of(when.type)}, where true or false is meant')
+    def _list(self, place: Place, text: str, scope: Mapping[str, Any]) -> Expression | None:
+        value = self._expression(place, text, scope)
+        if value is None:
+            return None
+        kind = without(value.type, Skipped)
+        if typing.get_origin(kind) is not list:
+            hint = "say what is in it, like list[str]" if kind is list else ""
+            self.problems.add(place, f'"{text}" is {plain.name_of(kind)}, where a list is meant', hint)
+            return None
+        return value
+
+    def _condition(self, place: Place, text: str | None, scope: Mapping[str, Any]) -> Expression | None:
+        if text is None:
+            return None
+        value = self._expression(place, text, scope)
+        if value is not None and value.type is not bool:
+            self.problems.add(place, f'"{text}" is {plain.name_of(value.type)}, where true or false is meant')
+        return value
+
+    def _code(self, run: _Run, node: NodeFile, scope: Mapping[str, Any]) -> Code:
+        found = run.found
         takes: dict[str, Expression] = {}
         sees_skipped: set[str] = set()
-        for parameter, text in inputs.items():
-            path = (name, "inputs", parameter) if file.inputs else (name, "input")
-            value = self._expression(path, text, here)
+        for parameter, text in run.inputs.items():
+            name = str(run.place[0])
+            place = (name, "inputs", parameter) if node.inputs else (name, "input")
+            value = self._expression(place, text, scope)
             if value is None:
                 continue
             takes[parameter] = value
-            want = code.takes[parameter]
+            want = found.takes[parameter]
             if fits(Skipped, want) and want is not Any:
                 sees_skipped.add(parameter)
-            elif includes(value.type, Skipped):
-                may_skip = True
-            self._edge(path, text, value.type, want)
-        if len(self.problems) > problems:
-            return None
-        gives = code.gives | Skipped if may_skip else code.gives
-        run = code.handler.value.run if code.handler else None
-        return Node(
-            name=name,
+            self._edge(place, text, value.type, want)
+        run_settings = found.handler.value.run if found.handler else None
+        elsewhere = 1 if found.served is None and found.graph is None else MOST_ELSEWHERE
+        return Code(
+            name=run.name,
             takes=takes,
-            each=each,
-            when=when,
             sees_skipped=frozenset(sees_skipped),
-            result=_result(each, gives),
-            needs=needs or frozenset({REQUEST}),  # what reads only parameters begins with the request
-            depth=1 + max((before[need].depth for need in needs if need != REQUEST), default=0),
-            handler=code.handler,
-            function=code.function,
-            batch=file.batch or (run.batch if run else 1),
-            device=file.device or (run.device if run else None),
+            gives=found.gives,
+            handler=found.handler,
+            function=found.function,
+            rows=found.rows,
+            served=found.served,
+            graph=found.graph,
+            batch=run.file.batch or (run_settings.batch if run_settings else elsewhere),
+            device=run.file.device or (run_settings.device if run_settings else None),
+            yields=found.yields,
         )
 
-    def _edge(self, path: tuple[str, ...], text: str, have: Any, want: Any) -> None:
+    @staticmethod
+    def _skips(code: Code) -> bool:
+        """Whether a skipped input skips the item."""
+        return any(includes(value.type, Skipped) and p not in code.sees_skipped for p, value in code.takes.items())
+
+    def _follows(self, name: str, reading: _Reading, each: list[Level], before: Mapping[str, Node]) -> str | None:
+        """The yielding node whose pieces a node takes one by one, as they come."""
+        if len(each) != 1:
+            return None
+        node = each[0].list.text.strip()
+        others = [text for place, text, _ in self._texts(name, reading) if place[1:2] != ("each",)]
+        if node not in before or not before[node].streams or any(node in names_in(text) for text in others):
+            return None
+        return node
+
+    def _policy(self, name: str, file: NodeFile, gives: Any, fallback: Code | None) -> Policy:
+        if not isinstance(file.on_error, OtherwiseFile):
+            return Policy(file.timeout_s, file.retry, file.on_error)
+        if fallback:
+            return Policy(file.timeout_s, file.retry, "fallback", fallback=fallback)
+        default = None
+        try:
+            default = plain.build(gives, file.on_error.default)
+        except plain.WrongDataError as error:
+            for wrong in error.wrongs:
+                place = (name, "on_error", "default", *wrong.path)
+                self.problems.add(place, f"the default is not {plain.name_of(gives)}: {wrong.what}", wrong.help)
+        return Policy(file.timeout_s, file.retry, "default", default)
+
+    def _edge(self, place: Place, text: str, have: Any, want: Any) -> None:
         if fits(without(have, Skipped), want) or fits(have, want):
             return
         hint = ""
         if fits(have, list[Any]) and fits(Skipped, (typing.get_args(have) or (None,))[0]):
             hint = "its items may be skipped: take list[... | Skipped]"
-        self._problem(path, f'takes {plain.name_of(want)}, and "{text}" is {plain.name_of(have)}', hint)
+        self._once(place, f'takes {plain.name_of(want)}, and "{text}" is {plain.name_of(have)}', hint)
 
-    def _expression(self, path: tuple[str, ...], text: str, scope: Mapping[str, Any]) -> Expression | None:
+    def _expression(self, place: Place, text: str, scope: Mapping[str, Any]) -> Expression | None:
         try:
             return compile_expression(text, scope)
         except ExpressionError as error:
-            self._problem(path, error.what, error.help)
+            self._once(place, error.what, error.help)
             return None
 
+    def _output(self, outputs: Mapping[str, str], scope: Mapping[str, Any]) -> Output:
+        values = {}
+        for name, text in outputs.items():
+            path = ("output", name) if name else ("output",)
+            try:
+                values[name] = compile_expression(text, scope)
+            except ExpressionError as error:
+                self.problems.add_at(path, f"output: {error.what}", error.help)
+        return Output(values)
 
-def _result(each: Expression | None, gives: Any) -> Any:
-    if each is None:
-        return gives
-    # A list that is itself skipped (its node's `when` said no) skips the whole node.
-    return list[gives] | Skipped if includes(each.type, Skipped) else list[gives]
+
+MOST_ELSEWHERE = 64
+"""Items of one node that may be under way elsewhere, unless the node says how many."""
+
+
+def _branch_name(branch: CodeFile, index: int) -> str:
+    served = branch.served.model if branch.served else None
+    archive = Path(branch.torchserve.archive).stem if branch.torchserve else None
+    text = branch.handler or branch.function or branch.workflow or served or archive or str(index)
+    return text.replace("/", "_").replace(".", "_")
+
+
+def _result(each: list[Level], gives: Any) -> Any:
+    """A list for each loop; an element or a list that is itself skipped skips what is inside."""
+    for level in reversed(each):
+        (element,) = typing.get_args(without(level.list.type, Skipped))
+        inside = union([gives, Skipped]) if includes(element, Skipped) else gives
+        gives = list[inside]  # type: ignore[valid-type]
+        gives = union([gives, Skipped]) if includes(level.list.type, Skipped) else gives
+    return gives

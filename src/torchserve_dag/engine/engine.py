@@ -1,72 +1,55 @@
 """The executor: requests flow through a graph, and items of all of them share each node's batches.
 
-    submit ─► request ─► ready node ─► its items queue ─► a lane takes a batch ─► results ─► next nodes
+    submit ─► request ─► ready node ─► its items queue at a station ─► a lane takes a batch ─► answers ─► next nodes
 
-A station is a node at work, with its queue. A lane is a thread of one device. On a CPU there is one a
-core: it takes items side by side with its neighbours, and never so many that one of them idles. A lane
-that finds no full batch does the work that may fill one, and only then takes what there is: a lone request
-never waits for company, and under load batches fill by themselves. A Failure ends its own request, and
-nothing else.
+    plan.py      which nodes a request runs, and what each waits for
+    request.py   a request on its way, and the items that it becomes at a node
+    queue.py     in which order items of several requests are taken
+    station.py   a node's code at work, with its queue
+    lanes.py     the threads of a device, and which batch each takes next
+    timers.py    deadlines, and pauses between tries
+
+A failed item is tried again, skipped or stood in for, as its node's policy says; else it ends its own request,
+and nothing else.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import logging
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from torchserve_dag.engine.graph import REQUEST, Graph, Node
-from torchserve_dag.engine.request import Item, Request, items_of
-from torchserve_dag.engine.runner import Runner, internal_error
+from torchserve_dag.engine.counts import NodeCounts
+from torchserve_dag.engine.flow import Changes, make, record, settle, start, values_of
+from torchserve_dag.engine.graph import REQUEST, Branch, Code, Graph, Node
+from torchserve_dag.engine.lanes import Lanes
+from torchserve_dag.engine.plan import ANSWER, Plan, make_plan, outputs_asked
+from torchserve_dag.engine.request import PENDING, Item, Request
+from torchserve_dag.engine.runner import Rest, Runner, Starter, internal_error
+from torchserve_dag.engine.span import Observer, Span
+from torchserve_dag.engine.station import CPU, ELSEWHERE, Station
+from torchserve_dag.engine.timers import Timers
 from torchserve_dag.messages import Failure, InputError
+from torchserve_dag.options import Options
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 0.05
-"""How long an item may wait for its batch to fill while a lane has other work to do."""
-
-MAX_INSIDE = 1_000
-"""Requests that may be inside an engine; more are refused at once."""
-
-
-@dataclass
-class NodeCounts:
-    """What a node has done so far."""
-
-    batches: int = 0
-    items: int = 0
-    failures: int = 0
-
-
-_Ended = tuple[Request, str, Any]
-"""A request, a node that has ended for it, and the node's result."""
-_Ready = tuple[Request, Node, Mapping[str, Any]]
-"""A request, a node that can start for it, and the values that the node may read."""
-
-
-class _Station:
-    """A node at work: its queue, what it runs, and on which device's lanes."""
-
-    def __init__(self, name: str, runner: Runner, batch: int, device: str, depth: int) -> None:
-        self.name = name
-        self.runner = runner
-        self.batch = batch
-        self.device = device
-        self.depth = depth  # the scheduling priority: see Engine._take
-        self.queue: deque[Item] = deque()
-        self.counts = NodeCounts()
+MAX_PLANS = 256
+"""Sets of outputs whose plans are kept; clients choose them."""
 
 
 class Engine:
-    """Runs one graph. `runners` has one for each node, and one called `request` that decodes."""
+    """Runs one graph.
+
+    `runners` has one for each code that runs in this process, by its name in `graph.codes`, and one called
+    `request` that decodes; `starters` one for each served model.
+    """
 
     def __init__(
         self,
@@ -74,49 +57,59 @@ class Engine:
         runners: Mapping[str, Runner],
         *,
         lanes: Mapping[str, int],
-        timeout_s: float = 30.0,
         devices: Mapping[str, str] | None = None,
+        starters: Mapping[str, Starter] | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """`lanes`: how many a device has; `devices`: each node's, `cpu` where it is not said."""
+        """`lanes`: how many a device has; `devices`: where each code runs, `cpu` where it is not said."""
         self.graph = graph
-        self.timeout_s = timeout_s
-        self._nodes = graph.nodes
-        self._stations = {
-            name: _Station(
-                name,
-                runners[name],
-                node.batch if node else 1,
-                (devices or {}).get(name, "cpu"),
-                node.depth if node else 0,
-            )
-            for name, node in {REQUEST: None, **graph.nodes}.items()
-        }
-        self._after: dict[str, list[str]] = {name: [] for name in self._stations}
-        for node in graph.nodes.values():
-            for need in node.needs:
-                self._after[need].append(node.name)
-        self._waits = {name: len(node.needs) for name, node in graph.nodes.items()}
-
+        self.timeout_s = float(graph.serve.timeout_s)
+        self.max_inside = graph.serve.max_inside
+        self._observer = observer
         self._lock = threading.Lock()
         self._closed = False
-        self._inside = 0
-        self._deadlines: list[tuple[float, int, Request]] = []
-        self._order = itertools.count()
-        self._watch_changed = threading.Condition(self._lock)
-        self._work = {device: threading.Condition(self._lock) for device in lanes}
-        self._idle = dict.fromkeys(lanes, 0)
-        shallow = sorted(self._stations.values(), key=lambda station: station.depth)
-        self._by_device = {device: [s for s in shallow if s.device == device] for device in lanes}
-        self._busy: dict[int, tuple[float, list[Item]]] = {}
-        """By lane: since when it is in a node, and with which items."""
-        self._threads = [
-            threading.Thread(target=self._lane, args=(device,), name=f"{graph.name}-{device}-{i}", daemon=True)
-            for device, count in lanes.items()
-            for i in range(count)
-        ]
-        self._threads.append(threading.Thread(target=self._watch, name=f"{graph.name}-deadlines", daemon=True))
-        for thread in self._threads:
-            thread.start()
+        self._inside: dict[Request, None] = {}
+        self._keys: dict[str, Request] = {}
+        """The requests that their clients may cancel, by the key that the client gave."""
+        self._runners, self._devices, self._starters = runners, devices or {}, starters or {}
+        self._stations: dict[str, Station] = {}
+        self._plan = self._make_plan(graph, "", ())
+        self._plans: dict[tuple[str, ...], Plan] = {(): self._plan}
+        self._timers = Timers(f"{graph.name}-timers")
+        stations = list(self._stations.values())
+        self._lanes = {
+            device: Lanes(graph.name, device, count, stations, self._lock, self._run) for device, count in lanes.items()
+        }
+
+    # The graph's codes, as stations; a workflow inside has a plan of its own.
+
+    def _make_plan(self, graph: Graph, prefix: str, depth: tuple[int, ...]) -> Plan:
+        stations = {
+            code.name: self._make_station(code, f"{prefix}{code.name}", (*depth, node.depth))
+            for node in (*([] if prefix else [_DECODING]), *graph.nodes.values())
+            for code in node.codes
+        }
+        return make_plan(graph, graph.output, stations, prefix)
+
+    def _make_station(self, code: Code, name: str, depth: tuple[int, ...]) -> Station:
+        start = None
+        if code.graph:
+            start = partial(self._start_inner, self._make_plan(code.graph, f"{name}/", depth))
+        elif code.served:
+            start = partial(self._start_served, self._starters[name])
+        station = Station(
+            name,
+            batch=code.batch,
+            bundle=code.function is not None or code is _DECODE,
+            depth=depth,
+            runner=self._runners.get(name),
+            device=self._devices.get(name, CPU),
+            start=start,
+        )
+        self._stations[name] = station
+        return station
+
+    # In, and out.
 
     def submit(
         self,
@@ -125,222 +118,371 @@ class Engine:
         *,
         request_id: str | None = None,
         known: Mapping[str, Any] | None = None,
+        options: Options | None = None,
+        on_piece: Callable[[Any], None] | None = None,
     ) -> Request:
         """Put a request in. Its `future` gives the answer or a Failure, at the time limit at the latest.
 
-        `known` holds results that come with the request, for the nodes that a segment leaves out.
+        `known` holds results that come with the request, for the nodes that a segment leaves out. Where the
+        answer comes in pieces, `on_piece` is called with each, in order, before the future ends; the future then
+        gives them all.
         """
+        options = options or Options()
+        future: Future[Any] = Future()
+        now = time.monotonic()
+        refusal = None
+        plan = self._plan
+        try:
+            plan = self._plan_for(options.outputs)
+        except InputError as error:
+            refusal = Failure(error.status, error.message)
         request = Request(
             request_id or uuid.uuid4().hex,
-            time.monotonic() + self.timeout_s,
+            plan,
+            now + min(self.timeout_s, options.timeout_s or self.timeout_s),
             {**(known or {}), "parameters": dict(parameters or {})},
-            dict(self._waits),
+            partial(_finish, future),
+            self._end,
+            options,
+            on_piece=on_piece,
+            future=future,
+            began_ns=time.time_ns() if self._observer else 0,
         )
         with self._lock:
-            if self._closed or self._inside >= MAX_INSIDE:
-                message = (
-                    "The workflow is closing." if self._closed else f"{MAX_INSIDE} requests are inside; try later."
-                )
-                request.future.set_result(Failure(HTTPStatus.SERVICE_UNAVAILABLE, message, "Overloaded"))
-                return request
-            self._inside += 1
-            if len(self._deadlines) > 2 * self._inside + 64:  # those that have ended need not be watched
-                self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
-                heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (request.deadline, next(self._order), request))
-            if self._deadlines[0][2] is request:
-                self._watch_changed.notify()
-            self._enqueue(self._stations[REQUEST], [Item(request, None, body)])
+            if self._closed:
+                refusal = _CLOSING
+            elif len(self._inside) >= self.max_inside:
+                message = f"{self.max_inside:,} requests are inside; try again in a second."
+                refusal = Failure(HTTPStatus.SERVICE_UNAVAILABLE, message, "Overloaded")
+            if refusal is None:
+                self._inside[request] = None
+                if options.cancel_key:
+                    self._keys[options.cancel_key] = request
+                self._timers.at(request.deadline, request, partial(self._too_late, request))
+        if refusal is None:
+            self._enqueue(Changes(queued=[Item(request, _DECODING, _DECODE, body, [PENDING], 0)]))
+        else:
+            request.ended = True
+            future.set_result(refusal)
         return request
+
+    def cancel(self, key: str) -> bool:
+        """Cancel the request that came with this `cancel_key`; whether there was one."""
+        with self._lock:
+            request = self._keys.get(key)
+        if request is None:
+            return False
+        request.cancel()
+        return True
 
     @property
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def inside(self) -> int:
+        """How many requests are inside."""
+        return len(self._inside)
+
     def counts(self) -> dict[str, NodeCounts]:
+        """What each code has done so far, by its name; `request` is the decoding."""
         with self._lock:
-            return {name: NodeCounts(**vars(station.counts)) for name, station in self._stations.items()}
+            return {name: station.counts.copy() for name, station in self._stations.items()}
 
     def stuck(self) -> bool:
-        """Whether a lane hangs: in one node for half of what a request may take, its own being past their deadlines."""
+        """Whether a lane hangs: in one node for half of what a request may take, with nobody waiting for it."""
         now = time.monotonic()
         with self._lock:
             return any(
-                now - since > self.timeout_s / 2 and all(item.request.deadline < now for item in items)
-                for since, items in self._busy.values()
+                now - since > self.timeout_s / 2 and all(item.over for item in items)
+                for lanes in self._lanes.values()
+                for since, items in lanes.busy.values()
             )
 
     def close(self) -> None:
         """Refuse what is inside, and end the lanes. One that hangs in a node is left behind."""
         with self._lock:
             self._closed = True
-            inside = [request for _, _, request in self._deadlines if not request.ended]
-            for condition in (*self._work.values(), self._watch_changed):
-                condition.notify_all()
+            inside = list(self._inside)
+            for lanes in self._lanes.values():
+                lanes.close()
+        self._timers.close()
         for request in inside:
-            self._end(request, Failure(HTTPStatus.SERVICE_UNAVAILABLE, "The workflow is closing.", "Overloaded"))
+            self._end(request, _CLOSING)
         deadline = time.monotonic() + 1
-        for thread in self._threads:
+        for thread in [self._timers.thread, *(thread for lanes in self._lanes.values() for thread in lanes.threads)]:
             if thread is not threading.current_thread():  # a future's callback may close the engine
                 thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
-    # One lane's life.
+    def _plan_for(self, outputs: tuple[str, ...]) -> Plan:
+        plan = self._plans.get(outputs)
+        if plan is None:
+            plan = make_plan(self.graph, outputs_asked(self.graph, outputs), self._plan.stations)
+            if len(self._plans) < MAX_PLANS:
+                self._plans[outputs] = plan
+        return plan
 
-    def _lane(self, device: str) -> None:
-        while True:
-            with self._lock:
-                while not self._closed and (taken := self._take(device)) is None:
-                    self._idle[device] += 1
-                    self._work[device].wait()
-                    self._idle[device] -= 1
-                if self._closed:
-                    return
-                station, items = taken  # type: ignore[misc]
-                self._busy[threading.get_ident()] = (time.monotonic(), items)
-            answers = self._run(station, items)
-            with self._lock:
-                del self._busy[threading.get_ident()]
-            self._deliver(station, items, answers)
+    # Work.
 
-    def _take(self, device: str) -> tuple[_Station, list[Item]] | None:
-        """The next batch for a lane of `device`, under the lock."""
-        chosen: _Station | None = None
-        patience = time.monotonic() - PATIENCE_S
-        for station in self._by_device[device]:
-            queue = station.queue
-            while queue and queue[0].request.ended:
-                queue.popleft()
-            if not queue:
-                continue
-            due = len(queue) >= station.batch or queue[0].since < patience
-            # The stations come shallowest first. Of those that are due the last, so the deepest, is taken: a
-            # request that is nearly done leaves before another is begun. Where none is due, the first: its
-            # results may fill the batch of one behind it.
-            if due or chosen is None:
-                chosen = station
-        if chosen is None:
-            return None
-        size, queue = chosen.batch, chosen.queue
-        if device == "cpu":  # share with the idle neighbours; a GPU's lanes are not cores, and want it whole
-            size = min(size, -(-len(queue) // (1 + self._idle[device])))
-        items: list[Item] = []
-        while queue and len(items) < size:
-            item = queue.popleft()
-            if not item.request.ended:
-                items.append(item)
-        return chosen, items
-
-    def _run(self, station: _Station, items: list[Item]) -> Sequence[Any]:
+    def _run(self, station: Station, items: list[Item]) -> None:
+        """One batch, in a lane."""
+        began = time.monotonic()
+        answers: Sequence[Any] = ()
         try:
             answers = station.runner([item.value for item in items])
-            if len(answers) == len(items):
-                return answers
-            logger.error("%s gave %d answers for %d items", station.name, len(answers), len(items))
+            if len(answers) != len(items):
+                logger.error("%s gave %d answers for %d items", station.name, len(answers), len(items))
         except BaseException:  # a lane must not end: libraries raise SystemExit, and Rust's panics are no Exception
-            logger.exception("%s raised; requests %s", station.name, ", ".join(item.request.id for item in items))
-        return [internal_error(station.name)] * len(items)
+            ids = ", ".join(item.request.id for item in items)
+            logger.exception("%s raised; requests %s", station.name, ids)
+        if len(answers) != len(items):
+            answers = [internal_error(station.name)] * len(items)
+        self._deliver(station, items, answers, began)
 
-    # What ends, and what can start because of it.
-
-    def _deliver(self, station: _Station, items: list[Item], answers: Sequence[Any]) -> None:
-        failed = [(i.request, a) for i, a in zip(items, answers, strict=True) if isinstance(a, Failure)]
-        ended: list[_Ended] = []
+    def _start_elsewhere(self, station: Station) -> None:
+        """Start the items that wait for what runs elsewhere, as many as may be under way."""
         with self._lock:
-            station.counts.batches += 1
-            station.counts.items += len(items)
-            station.counts.failures += len(failed)
-            for item, answer in zip(items, answers, strict=True):
-                if item.index is None:
-                    ended.append((item.request, station.name, answer))
-                elif (gather := item.request.gathers.get(station.name)) is not None:
-                    gather.answers[item.index] = answer
-                    gather.missing -= 1
-                    if not gather.missing:
-                        ended.append((item.request, station.name, gather.answers))
-        for request, failure in failed:
-            node = failure.node or (None if station.name == REQUEST else station.name)
-            self._end(request, Failure(failure.status, failure.message, failure.type, node))
-        self._advance(ended)
-
-    def _advance(self, ended: Iterable[_Ended]) -> None:
-        """Record the results of nodes that have ended, and start all that are now ready, together."""
-        todo = list(ended)
-        queued: dict[str, list[Item]] = {}
-        while todo:
+            if station.starting:
+                return
+            station.starting = True
+        while True:
             with self._lock:
-                ready, answers = self._record(todo)
-            for request, value in answers:
-                self._end(request, value)
-            todo = []
-            for request, node, values in ready:  # without the lock: what a ready node reads no longer changes
+                items = station.take(station.batch - station.under_way)
+                station.under_way += len(items)
+                if not items:
+                    station.starting = False
+                    return
+            for item in items:
                 try:
-                    items, result = items_of(request, node, values)
-                except InputError as error:
-                    self._end(request, Failure(error.status, error.message, node=node.name))
-                    continue
+                    station.start(item)
                 except Exception:
-                    logger.exception("request %s: the expressions of %s raised", request.id, node.name)
-                    self._end(request, internal_error(node.name))
-                    continue
-                if items:
-                    queued.setdefault(node.name, []).extend(items)
-                else:
-                    todo.append((request, node.name, result))
+                    logger.exception("request %s: %s could not be started", item.request.id, station.name)
+                    self._came_back(item, internal_error(station.name), time.monotonic())
+
+    def _start_served(self, starter: Starter, item: Item) -> None:
+        request, began = item.request, time.monotonic()
+        limit = request.root.deadline
+        if item.node.policy.timeout_s:
+            limit = min(limit, item.since + item.node.policy.timeout_s)
+
+        def done(answer: Any) -> None:
+            self._came_back(item, answer, began)
+
+        call_off = starter(item.value, max(0.001, limit - began), done)
+        self._away(item, call_off)
+
+    def _start_inner(self, plan: Plan, item: Item) -> None:
+        outer, began = item.request, time.monotonic()
+        values = {"parameters": outer.values.get("parameters", {}), REQUEST: item.value}
+
+        def finish(answer: Any) -> None:
+            self._came_back(item, answer, began)
+
+        inner = Request(outer.id, plan, outer.deadline, values, finish, self._end, outer.options, parent=item)
+        self._away(item, inner.cancel)
+        self._apply(Changes(ended=[(inner, REQUEST, item.value)]))
+
+    def _away(self, item: Item, call_off: Callable[[], None]) -> None:
+        """An item runs elsewhere now; if its request has ended meanwhile, nobody else will call it off."""
         with self._lock:
-            for name, items in queued.items():
-                self._enqueue(self._stations[name], items)
+            over = item.over
+            if not over:
+                item.request.away[item] = call_off
+        if over:
+            call_off()
 
-    def _record(self, ended: list[_Ended]) -> tuple[list[_Ready], list[tuple[Request, Any]]]:
-        """Under the lock: keep the results; which nodes are ready now, and which requests have their answer."""
-        ready: list[_Ready] = []
-        answers: list[tuple[Request, Any]] = []
-        for request, name, value in ended:
-            if request.ended:
-                continue
-            request.values[name] = value
-            if name == self.graph.output:
-                answers.append((request, value))
-                continue
-            for after in self._after[name]:
-                request.waits[after] -= 1
-                if not request.waits[after]:
-                    ready.append((request, self._nodes[after], request.values))
-        return ready, answers
+    def _came_back(self, item: Item, answer: Any, began: float) -> None:
+        station = item.station
+        with self._lock:
+            station.under_way -= 1
+            item.request.away.pop(item, None)
+        self._deliver(station, [item], [answer], began)
+        self._start_elsewhere(station)
 
-    def _enqueue(self, station: _Station, items: list[Item]) -> None:
-        """Under the lock."""
-        station.queue.extend(items)
-        self._work[station.device].notify(len(items))
+    # What becomes of the answers; flow.py says what they change.
+
+    def _deliver(self, station: Station, items: Sequence[Item], answers: Sequence[Any], began: float) -> None:
+        now = time.monotonic()
+        changes = Changes()
+        with self._lock:
+            station.ran(len(items), now - began)
+            failures = sum(isinstance(answer, Failure) for answer in answers)
+            station.counts.ran((began - item.since for item in items), now - began, failures)
+            for item, answer in zip(items, answers, strict=True):
+                if self._observer:
+                    _note(item, answer, began, now, len(items))
+                if not item.over:
+                    settle(item, answer, changes)
+        self._apply(changes)
+
+    def _apply(self, changes: Changes) -> None:
+        """Let what has happened have its effect, and what that makes happen, until all of it waits for a station."""
+        while changes.failed or changes.grown or changes.ended:
+            failed, changes.failed = changes.failed, []
+            for request, failure in failed:
+                self._end(request, failure)
+            for request, node in changes.take_grown():
+                for follower in request.plan.followers.get(node.name, ()):
+                    if follower.name in request.gathers:
+                        self._start(request, follower, changes)
+                if node.name == request.plan.streaming:
+                    self._send(request)
+            with self._lock:
+                ready = [(r, name) for r, node, value in changes.take_ended() for name in record(r, node, value)]
+            for request, name in ready:
+                if name == ANSWER:
+                    self._answer(request)
+                else:
+                    self._start(request, request.plan.nodes[name], changes)
+        if changes.queued or changes.later:
+            self._enqueue(changes)
+
+    def _start(self, request: Request, node: Node, changes: Changes) -> None:
+        """Start a node that is ready, or feed one that follows another."""
+        with self._lock:
+            values, new = values_of(request, node)
+        try:
+            made = make(request, node, values, new)
+        except InputError as error:
+            self._end(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
+        except Exception:
+            logger.exception("request %s: the expressions of %s raised", request.id, node.name)
+            self._end(request, internal_error(request.plan.prefix + node.name))
+        else:
+            with self._lock:
+                start(request, node, made, len(new), changes)
+
+    def _enqueue(self, changes: Changes) -> None:
+        woken: dict[str, int] = {}
+        now = time.monotonic()
+        with self._lock:
+            for pause, item in changes.later:
+                self._timers.at(now + pause, item, partial(self._again, item))
+            for item in changes.queued:
+                station = item.station
+                station.put(item)
+                woken[station.device] = woken.get(station.device, 0) + 1
+                limit = item.node.policy.timeout_s
+                if limit and not isinstance(item.value, Rest):  # it holds for all pieces together
+                    self._timers.at(item.since + limit, item, partial(self._out_of_time, item, limit))
+            for device, count in woken.items():
+                if device != ELSEWHERE:
+                    self._lanes[device].wake(count)
+        if ELSEWHERE in woken:
+            for station in dict.fromkeys(item.station for item in changes.queued):
+                if station.device == ELSEWHERE:
+                    self._start_elsewhere(station)
+
+    def _again(self, item: Item) -> None:
+        item.since = time.monotonic()
+        self._enqueue(Changes(queued=[item]))
+
+    def _out_of_time(self, item: Item, limit: float) -> None:
+        """An item has reached its node's own deadline; its late answer will be dropped."""
+        failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, f"{item.station.name} took longer than {limit:g} s.", "Timeout")
+        changes = Changes()
+        with self._lock:
+            if item.over:
+                return
+            call_off = item.request.away.get(item)
+            item.station.counts.failures += 1
+            settle(item, failure, changes)
+        if call_off:
+            call_off()
+        self._apply(changes)
+
+    # Ends.
+
+    def _answer(self, request: Request) -> None:
+        try:
+            values = {name: value.evaluate(request.values) for name, value in request.plan.output.values.items()}
+        except Exception:
+            logger.exception("request %s: the expressions of the output raised", request.id)
+            self._end(request, internal_error(f"{request.plan.prefix}output"))
+        else:
+            self._end(request, values.get("", values))
+
+    def _send(self, request: Request) -> None:
+        """Give the client the pieces that are ready, in order, one thread at a time; and after the last, the end."""
+        pieces, on_piece = request.pieces, request.on_piece
+        if pieces is None or on_piece is None:
+            return
+        while True:
+            with self._lock:
+                if pieces.sending:
+                    return
+                ready = pieces.take()
+                pieces.sending = bool(ready)
+                end = None if ready else pieces.take_end()
+            if end:
+                request.finish(end[0])
+            if not ready:
+                return
+            try:
+                for piece in ready:
+                    on_piece(piece)
+            except Exception:
+                logger.exception("request %s: a piece could not be given to the client", request.id)
+                self._end(request, internal_error(request.plan.streaming or ""))
+            with self._lock:
+                pieces.sending = False
 
     def _end(self, request: Request, answer: Any) -> None:
         with self._lock:
             if request.ended:
                 return
             request.ended = True
-            request.values, request.gathers = {}, {}  # photos are large, and a client may keep its request
-            self._inside -= 1
-        if request.future.set_running_or_notify_cancel():
-            request.future.set_result(answer)
+            away = list(request.away.values())
+            request.values, request.gathers, request.away = {}, {}, {}  # photos are large, and a client may keep it
+            self._inside.pop(request, None)
+            if request.options.cancel_key and self._keys.get(request.options.cancel_key) is request:
+                del self._keys[request.options.cancel_key]
+            if request.pieces:
+                request.pieces.end = (answer,)
+        for call_off in away:
+            call_off()
+        if request.pieces:
+            self._send(request)
+        else:
+            request.finish(answer)
+        if self._observer and request.parent is None:
+            self._observe(self._observer, request, answer)
 
-    def _watch(self) -> None:
-        """Answer every request that is still inside at its deadline."""
-        while True:
-            late: list[Request] = []
-            with self._lock:
-                if self._closed:
-                    return
-                now = time.monotonic()
-                while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].ended):
-                    request = heapq.heappop(self._deadlines)[2]
-                    if not request.ended:
-                        late.append(request)
-                if not late:
-                    self._watch_changed.wait(min(self._deadlines[0][0] - now, 3600) if self._deadlines else None)
-            for request in late:
-                waiting = next((name for name in self._nodes if name not in request.values), None)
-                message = f"No answer within {self.timeout_s:g} s."
-                self._end(request, Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout", waiting))
-            if late:  # where every lane hangs, no lane takes these out
-                with self._lock:
-                    for station in self._stations.values():
-                        station.queue = deque(item for item in station.queue if not item.request.ended)
+    def _too_late(self, request: Request) -> None:
+        """Answer a request that is still inside at its deadline."""
+        waiting = next((name for name in request.plan.nodes if name not in request.values), None)
+        limit = min(self.timeout_s, request.options.timeout_s or self.timeout_s)
+        self._end(request, Failure(HTTPStatus.GATEWAY_TIMEOUT, f"No answer within {limit:g} s.", "Timeout", waiting))
+        with self._lock:  # where every lane hangs, no lane takes its items out
+            for station in self._stations.values():
+                station.drop_ended()
+
+    def _observe(self, observer: Observer, request: Request, answer: Any) -> None:
+        failure = answer if isinstance(answer, Failure) else None
+        whole = Span(self.graph.name, request.id, request.options.trace, request.began_ns, time.time_ns(), {}, failure)
+        try:
+            observer([whole, *request.spans])
+        except Exception:
+            logger.exception("request %s: its spans could not be kept", request.id)
+
+
+def _note(item: Item, answer: Any, began: float, now: float, batch: int) -> None:
+    """Keep a try's span."""
+    end = time.time_ns()
+    root = item.request.root
+    attributes = {"queue_s": began - item.since, "batch": batch, "tries": item.tries}
+    failure = answer if isinstance(answer, Failure) else None
+    start_ns = end - int((now - began) * 1e9)
+    root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))
+
+
+_DECODE = Code(REQUEST, {}, frozenset(), Any)
+_DECODING = Node(
+    name=REQUEST, branches=(Branch(None, _DECODE),), each=(), when=None, result=Any, needs=frozenset(), depth=0
+)
+_CLOSING = Failure(HTTPStatus.SERVICE_UNAVAILABLE, "The workflow is closing.", "Overloaded")
+
+
+def _finish(future: Future[Any], answer: Any) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(answer)

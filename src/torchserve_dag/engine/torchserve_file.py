@@ -1,138 +1,201 @@
-"""TorchServe's own workflow file (`models:` and `dag:`), read into the same graph as ours.
+"""TorchServe's own workflows (`models:` and `dag:`), as a file or a finished `.war`, read into the same graph as ours.
 
-Its rules, from TorchServe 0.12.0: a name in `dag` is a model of `models` or a function of the workflow's
-Python file; exactly one node has no parent; a node with one parent gets its result as `body`, one with
-several gets each under its parent's name; what several leaves give is one JSON object.
+Its rules, from TorchServe 0.12.0: a name in `dag` is a model of `models` or a function of the workflow's Python
+file; exactly one node has no parent; a node with one parent gets its answer as `body`, one with several gets each
+under its parent's name; what several leaves give is one JSON object. Every node sees the client's headers.
 """
 
 from __future__ import annotations
 
+import ast
+import difflib
 import inspect
-import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+import traceback
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
-from http import HTTPStatus
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torchserve_dag import plain, source
-from torchserve_dag.engine.expression import Expression
-from torchserve_dag.engine.graph import REQUEST, Graph, Node, RowsCode
+from torchserve_dag.engine.graph import Graph, RowsCode
+from torchserve_dag.engine.torchserve_graph import Step, longest, make_nodes
+from torchserve_dag.engine.torchserve_war import read_war
 from torchserve_dag.handler_file import Serve
-from torchserve_dag.messages import Failure
-from torchserve_dag.project import Project, import_file
+from torchserve_dag.project import Project
+from torchserve_dag.rows import entry_class, modules_of
 from torchserve_dag.source import CheckError, Problem, Source
 
-ANSWER = "answer"
-_RESERVED = (REQUEST, "parameters")
+_NUMBERS = {
+    "min-workers": 1,
+    "max-workers": 1,
+    "batch-size": 1,
+    "max-batch-delay": 50,
+    "retry-attempts": 1,
+    "timeout-ms": 10_000,
+}
+"""The settings of a model, and TorchServe's defaults."""
+
+_JAVA_INT = range(-(2**31), 2**31)
+_DAY_S = 86_400
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSettings:
-    """A model's settings in a TorchServe workflow, under their names there with `-` for `_`."""
-
-    url: str
-    min_workers: int = 1
-    max_workers: int = 1
-    batch_size: int = 1
-    max_batch_delay: int = 50
-    retry_attempts: int = 1
-    timeout_ms: int = 10_000
-
-    def __post_init__(self) -> None:
-        if min(self.min_workers, self.max_workers, self.batch_size, self.timeout_ms) < 1:
-            raise ValueError("min-workers, max-workers, batch-size and timeout-ms are at least 1")
+class _Model:
+    url: Any
+    numbers: Mapping[str, int]
 
 
 def is_torchserve_file(path: Path) -> bool:
-    """Whether a workflow file is written in TorchServe's own form."""
+    """Whether a workflow file is in TorchServe's own form."""
+    if path.suffix == ".war":
+        return True
     data, _ = source.read_plain(path)
     return isinstance(data, dict) and "dag" in data
 
 
 def check_torchserve_file(project: Project, path: Path) -> Graph:
-    """The graph of TorchServe's workflow file at `path`. Raises CheckError."""
+    """The graph of TorchServe's workflow at `path`, a YAML file or a `.war`. Raises CheckError."""
     return _Check(project, path).graph()
 
 
 class _Check:
     def __init__(self, project: Project, path: Path) -> None:
-        data, lines = source.read_plain(path)
         self.project = project
-        self.source = Source(path, data, lines)
+        self.path = path
+        self.war = read_war(path) if path.suffix == ".war" else None
+        spec = self.war.spec if self.war else path
+        try:
+            data, lines = source.read_plain(spec)
+        except CheckError as error:
+            raise CheckError([replace(one, file=str(self._shown(spec))) for one in error.problems]) from None
+        self.source = Source(self._shown(spec), data, lines)
         self.problems: list[Problem] = []
+
+    def _shown(self, file: Path) -> Path:
+        """A file's path for a person, who knows nothing of where a `.war` was unpacked."""
+        return self.path / file.name if self.war else file
 
     def _problem(self, path: plain.Path, what: str, help: str = "") -> None:  # noqa: A002
         self.problems.append(self.source.problem(path, what, help))
+
+    def _problem_in(self, file: Path, line: int | None, what: str, help: str = "") -> None:  # noqa: A002
+        self.problems.append(Problem(str(self._shown(file)), line or 1, what, help))
 
     def _stop(self) -> None:
         if self.problems:
             raise CheckError(self.problems)
 
     def graph(self) -> Graph:
-        models, defaults = self._models()
+        models, last = self._models()
         parents = self._parents()
         self._stop()
-        functions_path = self._functions_path(models, parents)
+        functions = [name for name in parents if name not in models]
+        file = self._functions_file(functions) if functions else None
         self._stop()
-        nodes = self._nodes(models, defaults, parents, functions_path)
+        if file:
+            self._check_functions(functions, file)
+        steps: dict[str, Step] = {}
+        for name, before in parents.items():
+            model = models.get(name)
+            archive = self._archive(name, model.url) if model else None
+            code = RowsCode(archive) if archive else RowsCode(file, name) if file else None
+            numbers = model.numbers if model else {**last, "batch-size": 1, "max-workers": 1}
+            self._check_numbers(name, numbers, ("models", name) if model else ("models",))
+            if code:
+                steps[name] = _step(before, code, numbers)
         self._stop()
-        leaves = [name for name in parents if not any(name in others for others in parents.values())]
-        output = leaves[0]
-        if len(leaves) > 1:
-            output = next(name for name in _answer_names() if name not in nodes)
-            nodes[output] = _joined(output, leaves, 1 + max(nodes[leaf].depth for leaf in leaves))
-        timeout = max([models[n].timeout_ms for n in parents if n in models], default=defaults["timeout_ms"])
+        nodes, output = make_nodes(steps)
         return Graph(
-            self.source.path.stem,
+            self.path.stem,
             "1.0",
             "A workflow in TorchServe's own form.",
-            self.source.path,
-            functions_path,
+            self.path,
+            None if self.war else file,
             Any,
             nodes,
             output,
-            Serve(timeout_s=max(1, timeout // 1000) * len(parents)),
+            Serve(timeout_s=min(_DAY_S, math.ceil(longest(steps)))),
         )
 
-    def _models(self) -> tuple[dict[str, ModelSettings], dict[str, Any]]:
-        section = self.source.value.get("models", {})
+    # The section `models`.
+
+    def _models(self) -> tuple[dict[str, _Model], dict[str, int]]:
+        """The models, and the settings that hold for all functions: those that are written last."""
+        section = self.source.value.get("models") if isinstance(self.source.value, dict) else None
+        now, models = dict(_NUMBERS), {}
         if not isinstance(section, dict):
-            self._problem(("models",), "models: expected a mapping")
-            return {}, {}
-        keys = {f.replace("_", "-"): f for f in plain.field_types(ModelSettings) if f != "url"}
-        shared = {keys[k]: v for k, v in section.items() if k in keys}
-        try:
-            defaults = plain.flatten(plain.build(ModelSettings, {**shared, "url": ""}))
-        except plain.WrongDataError as error:
-            for wrong in error.wrongs:
-                self._problem(("models", *_as_written(wrong.path)), f"models: {wrong.what}", wrong.help)
-            return {}, {}
-        models = {}
+            self._problem(("models",), "models: expected a mapping", "write models: {} where there are none")
+            return {}, now
         for name, settings in section.items():
-            if name in keys:
-                continue
-            if not isinstance(settings, dict):
-                known = [*keys, "a model's name over its settings"]
-                self._problem(("models", name), f'models: unknown key "{name}"', plain.did_you_mean(name, known))
-                continue
-            try:
-                renamed = {keys.get(k, k): v for k, v in settings.items()}
-                models[name] = plain.build(ModelSettings, {**shared, **renamed})
-            except plain.WrongDataError as error:
-                for wrong in error.wrongs:
-                    place = ("models", name, *_as_written(wrong.path))
-                    self._problem(place, f"{name}: {wrong.what}", wrong.help.replace("_", "-"))
-        return models, defaults
+            where = ("models", name)
+            if name in _NUMBERS:  # it holds for the models below it
+                if self._is_number(where, "models", settings):
+                    now[name] = settings
+            elif not isinstance(settings, dict):
+                known = [*_NUMBERS, "a model's name over its settings"]
+                self._problem(where, f'models: unknown key "{name}"', plain.did_you_mean(str(name), known))
+            elif not isinstance(name, str):
+                self._problem(where, f"models: the key {name} is not text", "put it in quotes")
+            else:
+                models[name] = self._model(name, settings, now)
+        return models, now
+
+    def _model(self, name: str, settings: dict[Any, Any], now: Mapping[str, int]) -> _Model:
+        numbers = dict(now)
+        for key, value in settings.items():
+            where = ("models", name, key)
+            if key in _NUMBERS:
+                if self._is_number(where, name, value):
+                    numbers[key] = value
+            elif key != "url" and (close := difflib.get_close_matches(str(key), [*_NUMBERS, "url"], 1, 0.8)):
+                # TorchServe takes no notice of what it does not know, and so the misspelt setting would not hold.
+                self._problem(where, f'{name}: unknown key "{key}"', f'did you mean "{close[0]}"?')
+        return _Model(settings.get("url"), numbers)
+
+    def _is_number(self, where: plain.Path, called: str, value: Any) -> bool:
+        if type(value) is int and value in _JAVA_INT:
+            return True
+        self._problem(where, f"{called}: expected a whole number, not {value!r}")
+        return False
+
+    def _check_numbers(self, name: str, numbers: Mapping[str, int], where: plain.Path) -> None:
+        for key in ("max-workers", "timeout-ms"):
+            if numbers[key] < 1:  # TorchServe takes it, and then every call fails
+                self._problem((*where, key), f"{name}: {key} is at least 1, or no call could be answered")
+
+    def _archive(self, name: str, url: Any) -> Path | None:
+        where = ("models", name, "url")
+        if not isinstance(url, str) or not url:
+            self._problem(where, f'{name}: "url" is missing' if url is None else f"{name}: url: expected text")
+            return None
+        if "://" in url:
+            self._problem(where, f"{name}: {url} is an address", "put the archive into model_store/ and write its name")
+            return None
+        file = Path(url).name  # for TorchServe too the rest means nothing …
+        folders = (self.path.parent, self.project.root / "model_store", self.project.root)
+        found = next((path for folder in folders if (path := folder / file).exists()), None)
+        if found is None or ".." in url:  # … but for this
+            self._problem(where, f"{name}: there is no archive {url} in model_store/ or beside this file")
+            return None
+        if not _names_handler(found):
+            self._problem(where, f"{name}: {found} is not an archive of torch-model-archiver's")
+            return None
+        return found
+
+    # The section `dag`.
 
     def _parents(self) -> dict[str, list[str]]:
         """Each node's parents, in the order in which they are written."""
-        dag = self.source.value["dag"]
+        dag = self.source.value.get("dag") if isinstance(self.source.value, dict) else None
         if not isinstance(dag, dict) or not dag:
             self._problem(("dag",), "dag: expected a mapping from each node to the list of those after it")
             return {}
+        before = len(self.problems)
         parents: dict[str, list[str]] = {}
         for name, after in dag.items():
             if not isinstance(name, str):
@@ -142,13 +205,16 @@ class _Check:
             if not isinstance(after, list):
                 self._problem(("dag", name), f"dag: {name}: expected a list of nodes")
                 continue
-            for child in after:
-                if child and str(child).strip() and name not in (before := parents.setdefault(str(child), [])):
-                    before.append(name)
-        for name in _RESERVED:
-            if name in parents:
-                self._problem(self._place(name), f'dag: a node cannot be called "{name}"', "rename it")
-        return {} if self.problems else self._ordered(parents)
+            for i, child in enumerate(after):
+                if child is None or not str(child).strip():
+                    continue
+                if not isinstance(child, str):
+                    self._problem(("dag", name, i), f"dag: {name}: {child} is not text", "put it in quotes")
+                elif name in parents.setdefault(child, []):
+                    self._problem(("dag", name, i), f"dag: {name}: {child} is written twice", "keep one")
+                else:
+                    parents[child].append(name)
+        return {} if len(self.problems) > before else self._ordered(parents)
 
     def _ordered(self, parents: dict[str, list[str]]) -> dict[str, list[str]]:
         """The same, each node after its parents."""
@@ -171,113 +237,91 @@ class _Check:
         for parent, after in self.source.value["dag"].items():
             if parent == name:
                 break
-            if isinstance(after, list) and name in after:
+            if name in after:
                 return ("dag", parent, after.index(name))
         return ("dag", name)
 
-    def _functions_path(self, models: dict[str, ModelSettings], parents: dict[str, list[str]]) -> Path | None:
-        functions = [name for name in parents if name not in models]
-        if not functions:
-            return None
-        stem = self.source.path.with_suffix("")
-        tried = [stem.with_name(f"{stem.name}_handler.py"), stem.with_suffix(".py")]
-        found = next((path for path in tried if path.is_file()), None)
-        if found is None:
-            names = ", ".join(functions)
-            self._problem(
-                self._place(functions[0]),
-                f"dag: {names}: not in models, and there is no {tried[0].name}",
-                "write the functions there, or the models under models",
-            )
-        return found
+    # The workflow's Python file.
 
-    def _nodes(
-        self,
-        models: dict[str, ModelSettings],
-        defaults: dict[str, Any],
-        parents: dict[str, list[str]],
-        functions_path: Path | None,
-    ) -> dict[str, Node]:
-        nodes: dict[str, Node] = {}
-        for name, before in parents.items():
-            settings = models.get(name)
-            archive = self._archive(name, settings.url) if settings else None
-            function = None if settings else self._function(name, functions_path)
-            needs = before or [REQUEST]
-            keys = [("body", needs[0])] if len(needs) == 1 else [(need, need) for need in needs]
-            nodes[name] = Node(
-                name=name,
-                takes={key: _read(need) for key, need in keys},
-                each=None,
-                when=None,
-                sees_skipped=frozenset(),
-                result=Any,
-                needs=frozenset(needs),
-                depth=1 + max((nodes[b].depth for b in before if b in nodes), default=0),
-                rows=RowsCode(archive, function, settings.retry_attempts if settings else defaults["retry_attempts"]),
-                batch=settings.batch_size if settings else 1,
-            )
-        return nodes
+    def _functions_file(self, functions: list[str]) -> Path | None:
+        """The file of a `.war`; else NAME_handler.py or NAME.py, or the one file here that defines them all."""
+        if self.war:
+            return self.war.functions
+        folder, name = self.path.parent, self.path.stem
+        usual = [folder / f"{name}_handler.py", folder / f"{name}.py"]
+        found = [path for path in usual if path.is_file()][:1]
+        found = found or [path for path in sorted(folder.glob("*.py")) if _defined(path) >= {*functions}]
+        if len(found) == 1:
+            return found[0]
+        what = f"dag: {', '.join(functions)}: not in models, and "
+        if found:
+            what += f"{' and '.join(path.name for path in found)} all define them"
+            self._problem(self._place(functions[0]), what, f"give the one that is meant the name {usual[0].name}")
+        else:
+            what += f"there is no {usual[0].name}, nor another Python file here that defines them"
+            help_ = "write the functions there, or the models under models"
+            self._problem(self._place(functions[0]), what, help_)
+        return None
 
-    def _archive(self, name: str, url: str) -> Path | None:
-        where = ("models", name, "url")
-        if "://" in url:
-            self._problem(where, f"{name}: {url} is an address", "put the archive into model_store/ and write its name")
-            return None
-        folders = (self.source.path.parent, self.project.root / "model_store", self.project.root)
-        found = next((path for folder in folders if (path := folder / url).is_file()), None)
-        if found is None:
-            self._problem(where, f"{name}: there is no archive {url} in model_store/ or beside this file")
-        return found
-
-    def _function(self, name: str, path: Path | None) -> Callable[..., Any] | None:
-        if path is None:
-            return None
+    def _check_functions(self, functions: list[str], file: Path) -> None:
+        modules = modules_of(file)
         try:
-            function = getattr(import_file(path), name, None)
-        except CheckError as error:
-            self.problems += [p for p in error.problems if p not in self.problems]
-            return None
-        if not inspect.isfunction(function):
-            self._problem(self._place(name), f'dag: "{name}" is neither in models nor a function of {path.name}')
-            return None
-        return function
+            with modules.loading():
+                module = modules.module(file.stem)
+            for name in functions:
+                if not _can_run(module, name):
+                    what = f'dag: "{name}" is neither in models nor a function of {file.name}'
+                    self._problem(self._place(name), what)
+        except SyntaxError as error:
+            self._problem_in(file, error.lineno, f"not valid Python: {error.msg}")
+        except Exception as error:  # noqa: BLE001 (whatever a file raises when it is imported)
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+            what = f"importing it raised {type(error).__name__}: {error}"
+            alone = isinstance(error, ModuleNotFoundError) and not self.war
+            help_ = "its other files go with it in a .war, as torch-workflow-archiver makes it" if alone else ""
+            self._problem_in(file, lines[-1] if lines else None, what, help_)
+        finally:
+            modules.close()
 
 
-def _read(name: str) -> Expression:
-    # Names in such a file may have hyphens, which an expression would read as minus.
-    return Expression(name, Any, frozenset({name}), lambda values: values[name])
+def _step(parents: list[str], code: RowsCode, numbers: Mapping[str, int]) -> Step:
+    retries, timeout_s = max(0, numbers["retry-attempts"]), numbers["timeout-ms"] / 1000
+    return Step(parents, code, max(1, numbers["batch-size"]), retries, timeout_s)
 
 
-def _as_written(path: plain.Path) -> plain.Path:
-    return tuple(str(part).replace("_", "-") for part in path)
+def _defined(file: Path) -> set[str]:
+    """The names that a Python file gives a meaning to, as far as its text says."""
+    try:
+        tree = ast.parse(file.read_text("utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return set()
+    names: set[str] = set()
+    for one in tree.body:
+        if isinstance(one, ast.FunctionDef):
+            names.add(one.name)
+        elif isinstance(one, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in one.names}
+        elif isinstance(one, ast.Assign):
+            names |= {target.id for target in one.targets if isinstance(target, ast.Name)}
+    return names
 
 
-def _answer_names() -> Iterator[str]:
-    return (ANSWER + "_" * i for i in itertools.count())
+def _can_run(module: ModuleType, name: str) -> bool:
+    """Whether TorchServe finds something to call: what has the name, or else the file's only class."""
+    if hasattr(module, name):
+        found = getattr(module, name)
+        return callable(found) and not inspect.isclass(found)
+    kind = entry_class(module)
+    return hasattr(kind, "handle") and hasattr(kind, "initialize")
 
 
-def _joined(name: str, leaves: list[str], depth: int) -> Node:
-    def answer(**results: bytes) -> Any:
-        found: dict[str, Any] = {}
-        for leaf in leaves:
-            try:
-                found[leaf] = json.loads(results[leaf])
-            except ValueError:
-                found[leaf] = None
-            if not isinstance(found[leaf], dict):
-                message = f"{leaf} must give a JSON object, since the workflow has several leaves."
-                return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "HandlerError")
-        return found
-
-    return Node(
-        name=name,
-        takes={leaf: _read(leaf) for leaf in leaves},
-        each=None,
-        when=None,
-        sees_skipped=frozenset(),
-        result=dict[str, Any],
-        needs=frozenset(leaves),
-        depth=depth,
-        function=answer,
-    )
+def _names_handler(archive: Path) -> bool:
+    try:
+        if archive.is_dir():
+            manifest = (archive / "MAR-INF" / "MANIFEST.json").read_bytes()
+        else:
+            with zipfile.ZipFile(archive) as packed:
+                manifest = packed.read("MAR-INF/MANIFEST.json")
+        return bool(json.loads(manifest)["model"]["handler"])
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError):
+        return False

@@ -25,6 +25,17 @@ def fits(have: Any, want: Any) -> bool:
     return all(fits(a, b) for a, b in pairs)
 
 
+def union(kinds: list[Any]) -> Any:
+    """The type of a value that is one of these."""
+    result = kinds[0]
+    for kind in kinds[1:]:
+        if Any in {kind, result}:
+            result = Any
+        elif not fits(kind, result):
+            result = kind if fits(result, kind) else result | kind
+    return result
+
+
 def includes(kind: Any, part: Any) -> bool:
     """Whether a value of type `kind` is said to be possibly a `part`; "anything" says nothing."""
     return kind == part or (is_union(kind) and part in typing.get_args(kind))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag import codec, placement
+from torchserve_dag import codec, placement, tracing
 from torchserve_dag.engine.check import check
-from torchserve_dag.engine.engine import Engine, NodeCounts
+from torchserve_dag.engine.counts import NodeCounts
+from torchserve_dag.engine.engine import Engine
 from torchserve_dag.engine.expression import compile_expression
-from torchserve_dag.engine.graph import REQUEST, Graph, Node
-from torchserve_dag.engine.runner import Runner, function_runner
-from torchserve_dag.engine.torchserve_file import check_torchserve_file, is_torchserve_file
-from torchserve_dag.handler import types_of
+from torchserve_dag.engine.graph import REQUEST, Branch, Code, Graph, Node, Output, RowsCode, result_of
+from torchserve_dag.engine.request import Request
+from torchserve_dag.engine.runner import Runner, function_runner, piece_runner
+from torchserve_dag.handler import streams, types_of
+from torchserve_dag.options import Options
 from torchserve_dag.project import Project
 from torchserve_dag.rows import RowsRunner
+from torchserve_dag.served import ServedModel
 from torchserve_dag.stages import Stages
 
 GPU_LANES = 2
@@ -44,22 +46,29 @@ class Workflow:
         placement.share_cores(lanes * workers)
         loaded: dict[tuple[Path, str | None], Stages] = {}  # nodes that run one handler share its weights
         self._stages: dict[str, Stages] = {}
-        for name, node in graph.nodes.items():
-            if node.handler:
-                key = (node.handler.path, device or node.device)
-                loaded[key] = loaded.get(key) or project.load(node.handler, device=key[1], gpu=gpu, batch=node.batch)
-                self._stages[name] = loaded[key]
-        devices = {name: str(stages.placement.device) for name, stages in self._stages.items()}
         runners: dict[str, Runner] = {REQUEST: function_runner(_decoder(graph.request))}
-        for name, node in graph.nodes.items():
-            runners[name] = self._stages.get(name) or _runner(node, graph, gpu)
-        self._most_at_once = lanes + max(node.batch for node in graph.nodes.values())
+        self._served: dict[str, ServedModel] = {}
+        for name, code in graph.codes.items():
+            if code.handler:
+                key = (code.handler.path, device or code.device)
+                loaded[key] = loaded.get(key) or project.load(code.handler, device=key[1], gpu=gpu, batch=code.batch)
+                self._stages[name] = loaded[key]
+                runners[name] = piece_runner(loaded[key].pieces) if code.yields else loaded[key]
+            elif code.function:
+                runners[name] = piece_runner(code.function) if code.yields else function_runner(code.function)
+            elif code.rows:
+                runners[name] = _rows_runner(code, code.rows, gpu)
+            elif code.served:
+                self._served[name] = ServedModel(code.served)
+        devices = {name: str(stages.placement.device) for name, stages in self._stages.items()}
+        self._most_at_once = lanes + max(code.batch for code in graph.codes.values())
         self.engine = Engine(
             graph,
             runners,
             lanes={d: lanes if d == "cpu" else GPU_LANES for d in {"cpu", *devices.values()}},
             devices=devices,
-            timeout_s=graph.serve.timeout_s,
+            starters=self._served,
+            observer=tracing.observer(),
         )
 
     @classmethod
@@ -75,12 +84,12 @@ class Workflow:
         An item is a message of the type that the workflow takes, or its bytes.
         """
         window = 2 * self._most_at_once
-        futures: list[Future[Any]] = []
+        requests: list[Request] = []
         for i, item in enumerate(items):
             if i >= window:  # a long list waits outside, where no time limit runs
-                futures[i - window].result()
-            futures.append(self.submit(item, parameters))
-        return [future.result() for future in futures]
+                requests[i - window].future.result()
+            requests.append(self.submit(item, parameters))
+        return [request.future.result() for request in requests]
 
     def stuck(self) -> bool:
         """Whether a model hangs. A thread cannot be ended in Python, so only ending the process helps."""
@@ -94,9 +103,18 @@ class Workflow:
         content_type: str | None = None,
         request_id: str | None = None,
         known: Mapping[str, Any] | None = None,
-    ) -> Future[Any]:
-        """One request. The future gives its answer or a Failure, at the workflow's time limit at the latest."""
-        return self.engine.submit((body, content_type), parameters, request_id=request_id, known=known).future
+        options: Options | None = None,
+        on_piece: Callable[[Any], None] | None = None,
+    ) -> Request:
+        """One request; see Engine.submit. `body` is a message, or its bytes, which `content_type` says more about."""
+        return self.engine.submit(
+            (body, content_type),
+            parameters,
+            request_id=request_id,
+            known=known,
+            options=options,
+            on_piece=on_piece,
+        )
 
     def counts(self) -> dict[str, NodeCounts]:
         """What each node has done so far."""
@@ -106,6 +124,8 @@ class Workflow:
         self.engine.close()
         for stages in self._stages.values():
             stages.close()
+        for served in self._served.values():
+            served.close()
 
     def __enter__(self) -> Workflow:
         return self
@@ -118,8 +138,6 @@ def read_graph(project: Project, path: Path) -> Graph:
     """The graph of a workflow's file; of a handler's file, the graph with it as the only node. Raises CheckError."""
     if path.parent.name == "handlers":
         return handler_graph(project, path)
-    if is_torchserve_file(path):
-        return check_torchserve_file(project, path)
     return check(project, path)
 
 
@@ -130,22 +148,28 @@ def handler_graph(project: Project, path: Path) -> Graph:
     project.settings(file, kind)
     takes, gives = types_of(kind)
     model = file.value
-    node = Node(
+    request = compile_expression(REQUEST, {REQUEST: takes})
+    code = Code(
         name=model.name,
-        takes={"item": compile_expression(REQUEST, {REQUEST: takes})},
-        each=None,
-        when=None,
+        takes={"item": request},
         sees_skipped=frozenset(),
-        result=gives,
-        needs=frozenset({REQUEST}),
-        depth=1,
+        gives=gives,
         handler=file,
         batch=model.run.batch,
         device=model.run.device,
+        yields=streams(kind),
     )
-    return Graph(
-        model.name, model.version, model.card.does, path, None, takes, {model.name: node}, model.name, model.serve
+    node = Node(
+        name=model.name,
+        branches=(Branch(None, code),),
+        each=(),
+        when=None,
+        result=list[gives] if code.yields else gives,  # type: ignore[valid-type]
+        needs=frozenset({REQUEST}),
+        depth=1,
     )
+    output = Output({"": result_of(node)})
+    return Graph(model.name, model.version, model.card.does, path, None, takes, {model.name: node}, output, model.serve)
 
 
 def _decoder(kind: Any) -> Callable[[Any], Any]:
@@ -160,13 +184,8 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
     return decode
 
 
-def _runner(node: Node, graph: Graph, gpu: int | None) -> Runner:
-    """What a node without a handler runs."""
-    if node.function:
-        return function_runner(node.function)
-    rows = node.rows
-    if rows and rows.archive:
-        return RowsRunner.of_archive(node.name, rows.archive, gpu, node.batch, rows.retries)
-    if rows and rows.function:
-        return RowsRunner.of_function(node.name, rows.function, graph.path.parent, rows.retries)
-    raise TypeError(f"{node.name} has nothing to run")
+def _rows_runner(code: Code, rows: RowsCode, gpu: int | None) -> RowsRunner:
+    """A TorchServe handler, or a function of a TorchServe workflow."""
+    if rows.function is None:
+        return RowsRunner.of_archive(code.name, rows.file, gpu, code.batch, gives=code.gives)
+    return RowsRunner.of_function(code.name, rows.file, rows.function)

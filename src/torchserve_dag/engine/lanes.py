@@ -1,0 +1,118 @@
+"""The threads of one device, and which batch each takes next.
+
+On a CPU there is one lane a core: it takes items side by side with its neighbours, and never so many that one
+of them idles. A lane that finds no full batch does the work that may fill one, and only then takes what
+there is: a lone request never waits for company, and under load batches fill by themselves.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from torchserve_dag.engine.request import Item
+from torchserve_dag.engine.station import CPU, Station, shallow_first
+from torchserve_dag.options import Priority
+
+PATIENCE_S = 0.05
+"""How long an item may wait for its batch to fill while a lane has other work to do."""
+
+BULK_TURN = 8
+"""Every so many batches a bulk request goes before the interactive ones, so that it is not starved."""
+
+BUNDLE_S = 0.001
+"""Functions run one item at a time, and taking each from the queue costs more than many of them do. So a lane takes
+as many as lately ran in this time."""
+
+MOST_BUNDLED = 64
+
+Run = Callable[[Station, list[Item]], None]
+
+
+class Lanes:
+    """`run` is called with each batch, in a lane's thread; `lock` is the engine's."""
+
+    def __init__(
+        self, name: str, device: str, count: int, stations: Sequence[Station], lock: threading.Lock, run: Run
+    ) -> None:
+        self.device = device
+        self._stations = shallow_first(station for station in stations if station.device == device)
+        self._lock = lock
+        self._work = threading.Condition(lock)
+        self._run = run
+        self._closed = False
+        self._idle = 0
+        self._turn = 0
+        self.busy: dict[int, tuple[float, list[Item]]] = {}
+        """By lane: since when it is in a node, and with which items."""
+        self.threads = [
+            threading.Thread(target=self._lane, name=f"{name}-{device}-{i}", daemon=True) for i in range(count)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def wake(self, items: int) -> None:
+        """There is new work. Under the lock."""
+        if self._idle:
+            # A lane that has just ended a batch takes the next one itself: waking another for it costs more.
+            mine = threading.get_ident() in self.busy
+            self._work.notify(items - 1 if mine else items)
+
+    def close(self) -> None:
+        """Under the lock."""
+        self._closed = True
+        self._work.notify_all()
+
+    def _lane(self) -> None:
+        me = threading.get_ident()
+        station: Station | None = None
+        while True:
+            with self._lock:
+                if station is not None:
+                    del self.busy[me]
+                    station.under_way -= 1
+                    if station.one_at_a_time and len(station):
+                        self._work.notify()  # it was passed over meanwhile, and this lane may take something else
+                while not self._closed and (taken := self._take()) is None:
+                    self._idle += 1
+                    self._work.wait()
+                    self._idle -= 1
+                if self._closed:
+                    return
+                station, items = taken  # type: ignore[misc]
+                station.under_way += 1
+                self.busy[me] = (time.monotonic(), items)
+            self._run(station, items)
+
+    def _take(self) -> tuple[Station, list[Item]] | None:
+        """The next batch, under the lock."""
+        self._turn += 1
+        order: tuple[Priority, Priority] = ("interactive", "bulk")
+        if self._turn % BULK_TURN == 0:
+            order = ("bulk", "interactive")
+        for priority in order:
+            station = self._chosen(priority)
+            if station is not None:
+                size = station.batch
+                if station.bundle:
+                    size = max(1, min(MOST_BUNDLED, int(BUNDLE_S / station.item_s))) if station.item_s else 1
+                if self.device == CPU:  # share with the idle; a GPU's lanes are not cores, and want it whole
+                    size = min(size, -(-len(station) // (1 + self._idle)))
+                items = station.take(size, priority)
+                return station, items
+        return None
+
+    def _chosen(self, priority: Priority) -> Station | None:
+        # The stations come shallowest first. Of those that are due the last, so the deepest, is taken: a request
+        # that is nearly done leaves before another is begun. Where none is due, the first: its results may fill
+        # the batch of one behind it.
+        chosen: Station | None = None
+        patience = time.monotonic() - PATIENCE_S
+        for station in self._stations:
+            if station.one_at_a_time and station.under_way:
+                continue
+            head = station.head(priority)
+            if head is not None and (chosen is None or len(station) >= station.batch or head.since < patience):
+                chosen = station
+        return chosen

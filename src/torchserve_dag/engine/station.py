@@ -1,0 +1,85 @@
+"""A node's code at work: its queue, what runs it, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torchserve_dag.engine.counts import NodeCounts
+from torchserve_dag.engine.queue import FairQueue
+from torchserve_dag.engine.request import Item
+from torchserve_dag.engine.runner import Runner
+from torchserve_dag.options import Priority
+
+CPU, ELSEWHERE = "cpu", "elsewhere"
+
+
+StartItem = Callable[[Item], None]
+"""Starts one item that runs elsewhere, and does not block."""
+
+
+def _nothing(_: Any) -> Any:
+    raise TypeError("this code runs otherwise")
+
+
+class Station:
+    """Items wait here for one code: a handler, a function, a served model, a workflow inside."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        batch: int,
+        bundle: bool = False,
+        depth: tuple[int, ...],
+        runner: Runner | None = None,
+        device: str = CPU,
+        start: StartItem | None = None,
+    ) -> None:
+        self.name = name
+        self.batch = batch
+        """Of what runs elsewhere: how many items may be under way."""
+        self.bundle = bundle
+        """Whether its items, which do not share a call, may be taken several at a time: see lanes.py."""
+        self.depth = depth
+        """How far from the request; see lanes.py."""
+        self.runner = runner or _nothing
+        self.device = device if start is None else ELSEWHERE
+        self.start = start or _nothing
+        self.one_at_a_time: bool = getattr(runner, "one_at_a_time", False)
+        self.under_way = 0
+        """Batches in lanes, or items elsewhere."""
+        self.starting = False
+        """Whether a thread is starting items elsewhere; it goes on while there are any."""
+        self.item_s = 0.0
+        """How long one of its items ran lately; 0 before the first."""
+        self.queues: dict[Priority, FairQueue] = {"interactive": FairQueue(), "bulk": FairQueue()}
+        self.counts = NodeCounts()
+
+    def ran(self, items: int, run_s: float) -> None:
+        """Items ran together for so long."""
+        self.item_s += (run_s / items - self.item_s) * (0.2 if self.item_s else 1)
+
+    def __len__(self) -> int:
+        """How many items wait."""
+        return sum(len(queue) for queue in self.queues.values())
+
+    def put(self, item: Item) -> None:
+        self.queues[item.request.root.options.priority].put(item)
+
+    def head(self, priority: Priority) -> Item | None:
+        return self.queues[priority].head()
+
+    def take(self, most: int, first: Priority = "interactive") -> list[Item]:
+        """The next items, at most `most`: those of the priority `first`, and then the others."""
+        then: Priority = "bulk" if first == "interactive" else "interactive"
+        items = self.queues[first].take(most)
+        return items + self.queues[then].take(most - len(items)) if len(items) < most else items
+
+    def drop_ended(self) -> None:
+        for queue in self.queues.values():
+            queue.drop_ended()
+
+
+def shallow_first(stations: Iterable[Station]) -> list[Station]:
+    return sorted(stations, key=lambda station: station.depth)

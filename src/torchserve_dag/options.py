@@ -1,0 +1,74 @@
+"""What a client asks of its request beside its message: headers over REST, entries of the input map over gRPC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torchserve_dag.messages import InputError
+
+Priority = Literal["interactive", "bulk"]
+
+OUTPUTS, TIMEOUT, PRIORITY, TRACE = "x-outputs", "x-timeout-ms", "x-priority", "traceparent"
+CANCEL_KEY, CANCEL = "x-cancel-key", "x-cancel"
+PIECES = "x-pieces"
+"""Over gRPC: that the call is StreamPredictions. TorchServe does not tell, and a second piece would end Predictions."""
+HEADERS = (OUTPUTS, TIMEOUT, PRIORITY, TRACE, CANCEL_KEY, CANCEL, PIECES)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    outputs: tuple[str, ...] = ()
+    """Nodes whose results are the answer, instead of the workflow's own output."""
+    timeout_s: float | None = None
+    """How long the client waits; the workflow's own limit holds where that is shorter."""
+    priority: Priority = "interactive"
+    """`bulk` requests let `interactive` ones pass."""
+    trace: str | None = None
+    """The client's span, as W3C's `traceparent`."""
+    cancel_key: str | None = None
+    """The name under which the client may cancel the request."""
+
+    def headers(self) -> dict[str, str]:
+        """As a client sends them."""
+        fields = {
+            OUTPUTS: ",".join(self.outputs),
+            TIMEOUT: str(math.ceil(self.timeout_s * 1000)) if self.timeout_s else "",
+            PRIORITY: self.priority if self.priority != "interactive" else "",
+            TRACE: self.trace or "",
+            CANCEL_KEY: self.cancel_key or "",
+        }
+        return {name: value for name, value in fields.items() if value}
+
+
+def read_options(get: Callable[[str], str | None]) -> Options:
+    """The options in a request's headers, of which `get` gives one. Raises InputError."""
+    outputs = tuple(name.strip() for name in (get(OUTPUTS) or "").split(",") if name.strip())
+    timeout = get(TIMEOUT)
+    priority = (get(PRIORITY) or "interactive").strip().lower()
+    if priority not in {"interactive", "bulk"}:
+        raise InputError(f'The header {PRIORITY} is interactive or bulk, not "{priority[:50]}".')
+    return Options(
+        outputs,
+        None if timeout is None else _seconds(timeout),
+        priority,  # type: ignore[arg-type]
+        get(TRACE),
+        get(CANCEL_KEY),
+    )
+
+
+def without_options(parameters: Mapping[str, str]) -> dict[str, str]:
+    """A request's parameters without those that are options."""
+    return {name: value for name, value in parameters.items() if name.lower() not in HEADERS}
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text) / 1000
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InputError(f'The header {TIMEOUT} is a number of milliseconds, not "{text[:50]}".')
+    return seconds

@@ -1,0 +1,384 @@
+"""Every shape that a workflow can have, in process: what it answers, and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.conftest import Write
+from torchserve_dag.engine.workflow import Workflow
+from torchserve_dag.messages import Failure, Skipped, Text
+from torchserve_dag.options import Options
+from torchserve_dag.source import CheckError
+
+FUNCTIONS = """
+def words(text: Text) -> list[Text]:
+    return [Text(word) for word in text.text.split()]
+
+def letters(text: Text) -> list[Text]:
+    return [Text(letter) for letter in text.text]
+
+def size(text: Text) -> int:
+    return len(text.text)
+
+def pair(outer: Text, inner: Text) -> str:
+    return outer.text + inner.text
+
+def loud(text: Text) -> Text:
+    return Text(text.text.upper())
+
+def quiet(text: Text) -> Text:
+    return Text(text.text.lower())
+
+def both(left: list[int], right: list[Text]) -> str:
+    return f"{left} {[one.text for one in right]}"
+
+def listed(texts: list[Text]) -> int:
+    return len(texts)
+"""
+
+
+def other(path: Path, name: str, nodes: str, output: str = "answer") -> None:
+    """Another workflow beside the one at `path`, with the same functions."""
+    text = f'name: {name}\nversion: "1.0"\ndoes: A test.\ncode: flow.py\nnodes:\n{nodes}\noutput: {output}\n'
+    (path.parent / f"{name}.yaml").write_text(text)
+
+
+def test_loops_inside_each_other_give_lists_of_lists(write: Write) -> None:
+    path = write(
+        """
+        words: {function: words}
+        letters: {function: letters, each: words}
+        answer: {function: size, each: {some: letters, letter: some}}
+        """,
+        FUNCTIONS,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"ab c", b" ", b"d"]) == [[[1, 1], [1]], [], [[1]]]
+
+
+def test_a_loop_over_skipped_elements_skips_them_too(write: Write) -> None:
+    path = write(
+        """
+        words: {function: words}
+        one: {function: loud, each: words, when: len(item.text) > 1}
+        answer: {function: loud, each: one, when: len(item.text) > 2}
+        """,
+        FUNCTIONS,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"a bb ccc"]) == [[Skipped("one"), Skipped("answer"), Text("CCC")]]
+
+
+def test_an_inner_loop_reads_the_outer_element(write: Write) -> None:
+    path = write(
+        """
+        words: {function: words}
+        answer: {function: pair, each: {one: words, two: words}, inputs: {outer: one, inner: two}}
+        """,
+        FUNCTIONS,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"a b"]) == [[["aa", "ab"], ["ba", "bb"]]]
+
+
+def test_two_loops_are_joined_by_a_later_node(write: Write) -> None:
+    path = write(
+        """
+        words: {function: words}
+        letters: {function: letters}
+        sizes: {function: size, each: words}
+        louder: {function: loud, each: letters}
+        answer: {function: both, inputs: {left: sizes, right: louder}}
+        """,
+        FUNCTIONS,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"ab c"]) == ["[2, 1] ['A', 'B', ' ', 'C']"]
+
+
+def test_a_switch_takes_the_first_branch_whose_when_is_true(write: Write) -> None:
+    path = write(
+        """
+        answer:
+          switch:
+            - {when: 'parameters.how == "loud"', function: loud}
+            - {when: 'parameters.how == "quiet"', handler: upper}
+            - {function: quiet}
+        """,
+        FUNCTIONS,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"Ab"], {"how": "loud"}) == [Text("AB")]
+        assert workflow([b"Ab"]) == [Text("ab")]
+        assert set(workflow.counts()) == {"request", "answer.loud", "answer.upper", "answer.quiet"}
+        assert workflow.counts()["answer.upper"].items == 0
+
+
+def test_each_item_takes_its_own_branch(write: Write) -> None:
+    path = write(
+        """
+        words: {function: words}
+        answer:
+          each: words
+          switch:
+            - {when: 'item.text == "a"', function: loud}
+            - {when: 'item.text == "B"', function: quiet}
+        """,
+        FUNCTIONS,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"a B c"]) == [[Text("A"), Text("b"), Skipped("answer")]]
+
+
+def test_a_workflow_is_a_step_of_another(write: Write) -> None:
+    path = write("words: {function: words}\nanswer: {workflow: inner, each: words}", FUNCTIONS)
+    other(path, "inner", "  up: {function: loud, when: len(request.text) > 1}\n  answer: {function: size, input: up}")
+    with Workflow.load(path) as workflow:
+        assert workflow([b"ab c", b" "]) == [[2, Skipped("up")], []]
+        assert workflow.counts()["answer/up"].items == 1
+        assert workflow.counts()["answer"].items == 2
+
+
+def test_a_failure_inside_a_workflow_inside_names_its_node(write: Write) -> None:
+    path = write(
+        "answer: {workflow: inner}",
+        "def fail(text: Text) -> Text: raise InputError('It is bad.', 422)",
+    )
+    other(path, "inner", "  answer: {function: fail}")
+    with Workflow.load(path) as workflow:
+        assert workflow([b"x"]) == [Failure(422, "It is bad.", "InputError", "answer/answer")]
+
+
+def test_a_workflow_that_runs_itself_is_refused(write: Write) -> None:
+    path = write("answer: {workflow: inner}")
+    other(path, "inner", "  answer: {workflow: flow}")
+    with pytest.raises(CheckError, match=r"inner\.yaml:6: answer: flow runs this workflow, so it would never end"):
+        Workflow.load(path)
+
+
+def test_served_workflows_that_call_each_other_are_refused(write: Write) -> None:
+    path = write("answer: {served: {model: inner}}")
+    other(path, "inner", "  answer: {served: {model: flow}}")
+    with pytest.raises(CheckError, match=r"inner\.yaml:6: answer: flow calls this workflow, so each would wait"):
+        Workflow.load(path)
+
+
+def test_several_outputs_come_under_their_names(write: Write) -> None:
+    path = write(
+        "words: {function: words}\nsizes: {function: size, each: words}",
+        FUNCTIONS,
+        output="{found: words, lengths: sizes, by: parameters.by}",
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"ab c"], {"by": "me"}) == [{"found": [Text("ab"), Text("c")], "lengths": [2, 1], "by": "me"}]
+
+
+def test_a_client_may_ask_for_any_node_and_only_what_it_needs_runs(write: Write) -> None:
+    path = write("words: {function: words}\nsizes: {function: size, each: words}\nanswer: {function: loud}", FUNCTIONS,
+                 output="{a: answer, b: sizes}")  # fmt: skip
+    with Workflow.load(path) as workflow:
+        asked = workflow.submit(b"ab c", options=Options(outputs=("words",)))
+        unknown = workflow.submit(b"ab c", options=Options(outputs=("wrds",)))
+
+        assert asked.future.result() == {"words": [Text("ab"), Text("c")]}
+        assert unknown.future.result() == Failure(
+            400, 'The header x-outputs names "wrds", and there is no such node; did you mean "words"?'
+        )
+        assert workflow.counts()["sizes"].items == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("", Failure(422, "It is bad.", "InputError", "check")),
+        ("on_error: skip", ["AB", Skipped("check"), "C"]),
+        ("on_error: {default: none}", ["AB", "none", "C"]),
+        ("on_error: {fallback: {function: safe}}", ["AB", "safe", "C"]),
+    ],
+)
+def test_a_failed_item_does_what_its_nodes_policy_says(write: Write, policy: str, expected: object) -> None:
+    path = write(
+        f"words: {{function: words}}\ncheck: {{function: strict, each: words, {policy}}}",
+        FUNCTIONS
+        + """
+def strict(text: Text) -> str:
+    if text.text == "bad":
+        raise InputError("It is bad.", 422)
+    return text.text.upper()
+
+def safe(text: Text) -> str:
+    return "safe"
+""",
+        output="check",
+    )
+    with Workflow.load(path) as workflow:
+        answers = workflow([b"ab bad c", b"d"])
+
+    assert answers == [expected, ["D"]]
+
+
+def test_a_surprise_is_tried_again_and_a_refusal_is_not(write: Write) -> None:
+    path = write(
+        "words: {function: words}\nanswer: {function: shaky, each: words, retry: 2}",
+        FUNCTIONS
+        + """
+TRIES = []
+
+def shaky(text: Text) -> int:
+    TRIES.append(text.text)
+    if text.text == "refused":
+        raise InputError("No.")
+    if TRIES.count(text.text) < 3:
+        raise RuntimeError("not yet")
+    return TRIES.count(text.text)
+""",
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"a b"]) == [[3, 3]]
+        refused = workflow([b"refused"])[0]
+        assert (refused.status, workflow.counts()["answer"].items) == (400, 7)
+
+
+def test_an_item_past_its_nodes_own_deadline_is_let_go(write: Write) -> None:
+    path = write(
+        "words: {function: words}\nanswer: {function: slow, each: words, timeout_s: 0.2, on_error: skip}",
+        FUNCTIONS
+        + """
+def slow(text: Text) -> str:
+    time.sleep(1.0 if text.text == "slow" else 0)
+    return text.text
+""",
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"a slow b"]) == [["a", Skipped("answer"), "b"]]
+
+
+def test_a_clients_own_deadline_holds(write: Write) -> None:
+    path = write("answer: {function: slow}", "def slow(text: Text) -> str: time.sleep(0.6); return text.text")
+    with Workflow.load(path) as workflow:
+        failure = workflow.submit(b"x", options=Options(timeout_s=0.1)).future.result(0.5)
+
+    assert (failure.status, failure.message, failure.node) == (504, "No answer within 0.1 s.", "answer")
+
+
+STREAM = """
+from collections.abc import Iterator
+
+def tell(text: Text) -> Iterator[Text]:
+    for word in text.text.split():
+        if word == "bad":
+            raise InputError("It is bad.")
+        yield Text(word)
+
+def loud(text: Text) -> Text:
+    return Text(text.text.upper())
+
+def listed(texts: list[Text]) -> int:
+    return len(texts)
+"""
+
+
+@pytest.mark.parametrize(
+    "nodes", ["answer: {function: tell}", "tell: {function: tell}\nanswer: {function: loud, each: tell}"]
+)
+def test_pieces_reach_the_client_in_order_and_the_answer_is_all_of_them(write: Write, nodes: str) -> None:
+    path = write(nodes, STREAM)
+    pieces: list[Text] = []
+    text = " ".join(f"w{i}" for i in range(200))
+    with Workflow.load(path) as workflow:
+        answer = workflow.submit(text.encode(), on_piece=pieces.append).future.result()
+
+        assert workflow.graph.streams
+        assert [piece.text.lower() for piece in pieces] == text.split()
+        assert answer == pieces
+
+
+def test_a_node_follows_one_that_follows_another(write: Write) -> None:
+    """Found by a random workflow: it was given the places of answers that were still to come."""
+    path = write(
+        "tell: {function: tell}\nslow: {function: slow, each: tell}\nanswer: {function: loud, each: slow}",
+        STREAM
+        + """
+def slow(text: Text) -> Text:
+    time.sleep(0.02 if text.text == "a" else 0)
+    return text
+""",
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"a b c"]) == [[Text("A"), Text("B"), Text("C")]]
+
+
+def test_what_follows_a_skipped_stream_is_skipped(write: Write) -> None:
+    path = write(
+        """
+        tell: {function: tell, when: request.text != "no"}
+        first: {function: loud, each: tell}
+        answer: {function: loud, each: first}
+        """,
+        STREAM,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"no", b"a"]) == [Skipped("tell"), [Text("A")]]
+
+
+def test_a_node_that_takes_the_list_waits_for_the_last_piece(write: Write) -> None:
+    path = write(
+        "tell: {function: tell}\nanswer: {function: listed, input: tell}",
+        STREAM,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"a b c", b" "]) == [3, 0]
+        assert not workflow.graph.streams
+
+
+def test_a_failure_in_mid_stream_comes_after_the_pieces_before_it(write: Write) -> None:
+    path = write("answer: {function: tell}", STREAM)
+    pieces: list[Text] = []
+    with Workflow.load(path) as workflow:
+        failure = workflow.submit(b"a b bad c", on_piece=pieces.append).future.result()
+
+    assert (failure, pieces) == (Failure(400, "It is bad.", "InputError", "answer"), [Text("a"), Text("b")])
+
+
+def test_a_client_that_leaves_stops_the_stream(write: Write, tmp_path: Path) -> None:
+    path = write(
+        "answer: {function: forever}",
+        f"""
+from collections.abc import Iterator
+from pathlib import Path
+
+def forever(text: Text) -> Iterator[int]:
+    try:
+        for i in range(10_000):
+            time.sleep(0.01)
+            yield i
+    finally:
+        Path({str(tmp_path / "left")!r}).touch()
+""",
+    )
+    with Workflow.load(path) as workflow:
+        request = workflow.submit(b"x", options=Options(cancel_key="k"), on_piece=lambda _: workflow.engine.cancel("k"))
+
+        assert request.future.result(5).status == 499
+        assert not workflow.engine.cancel("k")
+        other = workflow.submit(b"x", options=Options(timeout_s=0.05))
+        assert other.future.result(5).status == 504
+    assert (tmp_path / "left").exists()
+
+
+def test_an_interactive_request_passes_bulk_ones_which_still_come_through(write: Write) -> None:
+    order: list[str] = []
+    path = write("answer: {function: work}", "def work(text: Text) -> Text: time.sleep(0.005); return text")
+    with Workflow.load(path) as workflow:
+        bulk = [workflow.submit(b"bulk", options=Options(priority="bulk")) for _ in range(60)]
+        quick = [workflow.submit(b"quick") for _ in range(20)]
+        for request in (*bulk, *quick):
+            request.future.add_done_callback(lambda future: order.append(future.result().text))
+        for request in (*bulk, *quick):
+            request.future.result()
+
+    last_quick = len(order) - order[::-1].index("quick")
+    assert last_quick < 50  # of 80; in their order of arrival it would be the last
+    assert "bulk" in order[:last_quick]
