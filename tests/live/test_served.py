@@ -1,0 +1,247 @@
+"""Two workflows that share one served model, in one real TorchServe: over REST and gRPC, and when the model fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.live.conftest import ROOT, Serving, run_tool
+from torchserve_dag.clients import Client, GrpcClient, RequestRefused, RestClient, ServerFailed
+from torchserve_dag.engine.workflow import Workflow
+from torchserve_dag.messages import Failure, Labels, Text
+from torchserve_dag.server import ports
+from torchserve_dag.server.state import State
+
+UPPER = """
+from __future__ import annotations
+import os
+import re
+import time
+from pathlib import Path
+from torchserve_dag.handler import Handler
+from torchserve_dag.messages import InputError, Label, Labels, Text
+
+class Upper(Handler[Text, str, str, Labels]):
+    def load(self, folder, settings, placement): pass
+    def example(self) -> Text: return Text("example")
+    def preprocess(self, item: Text) -> str:
+        if item.text == "bad": raise InputError("That text is bad.", 422)
+        return item.text
+    def infer(self, batch):
+        for text in batch:
+            if text.startswith("wait:"):
+                part = Path(text[5:] + ".part")
+                part.write_text(str(os.getpid()))
+                part.rename(text[5:] + ".begun")
+                while not Path(text[5:]).exists(): time.sleep(0.02)
+        return [(text.upper(), len(batch)) for text in batch]
+    def postprocess(self, output: tuple[str, int], item: Text) -> Labels:
+        return Labels([Label(output[0], 1.0), Label(str(os.getpid()), output[1])])
+"""
+
+UPPER_FILE = """
+name: upper
+version: "1.0"
+run: {batch: 16}
+serve: {delay_ms: 20}
+card: {does: Shouts., input: Text., output: "The text in capitals, and who did it.", limits: It is a test., weights: []}
+"""
+
+FUNCTIONS = """
+from __future__ import annotations
+from torchserve_dag.messages import Labels, Text
+
+def split(text: Text) -> list[Text]:
+    return [Text(word) for word in text.text.split()]
+
+def join(words: list[Labels]) -> Labels:
+    return Labels([label for word in words for label in word.labels])
+"""
+
+SHOUT = """
+name: shout
+version: "1.0"
+does: One call of the served model.
+nodes:
+  call: {{served: {{model: upper, at: "{address}"}}}}
+output: call
+"""
+
+SENTENCE = """
+name: sentence
+version: "1.0"
+does: One call of the served model for each word.
+nodes:
+  words: {{function: split}}
+  call: {{served: {{model: upper/1.0, at: "{address}"}}, each: words, retry: 6}}
+  answer: {{function: join, input: call}}
+output: answer
+"""
+
+GHOST = """
+name: ghost
+version: "1.0"
+does: Calls a model that is not there.
+nodes:
+  call: {{served: {{model: nobody, at: "{address}", takes: Text, gives: Labels}}, retry: 10}}
+output: call
+"""
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    root = tmp_path_factory.mktemp("served")
+    rest, grpc = ports.free_run("127.0.0.1", 3, start=21_000), ports.free_run("127.0.0.1", 2, start=22_000)
+    for folder in ("handlers", "workflows"):
+        (root / folder).mkdir()
+    (root / "handlers" / "upper.py").write_text(UPPER)
+    (root / "handlers" / "upper.yaml").write_text(UPPER_FILE)
+    for name, file in (("shout", SHOUT), ("sentence", SENTENCE), ("ghost", GHOST)):
+        (root / "workflows" / f"{name}.yaml").write_text(file.format(address=f"127.0.0.1:{grpc}"))
+        (root / "workflows" / f"{name}.py").write_text(FUNCTIONS)
+    for name in ("config.properties", "log4j2.xml"):
+        (root / name).symlink_to(ROOT / name)
+    run_tool(root, "build")
+    run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc))
+    yield Serving(root, State(root))
+    run_tool(root, "down")
+
+
+@pytest.fixture(params=["rest", "grpc"])
+def caller(request: pytest.FixtureRequest, sharing: Serving) -> Iterator[Client]:
+    found: RestClient | GrpcClient = sharing.rest() if request.param == "rest" else sharing.grpc()
+    with found:
+        yield found
+
+
+def said(answer: Labels) -> list[str]:
+    return [label.name for label in answer.labels[::2]]
+
+
+def workers(answer: Labels) -> set[int]:
+    return {int(label.name) for label in answer.labels[1::2]}
+
+
+def batches(answer: Labels) -> list[float]:
+    return [label.score for label in answer.labels[1::2]]
+
+
+def test_two_workflows_share_one_model(sharing: Serving, caller: Client) -> None:
+    one = caller.predict("shout", Text("hello"), answer=Labels)
+    other = caller.predict("sentence", Text("a few words"), answer=Labels)
+    alone = caller.predict("upper", Text("alone"), answer=Labels)
+    with sharing.rest() as rest:
+        served = {model.name: version.workers for model in rest.models() for version in model.versions}
+
+    assert (said(one), said(other)) == (["HELLO"], ["A", "FEW", "WORDS"])
+    assert len(served["upper"]) == 1
+    assert workers(one) == workers(other) == workers(alone)
+
+
+def test_the_items_of_one_node_share_the_served_models_batches(caller: Client) -> None:
+    """They start together, so TorchServe and the worker behind it find them together."""
+    answer = caller.predict("sentence", Text("word " * 64), answer=Labels)
+
+    assert said(answer) == ["WORD"] * 64
+    assert max(batches(answer)) > 1
+
+
+def test_many_requests_of_both_get_their_own_answers(caller: Client) -> None:
+    texts = [f"request {number} of many" for number in range(40)]
+    with ThreadPoolExecutor(16) as threads:
+        ones = threads.map(lambda text: caller.predict("shout", Text(text), answer=Labels), texts)
+        others = threads.map(lambda text: caller.predict("sentence", Text(text), answer=Labels), texts)
+
+        assert [said(answer) for answer in ones] == [[text.upper()] for text in texts]
+        assert [said(answer) for answer in others] == [text.upper().split() for text in texts]
+
+
+def test_a_refusal_of_the_served_model_reaches_the_client(caller: Client) -> None:
+    with pytest.raises(RequestRefused) as refused:
+        caller.predict("sentence", Text("good bad good"))
+
+    assert (refused.value.status, refused.value.node) == (422, "call")
+    assert refused.value.message.startswith("That text is bad. (upper of upper/1.0 at 127.0.0.1:")
+
+
+def test_a_model_that_is_not_there_is_said_at_once(caller: Client) -> None:
+    """Ten tries would take 50 seconds."""
+    begun = time.monotonic()
+    with pytest.raises(ServerFailed) as failed:
+        caller.predict("ghost", Text("hello"))
+
+    assert (failed.value.status, failed.value.type, failed.value.node) == (502, "ModelNotFound", "call")
+    assert "Model not found: nobody" in failed.value.message
+    assert time.monotonic() - begun < 10
+
+
+def kill_worker(begun: Path) -> int:
+    """Kill the served model's worker as soon as it has left its pid in `begun`; which one it was."""
+    deadline = time.monotonic() + 30
+    while not begun.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    worker = int(begun.read_text())
+    os.kill(worker, signal.SIGKILL)
+    return worker
+
+
+def test_a_worker_that_is_killed_costs_a_node_with_retries_only_time(caller: Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with ThreadPoolExecutor(1) as threads:
+        pending = threads.submit(caller.predict, "sentence", Text(f"before wait:{gate} after"), answer=Labels)
+        killed = kill_worker(Path(f"{gate}.begun"))
+        gate.touch()
+        answer = pending.result()
+
+    assert said(answer) == ["BEFORE", f"WAIT:{gate}".upper(), "AFTER"]
+    assert killed not in workers(answer)
+
+
+def test_a_worker_that_is_killed_fails_a_node_without_retries(caller: Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with ThreadPoolExecutor(1) as threads:
+        pending = threads.submit(caller.predict, "shout", Text(f"wait:{gate}"))
+        kill_worker(Path(f"{gate}.begun"))
+        with pytest.raises(ServerFailed) as failed:
+            pending.result()
+    gate.touch()
+
+    assert (failed.value.status, failed.value.type, failed.value.node) == (502, "ServedModelFailed", "call")
+    assert "Worker died" in failed.value.message
+    assert said(caller.predict("shout", Text("again"), answer=Labels, timeout=40)) == ["AGAIN"]
+
+
+def test_the_same_workflow_runs_without_a_server_of_its_own(sharing: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in the project's folder finds the token of the server that was started there."""
+    monkeypatch.chdir(sharing.root)
+    with Workflow.load("workflows/sentence.yaml") as workflow:
+        good, bad = workflow([Text("from here"), Text("bad")])
+
+    assert said(good) == ["FROM", "HERE"]
+    assert isinstance(bad, Failure)
+    assert (bad.status, bad.node) == (422, "call")
+
+
+def test_the_example_of_the_documentation_runs(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "served.md").read_text("utf-8"), re.DOTALL)
+    for name in ("handlers", "weights"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "detect_classify.py").symlink_to(ROOT / "workflows" / "detect_classify.py")
+    path = tmp_path / "workflows" / "shared_classifier.yaml"
+    path.write_text(example.replace("127.0.0.1:7070", serving.addresses.grpc_inference))
+    monkeypatch.chdir(serving.root)
+    with Workflow.load(path) as workflow:
+        (answer,) = workflow([(ROOT / "photos" / "coffee.jpg").read_bytes()])
+
+    assert [(one.label, one.names[0].name) for one in answer.objects] == [("cup", "espresso")]
