@@ -7,6 +7,7 @@ import typer
 from torchserve_dag.commands.build import build
 from torchserve_dag.commands.call import call
 from torchserve_dag.commands.check import check
+from torchserve_dag.commands.graph import graph
 from torchserve_dag.commands.serve import default, down, status, up
 
 app = typer.Typer(
@@ -17,5 +18,5 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-for command in (check, build, up, status, call, default, down):
+for command in (check, graph, build, up, status, call, default, down):
     app.command()(command)

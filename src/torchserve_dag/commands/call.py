@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json as json_text
 import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from torchserve_dag.clients import Options
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, project_root
 from torchserve_dag.server.connect import client
 from torchserve_dag.server.state import State
@@ -20,19 +23,37 @@ def call(
     *,
     grpc: Annotated[bool, typer.Option("--grpc", help="Over gRPC; REST unless given.")] = False,
     param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A parameter; may be repeated.")] = None,
+    output: Annotated[
+        list[str] | None, typer.Option(metavar="NODE", help="Answer with this node's result; may be repeated.")
+    ] = None,
+    bulk: Annotated[bool, typer.Option("--bulk", help="Let interactive requests pass.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer's pieces as they come.")] = False,
     timeout: Annotated[float, typer.Option(help="How long to wait for the answer, in seconds.")] = 60.0,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
     """Send a file to a model, and print its answer."""
     model, _, version = name.partition("/")
-    with failures():
-        parameters = dict(_parameter(one) for one in param or [])
+    options = Options(tuple(output or ()), priority="bulk" if bulk else "interactive")
+    with _unsendable(), failures():
+        asked: dict[str, Any] = {"parameters": dict(_parameter(one) for one in param or []), "options": options}
         if not file.is_file():
             fail(f"{file} is not a file.")
         with client(State(project_root(project)), "grpc" if grpc else "rest") as serving:
-            answer = serving.predict(model, file, version or None, parameters=parameters or None, timeout=timeout)
+            if stream:
+                _print_pieces(serving.stream(model, file, version or None, timeout=timeout, **asked))
+                return
+            answer = serving.predict(model, file, version or None, timeout=timeout, **asked)
     _print(answer, raw=json)
+
+
+@contextmanager
+def _unsendable() -> Iterator[None]:
+    """A parameter or an option that the client will not send, as its sentence."""
+    try:
+        yield
+    except ValueError as error:
+        fail(f"{error}.")
 
 
 def _parameter(text: str) -> tuple[str, str]:
@@ -40,6 +61,20 @@ def _parameter(text: str) -> tuple[str, str]:
     if not key or not equals:
         fail(f'"{text}" is not a parameter; write KEY=VALUE.')
     return key, value
+
+
+def _print_pieces(pieces: Generator[bytes, None, None]) -> None:
+    """Each at once, and a newline after the last."""
+    last = b"\n"
+    try:
+        with closing(pieces):
+            for last in pieces:
+                sys.stdout.buffer.write(last)
+                sys.stdout.buffer.flush()
+    finally:
+        if not last.endswith(b"\n"):
+            sys.stdout.buffer.write(b"\n")
+            sys.stdout.buffer.flush()
 
 
 def _print(answer: Any, *, raw: bool) -> None:

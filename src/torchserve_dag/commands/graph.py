@@ -1,0 +1,69 @@
+"""`torchserve-dag graph`: a workflow as a picture."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from torchserve_dag import plain
+from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
+from torchserve_dag.server.connect import running
+from torchserve_dag.server.state import State
+
+if TYPE_CHECKING:
+    from torchserve_dag.engine.graph import Graph
+    from torchserve_dag.engine.picture import Live
+
+
+def graph(
+    name: Annotated[str, typer.Argument(metavar="NAME[/VERSION]", help="A workflow, or a handler.")],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write FILE.svg or FILE.mmd; else Mermaid is printed."),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="With what each node does on the running server; the busiest is strongest.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long --live watches.")] = 5.0,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Draw a workflow: what runs where, what goes along every edge, and how busy each node is."""
+    from torchserve_dag.engine.mermaid import mermaid  # noqa: PLC0415 (see check)
+    from torchserve_dag.engine.workflow import read_graph  # noqa: PLC0415
+    from torchserve_dag.pictures.data import as_data  # noqa: PLC0415
+    from torchserve_dag.pictures.svg import svg  # noqa: PLC0415
+    from torchserve_dag.project import Project  # noqa: PLC0415
+
+    drawers: dict[str, Callable[[Graph, Live | None], str]] = {".svg": svg, ".mmd": mermaid}
+    if output and output.suffix not in drawers:
+        fail(f"{output} is neither an .svg nor an .mmd: name a file that ends so.")
+    with failures():
+        root = project_root(project)
+        found = Project(root)
+        path = found.find("workflows", name) or found.find("handlers", name)
+        if path is None:
+            known = found.references("workflows") + found.references("handlers")
+            fail(f'There is no workflow or handler "{name}"; {plain.did_you_mean(name, known)}')
+        drawn = read_graph(found, path)
+        rates = _rates(State(root), drawn, seconds) if live else None
+        if output:
+            output.write_text(drawers[output.suffix](drawn, rates), "utf-8")
+    if json:
+        print_json(as_data(drawn, rates))
+    elif output:
+        out.print(f"wrote {output}", markup=False, soft_wrap=True)
+    else:
+        sys.stdout.write(mermaid(drawn, rates))
+
+
+def _rates(state: State, drawn: Graph, seconds: float) -> Live:
+    from torchserve_dag.pictures.live import watch  # noqa: PLC0415
+
+    with err.status(f"watching {drawn.name} {drawn.version} for {seconds:g} s"):
+        return watch(running(state).addresses.metrics, drawn.name, drawn.version, seconds)

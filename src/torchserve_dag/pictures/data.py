@@ -1,0 +1,65 @@
+"""A workflow as plain data, for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchserve_dag import plain
+from torchserve_dag.engine.graph import REQUEST, Code, Graph, Node
+from torchserve_dag.engine.picture import Live, function_name, picture
+
+
+def as_data(graph: Graph, rates: Live | None = None, within: str = "") -> dict[str, Any]:
+    """What a picture shows, and more. An edge to `null` goes to the answer, for a node may have any other name."""
+    edges = [
+        {"from": arrow.start, "to": arrow.end or None, "kind": arrow.kind, "says": arrow.says, "types": arrow.types}
+        for arrow in picture(graph).arrows
+    ]
+    found = {
+        "name": graph.name,
+        "version": graph.version,
+        "takes": plain.name_of(graph.request),
+        "answers": plain.name_of(graph.answer),
+        "streams": graph.streams,
+        "nodes": [_node(node, rates, within) for node in graph.nodes.values()],
+        "edges": edges,
+    }
+    return found | ({"decoding": rates.get(REQUEST)} if rates and not within else {})
+
+
+def _node(node: Node, rates: Live | None, within: str) -> dict[str, Any]:
+    return {
+        "name": node.name,
+        "depth": node.depth,
+        "needs": sorted(node.needs),
+        "each": {level.name: level.list.text for level in node.each},
+        "when": node.when.text if node.when else None,
+        "result": plain.name_of(node.result),
+        "streams": node.streams,
+        "branches": [
+            {"when": branch.when.text if branch.when else None, **_code(branch.code, rates, within)}
+            for branch in node.branches
+        ],
+        "timeout_s": node.policy.timeout_s,
+        "retries": node.policy.retries,
+        "on_error": node.policy.on_error,
+        "default": plain.flatten(node.policy.default),
+        "fallback": _code(node.policy.fallback, rates, within) if node.policy.fallback else None,
+    }
+
+
+def _code(code: Code, rates: Live | None, within: str) -> dict[str, Any]:
+    name = within + code.name
+    found: dict[str, Any] = {"name": name}
+    if code.handler:
+        found["handler"] = f"{code.handler.value.name}/{code.handler.value.version}"
+    elif code.graph:
+        found["workflow"] = as_data(code.graph, rates, f"{name}/")
+    elif code.served:
+        found["served"] = {"model": code.served.name, "version": code.served.version, "at": code.served.address}
+    elif code.rows and code.rows.archive:
+        found["torchserve"] = code.rows.archive.name
+    else:
+        found["function"] = function_name(code)
+    found |= {"gives": plain.name_of(code.gives), "batch": code.batch, "device": code.device, "streams": code.yields}
+    return found | ({"live": rates.get(name)} if rates else {})

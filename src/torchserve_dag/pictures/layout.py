@@ -1,0 +1,203 @@
+"""Where boxes, labels and lines go, in columns from left to right.
+
+After Sugiyama: an edge over several columns becomes a chain of points, one in each, and so does its label; the points
+of each column are ordered by the mean place of what they are joined to, and then moved apart no more than they must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+_GAP, _TIGHT = 22.0, 9.0
+"""Between two boxes in a column; between labels or lines."""
+_BEND = 26.0
+"""How wide a line's bend is."""
+PORT = 12.0
+"""Between two lines at one side of a box, if it is high enough."""
+_SWEEPS = 24
+_STILL = 0.05
+"""Where nothing moves further in a sweep, all are in their places."""
+_STIFF = 30.0
+"""How much harder a line holds to itself than to its boxes."""
+
+
+@dataclass(slots=True, eq=False)
+class Point:
+    """A box, an edge's label, or where an edge passes: its middle, and its size."""
+
+    column: int
+    """Even for boxes, odd for labels between them."""
+    width: float = 0.0
+    height: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    gap: float = _TIGHT
+    before: list[Point] = field(default_factory=list)
+    after: list[Point] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An edge to be laid out, and the size of its label."""
+
+    start: str
+    end: str
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    level: Sequence[tuple[float, float, float]]
+    """Where the line is level: from x, to x, at y. Between these it bends."""
+    label: Point
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    width: float
+    height: float
+    boxes: Mapping[str, Point]
+    routes: Sequence[Route]
+    """In the order of the links."""
+
+
+def layout(sizes: Mapping[str, tuple[int, float, float]], links: Sequence[Link]) -> Layout:
+    """The places of boxes, of which each has a column, a width and a height; a link leads to a later column."""
+    boxes = {name: Point(2 * column, width, height, gap=_GAP) for name, (column, width, height) in sizes.items()}
+    chains = [_chain(boxes[link.start], boxes[link.end], link) for link in links]
+    points = [*boxes.values(), *(point for chain in chains for point in chain[1:-1])]
+    columns: list[list[Point]] = [[] for _ in range(1 + max(point.column for point in points))]
+    for point in points:
+        columns[point.column].append(point)
+    columns = _in_order(columns)
+    _move_apart(columns)
+    spans, width = _across(columns)
+    top = min(point.y - point.height / 2 for point in points)
+    for point in points:
+        point.y -= top
+    leave, arrive = _ports(boxes, chains, -1), _ports(boxes, chains, 1)
+    routes = []
+    for i, chain in enumerate(chains):
+        start, end = chain[0], chain[-1]
+        level = [(start.x + start.width / 2, spans[start.column][1], leave[i])]
+        for point in chain[1:-1]:
+            left, right = spans[point.column]
+            bend = _BEND * (point.column % 2)
+            level.append((left + bend, right - bend, point.y))
+        level.append((spans[end.column][0], end.x - end.width / 2, arrive[i]))
+        routes.append(Route(level, chain[-2]))
+    return Layout(width, max(point.y + point.height / 2 for point in points), boxes, routes)
+
+
+def _chain(start: Point, end: Point, link: Link) -> list[Point]:
+    """From box to box, a point in each column between; the last has the label."""
+    between = [Point(column) for column in range(start.column + 1, end.column)]
+    between[-1].width, between[-1].height = link.width, link.height
+    chain = [start, *between, end]
+    for left, right in pairwise(chain):
+        left.after.append(right)
+        right.before.append(left)
+    return chain
+
+
+def _in_order(columns: list[list[Point]]) -> list[list[Point]]:
+    """The columns, their points ordered so that few lines cross."""
+    best, fewest = columns, _crossings(columns)
+    for sweep in range(_SWEEPS):
+        columns = [list(column) for column in columns]
+        forward = sweep % 2 == 0
+        for column in columns if forward else reversed(columns):
+            place = {id(point): i for one in columns for i, point in enumerate(one)}
+            means = {id(p): _mean([place[id(q)] for q in (p.before if forward else p.after)]) for p in column}
+            column.sort(key=lambda point: means[id(point)])
+        crossings = _crossings(columns)
+        if crossings < fewest:
+            best, fewest = columns, crossings
+    return best
+
+
+def _crossings(columns: Sequence[Sequence[Point]]) -> int:
+    place = {id(point): i for column in columns for i, point in enumerate(column)}
+    total = 0
+    for column in columns:
+        ends = [place[id(q)] for p in column for q in sorted(p.after, key=lambda q: place[id(q)])]
+        total += sum(a > b for i, a in enumerate(ends) for b in ends[i + 1 :])
+    return total
+
+
+def _move_apart(columns: Sequence[Sequence[Point]]) -> None:
+    """Give each point its y: near what it is joined to, in its column's order, and clear of its neighbours."""
+    for sweep in range(10 * _SWEEPS):
+        furthest = 0.0
+        for column in columns if sweep % 2 == 0 else reversed(columns):
+            pulls = [_pull(point) for point in column]
+            gaps = [(a.height + b.height) / 2 + (a.gap + b.gap) / 2 for a, b in pairwise(column)]
+            for point, y in zip(column, spread(pulls, gaps), strict=True):
+                furthest = max(furthest, abs(y - point.y))
+                point.y = y
+        if furthest < _STILL:
+            break
+
+
+def _pull(point: Point) -> tuple[float, float]:
+    """Where a point would be best, and how much that matters.
+
+    Lines are stiff, and what many are joined to pulls each of them less.
+    """
+    joined = [(q, len(q.after)) for q in point.before] + [(q, len(q.before)) for q in point.after]
+    weights = [(_STIFF if q.gap == point.gap == _TIGHT else 1) / many**2 for q, many in joined]
+    total = sum(weights) or 1.0
+    return sum(q.y * weight for (q, _), weight in zip(joined, weights, strict=True)) / total, total
+
+
+def spread(pulls: Sequence[tuple[float, float]], gaps: Sequence[float]) -> list[float]:
+    """The places nearest to those wanted, by least squares with a weight for each, in order and with gaps between."""
+    offsets = [0.0]
+    for gap in gaps:
+        offsets.append(offsets[-1] + gap)
+    blocks: list[tuple[float, float, int]] = []  # a mean, its weight, and of how many: pool adjacent violators
+    for (want, pull), offset in zip(pulls, offsets, strict=False):
+        mean, weight, count = want - offset, pull, 1
+        while blocks and blocks[-1][0] > mean:
+            other, more_weight, more = blocks.pop()
+            mean = (mean * weight + other * more_weight) / (weight + more_weight)
+            weight, count = weight + more_weight, count + more
+        blocks.append((mean, weight, count))
+    flat = [mean for mean, _, count in blocks for _ in range(count)]
+    return [place + offset for place, offset in zip(flat, offsets, strict=False)]
+
+
+def _across(columns: Sequence[Sequence[Point]]) -> tuple[list[tuple[float, float]], float]:
+    """Give each point its x; where each column begins and ends, and how wide all are."""
+    spans: list[tuple[float, float]] = []
+    left = 0.0
+    for i, column in enumerate(columns):
+        wide = max((point.width for point in column), default=0.0) + (2 * _BEND if i % 2 else 0)
+        for point in column:
+            point.x = left + wide / 2
+        spans.append((left, left + wide))
+        left += wide
+    return spans, left
+
+
+def _ports(boxes: Mapping[str, Point], chains: Sequence[list[Point]], side: int) -> dict[int, float]:
+    """The y at which each line leaves its box (side -1) or arrives at it (1): level with its next point, if it can."""
+    found: dict[int, float] = {}
+    for box in boxes.values():
+        mine = [i for i, chain in enumerate(chains) if chain[-1 if side == 1 else 0] is box]
+        beyond = {i: chains[i][-2 if side == 1 else 1].y for i in mine}
+        mine.sort(key=lambda i: beyond[i])
+        room = max(0.0, box.height / 2 - PORT * 0.7)
+        gap = min(PORT, 2 * room / max(1, len(mine) - 1))
+        ys = spread([(beyond[i], 1.0) for i in mine], [gap] * (len(mine) - 1))
+        low, high = box.y - room, box.y + room
+        for k, i in enumerate(mine):
+            found[i] = min(max(ys[k], low + k * gap), high - (len(mine) - 1 - k) * gap)
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
