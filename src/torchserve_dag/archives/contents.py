@@ -11,22 +11,23 @@ from typing import Any
 import yaml
 
 import torchserve_dag
-from torchserve_dag import plain
+from torchserve_dag import codec, plain
 from torchserve_dag.archives import mar, stamp, weights
 from torchserve_dag.engine.graph import Graph
-from torchserve_dag.handler_file import HandlerFile
+from torchserve_dag.engine.mermaid import mermaid
+from torchserve_dag.handler_file import HandlerFile, Mode
 from torchserve_dag.project import Project
-from torchserve_dag.source import Source
+from torchserve_dag.source import CheckError, Problem, Source
 
 BUILD = "build.json"
 """What an archive says about itself: which file is served, its card, what it was built from."""
 
-RUNTIME = ("*.py", "engine/*.py")
+RUNTIME = ("*.py", "engine/*.py", "torchserve/*.py", "torchserve/protos/inference*.py", "torchserve/protos/__init__.py")
 """The part of this package that a worker needs. Each archive has its own copy, and keeps it."""
 
 _NOT_RUNTIME = {"__main__.py"}
 
-_ENTRY = b'"""What a worker imports."""\n\nfrom torchserve_dag.service import handle\n\n__all__ = ["handle"]\n'
+_ENTRY = '"""What a worker imports."""\n\nfrom torchserve_dag.{} import handle\n\n__all__ = ["handle"]\n'
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,16 @@ def contents(project: Project, graph: Graph) -> Contents:
 
     Raises CheckError, or MissingWeightsError where only weights are not here.
     """
+    for name, value in graph.output.values.items():
+        if not (plain.fits_json(value.type) if name else codec.writes(value.type)):
+            what = f'it answers with "{value.text}", which is {plain.name_of(value.type)} and cannot be written as JSON'
+            help_ = "answer with a photo alone, or with what there is to say of it"
+            raise CheckError([Problem(str(graph.path), 1, what, help_)])
     handlers = list({file.path: file for file in graph.handlers.values()}.values())
     digests = weights.verified(project, handlers)
     small = runtime()
-    for file in handlers:
-        _put(small, "handlers", file.path, file.path.parent / file.value.code_file)
-    if not _is_handler(graph):
-        _put(small, "workflows", graph.path, graph.functions_path)
-    small[mar.ENTRY] = _ENTRY
-    small[mar.SETTINGS] = yaml.safe_dump(_settings(graph, handlers), sort_keys=True).encode()
+    small |= {f"{path.parent.name}/{path.name}": path.read_bytes() for path in graph.files}
+    small |= served_as(graph.serve.mode or ("asynchronous" if graph.streams else "batched"), graph)
     small[BUILD] = to_json(_description(project, graph, handlers, digests))
     return Contents(small, packed_weights(project, digests) | _archives(project, graph))
 
@@ -63,12 +65,6 @@ def runtime() -> dict[str, bytes]:
     return {f"{package.name}/{path.relative_to(package).as_posix()}": path.read_bytes() for path in paths}
 
 
-def _put(small: dict[str, bytes], folder: str, *paths: Path | None) -> None:
-    for path in paths:
-        if path is not None:
-            small[f"{folder}/{path.name}"] = path.read_bytes()
-
-
 def packed_weights(project: Project, names: Iterable[str]) -> dict[str, Path]:
     return {
         f"weights/{path.relative_to(project.weights).as_posix()}": path
@@ -78,19 +74,26 @@ def packed_weights(project: Project, names: Iterable[str]) -> dict[str, Path]:
 
 
 def _archives(project: Project, graph: Graph) -> dict[str, Path]:
-    """The archives that the nodes of a TorchServe workflow run, where its file finds them first: beside it."""
-    folders = (graph.path.parent, project.root / "model_store", project.root)
+    """The archives of TorchServe's that nodes run, where a workflow's file finds them first: beside it."""
+    folders = (project.root / "workflows", project.root / "model_store", project.root)
     found = {}
-    for node in graph.nodes.values():
-        archive = node.rows.archive if node.rows else None
+    for code in graph.codes.values():
+        archive = code.rows.archive if code.rows else None
         if archive:
             folder = next(folder for folder in folders if archive.is_relative_to(folder))
             found[f"workflows/{archive.relative_to(folder).as_posix()}"] = archive
     return found
 
 
-def _settings(graph: Graph, handlers: list[Source[HandlerFile]]) -> dict[str, Any]:
-    """TorchServe's `model-config.yaml`; its Java class ModelConfig names the keys."""
+def served_as(mode: Mode, graph: Graph) -> dict[str, bytes]:
+    """The two files that TorchServe reads: the module that a worker imports, and `model-config.yaml`."""
+    entry = _ENTRY.format("asynchronous" if mode == "asynchronous" else "service")
+    settings = yaml.safe_dump(_settings(mode, graph), sort_keys=True)
+    return {mar.ENTRY: entry.encode(), mar.SETTINGS: settings.encode()}
+
+
+def _settings(mode: Mode, graph: Graph) -> dict[str, Any]:
+    """TorchServe's Java class ModelConfig names the keys."""
     serve = graph.serve
     settings: dict[str, Any] = {
         "minWorkers": serve.workers,
@@ -101,6 +104,10 @@ def _settings(graph: Graph, handlers: list[Source[HandlerFile]]) -> dict[str, An
         "responseTimeout": serve.timeout_s + 10,
         "startupTimeout": serve.startup_timeout_s,
     }
+    if mode == "asynchronous":
+        # With more than one TorchServe fails: it takes requests out of a map while it walks through it.
+        settings |= {"asyncCommunication": True, "batchSize": 1}
+    handlers = graph.handlers.values()
     if handlers and all(file.value.run.device == "cpu" for file in handlers):
         settings["deviceType"] = "cpu"  # or TorchServe shares out its GPUs to workers that use none
     return settings
@@ -123,7 +130,7 @@ def _description(
     for file in handlers:
         name, version = file.value.name, file.value.version
         cards[f"{name}/{version}" if name in cards else name] = plain.flatten(file.value.card)
-    return fields | {"card": {"does": graph.does, "handlers": cards}, "graph": graph.mermaid()}
+    return fields | {"card": {"does": graph.does, "handlers": cards}, "graph": mermaid(graph)}
 
 
 def _is_handler(graph: Graph) -> bool:

@@ -17,7 +17,7 @@ from workflow_archiver.workflow_packaging import package_workflow
 from workflow_archiver.workflow_packaging_utils import WorkflowExportUtils
 
 from torchserve_dag.archives import mar
-from torchserve_dag.archives.contents import BUILD, Contents, packed_weights, to_json
+from torchserve_dag.archives.contents import BUILD, Contents, packed_weights, served_as, to_json
 from torchserve_dag.archives.store import Built, Target, place
 from torchserve_dag.engine.graph import Graph
 from torchserve_dag.project import Project
@@ -64,7 +64,8 @@ def _part_of(project: Project, whole: Contents, segment: Segment) -> Contents:
     """A segment's archive: the workflow's, with the weights of one model, and word of which segment it is."""
     card = segment.graph.handlers[segment.node].value.card
     build = to_json(json.loads(whole.small[BUILD]) | {"segment": segment.node})
-    return Contents({**whole.small, BUILD: build}, packed_weights(project, [one.file for one in card.weights]))
+    small = {**whole.small, **served_as("batched", segment.graph), BUILD: build}  # TorchServe's engine knows no other
+    return Contents(small, packed_weights(project, [one.file for one in card.weights]))
 
 
 def _spec(graph: Graph, found: dict[str, Segment]) -> dict[str, Any]:

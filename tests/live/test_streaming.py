@@ -1,0 +1,237 @@
+"""A workflow whose answer comes in pieces, through a real TorchServe: over REST and gRPC, to the end and not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import textwrap
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from tests.live.conftest import ROOT, Serving, run_tool
+from torchserve_dag.clients import RequestRefused, ServingError, Tokens
+from torchserve_dag.messages import Text
+from torchserve_dag.options import Options
+from torchserve_dag.server.connect import client
+from torchserve_dag.server.state import State
+from torchserve_dag.torchserve.protos.inference_pb2 import PredictionsRequest
+from torchserve_dag.torchserve.protos.inference_pb2_grpc import InferenceAPIsServiceStub
+
+PACE_S = 0.4
+"""How long a slow word takes."""
+
+FILES = {
+    "tell.yaml": """
+        name: tell
+        version: "1.0"
+        does: Tells a text word by word.
+        nodes: {tell: {function: tell}}
+        output: tell
+        serve: {timeout_s: 15}
+        """,
+    "tell.py": f"""
+        from __future__ import annotations
+        import time
+        from collections.abc import Iterator
+        from pathlib import Path
+        from torchserve_dag.messages import InputError, Text
+
+        def tell(request: Text) -> Iterator[Text]:
+            for word in request.text.split():
+                if word == "bad":
+                    raise InputError("That word is bad.", 422)
+                if word == "slow":
+                    time.sleep({PACE_S})
+                yield Text(word + " ")
+        """,
+    "measure.yaml": """
+        name: measure
+        version: "1.0"
+        does: Gives each word of a text with its length.
+        code: measure.py
+        nodes: {split: {function: split}}
+        output: split
+        """,
+    "measure.py": """
+        from __future__ import annotations
+        from collections.abc import Iterator
+        from dataclasses import dataclass
+        from torchserve_dag.messages import Text
+
+        @dataclass(frozen=True)
+        class Word:
+            text: str
+            size: int
+
+        def split(request: Text) -> Iterator[Word]:
+            for word in request.text.split():
+                yield Word(word, len(word))
+        """,
+    "shout.yaml": """
+        name: shout
+        version: "1.0"
+        does: Gives a text in capitals, in one piece.
+        nodes: {shout: {function: shout}}
+        output: shout
+        """,
+    "shout.py": """
+        from torchserve_dag.messages import Text
+
+        def shout(request: Text) -> Text: return Text(request.text.upper())
+        """,
+}
+
+
+@pytest.fixture(scope="module")
+def telling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    root = tmp_path_factory.mktemp("telling")
+    (root / "workflows").mkdir()
+    for name, text in FILES.items():
+        (root / "workflows" / name).write_text(textwrap.dedent(text).lstrip())
+    for name in ("config.properties", "log4j2.xml"):
+        (root / name).symlink_to(ROOT / name)
+    run_tool(root, "build")
+    run_tool(root, "up", "--free-ports")
+    yield Serving(root, State(root))
+    run_tool(root, "down")
+
+
+@pytest.fixture
+def http(telling: Serving) -> Iterator[httpx.Client]:
+    tokens = Tokens.read(telling.state.key_file)
+    headers = {"Authorization": f"Bearer {tokens.inference}", "Content-Type": "text/plain"}
+    with httpx.Client(base_url=telling.addresses.inference, headers=headers, timeout=30, trust_env=False) as found:
+        yield found
+
+
+def workers(telling: Serving) -> dict[str, tuple[int, bool]]:
+    """Each model's worker: its pid, and whether it is ready."""
+    with telling.rest() as rest:
+        return {m.name: (w.pid, w.ready) for m in rest.models() for v in m.versions for w in v.workers}
+
+
+def test_over_rest_the_pieces_arrive_one_by_one(http: httpx.Client) -> None:
+    began, chunks = time.monotonic(), []
+    with http.stream("POST", "/predictions/tell", content="now slow slow slow") as response:
+        for chunk in response.iter_raw():
+            chunks.append((chunk, time.monotonic() - began))
+
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    assert b"".join(chunk for chunk, _ in chunks) == b"now slow slow slow "
+    first, last = chunks[0][1], chunks[-1][1]
+    assert len(chunks) == 4
+    assert first < last - 2 * PACE_S, "the first is there long before the last"
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_both_clients_give_the_pieces_as_they_come(telling: Serving, protocol: Any) -> None:
+    with client(telling.state, protocol) as serving:
+        found = [(piece, time.monotonic()) for piece in serving.stream("tell", Text("now slow slow"), answer=Text)]
+
+    assert [piece for piece, _ in found] == [Text("now "), Text("slow "), Text("slow ")]
+    assert found[0][1] < found[-1][1] - PACE_S
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_pieces_that_are_no_text_are_lines_of_json(telling: Serving, protocol: Any) -> None:
+    with client(telling.state, protocol) as serving:
+        found = list(serving.stream("measure", Text("a bc")))
+
+    assert b"".join(found) == b'{"text": "a", "size": 1}\n{"text": "bc", "size": 2}\n'
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_a_failure_in_the_middle_comes_after_the_pieces_before_it(telling: Serving, protocol: Any) -> None:
+    found: list[Text] = []
+    with client(telling.state, protocol) as serving, pytest.raises(RequestRefused) as refused:
+        found.extend(serving.stream("tell", Text("slow bad"), answer=Text))
+
+    assert found == [Text("slow ")]
+    assert (refused.value.status, refused.value.message) == (422, "That word is bad.")
+
+
+def test_a_failure_before_the_first_piece_has_its_own_status(http: httpx.Client) -> None:
+    response = http.post("/predictions/tell", content="bad")
+
+    assert (response.status_code, response.json()["message"]) == (422, "That word is bad.")
+
+
+def test_a_stream_that_is_left_is_cancelled(telling: Serving, http: httpx.Client) -> None:
+    """TorchServe does not tell its worker; our client does, and then its key is unknown there."""
+    with telling.rest() as rest, closing(
+        rest.stream("tell", Text("now " + "slow " * 20), answer=Text, options=Options(cancel_key="left"))
+    ) as pieces:  # fmt: skip
+        assert next(pieces) == Text("now ")
+
+    assert http.post("/predictions/tell", headers={"x-cancel": "left"}).json() == {"cancelled": False}
+
+
+def test_a_cancelled_stream_ends_with_word_of_it(http: httpx.Client) -> None:
+    with http.stream(
+        "POST", "/predictions/tell", content="now " + "slow " * 20, headers={"X-Cancel-Key": "mine"}
+    ) as response:
+        chunks = response.iter_raw()
+        assert next(chunks) == b"now "
+        assert http.post("/predictions/tell", headers={"x-cancel": "mine"}).json() == {"cancelled": True}
+        rest = b"".join(chunks)
+
+    assert rest.count(b"slow") < 5
+    assert b'"Cancelled"' in rest.splitlines()[-1]
+
+
+def test_calls_over_grpc_that_do_not_ask_for_pieces_get_the_whole(telling: Serving) -> None:
+    """TorchServe does not tell its worker which call it is, and a second piece to Predictions would end it."""
+    before = workers(telling)
+    token = Tokens.read(telling.state.key_file).inference
+    with grpc.insecure_channel(telling.addresses.grpc_inference) as channel:
+        stub = InferenceAPIsServiceStub(channel)
+        asked = PredictionsRequest(model_name="tell", input={"body": b"one two"})
+        metadata = (("authorization", f"Bearer {token}"),)
+        (streamed,) = stub.StreamPredictions(asked, timeout=20, metadata=metadata)
+        unary = stub.Predictions(asked, timeout=20, metadata=metadata)
+
+    assert (streamed.prediction, unary.prediction) == (b"one two ", b"one two ")
+    assert workers(telling) == before
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_a_workflow_that_does_not_stream_answers_a_stream_in_one_piece(telling: Serving, protocol: Any) -> None:
+    before = workers(telling)
+    with client(telling.state, protocol) as serving:
+        found = list(serving.stream("shout", Text("a")))
+        again = serving.predict("shout", Text("b"), answer=Text)
+
+    assert (found, again) == ([b'{"text": "A"}'], Text("B"))
+    assert workers(telling) == before
+
+
+def test_streams_run_side_by_side(telling: Serving) -> None:
+    with telling.grpc() as serving, ThreadPoolExecutor(4) as threads:
+        began = time.monotonic()
+        found = list(threads.map(lambda _: list(serving.stream("tell", Text("now " * 10))), range(4)))
+        took = time.monotonic() - began
+
+    assert [len(pieces) for pieces in found] == [10] * 4
+    assert took < 10
+
+
+def test_a_worker_that_is_killed_in_mid_stream_says_so_to_its_client(telling: Serving) -> None:
+    pid, _ = workers(telling)["tell"]
+    found: list[bytes] = []
+    with telling.rest() as rest:
+        with pytest.raises(ServingError) as died:
+            for piece in rest.stream("tell", Text("now " + "slow " * 20)):
+                if not found:
+                    os.kill(pid, signal.SIGKILL)
+                found.append(piece)
+        assert died.value.status == 507
+        assert list(rest.stream("tell", Text("again"))) == [b"again "]
+    assert found[0] == b"now "
