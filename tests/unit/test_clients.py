@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import pickle
@@ -12,14 +13,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from torchserve_dag.clients import (
@@ -29,6 +33,7 @@ from torchserve_dag.clients import (
     DeadlineExceeded,
     GrpcClient,
     ModelNotFound,
+    Options,
     Overloaded,
     RequestRefused,
     RestClient,
@@ -42,6 +47,7 @@ from torchserve_dag.clients import (
 )
 from torchserve_dag.clients.bodies import body_of
 from torchserve_dag.clients.errors import error_of
+from torchserve_dag.clients.pieces import Pieces, Sieve
 from torchserve_dag.messages import Box, DetectedObject, Label, Objects, Photo, Text
 from torchserve_dag.torchserve import protos
 from torchserve_dag.torchserve.protos import (
@@ -173,6 +179,86 @@ def test_tokens_are_read_from_the_key_file(tmp_path: Path) -> None:
         Tokens.read(file)
 
 
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:8080", "localhost:8080", "http://", "ftp://a", "http://a:x", "http://[::1", "http://a:65536"]
+)
+@pytest.mark.parametrize("kind", [RestClient, AsyncRestClient])
+def test_a_malformed_address_is_refused_at_once(kind: Any, address: str) -> None:
+    for addresses in ({"inference": address}, {"management": address}):
+        with pytest.raises(ValueError, match="is not an address; write http://HOST:PORT"):
+            kind(**addresses)
+
+
+# What is asked beside the message
+
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+OPTIONS = Options(("detect", "classify"), 0.5, "bulk", TRACE, "key")
+ASKED = {
+    "x-outputs": "detect,classify", "x-timeout-ms": "500", "x-priority": "bulk", "traceparent": TRACE,
+    "x-cancel-key": "key",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parameters", [None, {"top": "3"}])
+def test_options_are_headers(rest: Callable[..., Any], parameters: dict[str, str] | None) -> None:
+    server = FakeServer(reply(200, {}))
+    for method in ("predict", "stream"):
+        run(getattr(rest(server), method)("a", b"GIF8 x", parameters=parameters, options=OPTIONS))
+
+    for request in server.requests:
+        assert {name: value for name, value in request.headers.items() if name in ASKED} == ASKED
+        assert b"GIF8 x" in request.content
+
+
+def test_the_server_is_told_how_long_its_client_still_waits(rest: Callable[..., Any]) -> None:
+    server = FakeServer(no_worker(), reply(200, {}))
+    run(rest(server, timeout=5).predict("a", b"x", options=Options(timeout_s=60)))
+    first, second = (int(request.headers["x-timeout-ms"]) for request in server.requests)
+
+    assert 0 < second < first <= 5000
+    assert not [name for name in server.requests[0].headers if name.startswith("x-") and name != "x-timeout-ms"]
+
+
+@dataclass(frozen=True)
+class Both:
+    detect: Objects
+    classify: list[Label]
+
+
+def test_outputs_are_answered_by_their_names(rest: Callable[..., Any]) -> None:
+    both = Both(OBJECTS, [Label("cat", 0.5)])
+    client = rest(FakeServer(httpx.Response(200, content=body_of(both).content)))
+
+    def ask(answer: Any) -> Any:
+        return run(client.predict("a", b"x", answer=answer, options=OPTIONS))
+
+    assert ask(Both) == both
+    assert ask(None) == ask(dict) == ask(dict[str, Any]) == json.loads(ask(bytes))
+    for kind in (Objects, Text, Photo, list[Label], str):
+        with pytest.raises(
+            TypeError, match=r"let `answer` be a dict, or a dataclass with the fields detect, classify, not"
+        ):
+            ask(kind)
+
+
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ({"parameters": {"X-Outputs": "detect"}}, "give it among the options"),
+        ({"options": Options(("détecte",))}, "plain ASCII"),
+        ({"options": Options(cancel_key="a\nb")}, "plain ASCII"),
+        ({"options": Options(timeout_s=0.0)}, "more than 0"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(rest: Callable[..., Any], named: Any, sentence: str) -> None:
+    server = FakeServer(reply(200, {}))
+    with pytest.raises(ValueError, match=sentence):
+        run(rest(server).predict("a", b"x", **named))
+
+    assert not server.requests
+
+
 # What is made of an answer
 
 
@@ -287,7 +373,7 @@ def test_what_may_have_been_served_is_not_sent_again(rest: Callable[..., Any], f
         with pytest.raises(kind):
             run(getattr(rest(server), method)("a", b"x"))
 
-    assert len(server.requests) == 2
+    assert len([request for request in server.requests if "x-cancel" not in request.headers]) == 2
 
 
 def test_a_question_is_asked_again_after_a_broken_connection(rest: Callable[..., Any]) -> None:
@@ -330,6 +416,203 @@ def test_a_stream_gives_pieces_until_one_is_a_failure(rest: Callable[..., Any]) 
     with pytest.raises(RequestRefused):
         got.extend(RestClient(transport=transport).stream("a", b"x"))
     assert got == [b"one", b"one"]
+
+
+FAILED = json.dumps(FAILURE).encode()
+
+
+def cut(body: bytes, places: list[int]) -> list[bytes]:
+    ends = sorted({place % (len(body) + 1) for place in places})
+    return [body[start:end] for start, end in zip([0, *ends], [*ends, len(body)], strict=True)]
+
+
+def sifted(chunks: list[bytes]) -> tuple[bytes, ServingError | None]:
+    sieve, passed = Sieve(), b""
+    try:
+        for chunk in chunks:
+            for piece in sieve.sift(chunk):
+                passed += piece
+    except ServingError as error:
+        return passed, error
+    return passed + sieve.held, None
+
+
+PLACES = st.lists(st.integers(0, 10_000), max_size=8)
+
+
+@given(st.text(alphabet='{"code": 5}\n a', max_size=60), PLACES)
+def test_what_is_no_failure_passes_however_it_is_cut(text: str, places: list[int]) -> None:
+    assert sifted(cut(text.encode(), places)) == (text.encode(), None)
+
+
+@given(st.text(alphabet='{"code": 5}\n a', max_size=60), PLACES)
+def test_a_failure_is_found_however_it_is_merged(text: str, places: list[int]) -> None:
+    passed, error = sifted(cut(text.encode() + b"\n" + FAILED + b"\n", places))
+
+    assert isinstance(error, RequestRefused)
+    assert passed in {text.encode(), text.encode() + b"\n"}  # the newline before the failure may be out already
+
+
+def test_nothing_waits_that_cannot_become_a_failure() -> None:
+    sieve = Sieve()
+
+    assert list(sieve.sift(b"one\n")) == [b"one\n"]
+    assert list(sieve.sift(b'{"code": 5}\n')) == [b'{"code": 5}\n']
+    assert list(sieve.sift(b'two\n{"co')) == [b"two\n"]
+    assert list(sieve.sift(b'al": 1')) == [b'{"coal": 1']
+
+
+@given(st.lists(st.text(max_size=5)), PLACES)
+def test_lines_become_messages_however_they_are_cut(names: list[str], places: list[int]) -> None:
+    body = b"".join(body_of(Label(name, 1.0)).content + b"\n" for name in names)
+    for whole in (body, body.removesuffix(b"\n")):
+        pieces = Pieces(Label)
+        got = [message for chunk in cut(whole, places) for message in pieces.read(chunk)] + pieces.end()
+
+        assert got == [Label(name, 1.0) for name in names]
+
+
+@given(st.text(), PLACES)
+def test_text_is_never_cut_inside_a_letter(text: str, places: list[int]) -> None:
+    pieces = Pieces(Text)
+    got = [message for chunk in cut(text.encode(), places) for message in pieces.read(chunk)] + pieces.end()
+
+    assert "".join(message.text for message in got) == text
+    assert Text("") not in got
+
+
+def test_pieces_that_are_no_messages_are_refused(rest: Callable[..., Any]) -> None:
+    client = rest(FakeServer(httpx.Response(200, content=b'{"name": "cat", "score": 1.0}\n\xff')))
+
+    assert run(client.stream("a", b"x")) == [b'{"name": "cat", "score": 1.0}\n\xff']
+    for kind in (Label, Text):
+        with pytest.raises(UnexpectedAnswer):
+            run(client.stream("a", b"x", answer=kind))
+    with pytest.raises(TypeError, match="one Photo from the next"):
+        run(client.stream("a", b"x", answer=Photo))
+
+
+# What is left before its end
+
+
+class Endless(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """One piece after another, for ever."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            yield b"piece\n"
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self:
+            await asyncio.sleep(0)
+            yield piece
+
+
+class StreamServer:
+    """Streams, and keeps the calls that call off."""
+
+    def __init__(self, cancelled: httpx.Response | Exception | None = None) -> None:
+        self.reply = cancelled or reply(200, {"cancelled": True})
+        self.asked: list[httpx.Request] = []
+        self.cancels: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if "x-cancel" not in request.headers:
+            self.asked.append(request)
+            return httpx.Response(200, stream=Endless())
+        self.cancels.append(request)
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return self.reply
+
+
+class LeavingError(Exception):
+    """The consumer's own."""
+
+
+def leave(client: Any, how: str, **named: Any) -> None:
+    """Take one piece of a stream, and leave it."""
+    stream = client.stream("a b", b"x", "1.0", **named)
+
+    def use(piece: bytes) -> None:
+        assert piece == b"piece\n"
+        if how == "raised":
+            raise LeavingError
+
+    def plain() -> None:
+        with client, contextlib.suppress(LeavingError), contextlib.closing(stream):
+            use(next(stream))
+
+    async def aio() -> None:
+        async with client:
+            with contextlib.suppress(LeavingError):
+                async with contextlib.aclosing(stream):
+                    use(await anext(stream))
+
+    if inspect.isasyncgen(stream):
+        asyncio.run(aio())
+    else:
+        plain()
+
+
+@pytest.mark.parametrize("how", ["closed", "raised"])
+@pytest.mark.parametrize("options", [None, Options(cancel_key="mine")])
+def test_a_stream_that_is_left_is_called_off(rest: Callable[..., Any], how: str, options: Options | None) -> None:
+    server = StreamServer()
+    leave(rest(server, token="one"), how, options=options)
+    (asked,), (cancel,) = server.asked, server.cancels
+    key = asked.headers["x-cancel-key"]
+
+    assert key == "mine" if options else len(key) == 32
+    assert (cancel.headers["x-cancel"], cancel.content, cancel.url) == (key, b"{}", asked.url)
+    assert cancel.headers["authorization"] == "Bearer one"
+
+
+def test_a_loop_that_raises_leaves_its_stream() -> None:
+    server = StreamServer()
+
+    def consume() -> None:
+        for _ in RestClient(transport=httpx.MockTransport(server)).stream("a", b"x"):
+            raise LeavingError
+
+    with pytest.raises(LeavingError):
+        consume()
+    assert len(server.cancels) == 1
+
+
+@pytest.mark.parametrize("answer", [reply(500), httpx.ConnectError("refused"), RuntimeError("anything")])
+def test_calling_off_never_raises_and_is_tried_once(rest: Callable[..., Any], answer: Any) -> None:
+    server = StreamServer(answer)
+    leave(rest(server), "closed")
+
+    assert len(server.cancels) == 1
+
+
+def test_a_stream_past_its_deadline_is_called_off(rest: Callable[..., Any]) -> None:
+    server = StreamServer()
+    with pytest.raises(DeadlineExceeded):
+        run(rest(server).stream("a", b"x", timeout=0.1))
+
+    assert len(server.cancels) == 1
+
+
+def test_a_stream_that_cannot_be_read_is_called_off(rest: Callable[..., Any]) -> None:
+    server = StreamServer()
+    with pytest.raises(UnexpectedAnswer):
+        run(rest(server).stream("a", b"x", answer=Label))
+
+    assert len(server.cancels) == 1
+
+
+def test_what_has_ended_is_not_called_off(rest: Callable[..., Any]) -> None:
+    server = FakeServer(httpx.Response(200, content=b"all"), reply(415, FAILURE), reply(200, FAILURE))
+    client = rest(server)
+    assert run(client.stream("a", b"x")) == [b"all"]
+    for _ in range(2):
+        with pytest.raises(RequestRefused):
+            run(client.stream("a", b"x"))
+
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("kind", [RestClient, AsyncRestClient])
@@ -380,11 +663,19 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
 
     seen: Any = None
 
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self.calls: list[dict[str, bytes]] = []
+
     def Ping(self, request: Any, context: Any) -> Any:
         return inference_pb2.TorchServeHealthResponse(health='{"status": "Unhealthy"}')
 
     def Predictions(self, request: Any, context: Any) -> Any:
         self.seen = (dict(request.input), request.model_version, dict(context.invocation_metadata()))
+        if "x-cancel" in request.input:
+            self.calls.append(dict(request.input))
+            self.cancelled.set()
+            return inference_pb2.PredictionResponse(prediction=b'{"cancelled": true}')
         if request.model_name in ABORTS:
             context.abort(*ABORTS[request.model_name])
         if request.model_name == "slow":
@@ -394,8 +685,14 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
         return inference_pb2.PredictionResponse(prediction=request.input["body"])
 
     def StreamPredictions(self, request: Any, context: Any) -> Any:
+        self.calls.append(dict(request.input))
+        if request.model_name == "a b":
+            yield inference_pb2.PredictionResponse(prediction=b"piece\n")
+            self.cancelled.wait(30)
         yield inference_pb2.PredictionResponse(prediction=b"one")
         yield inference_pb2.PredictionResponse(prediction=b"two")
+        if request.model_name == "breaks":
+            yield inference_pb2.PredictionResponse(prediction=b"\n" + FAILED + b"\n")
 
 
 class Management(management_pb2_grpc.ManagementAPIsServiceServicer):
@@ -443,8 +740,69 @@ def test_grpc_sends_the_message_and_parameters_as_inputs(kind: Any, served: tupl
     inputs, version, metadata = server.seen
 
     assert answer == OBJECTS
+    assert 29_000 < int(inputs.pop("x-timeout-ms")) <= 30_000
     assert (inputs, version) == ({"body": body_of(OBJECTS).content, "top": b"3"}, "1.0")
     assert metadata["authorization"] == "Bearer one"
+
+
+@both
+def test_grpc_sends_options_as_inputs(kind: Any, served: tuple[str, Inference]) -> None:
+    address, server = served
+    asked = {name: value.encode() for name, value in ASKED.items()}
+
+    over_grpc(kind, address, "predict", "a", b"{}", options=OPTIONS)
+    assert server.seen[0] == {"body": b"{}", **asked}
+    over_grpc(kind, address, "stream", "a", b"{}", options=OPTIONS)
+    assert server.calls == [{"body": b"{}", "x-pieces": b"true", **asked}]
+
+
+@both
+def test_grpcs_stream_ends_with_its_failure(kind: Any, served: tuple[str, Inference]) -> None:
+    address, server = served
+    with pytest.raises(RequestRefused):
+        over_grpc(kind, address, "stream", "breaks", b"x")
+
+    assert not server.cancelled.is_set()
+
+
+@both
+@pytest.mark.parametrize("how", ["closed", "raised"])
+def test_a_grpc_stream_that_is_left_is_called_off(kind: Any, served: tuple[str, Inference], how: str) -> None:
+    address, server = served
+    leave(kind(address, address), how)
+    asked, cancel = server.calls
+
+    assert cancel == {"body": b"{}", "x-cancel": asked["x-cancel-key"]}
+
+
+@both
+def test_a_grpc_stream_past_its_deadline_is_called_off(kind: Any, served: tuple[str, Inference]) -> None:
+    address, server = served
+    with pytest.raises(DeadlineExceeded):
+        over_grpc(kind, address, "stream", "a b", b"x", timeout=0.3)
+
+    assert server.cancelled.is_set()
+
+
+def test_a_task_that_is_cancelled_calls_its_stream_off(served: tuple[str, Inference]) -> None:
+    address, server = served
+
+    async def leave_it() -> None:
+        taken = asyncio.Event()
+
+        async def consume() -> None:
+            async for _ in client.stream("a b", b"x"):
+                taken.set()
+
+        async with AsyncGrpcClient(address, address) as client:
+            task = asyncio.create_task(consume())
+            await taken.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert server.cancelled.is_set()
+
+    asyncio.run(leave_it())
 
 
 @both

@@ -6,18 +6,23 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import aclosing, closing, suppress
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 from torchserve_dag.clients import flows
 from torchserve_dag.clients.deadline import Deadline, may_repeat, pauses
 from torchserve_dag.clients.errors import ServingError, error_in
-from torchserve_dag.clients.flows import Call, Flow
+from torchserve_dag.clients.flows import Call, Flow, Predict
 from torchserve_dag.clients.models import ModelInfo
+from torchserve_dag.clients.pieces import Pieces
+from torchserve_dag.options import Options
 
 T = TypeVar("T")
 ClientType = TypeVar("ClientType", bound="Client")
 AsyncClientType = TypeVar("AsyncClientType", bound="AsyncClient")
+CANCEL_S = 2.0
+"""How long calling a stream off may take."""
 
 
 class Settings:
@@ -46,49 +51,61 @@ class Client(Settings, ABC):
     @overload
     def predict(
         self, name: str, message: Any, version: str | None = None, *, answer: type[T],
-        parameters: Mapping[str, str] | None = None, timeout: float | None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
     ) -> T: ...  # fmt: skip
     @overload
     def predict(
         self, name: str, message: Any, version: str | None = None, *, answer: None = None,
-        parameters: Mapping[str, str] | None = None, timeout: float | None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
     ) -> Any: ...  # fmt: skip
     def predict(
         self, name: str, message: Any, version: str | None = None, *, answer: type[T] | None = None,
-        parameters: Mapping[str, str] | None = None, timeout: float | None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
     ) -> T | Any:  # fmt: skip
         """A model's or a workflow's answer to one message.
 
         `message` is bytes, a Path, a Photo, a Text, or any dataclass or plain data, sent as JSON. `answer` is
         the message to make of the answer's body; without it you get the data of its JSON, or its bytes where
-        it is none. `parameters` reach the handler beside the message.
+        it is none. `parameters` reach the handler beside the message; `options` are for the server itself.
+        Where they name `outputs`, the answer holds each by its name: a dict, or a dataclass with these fields.
         """
-        call = flows.prediction(name, message, version, parameters)
+        call = flows.prediction(name, message, version, parameters, options, answer)
         return self._run(flows.predict(call, answer), timeout)
 
+    @overload
     def stream(
-        self, name: str, message: Any, version: str | None = None, *,
-        parameters: Mapping[str, str] | None = None, timeout: float | None = None,
-    ) -> Generator[bytes, None, None]:  # fmt: skip
+        self, name: str, message: Any, version: str | None = None, *, answer: type[T],
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
+    ) -> Generator[T, None, None]: ...  # fmt: skip
+    @overload
+    def stream(
+        self, name: str, message: Any, version: str | None = None, *, answer: None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
+    ) -> Generator[bytes, None, None]: ...  # fmt: skip
+    def stream(
+        self, name: str, message: Any, version: str | None = None, *, answer: type[T] | None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
+    ) -> Generator[Any, None, None]:  # fmt: skip
         """A streaming model's answer, piece by piece as it comes; the timeout holds for the whole of it.
 
-        Only for handlers that stream: over gRPC, TorchServe 0.12.0 ends the worker of one that does not.
+        Without `answer` these are bytes, cut as the network likes; with it, a message of each line of JSON, or
+        Text, of as much as has come. Only for models that stream: over gRPC, TorchServe 0.12.0 ends the worker
+        of one that does not, unless it is ours.
+
+        A stream that is left before its end is called off: its model gets one more call, with the `cancel_key`
+        and the body `{}`, which a model that is not ours takes for a prediction. To leave it at a known moment,
+        write `with contextlib.closing(client.stream(…)) as pieces:`.
         """
-        call = flows.prediction(name, message, version, parameters)
-        deadline = self._deadline(timeout)
-        for pause in pauses(self.retries):
-            begun = False
-            try:
-                for piece in self._stream(call, deadline):
-                    _raise_failure(piece)
-                    begun = True
-                    yield piece
-            except ServingError as error:
-                if begun or not may_repeat(call, error, pause, deadline):
-                    raise
-            else:
-                return
-            time.sleep(pause or 0)
+        call = flows.streamed(flows.prediction(name, message, version, parameters, options, answer))
+        pieces = Pieces(answer)
+        try:
+            with closing(self._repeat_stream(call, self._deadline(timeout))) as chunks:
+                for chunk in chunks:
+                    yield from pieces.read(chunk)
+                yield from pieces.end()
+        except BaseException as error:
+            self._cancel(call, error)
+            raise
 
     def ready(self, name: str | None = None, version: str | None = None, *, timeout: float | None = None) -> bool:
         """Whether the server, or a model of it, can answer now. False too where nothing listens, or the model
@@ -152,6 +169,28 @@ class Client(Settings, ABC):
             time.sleep(pause or 0)
         raise AssertionError("the last pause ends the loop")
 
+    def _repeat_stream(self, call: Predict, deadline: Deadline) -> Generator[bytes, None, None]:
+        for pause in pauses(self.retries):
+            begun = False
+            try:
+                with closing(self._stream(call, deadline)) as chunks:
+                    for chunk in chunks:
+                        _raise_failure(chunk)
+                        begun = True
+                        yield chunk
+            except ServingError as error:
+                if begun or not may_repeat(call, error, pause, deadline):
+                    raise
+            else:
+                return
+            time.sleep(pause or 0)
+
+    def _cancel(self, call: Predict, error: BaseException) -> None:
+        cancel = flows.cancellation(call, error)
+        if cancel:
+            with suppress(Exception):
+                self._send(cancel, Deadline(CANCEL_S))
+
 
 class AsyncClient(Settings, ABC):
     """Client, for asyncio: the same methods, messages and exceptions.
@@ -165,41 +204,48 @@ class AsyncClient(Settings, ABC):
     @overload
     async def predict(
         self, name: str, message: Any, version: str | None = None, *, answer: type[T],
-        parameters: Mapping[str, str] | None = None, timeout: float | None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
     ) -> T: ...  # fmt: skip
     @overload
     async def predict(
         self, name: str, message: Any, version: str | None = None, *, answer: None = None,
-        parameters: Mapping[str, str] | None = None, timeout: float | None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
     ) -> Any: ...  # fmt: skip
     async def predict(
         self, name: str, message: Any, version: str | None = None, *, answer: type[T] | None = None,
-        parameters: Mapping[str, str] | None = None, timeout: float | None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
     ) -> T | Any:  # fmt: skip
         """As Client.predict."""
-        call = flows.prediction(name, message, version, parameters)
+        call = flows.prediction(name, message, version, parameters, options, answer)
         return await self._run(flows.predict(call, answer), timeout)
 
+    @overload
+    def stream(
+        self, name: str, message: Any, version: str | None = None, *, answer: type[T],
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
+    ) -> AsyncGenerator[T, None]: ...  # fmt: skip
+    @overload
+    def stream(
+        self, name: str, message: Any, version: str | None = None, *, answer: None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
+    ) -> AsyncGenerator[bytes, None]: ...  # fmt: skip
     async def stream(
-        self, name: str, message: Any, version: str | None = None, *,
-        parameters: Mapping[str, str] | None = None, timeout: float | None = None,
-    ) -> AsyncGenerator[bytes, None]:  # fmt: skip
-        """As Client.stream: `async for piece in client.stream(…)`."""
-        call = flows.prediction(name, message, version, parameters)
-        deadline = self._deadline(timeout)
-        for pause in pauses(self.retries):
-            begun = False
-            try:
-                async for piece in self._stream(call, deadline):
-                    _raise_failure(piece)
-                    begun = True
+        self, name: str, message: Any, version: str | None = None, *, answer: type[T] | None = None,
+        parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
+    ) -> AsyncGenerator[Any, None]:  # fmt: skip
+        """As Client.stream: `async for piece in client.stream(…)`; its `closing` is `contextlib.aclosing`."""
+        call = flows.streamed(flows.prediction(name, message, version, parameters, options, answer))
+        pieces = Pieces(answer)
+        try:
+            async with aclosing(self._repeat_stream(call, self._deadline(timeout))) as chunks:
+                async for chunk in chunks:
+                    for piece in pieces.read(chunk):
+                        yield piece
+                for piece in pieces.end():
                     yield piece
-            except ServingError as error:
-                if begun or not may_repeat(call, error, pause, deadline):
-                    raise
-            else:
-                return
-            await asyncio.sleep(pause or 0)
+        except BaseException as error:
+            await self._cancel(call, error)
+            raise
 
     async def ready(self, name: str | None = None, version: str | None = None, *, timeout: float | None = None) -> bool:
         """As Client.ready."""
@@ -260,6 +306,28 @@ class AsyncClient(Settings, ABC):
                     raise
             await asyncio.sleep(pause or 0)
         raise AssertionError("the last pause ends the loop")
+
+    async def _repeat_stream(self, call: Predict, deadline: Deadline) -> AsyncGenerator[bytes, None]:
+        for pause in pauses(self.retries):
+            begun = False
+            try:
+                async with aclosing(self._stream(call, deadline)) as chunks:
+                    async for chunk in chunks:
+                        _raise_failure(chunk)
+                        begun = True
+                        yield chunk
+            except ServingError as error:
+                if begun or not may_repeat(call, error, pause, deadline):
+                    raise
+            else:
+                return
+            await asyncio.sleep(pause or 0)
+
+    async def _cancel(self, call: Predict, error: BaseException) -> None:
+        cancel = flows.cancellation(call, error)
+        if cancel:
+            with suppress(Exception):
+                await self._send(cancel, Deadline(CANCEL_S))
 
 
 def _raise_failure(body: bytes) -> bytes:

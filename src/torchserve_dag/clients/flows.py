@@ -6,21 +6,28 @@ text of it serves the plain and the asyncio clients, over REST and gRPC.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import typing
+import uuid
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
+from torchserve_dag import plain
 from torchserve_dag.clients.bodies import Body, answer_as, body_of
 from torchserve_dag.clients.errors import (
     ConnectionLost,
     DeadlineExceeded,
     ModelNotFound,
     ServerFailed,
+    ServingError,
+    UnexpectedAnswer,
     Unreachable,
     unexpected_answer,
 )
 from torchserve_dag.clients.models import ModelInfo, model_info, version_info
+from torchserve_dag.options import CANCEL, HEADERS, Options
 
 T = TypeVar("T")
 PAGE = 100
@@ -33,6 +40,27 @@ class Predict:
     version: str | None
     body: Body
     parameters: Mapping[str, str] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+
+    def asks(self, left_s: float) -> dict[str, str]:
+        """Its options as they are sent, and how long its client still waits."""
+        limit = min(left_s, self.options.timeout_s or left_s)
+        return dataclasses.replace(self.options, timeout_s=limit).headers()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Calls off the prediction that was sent with a key; itself it goes like a prediction."""
+
+    body: ClassVar[Body] = Body(b"{}", "application/json")
+    parameters: ClassVar[Mapping[str, str]] = {}
+
+    name: str
+    version: str | None
+    key: str
+
+    def asks(self, left_s: float) -> dict[str, str]:  # noqa: ARG002 (as Predict)
+        return {CANCEL: self.key}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +86,44 @@ class SetDefault:
     version: str
 
 
-Call: TypeAlias = Predict | Ping | ListModels | Describe | SetDefault
+Call: TypeAlias = Predict | Cancel | Ping | ListModels | Describe | SetDefault
 Flow: TypeAlias = Generator[Call, bytes, T]
 
 
-def prediction(name: str, message: Any, version: str | None, parameters: Mapping[str, str] | None) -> Predict:
-    parameters = dict(parameters or {})
+def prediction(
+    name: str,
+    message: Any,
+    version: str | None,
+    parameters: Mapping[str, str] | None,
+    options: Options | None,
+    answer: Any,
+) -> Predict:
+    parameters, options = dict(parameters or {}), options or Options()
     if "body" in parameters:
         raise ValueError('a parameter may not be named "body": that is the message itself')
-    return Predict(name, version, body_of(message), parameters)
+    for parameter in parameters:
+        if parameter.lower() in HEADERS:
+            raise ValueError(f'a parameter may not be named "{parameter}": give it among the options')
+    if options.timeout_s is not None and options.timeout_s <= 0:
+        raise ValueError(f"timeout_s is more than 0, not {options.timeout_s}")
+    for header, value in options.headers().items():
+        if not (value.isascii() and value.isprintable()):
+            raise ValueError(f"{value!r} cannot be sent as {header}: a header is plain ASCII")
+    _check_answer(answer, options.outputs)
+    return Predict(name, version, body_of(message), parameters, options)
+
+
+def streamed(call: Predict) -> Predict:
+    """A prediction that can be called off: with a key of its own, unless it has one."""
+    options = dataclasses.replace(call.options, cancel_key=call.options.cancel_key or uuid.uuid4().hex)
+    return dataclasses.replace(call, options=options)
+
+
+def cancellation(call: Predict, error: BaseException) -> Cancel | None:
+    """What calls a stream off that ended with `error`; None where the server has ended it already."""
+    ended = isinstance(error, ServingError) and not isinstance(error, DeadlineExceeded | UnexpectedAnswer)
+    key = call.options.cancel_key
+    return None if ended or key is None else Cancel(call.name, call.version, key)
 
 
 def predict(call: Predict, answer: type[T] | None) -> Flow[T | Any]:
@@ -109,6 +166,15 @@ def describe(name: str, version: str | None) -> Flow[dict[str, Any]]:
 
 def set_default(name: str, version: str) -> Flow[None]:
     yield SetDefault(name, version)
+
+
+def _check_answer(answer: Any, outputs: tuple[str, ...]) -> None:
+    """Raises TypeError where the answer, with these outputs a dict of the nodes' results, cannot be an `answer`."""
+    if not outputs or answer in {None, Any, bytes, dict} or typing.get_origin(answer) is dict:
+        return
+    if not dataclasses.is_dataclass(answer) or not set(outputs) <= plain.field_types(answer).keys():  # type: ignore[arg-type]
+        what = f"a dict, or a dataclass with the fields {', '.join(outputs)}, not {plain.name_of(answer)}"
+        raise TypeError(f"with outputs, the answer holds the result of each by its name: let `answer` be {what}")
 
 
 def _data(body: bytes) -> Any:

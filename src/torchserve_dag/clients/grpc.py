@@ -21,7 +21,7 @@ from torchserve_dag.clients.errors import (
     error_of,
     unreachable,
 )
-from torchserve_dag.clients.flows import PAGE, Call, Describe, ListModels, Ping, Predict, SetDefault
+from torchserve_dag.clients.flows import PAGE, Call, Cancel, Describe, ListModels, Ping, Predict, SetDefault
 from torchserve_dag.clients.tokens import bearer
 from torchserve_dag.torchserve.protos.inference_pb2 import (
     PredictionResponse,
@@ -39,6 +39,8 @@ from torchserve_dag.torchserve.protos.management_pb2_grpc import ManagementAPIsS
 
 INFERENCE = "127.0.0.1:7070"
 MANAGEMENT = "127.0.0.1:7071"
+PIECES = "x-pieces"
+"""The input that says that an answer may come in pieces."""
 OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # a proxy that is set for the web is not the way to a model server
     ("grpc.max_receive_message_length", -1),  # the server's limit holds, not grpc's 4 MB
@@ -63,9 +65,9 @@ class _Stubs:
         method: Any
         request: Any
         match call:
-            case Predict():
+            case Predict() | Cancel():
                 method = inference.StreamPredictions if stream else inference.Predictions
-                request, metadata = _predictions(call), self._metadata
+                request, metadata = _predictions(call, deadline, stream=stream), self._metadata
             case Ping():
                 method, request, metadata = inference.Ping, Empty(), self._metadata
             case ListModels():
@@ -181,10 +183,12 @@ class AsyncGrpcClient(AsyncClient):
             replies.cancel()
 
 
-def _predictions(call: Predict) -> PredictionsRequest:
-    parameters = {key: value.encode() for key, value in call.parameters.items()}
+def _predictions(call: Predict | Cancel, deadline: Deadline, *, stream: bool) -> PredictionsRequest:
+    # TorchServe hands its worker neither grpc's metadata nor its deadline, nor says which method was called.
+    asks = call.asks(deadline.left()) | ({PIECES: "true"} if stream else {})
+    texts = {key: value.encode() for key, value in {**call.parameters, **asks}.items()}
     return PredictionsRequest(
-        model_name=call.name, model_version=call.version or "", input={"body": call.body.content, **parameters}
+        model_name=call.name, model_version=call.version or "", input={"body": call.body.content, **texts}
     )
 
 
@@ -228,7 +232,7 @@ def _translated(  # noqa: PLR0911 (one return a kind of failure)
     found = _JAVA_CLASS.fullmatch(last.strip())
     if found:
         return _from_torchserve(code, found[1], message)
-    address = addresses[0 if isinstance(call, Predict | Ping) else 1]
+    address = addresses[0 if isinstance(call, Predict | Cancel | Ping) else 1]
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return deadline_exceeded(deadline.timeout_s)
     if code is grpc.StatusCode.PERMISSION_DENIED and text.startswith("Token Auth"):

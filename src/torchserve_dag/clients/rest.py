@@ -12,11 +12,13 @@ import httpx
 from torchserve_dag.clients.client import AsyncClient, Client
 from torchserve_dag.clients.deadline import Deadline
 from torchserve_dag.clients.errors import connection_lost, deadline_exceeded, error_from_http, unreachable
-from torchserve_dag.clients.flows import PAGE, Call, Describe, ListModels, Ping, Predict, SetDefault
+from torchserve_dag.clients.flows import PAGE, Call, Cancel, Describe, ListModels, Ping, Predict, SetDefault
+from torchserve_dag.clients.pieces import Sieve
 from torchserve_dag.clients.tokens import bearer
 
 INFERENCE = "http://127.0.0.1:8080"
 MANAGEMENT = "http://127.0.0.1:8081"
+MAX_PORT = 65535
 LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=256)
 # trust_env=False below: a proxy that is set for the web is not the way to a model server.
 
@@ -30,8 +32,8 @@ class _Port(NamedTuple):
 
 class _Ports:
     def __init__(self, inference: str, management: str, token: str | None, management_token: str | None) -> None:
-        self._inference = _Port(inference.rstrip("/"), bearer(token))
-        self._management = _Port(management.rstrip("/"), bearer(management_token))
+        self._inference = _Port(_address(inference), bearer(token))
+        self._management = _Port(_address(management), bearer(management_token))
 
     def request(self, call: Call, deadline: Deadline) -> httpx.Request:
         """A call as HTTP."""
@@ -39,9 +41,10 @@ class _Ports:
         headers: dict[str, str] = {}
         body: dict[str, Any] = {}
         match call:
-            case Predict():
+            case Predict() | Cancel():
                 port, method, path = self._inference, "POST", f"/predictions/{_path(call.name, call.version)}"
                 headers, body = _content(call)
+                headers |= call.asks(deadline.left())
             case Ping():
                 port, path = self._inference, "/ping"
             case ListModels():
@@ -55,7 +58,10 @@ class _Ports:
 
 
 class RestClient(Client):
-    """The client over REST. `transport` is httpx's: for TLS of your own, a socket, or a fake in a test."""
+    """The client over REST. `transport` is httpx's: for TLS of your own, a socket, or a fake in a test.
+
+    Raises ValueError where an address is none.
+    """
 
     def __init__(
         self,
@@ -85,15 +91,17 @@ class RestClient(Client):
             try:
                 if not response.is_success:
                     raise _error(response, response.read())
-                for piece in response.iter_bytes():
-                    yield piece
+                sieve = Sieve()
+                for chunk in response.iter_bytes():
+                    yield from sieve.sift(chunk)
                     deadline.left()
+                yield sieve.held
             finally:
                 response.close()
 
 
 class AsyncRestClient(AsyncClient):
-    """The asyncio client over REST."""
+    """The asyncio client over REST. Raises ValueError where an address is none."""
 
     def __init__(
         self,
@@ -123,9 +131,12 @@ class AsyncRestClient(AsyncClient):
             try:
                 if not response.is_success:
                     raise _error(response, await response.aread())
-                async for piece in response.aiter_bytes():
-                    yield piece
+                sieve = Sieve()
+                async for chunk in response.aiter_bytes():
+                    for piece in sieve.sift(chunk):
+                        yield piece
                     deadline.left()
+                yield sieve.held
             finally:
                 await response.aclose()
 
@@ -141,11 +152,21 @@ class _TimeLeft(dict[str, float]):
         return self._deadline.left()
 
 
+def _address(text: str) -> str:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in {"http", "https"} or not url.host or (url.port or 0) > MAX_PORT:
+        raise ValueError(f'"{text}" is not an address; write http://HOST:PORT')
+    return text.rstrip("/")
+
+
 def _path(name: str, version: str | None) -> str:
     return quote(name, safe="") + (f"/{quote(version, safe='')}" if version else "")
 
 
-def _content(call: Predict) -> tuple[dict[str, str], dict[str, Any]]:
+def _content(call: Predict | Cancel) -> tuple[dict[str, str], dict[str, Any]]:
     """The headers and the body. A message alone is the body; with parameters, all are parts of a form, for
     TorchServe does not hand a query to the handler.
     """
@@ -162,7 +183,7 @@ def _translated(request: httpx.Request, deadline: Deadline) -> Iterator[None]:
         yield
     except httpx.TimeoutException:
         raise deadline_exceeded(deadline.timeout_s) from None
-    except (httpx.ConnectError, httpx.ProxyError, httpx.UnsupportedProtocol) as error:
+    except (httpx.ConnectError, httpx.ProxyError) as error:
         raise unreachable(address, error) from None
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
         raise connection_lost(address, error) from None
