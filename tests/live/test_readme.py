@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.live.conftest import ROOT
+from torchserve_dag.engine.mermaid import mermaid
 from torchserve_dag.engine.workflow import read_graph
 from torchserve_dag.project import Project
 from torchserve_dag.server import properties
@@ -80,7 +81,7 @@ def test_a_file_is_quoted_as_it_is(text: str) -> None:
 
 @pytest.mark.parametrize("text", blocks("mermaid"))
 def test_the_graph_is_drawn_from_its_file(text: str) -> None:
-    assert text == read_graph(Project(ROOT), ROOT / "workflows" / "detect_classify.yaml").mermaid()
+    assert text == mermaid(read_graph(Project(ROOT), ROOT / "workflows" / "detect_classify.yaml"))
 
 
 def test_the_demo_prints_what_the_readme_shows(run: Run) -> None:
