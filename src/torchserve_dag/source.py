@@ -101,6 +101,8 @@ def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repe
     if isinstance(node, yaml.MappingNode):
         seen: set[Any] = set()
         for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *other` brings keys that are written elsewhere
+                continue
             name = _key(key)
             line = key.start_mark.line + 1
             if name in seen:  # YAML keeps the last one silently

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,12 +36,14 @@ serve: {{mode: {mode}, max_inside: {inside}, timeout_s: 20}}
 
 CODE = """
 import time
+from pathlib import Path
 from torchserve_dag.messages import Text
 
 def shout(request: Text) -> Text:
     if request.text == "slow":
         time.sleep(1)
-    if request.text == "long":
+    if request.text.startswith("long"):
+        Path(request.text.removeprefix("long").strip() or "/dev/null").touch()
         time.sleep(15)
     return Text(request.text.upper())
 """
@@ -129,35 +132,33 @@ def test_cancelling_ends_the_work_of_a_request(http: httpx.Client, threads: Thre
     assert time.monotonic() < began + WITHIN_S
 
 
-@pytest.mark.parametrize("whose", ["shown", "guard"])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_worker_that_is_killed_costs_what_is_inside_and_no_more(
-    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, mode: str, whose: str
+@pytest.mark.parametrize(
+    ("mode", "whose"), [("batched", "worker"), ("asynchronous", "worker"), ("asynchronous", "guard")]
+)
+def test_a_worker_that_is_killed_costs_what_is_inside_and_comes_back(
+    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, tmp_path: Path, mode: str, whose: str
 ) -> None:
-    """Every client is answered, and the service comes back, though more requests come all the time."""
-    shown = worker(both, mode)
-    pid = shown.pid
-    if whose == "guard":
-        if mode == "batched":
-            pytest.skip("there is none")
-        pid = psutil.Process(pid).ppid()
-    inside: list[Future[httpx.Response]] = [
-        threads.submit(http.post, f"/predictions/{mode}", content="long") for _ in range(4)
-    ]
-    wait_until_inside(pid if mode == "batched" else shown.pid)
-    os.kill(pid, signal.SIGKILL)
+    """Every client is answered, and the service is back and shown as such, though more requests come all the time."""
+    began = tmp_path / "began"
+    inside = [threads.submit(http.post, f"/predictions/{mode}", content=f"long {began}")]
+    wait_for(began.exists)
+    if mode == "asynchronous":  # more than are at work, and more of them than TorchServe sends at a time
+        inside += [threads.submit(http.post, f"/predictions/{mode}", content=f"long {began}") for _ in range(3)]
+        http.post(f"/predictions/{mode}", headers={"x-cancel": "nobody's"})
+    pid = worker(both, mode).pid
+    os.kill(psutil.Process(pid).ppid() if whose == "guard" else pid, signal.SIGKILL)
     killed = time.monotonic()
-    later = [threads.submit(http.post, f"/predictions/{mode}", content="a") for _ in range(6)]
+    meanwhile = [threads.submit(http.post, f"/predictions/{mode}", content="a") for _ in range(6)]
 
-    found = [future.result() for future in inside]
-    assert time.monotonic() < killed + WITHIN_S
-    assert {response.status_code for response in found} == {507}
-    assert [future.result().status_code for future in later].count(200) >= 5
-    assert time.monotonic() < killed + WITHIN_S
-    while not worker(both, mode).ready:
-        assert time.monotonic() < killed + WITHIN_S
+    assert {future.result().status_code for future in inside} <= {500, 507}  # TorchServe itself may say 500
+    assert {future.result().status_code for future in meanwhile} <= {200, 507}
     assert http.post(f"/predictions/{mode}", content="b").json() == {"text": "B"}
+    assert time.monotonic() < killed + WITHIN_S
+    wait_for(lambda: worker(both, mode).ready)
 
 
-def wait_until_inside(pid: int) -> None:
-    raise NotImplementedError(pid)
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

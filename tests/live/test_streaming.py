@@ -118,10 +118,9 @@ def workers(telling: Serving) -> dict[str, tuple[int, bool]]:
 
 
 def test_over_rest_the_pieces_arrive_one_by_one(http: httpx.Client) -> None:
-    began, chunks = time.monotonic(), []
+    began = time.monotonic()
     with http.stream("POST", "/predictions/tell", content="now slow slow slow") as response:
-        for chunk in response.iter_raw():
-            chunks.append((chunk, time.monotonic() - began))
+        chunks = [(chunk, time.monotonic() - began) for chunk in response.iter_raw()]
 
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
@@ -226,12 +225,16 @@ def test_streams_run_side_by_side(telling: Serving) -> None:
 def test_a_worker_that_is_killed_in_mid_stream_says_so_to_its_client(telling: Serving) -> None:
     pid, _ = workers(telling)["tell"]
     found: list[bytes] = []
+
+    def listen(pieces: Iterator[bytes]) -> None:
+        for piece in pieces:
+            if not found:
+                os.kill(pid, signal.SIGKILL)
+            found.append(piece)
+
     with telling.rest() as rest:
         with pytest.raises(ServingError) as died:
-            for piece in rest.stream("tell", Text("now " + "slow " * 20)):
-                if not found:
-                    os.kill(pid, signal.SIGKILL)
-                found.append(piece)
+            listen(rest.stream("tell", Text("now " + "slow " * 20)))
         assert died.value.status == 507
         assert list(rest.stream("tell", Text("again"))) == [b"again "]
     assert found[0] == b"now "

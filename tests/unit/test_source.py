@@ -125,3 +125,9 @@ def test_an_alias_is_read_where_it_is_used(path: Path) -> None:
     path.write_text('version: "1"\nnamed:\n  a: &a {size: 1}\n  b: *a\n')
 
     assert read(path, Whole).value.named == {"a": Part(1), "b": Part(1)}
+
+
+def test_keys_that_are_merged_from_elsewhere_are_read(path: Path) -> None:
+    path.write_text('version: "1"\nnamed:\n  first: &first {size: 1, name: one}\n  second: {<<: *first, size: 2}\n')
+
+    assert read(path, Whole).value.named["second"] == Part(2, "one")

@@ -66,7 +66,7 @@ def make_nodes(steps: Mapping[str, Step]) -> tuple[dict[str, Node], Output]:
         takes={leaf: result_of(nodes[inside[leaf]]) for leaf in leaves},
         sees_skipped=frozenset(),
         gives=dict[str, Any],
-        function=_joined,
+        function=joined,
     )
     nodes[code.name] = _node(code, [inside[leaf] for leaf in leaves], nodes, Policy())
     return nodes, Output({"": result_of(nodes[code.name])})
@@ -122,7 +122,8 @@ def _first_row(values: Mapping[str, Any]) -> Row:
     return Row({**{key: text.encode() for key, text in values["parameters"].items()}, "body": request})
 
 
-def _joined(**answers: bytes) -> dict[str, Any] | Failure:
+def joined(**answers: bytes) -> dict[str, Any] | Failure:
+    """The answer of a workflow with several leaves, by their names; pictures show this name."""
     found: dict[str, Any] = {}
     for leaf, answer in answers.items():
         try:
