@@ -35,7 +35,7 @@ class FolderModules:
 
     def __init__(self, folder: Path, only: Collection[str] | None = None) -> None:
         """`only`: the names of the files that count, where not all of them do."""
-        self.folder = folder
+        self.folder = folder = folder.absolute()  # a module may be loaded in another working directory
         self._package = f"{_PACKAGE}{next(_numbers)}"
         own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")}
         self._own = frozenset((own if only is None else own & set(only)) - _NEVER_OWN)

@@ -25,7 +25,11 @@ class Incoming:
     """Headers by their names in lower case, and the parameters, which say the same over gRPC."""
     rest: bool
     """Whether it came over REST."""
-    describes: bool = False
+    parts: Mapping[str, Any]
+    """What it came as: all parts of a form by their names, or one; without options."""
+    headers: Mapping[str, Any]
+    """As TorchServe has them: with the content type of each part among them."""
+    describes: bool
     """Whether it asks for nothing but a description."""
 
     @property
@@ -61,6 +65,8 @@ def read_incoming(request_id: str | None, row: Mapping[str, Any], headers: Mappi
         without_options(parameters),
         {name.lower(): value for name, value in parameters.items()} | said,
         over_rest(headers),
+        without_options(row),
+        headers,
         headers.get("describe") == "True",
     )
 

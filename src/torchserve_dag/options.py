@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torchserve_dag.messages import InputError
+
+T = TypeVar("T")
 
 Priority = Literal["interactive", "bulk"]
 
@@ -59,7 +61,7 @@ def read_options(get: Callable[[str], str | None]) -> Options:
     )
 
 
-def without_options(parameters: Mapping[str, str]) -> dict[str, str]:
+def without_options(parameters: Mapping[str, T]) -> dict[str, T]:
     """A request's parameters without those that are options."""
     return {name: value for name, value in parameters.items() if name.lower() not in HEADERS}
 

@@ -31,16 +31,18 @@ class Project:
         return self.root / "weights"
 
     def files(self, folder: str) -> list[Path]:
-        """The YAML files of `handlers` or `workflows`, sorted."""
-        return sorted((self.root / folder).glob("*.yaml"))
+        """The YAML files of `handlers` or `workflows`, and TorchServe's `.war` files, sorted."""
+        return sorted(path for path in (self.root / folder).glob("*.*") if path.suffix in {".yaml", ".war"})
 
     def find(self, folder: str, reference: str) -> Path | None:
         """The file that `NAME` or `NAME/VERSION` names: `NAME.yaml`, or the one that has that version."""
         name, _, version = reference.partition("/")
         if not version:
-            path = self.root / folder / f"{name}.yaml"
-            return path if path.is_file() else None
+            paths = (self.root / folder / f"{name}{suffix}" for suffix in (".yaml", ".war"))
+            return next((path for path in paths if path.is_file()), None)
         for path in self.files(folder):
+            if path.suffix == ".war":
+                continue
             data, _ = source.read_plain(path)
             if isinstance(data, dict) and (data.get("name"), data.get("version")) == (name, version):
                 return path

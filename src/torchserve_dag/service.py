@@ -18,11 +18,13 @@ from typing import Any, Protocol
 
 from torchserve_dag import codec, metrics
 from torchserve_dag.engine.graph import Graph
+from torchserve_dag.engine.torchserve_graph import takes_rows
 from torchserve_dag.engine.workflow import Workflow, read_graph
 from torchserve_dag.incoming import Incoming, over_rest, read_incoming
 from torchserve_dag.messages import Failure, InputError
 from torchserve_dag.project import Project
 from torchserve_dag.reply import CANNOT_BE_WRITTEN, MAX_BYTES, Reply, joined, reply, too_large
+from torchserve_dag.rows import Row
 from torchserve_dag.segment import ABOUT_PART, FAILURE_PART, REQUEST_PART, segments, unseal
 from torchserve_dag.wire import NEXT
 
@@ -76,8 +78,9 @@ class Service:
             options = one.options()
         except InputError as error:
             return _known(Failure(error.status, error.message))
+        body = Row.received(one.parts, one.headers) if takes_rows(self.workflow.graph) else one.body
         return self.workflow.submit(
-            one.body,
+            body,
             one.parameters,
             content_type=one.content_type,
             request_id=one.id,

@@ -26,6 +26,7 @@ from torchserve_dag.clients import (
     DeadlineExceeded,
     GrpcClient,
     ModelNotFound,
+    Options,
     Overloaded,
     RequestRefused,
     RestClient,
@@ -51,6 +52,7 @@ class Probe:
 
     def initialize(self, context):
         self.version = context.manifest["model"]["modelVersion"]
+        self.cancels = []
 
     def handle(self, rows, context):
         return [self.one(index, row, context) for index, row in enumerate(rows)]
@@ -58,6 +60,11 @@ class Probe:
     def one(self, index, row, context):
         if context.get_request_header(index, "describe") == "True":
             return {"says": "probe", "version": self.version}
+        headers = {k.lower(): v for k, v in context.get_all_request_header(index).items() if isinstance(v, str)}
+        asked = headers | {name: bytes(value).decode() for name, value in row.items() if name != "body"}
+        if "x-cancel" in asked:
+            self.cancels.append(asked["x-cancel"])
+            return {"cancelled": True}
         body, do = bytes(row["body"]), bytes(row.get("do", b"echo")).decode()
         if do == "sleep":
             time.sleep(float(body))
@@ -66,6 +73,10 @@ class Probe:
         if do == "refuse":
             context.set_response_status(415, "Unsupported Media Type", index)
             return {"code": 415, "type": "InputError", "message": "No.", "node": "probe", "request_id": "r1"}
+        if do == "asked":
+            return asked
+        if do == "cancels":
+            return self.cancels
         if do == "seen":
             return {name: bytes(value).decode() for name, value in row.items()} | {"version": self.version}
         if body.startswith(b"GIF8"):
@@ -116,6 +127,16 @@ class Plain:
             return list(result) if inspect.isgenerator(result) else result
 
         return call
+
+    def leave(self, *values: Any, **named: Any) -> None:
+        """Take one piece of a stream, and leave it."""
+        pieces = self.client.stream(*values, **named)
+        if inspect.isgenerator(pieces):
+            next(pieces)
+            pieces.close()
+        else:
+            self.loop.run_until_complete(anext(pieces))
+            self.loop.run_until_complete(pieces.aclose())
 
     @staticmethod
     async def gathered(pieces: Any) -> list[bytes]:
@@ -223,8 +244,28 @@ def test_predict_sends_bytes_and_decodes_the_answer(client: Plain) -> None:
 
 def test_parameters_reach_the_handler(client: Plain) -> None:
     seen = client.predict("probe", Text("grün"), parameters={"do": "seen", "word": 'naïve, "two"\nlines'})
+    seen.pop("x-timeout-ms", None)  # over gRPC, what the client asks is among the inputs
 
     assert seen == {"body": "grün", "do": "seen", "word": 'naïve, "two"\nlines', "version": "1.0"}
+
+
+@pytest.mark.parametrize("parameters", [{"do": "asked"}, {"do": "asked", "top": "3"}])
+def test_options_reach_the_worker(client: Plain, parameters: dict[str, str]) -> None:
+    options = Options(
+        ("detect", "classify"), 2.5, "bulk", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "key"
+    )
+    asked = client.predict("probe", b"x", parameters=parameters, options=options)
+
+    assert options.headers().items() <= asked.items()
+
+
+def test_a_stream_that_is_left_is_called_off(make: Callable[..., Plain]) -> None:
+    client = make()
+    options = Options(cancel_key=type(client.client).__name__)
+    client.leave("probe", b"x", parameters={"do": "stream"}, options=options)
+
+    assert options.cancel_key in client.predict("probe", b"x", parameters={"do": "cancels"})
+    assert len(client.stream("probe", b"x", parameters={"do": "stream"})) == 4
 
 
 def test_a_version_is_called_by_its_name_and_the_default_without(client: Plain) -> None:

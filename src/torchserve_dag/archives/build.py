@@ -117,11 +117,11 @@ def _build_one(target: Target, content: Contents, store: Path, *, force: bool) -
 
 
 def _target(folder: str, path: Path) -> Target:
-    data, lines = source.read_plain(path)
+    data, lines = source.read_plain(path) if path.suffix == ".yaml" else ({}, {})
     file = Source(path, data, lines)
     name, version = (data.get(key) if isinstance(data, dict) else None for key in ("name", "version"))
-    # The file is read in full, and every mistake in it named, when its turn comes. TorchServe's own workflow
-    # files have neither a name nor a version.
+    # The file is read in full, and every mistake in it named, when its turn comes. TorchServe's own workflows
+    # have neither a name nor a version in them.
     target = Target(
         folder, file, name if isinstance(name, str) else path.stem, version if isinstance(version, str) else "1.0"
     )

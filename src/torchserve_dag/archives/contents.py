@@ -76,12 +76,13 @@ def packed_weights(project: Project, names: Iterable[str]) -> dict[str, Path]:
 def _archives(project: Project, graph: Graph) -> dict[str, Path]:
     """The archives of TorchServe's that nodes run, where a workflow's file finds them first: beside it."""
     folders = (project.root / "workflows", project.root / "model_store", project.root)
-    found = {}
+    found: dict[str, Path] = {}
     for code in graph.codes.values():
         archive = code.rows.archive if code.rows else None
         if archive:
             folder = next(folder for folder in folders if archive.is_relative_to(folder))
-            found[f"workflows/{archive.relative_to(folder).as_posix()}"] = archive
+            files = [path for path in archive.rglob("*") if path.is_file()] if archive.is_dir() else [archive]
+            found |= {f"workflows/{path.relative_to(folder).as_posix()}": path for path in files}
     return found
 
 

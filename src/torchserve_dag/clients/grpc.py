@@ -23,6 +23,7 @@ from torchserve_dag.clients.errors import (
 )
 from torchserve_dag.clients.flows import PAGE, Call, Cancel, Describe, ListModels, Ping, Predict, SetDefault
 from torchserve_dag.clients.tokens import bearer
+from torchserve_dag.options import PIECES
 from torchserve_dag.torchserve.protos.inference_pb2 import (
     PredictionResponse,
     PredictionsRequest,
@@ -39,8 +40,6 @@ from torchserve_dag.torchserve.protos.management_pb2_grpc import ManagementAPIsS
 
 INFERENCE = "127.0.0.1:7070"
 MANAGEMENT = "127.0.0.1:7071"
-PIECES = "x-pieces"
-"""The input that says that an answer may come in pieces."""
 OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # a proxy that is set for the web is not the way to a model server
     ("grpc.max_receive_message_length", -1),  # the server's limit holds, not grpc's 4 MB

@@ -27,7 +27,8 @@ from torchserve_dag.engine.runner import END, Piece
 from torchserve_dag.messages import Failure, Skipped
 
 FIRST_PAUSE_S = 0.05
-"""Before an item's second try; before each further one twice as long."""
+"""Before an item's second try; before each further one twice as long, up to LONGEST_PAUSE_S."""
+LONGEST_PAUSE_S = 1.0
 
 WORTH_RETRYING = frozenset({429, 500, 502, 503, 504, 507})
 """Statuses of failures that may pass. What a sender must mend (4xx) fails again."""
@@ -117,7 +118,7 @@ def _piece(item: Item, piece: Piece, changes: Changes) -> None:
 def _failed(item: Item, failure: Failure, changes: Changes) -> None:
     """What the node's policy makes of a failure."""
     policy, final = item.node.policy, item.code is item.node.policy.fallback or item.code.yields
-    pause = FIRST_PAUSE_S * 2**item.tries
+    pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**item.tries)
     in_time = time.monotonic() + pause < item.request.root.deadline
     if final or (policy.on_error == "fail" and not policy.retries):
         _fail(item, failure, changes)

@@ -84,6 +84,7 @@ class Lanes:
                 station.under_way += 1
                 self.busy[me] = (time.monotonic(), items)
             self._run(station, items)
+            del items, taken  # an idle lane holds nobody's photo, nor a stream that its client has left
 
     def _take(self) -> tuple[Station, list[Item]] | None:
         """The next batch, under the lock."""

@@ -166,7 +166,9 @@ def _what_runs(code: Code, node: Node) -> str:
 
 def function_name(code: Code) -> str:
     """Of the function that it runs, TorchServe's or a workflow's."""
-    return getattr(code.function or (code.rows and code.rows.function), "__name__", "")
+    if code.rows:
+        return code.rows.function or ""
+    return getattr(code.function, "__name__", "")
 
 
 def _live_rows(live: Live | None, name: str) -> Iterable[Row]:

@@ -108,7 +108,7 @@ class NodeFile(CodeFile):
     timeout_s: float | None = None
     """The longest that one try of an item may take, its wait in the queue included."""
     retry: int = 0
-    """How often an item is tried again after a failure that may pass: never after a 4xx."""
+    """How often an item is tried again after a failure that may pass: never after what its sender must mend."""
     on_error: Literal["fail", "skip"] | OtherwiseFile = "fail"
     """What a failed item does: fail its request, be skipped, or be stood in for."""
 
