@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 LOG = "workers_without_guard.log"
 
+GIVE_UP_S = 5
+"""How long TorchServe may take to read the failures of what was inside."""
+
 _BROKEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The worker failed; its log says why.", "InternalError")
 
 
@@ -71,14 +74,17 @@ def _serve(folder: Path, gpu: int | None, startup_s: float, link: socket.socket)
     loaded = threading.Event()
     threading.Thread(target=_end_with_guard, args=(link, loaded), daemon=True).start()
     served = Service(folder, gpu)
-    served.publish()
     loaded.set()
     link.sendall(LOADED)
     print(f"[PID]{os.getpid()}", flush=True)  # noqa: T201 (how TorchServe learns which process to show)
+    served.publish()  # after that line, which a line of another thread would tear
     _, (connection, *_), *_ = socket.recv_fds(link, 1, 1)
     answering = Answering(served, link)
     threading.Thread(target=answering.end_when_stuck, name="end when stuck", daemon=True).start()
     answering.run()
+    if answering.holding:
+        answering.drain()
+        os._exit(STUCK)
     torchserve = socket.socket(fileno=connection)
     if _hung_up(torchserve, 0):
         os._exit(0)
@@ -118,6 +124,8 @@ class Answering:
         self._link = link
         self._sending = threading.Lock()
         self._inside: dict[str, Call] = {}
+        self.holding = False
+        """Whether it has asked for no more requests: the other side then ends after the last."""
 
     def run(self) -> None:
         """Until the other side ends."""
@@ -130,14 +138,19 @@ class Answering:
     def end_when_stuck(self) -> None:
         """As in batched mode. New requests are kept away first; what is inside is answered at its time limit."""
         if self._service.gets_stuck():
+            self.holding = True
             with self._sending:
                 self._link.sendall(HOLD)
-            while self._inside:
-                time.sleep(0.1)
-            os._exit(STUCK)
+
+    def drain(self) -> None:
+        """Wait until what is inside is answered."""
+        deadline = time.monotonic() + self._service.workflow.graph.serve.timeout_s + 1
+        while self._inside and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def give_up(self, connection: socket.socket) -> None:
         """Fail what is inside, over TorchServe's own connection."""
+        connection.settimeout(GIVE_UP_S)
         with self._sending:
             calls, self._inside = self._inside, {}
             for call in calls.values():

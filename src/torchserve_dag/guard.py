@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 LOADED = write_answers([])
 """What the one that computes says first, as a worker does to TorchServe."""
 HOLD = write_answers([], HTTPStatus.SERVICE_UNAVAILABLE)
-"""What it says before it ends by itself: no more requests, please."""
+"""What it says before it ends by itself: no more requests, please. Its link is ended after the last."""
 
 DIED = Failure(
     HTTPStatus.INSUFFICIENT_STORAGE,  # as TorchServe says in batched mode
@@ -87,7 +87,7 @@ class Guard:
         self._link.settimeout(0)
         self._to_compute = bytearray()
         self._answers: Messages[Answers] = Messages(read_answers)
-        self._loaded = self._open = False
+        self._loaded = self._open = self._held = False
         self._why = "the process ended"
         self._deadline = time.monotonic() + self._startup_s
         sys.stdout.flush()
@@ -152,6 +152,9 @@ class Guard:
                 self._receive_requests(self._connection)
             _write(self._connection, self._to_torchserve)
         _write(self._link, self._to_compute)
+        if self._held and not self._to_compute:
+            self._held = False
+            self._link.shutdown(socket.SHUT_WR)
         return False
 
     @staticmethod
@@ -179,7 +182,7 @@ class Guard:
                 if self._connection:
                     self._hand_over(self._connection)
             elif answers.code == HTTPStatus.SERVICE_UNAVAILABLE:
-                self._open = False
+                self._open, self._held = False, True
             else:
                 self._why = answers.message
         return bool(data)

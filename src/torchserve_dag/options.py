@@ -19,6 +19,9 @@ PIECES = "x-pieces"
 """Over gRPC: that the call is StreamPredictions. TorchServe does not tell, and a second piece would end Predictions."""
 HEADERS = (OUTPUTS, TIMEOUT, PRIORITY, TRACE, CANCEL_KEY, CANCEL, PIECES)
 
+MAX_OUTPUTS = 4_000
+"""Characters of the header that names outputs; over gRPC it could be as long as a body."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -47,7 +50,10 @@ class Options:
 
 def read_options(get: Callable[[str], str | None]) -> Options:
     """The options in a request's headers, of which `get` gives one. Raises InputError."""
-    outputs = tuple(name.strip() for name in (get(OUTPUTS) or "").split(",") if name.strip())
+    asked = get(OUTPUTS) or ""
+    if len(asked) > MAX_OUTPUTS:
+        raise InputError(f"The header {OUTPUTS} has {len(asked):,} characters; the limit is {MAX_OUTPUTS:,}.")
+    outputs = tuple(sorted({name.strip() for name in asked.split(",") if name.strip()}))
     timeout = get(TIMEOUT)
     priority = (get(PRIORITY) or "interactive").strip().lower()
     if priority not in {"interactive", "bulk"}:

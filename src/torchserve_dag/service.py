@@ -127,7 +127,7 @@ class Service:
     def gets_stuck(self) -> bool:
         """Waits until a node hangs, and is true; false where the workflow is closed before."""
         while not self.workflow.stuck():
-            if self.workflow.engine.closed:
+            if self.workflow.engine.over:
                 return False
             time.sleep(1)
         logger.error("a node of %s hangs: this worker ends", self.workflow.graph.name)

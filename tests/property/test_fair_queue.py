@@ -65,7 +65,7 @@ actions = st.lists(
 def test_nothing_is_lost_and_each_request_keeps_its_order(
     asker: Asker, actions: Sequence[tuple[str, int, int]]
 ) -> None:
-    queue, requests = FairQueue(), [asker() for _ in range(4)]
+    queue, requests = FairQueue([]), [asker() for _ in range(4)]
     waiting: list[list[int]] = [[], [], [], []]
     numbers = iter(range(10_000))
 
@@ -110,7 +110,7 @@ def test_nothing_is_lost_and_each_request_keeps_its_order(
 def test_a_single_item_waits_for_two_of_each_long_request_at_most(
     asker: Asker, long: Sequence[int], before: int, *, dropped: bool
 ) -> None:
-    queue = FairQueue()
+    queue = FairQueue([])
     for count in long:
         request = asker()
         for value in range(count):

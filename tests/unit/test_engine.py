@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from tests.unit.conftest import Write
+from torchserve_dag.engine.types import fits
 from torchserve_dag.engine.workflow import Workflow
 from torchserve_dag.messages import Failure, Text
 
@@ -264,3 +268,42 @@ def test_nodes_that_run_one_handler_share_its_weights(write: Write) -> None:
     """)
     with Workflow.load(path) as workflow:
         assert workflow._stages["one"] is workflow._stages["answer"]
+
+
+def test_an_answered_request_is_let_go_of_at_once(write: Write) -> None:
+    """Photos are large: its deadline, half a minute away, does not keep it."""
+    with Workflow.load(write("answer: {handler: upper, timeout_s: 20}")) as workflow:
+        request = workflow.submit(b"a")
+        assert request.future.result() == Text("A")
+        gone = weakref.ref(request)
+        del request
+        deadline = time.monotonic() + 5
+        while gone() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert gone() is None
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "fit"),
+    [
+        (tuple[int, int], tuple[int, int], True),
+        (tuple[int, int], tuple[int, int, int], False),
+        (tuple[int, int], tuple[int, ...], True),
+        (tuple[int, ...], tuple[int, int], False),
+        (tuple[int, str], Sequence[int], False),
+        (tuple[int, int], Sequence[float], True),
+        (str, Sequence[int], False),
+        (str, Sequence[str], True),
+        (list[int], Sequence[float], True),
+        (dict[str, int], Mapping[str, float], True),
+        (Literal["a"], str, True),
+        (Literal["a"], int, False),
+        (Literal["a"], Literal["a", "b"], True),
+        (Literal["c"], Literal["a", "b"], False),
+        (str, Literal["a"], False),
+        (int | None, int, False),
+        (int, int | None, True),
+    ],
+)
+def test_what_may_go_along_an_edge(have: object, want: object, fit: bool) -> None:  # noqa: FBT001
+    assert fits(have, want) == fit

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -382,3 +386,126 @@ def test_an_interactive_request_passes_bulk_ones_which_still_come_through(write:
     last_quick = len(order) - order[::-1].index("quick")
     assert last_quick < 50  # of 80; in their order of arrival it would be the last
     assert "bulk" in order[:last_quick]
+
+
+def test_branches_and_a_fallback_of_one_name_are_kept_apart(write: Write) -> None:
+    functions = FUNCTIONS + "\ndef fallback(text: Text) -> Text: return Text('one')\n"
+    path = write(
+        """
+        answer:
+          switch:
+            - {when: 'request.text == "x"', function: fallback}
+            - {function: loud}
+          on_error: {fallback: {function: quiet}}
+        """,
+        functions,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"x", b"y"]) == [Text("one"), Text("Y")]
+
+
+def test_leaving_a_stream_lets_its_finally_use_the_engine(write: Write) -> None:
+    """It runs where the stream's last piece is let go of: never while the engine's lock is held."""
+    path = write(
+        "answer: {function: forever}",
+        """
+from collections.abc import Iterator
+
+LEFT = []
+
+def forever(text: Text) -> Iterator[int]:
+    try:
+        while True:
+            time.sleep(0.001)
+            yield 1
+    finally:
+        LEFT[0]()
+""",
+    )
+    with Workflow.load(path) as workflow:
+        left, cancelled = threading.Event(), []
+
+        def leave() -> None:
+            cancelled.append(workflow.engine.cancel("not there"))
+            left.set()
+
+        sys.modules[workflow.graph.nodes["answer"].code.function.__module__].LEFT.append(leave)
+        for _ in range(20):  # it may wait in the queue when it is cancelled, or be in a lane
+            left.clear()
+            begun = threading.Event()
+            request = workflow.submit(b"x", on_piece=lambda _, begun=begun: begun.set())
+            assert begun.wait(5)
+            request.cancel()
+            assert left.wait(5)
+    assert cancelled == [False] * 20
+
+
+def test_a_piece_that_cannot_be_given_fails_the_stream_and_ends_it(write: Write) -> None:
+    """Also where the last piece was ready before the first could not be given."""
+    path = write("tell: {function: tell}\nanswer: {function: loud, each: tell}", STREAM)
+    for raised in (OSError, SystemExit):
+        given: list[object] = []
+        hold = threading.Event()
+
+        def give(
+            piece: object, given: list[object] = given, raised: type = raised, hold: threading.Event = hold
+        ) -> None:
+            given.append(piece)
+            hold.wait(5)
+            raise raised
+
+        with Workflow.load(path) as workflow:
+            request = workflow.submit(b"a b c", on_piece=give)
+            wait_for(lambda workflow=workflow: not workflow.engine.inside)
+            hold.set()
+            failure = request.future.result(5)
+            assert (failure.status, len(given)) == (500, 1)
+            assert workflow([b"d"]) == [[Text("D")]]
+
+
+def test_workflows_inside_that_end_at_once_may_follow_each_other_for_long(write: Write) -> None:
+    """What ends while it is being started must not pile up the stack."""
+    count = 300
+    nodes = [f"n{i}: {{workflow: inner, input: {f'n{i - 1}' if i else 'words'}}}" for i in range(count)]
+    functions = (
+        FUNCTIONS
+        + """
+def same(texts: list[Text | Skipped]) -> list[Text | Skipped]: return texts
+def first(text: Text | Skipped, others: list[Text | Skipped]) -> Text | Skipped: return text
+"""
+    )
+    path = write("\n".join(["words: {function: words}", *nodes]), functions, output=f"n{count - 1}")
+    inner = """
+  long: {function: same, when: len(request) > 1}
+  each: {function: first, each: request, inputs: {text: item, others: long}}
+"""
+    other(path, "inner", inner, "each")
+    with Workflow.load(path) as workflow:
+        assert workflow([b" ", b"a b", b" "]) == [[], [Text("a"), Text("b")], []]
+        assert all(station.under_way == 0 for station in workflow.engine._stations.values())
+
+
+def test_a_request_of_thousands_of_items_leaves_the_others_their_turns(write: Write) -> None:
+    path = write(
+        """
+        words: {function: words}
+        slow: {function: slow, each: words}
+        answer: {function: listed, input: slow}
+        """,
+        FUNCTIONS + "\ndef slow(text: Text) -> Text: time.sleep(0.002); return text\n",
+    )
+    with Workflow.load(path) as workflow:
+        large = workflow.submit(b"w " * 2_000)
+        wait_for(lambda: workflow.engine.counts()["slow"].items > 20)
+
+        for _ in range(3):
+            assert workflow([b"a"]) == [1]
+        assert workflow.engine.counts()["slow"].items < 1_000
+        assert large.future.result(30) == 2_000
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

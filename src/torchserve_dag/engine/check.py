@@ -124,9 +124,12 @@ class _Check:
                 for i, branch in enumerate(node.switch)
             ]
             names = [run.name for run in runs if run]
-            for i, run in enumerate(runs):
-                if run and names.count(run.name) > 1:
-                    run.name = f"{run.name}_{i + 1}"
+            if len({*names, f"{name}.fallback"}) <= len(
+                names
+            ):  # two would be one in the engine's and the metrics' eyes
+                for i, run in enumerate(runs):
+                    if run:
+                        run.name = f"{run.name}_{i + 1}"
         reading = _Reading(node, [run for run in runs if run])
         if isinstance(node.on_error, OtherwiseFile) and node.on_error.fallback:
             place = (name, "on_error", "fallback")

@@ -110,7 +110,7 @@ class Finder:
         called = function.__name__
         try:
             hints = typing.get_type_hints(function)
-        except (NameError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 (annotations are the user's, and evaluated)
             self.problems.add(place, f"the annotations of {called}: {error}")
             return None
         parameters = inspect.signature(function).parameters

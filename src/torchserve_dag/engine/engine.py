@@ -28,7 +28,7 @@ from typing import Any
 from torchserve_dag.engine.counts import NodeCounts
 from torchserve_dag.engine.flow import Changes, make, record, settle, start, values_of
 from torchserve_dag.engine.graph import REQUEST, Branch, Code, Graph, Node
-from torchserve_dag.engine.lanes import Lanes
+from torchserve_dag.engine.lanes import BULK_TURN, Lanes
 from torchserve_dag.engine.plan import ANSWER, Plan, make_plan, outputs_asked
 from torchserve_dag.engine.request import PENDING, Item, Request
 from torchserve_dag.engine.runner import Rest, Runner, Starter, internal_error
@@ -36,9 +36,12 @@ from torchserve_dag.engine.span import Observer, Span
 from torchserve_dag.engine.station import CPU, ELSEWHERE, Station
 from torchserve_dag.engine.timers import Timers
 from torchserve_dag.messages import Failure, InputError
-from torchserve_dag.options import Options
+from torchserve_dag.options import Options, Priority
 
 logger = logging.getLogger(__name__)
+
+SWEEP_S = 0.5
+"""After a request that ran out of time, until what it left behind in the queues is let go of."""
 
 MAX_PLANS = 256
 """Sets of outputs whose plans are kept; clients choose them."""
@@ -73,12 +76,17 @@ class Engine:
         """The requests that their clients may cancel, by the key that the client gave."""
         self._runners, self._devices, self._starters = runners, devices or {}, starters or {}
         self._stations: dict[str, Station] = {}
+        self._dropped: list[Item] = []
+        """Queued items that nobody waited for any more: see queue.py. Whoever holds the lock no longer empties it."""
+        self._starting = _Starting()
+        self._sweeping = False
         self._plan = self._make_plan(graph, "", ())
         self._plans: dict[tuple[str, ...], Plan] = {(): self._plan}
         self._timers = Timers(f"{graph.name}-timers")
         stations = list(self._stations.values())
         self._lanes = {
-            device: Lanes(graph.name, device, count, stations, self._lock, self._run) for device, count in lanes.items()
+            device: Lanes(graph.name, device, count, stations, self._lock, self._run, self._dropped)
+            for device, count in lanes.items()
         }
 
     # The graph's codes, as stations; a workflow inside has a plan of its own.
@@ -105,6 +113,7 @@ class Engine:
             runner=self._runners.get(name),
             device=self._devices.get(name, CPU),
             start=start,
+            dropped=self._dropped,
         )
         self._stations[name] = station
         return station
@@ -158,7 +167,7 @@ class Engine:
                 self._inside[request] = None
                 if options.cancel_key:
                     self._keys[options.cancel_key] = request
-                self._timers.at(request.deadline, request, partial(self._too_late, request))
+                self._timers.at(request.deadline, request, self._too_late)
         if refusal is None:
             self._enqueue(Changes(queued=[Item(request, _DECODING, _DECODE, body, [PENDING], 0)]))
         else:
@@ -176,7 +185,7 @@ class Engine:
         return True
 
     @property
-    def closed(self) -> bool:
+    def over(self) -> bool:
         return self._closed
 
     @property
@@ -194,7 +203,7 @@ class Engine:
         now = time.monotonic()
         with self._lock:
             return any(
-                now - since > self.timeout_s / 2 and all(item.over for item in items)
+                items and now - since > self.timeout_s / 2 and all(item.over for item in items)
                 for lanes in self._lanes.values()
                 for since, items in lanes.busy.values()
             )
@@ -241,21 +250,28 @@ class Engine:
 
     def _start_elsewhere(self, station: Station) -> None:
         """Start the items that wait for what runs elsewhere, as many as may be under way."""
-        with self._lock:
-            if station.starting:
-                return
-            station.starting = True
+        stations = self._starting.stations
+        stations.append(station)
+        if len(stations) > 1:  # this thread is at it, further out: what ends at once must not pile up its stack
+            return
+        while stations:
+            self._start_at(stations[0])
+            del stations[0]
+
+    def _start_at(self, station: Station) -> None:
         while True:
             with self._lock:
-                items = station.take(station.batch - station.under_way)
+                station.turn += 1
+                first: Priority = "bulk" if station.turn % BULK_TURN == 0 else "interactive"
+                items = station.take(station.batch - station.under_way, first)
                 station.under_way += len(items)
-                if not items:
-                    station.starting = False
-                    return
+            self._dropped.clear()
+            if not items:
+                return
             for item in items:
                 try:
                     station.start(item)
-                except Exception:
+                except BaseException:
                     logger.exception("request %s: %s could not be started", item.request.id, station.name)
                     self._came_back(item, internal_error(station.name), time.monotonic())
 
@@ -340,6 +356,8 @@ class Engine:
     def _start(self, request: Request, node: Node, changes: Changes) -> None:
         """Start a node that is ready, or feed one that follows another."""
         with self._lock:
+            if request.over:
+                return
             values, new = values_of(request, node)
         try:
             made = make(request, node, values, new)
@@ -357,14 +375,14 @@ class Engine:
         now = time.monotonic()
         with self._lock:
             for pause, item in changes.later:
-                self._timers.at(now + pause, item, partial(self._again, item))
+                self._timers.at(now + pause, item.request, partial(self._again, item))
             for item in changes.queued:
                 station = item.station
                 station.put(item)
                 woken[station.device] = woken.get(station.device, 0) + 1
                 limit = item.node.policy.timeout_s
                 if limit and not isinstance(item.value, Rest):  # it holds for all pieces together
-                    self._timers.at(item.since + limit, item, partial(self._out_of_time, item, limit))
+                    self._timers.at(item.since + limit, item, partial(self._out_of_time, limit))
             for device, count in woken.items():
                 if device != ELSEWHERE:
                     self._lanes[device].wake(count)
@@ -373,11 +391,11 @@ class Engine:
                 if station.device == ELSEWHERE:
                     self._start_elsewhere(station)
 
-    def _again(self, item: Item) -> None:
+    def _again(self, item: Item, _: Request) -> None:
         item.since = time.monotonic()
         self._enqueue(Changes(queued=[item]))
 
-    def _out_of_time(self, item: Item, limit: float) -> None:
+    def _out_of_time(self, limit: float, item: Item) -> None:
         """An item has reached its node's own deadline; its late answer will be dropped."""
         failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, f"{item.station.name} took longer than {limit:g} s.", "Timeout")
         changes = Changes()
@@ -394,8 +412,12 @@ class Engine:
     # Ends.
 
     def _answer(self, request: Request) -> None:
+        with self._lock:
+            if request.over:
+                return
+            known = request.values
         try:
-            values = {name: value.evaluate(request.values) for name, value in request.plan.output.values.items()}
+            values = {name: value.evaluate(known) for name, value in request.plan.output.values.items()}
         except Exception:
             logger.exception("request %s: the expressions of the output raised", request.id)
             self._end(request, internal_error(f"{request.plan.prefix}output"))
@@ -421,11 +443,15 @@ class Engine:
             try:
                 for piece in ready:
                     on_piece(piece)
-            except Exception:
+                failure = None
+            except BaseException:  # a lane must not end
                 logger.exception("request %s: a piece could not be given to the client", request.id)
-                self._end(request, internal_error(request.plan.streaming or ""))
+                failure = internal_error(request.plan.streaming or "")
+                self._end(request, failure)
             with self._lock:
                 pieces.sending = False
+                if failure:
+                    pieces.break_off(failure)
 
     def _end(self, request: Request, answer: Any) -> None:
         with self._lock:
@@ -433,12 +459,14 @@ class Engine:
                 return
             request.ended = True
             away = list(request.away.values())
+            held = request.values, request.gathers, request.away  # and not let go of under the lock
             request.values, request.gathers, request.away = {}, {}, {}  # photos are large, and a client may keep it
             self._inside.pop(request, None)
             if request.options.cancel_key and self._keys.get(request.options.cancel_key) is request:
                 del self._keys[request.options.cancel_key]
             if request.pieces:
                 request.pieces.end = (answer,)
+        del held
         for call_off in away:
             call_off()
         if request.pieces:
@@ -453,9 +481,17 @@ class Engine:
         waiting = next((name for name in request.plan.nodes if name not in request.values), None)
         limit = min(self.timeout_s, request.options.timeout_s or self.timeout_s)
         self._end(request, Failure(HTTPStatus.GATEWAY_TIMEOUT, f"No answer within {limit:g} s.", "Timeout", waiting))
-        with self._lock:  # where every lane hangs, no lane takes its items out
+        if not self._sweeping:
+            self._sweeping = True
+            self._timers.at(time.monotonic() + SWEEP_S, self, Engine._sweep)
+
+    def _sweep(self) -> None:
+        """Let go of what waits and has ended: where every lane hangs, no lane takes it out."""
+        self._sweeping = False
+        with self._lock:
             for station in self._stations.values():
                 station.drop_ended()
+        self._dropped.clear()
 
     def _observe(self, observer: Observer, request: Request, answer: Any) -> None:
         failure = answer if isinstance(answer, Failure) else None
@@ -476,6 +512,13 @@ def _note(item: Item, answer: Any, began: float, now: float, batch: int) -> None
     root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))
 
 
+class _Starting(threading.local):
+    """Where this thread is starting items."""
+
+    def __init__(self) -> None:
+        self.stations: list[Station] = []
+
+
 _DECODE = Code(REQUEST, {}, frozenset(), Any)
 _DECODING = Node(
     name=REQUEST, branches=(Branch(None, _DECODE),), each=(), when=None, result=Any, needs=frozenset(), depth=0
@@ -484,5 +527,8 @@ _CLOSING = Failure(HTTPStatus.SERVICE_UNAVAILABLE, "The workflow is closing.", "
 
 
 def _finish(future: Future[Any], answer: Any) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_result(answer)
+    try:
+        if future.set_running_or_notify_cancel():
+            future.set_result(answer)
+    except BaseException:  # a future's callback must not end a lane
+        logger.exception("what waited for an answer raised")

@@ -126,7 +126,10 @@ def _attribute(node: ast.Attribute, scope: Mapping[str, Any]) -> tuple[Any, Eval
     if typing.get_origin(kind) is dict:
         return typing.get_args(kind)[1] | None, lambda values: owner(values).get(name)
     owner_kind = without(kind, Skipped)
-    known = _attributes(owner_kind)
+    try:
+        known = _attributes(owner_kind)
+    except Exception as error:  # noqa: BLE001 (annotations are the user's, and evaluated)
+        raise ExpressionError(f"the annotations of {plain.name_of(owner_kind)}: {error}") from None
     if name not in known:
         what = f'{plain.name_of(owner_kind)} (the type of "{ast.unparse(node.value)}") has no "{name}"'
         raise ExpressionError(what, plain.did_you_mean(name, list(known)))

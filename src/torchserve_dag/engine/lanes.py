@@ -21,6 +21,10 @@ PATIENCE_S = 0.05
 BULK_TURN = 8
 """Every so many batches a bulk request goes before the interactive ones, so that it is not starved."""
 
+FAIR_TURN = 5
+"""Every so many batches the node goes first that has waited the most turns, so that one with thousands of items does
+not keep the others' from theirs."""
+
 BUNDLE_S = 0.001
 """Functions run one item at a time, and taking each from the queue costs more than many of them do. So a lane takes
 as many as lately ran in this time."""
@@ -34,9 +38,17 @@ class Lanes:
     """`run` is called with each batch, in a lane's thread; `lock` is the engine's."""
 
     def __init__(
-        self, name: str, device: str, count: int, stations: Sequence[Station], lock: threading.Lock, run: Run
+        self,
+        name: str,
+        device: str,
+        count: int,
+        stations: Sequence[Station],
+        lock: threading.Lock,
+        run: Run,
+        dropped: list[Item],
     ) -> None:
         self.device = device
+        self._dropped = dropped
         self._stations = shallow_first(station for station in stations if station.device == device)
         self._lock = lock
         self._work = threading.Condition(lock)
@@ -45,7 +57,7 @@ class Lanes:
         self._idle = 0
         self._turn = 0
         self.busy: dict[int, tuple[float, list[Item]]] = {}
-        """By lane: since when it is in a node, and with which items."""
+        """By lane: since when it is in a node, and with which items; none when it has just left it."""
         self.threads = [
             threading.Thread(target=self._lane, name=f"{name}-{device}-{i}", daemon=True) for i in range(count)
         ]
@@ -66,25 +78,32 @@ class Lanes:
 
     def _lane(self) -> None:
         me = threading.get_ident()
-        station: Station | None = None
+        left: Station | None = None
         while True:
             with self._lock:
-                if station is not None:
+                if left is not None:
                     del self.busy[me]
-                    station.under_way -= 1
-                    if station.one_at_a_time and len(station):
+                    left.under_way -= 1
+                    if left.one_at_a_time and len(left):
                         self._work.notify()  # it was passed over meanwhile, and this lane may take something else
-                while not self._closed and (taken := self._take()) is None:
+                    left = None
+                while not self._closed and (taken := self._take()) is None and not self._dropped:
                     self._idle += 1
                     self._work.wait()
                     self._idle -= 1
                 if self._closed:
                     return
-                station, items = taken  # type: ignore[misc]
-                station.under_way += 1
-                self.busy[me] = (time.monotonic(), items)
-            self._run(station, items)
-            del items, taken  # an idle lane holds nobody's photo, nor a stream that its client has left
+                if taken:
+                    station, items = taken
+                    station.under_way += 1
+                    if self._idle and any(map(len, self._stations)):
+                        self._work.notify()  # what one batch has set free may be more than it woke lanes for
+                    self.busy[me] = (time.monotonic(), items)
+            self._dropped.clear()
+            if taken:
+                self._run(station, items)
+                items.clear()  # not under the lock; and an idle lane holds nobody's photo
+                left = station
 
     def _take(self) -> tuple[Station, list[Item]] | None:
         """The next batch, under the lock."""
@@ -100,20 +119,25 @@ class Lanes:
                     size = max(1, min(MOST_BUNDLED, int(BUNDLE_S / station.item_s))) if station.item_s else 1
                 if self.device == CPU:  # share with the idle; a GPU's lanes are not cores, and want it whole
                     size = min(size, -(-len(station) // (1 + self._idle)))
-                items = station.take(size, priority)
-                return station, items
+                station.turn = self._turn
+                return station, station.take(size, priority)
         return None
 
     def _chosen(self, priority: Priority) -> Station | None:
         # The stations come shallowest first. Of those that are due the last, so the deepest, is taken: a request
         # that is nearly done leaves before another is begun. Where none is due, the first: its results may fill
         # the batch of one behind it.
-        chosen: Station | None = None
+        first: Station | None = None
+        due: list[Station] = []
         patience = time.monotonic() - PATIENCE_S
         for station in self._stations:
             if station.one_at_a_time and station.under_way:
                 continue
             head = station.head(priority)
-            if head is not None and (chosen is None or len(station) >= station.batch or head.since < patience):
-                chosen = station
-        return chosen
+            if head is not None:
+                first = first or station
+                if len(station) >= station.batch or head.since < patience:
+                    due.append(station)
+        if not due:
+            return first
+        return due[-1] if self._turn % FAIR_TURN else min(due, key=lambda station: station.turn)

@@ -17,7 +17,12 @@ class FairQueue:
     next but one. (Start-time fair queueing, Goyal et al., 1997, with every item the same length.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dropped: list[Item]) -> None:
+        """Items that nobody waits for any more go to `dropped`, to be let go of without the lock.
+
+        Letting go of the last reference to a stream runs its `finally`.
+        """
+        self._dropped = dropped
         self._heap: list[tuple[int, int, Item]] = []
         self._order = itertools.count()
         self._ranks: dict[Request, int] = {}
@@ -36,7 +41,7 @@ class FairQueue:
     def head(self) -> Item | None:
         """The next item, which stays. Items that nobody waits for any more are dropped on the way."""
         while self._heap and self._heap[0][2].over:
-            self._pop()
+            self._dropped.append(self._pop())
         return self._heap[0][2] if self._heap else None
 
     def take(self, most: int) -> list[Item]:
@@ -44,8 +49,7 @@ class FairQueue:
         items: list[Item] = []
         while self._heap and len(items) < most:
             item = self._pop()
-            if not item.over:
-                items.append(item)
+            (self._dropped if item.over else items).append(item)
         return items
 
     def drop_ended(self) -> None:
@@ -53,7 +57,9 @@ class FairQueue:
         alive: Iterable[Item] = [item for _, _, item in sorted(self._heap, key=lambda entry: entry[:2])]
         self._heap, self._ranks = [], {}
         for item in alive:
-            if not item.over:
+            if item.over:
+                self._dropped.append(item)
+            else:
                 self.put(item)
 
     def _pop(self) -> Item:

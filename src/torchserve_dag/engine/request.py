@@ -61,7 +61,14 @@ class Request:
 
     def __post_init__(self) -> None:
         self.waits = dict(self.plan.waits)
-        self.root: Request = self.parent.request.root if self.parent else self
+        self._outermost = (
+            self.parent.request.root if self.parent else None
+        )  # never itself: photos wait for no collector
+
+    @property
+    def root(self) -> Request:
+        """The client's request, which this one is or is inside of."""
+        return self._outermost or self
 
     @property
     def over(self) -> bool:
@@ -89,6 +96,10 @@ class Pieces:
         ready = [answer for _, answer in self.gather.ready_from(self.sent)]
         self.sent += len(ready)
         return ready
+
+    def break_off(self, failure: Failure) -> None:
+        """No more can be given; the end is this."""
+        self.gather, self.sent, self.end = Gather([]), 0, (failure,)
 
     def take_end(self) -> tuple[Any] | None:
         end, self.end = self.end, None
@@ -122,8 +133,12 @@ class Gather:
         return True
 
 
+class _Weak:
+    __slots__ = ("__weakref__",)  # deadlines do not keep what they are about
+
+
 @dataclass(eq=False, slots=True)
-class Item:
+class Item(_Weak):
     request: Request
     node: Node
     code: Code

@@ -56,16 +56,16 @@ def function_runner(function: Callable[..., Any]) -> Runner:
     return run
 
 
-def piece_runner(function: Callable[..., Iterator[Any]]) -> Runner:
-    """A function that yields, as a runner: each call brings every item one piece further."""
+def piece_runner(name: str, begin: Callable[[Any], Iterator[Any]]) -> Runner:
+    """What yields, as a runner: each call brings every item one piece further."""
 
     def step(item: Any) -> Any:
-        rest = item if isinstance(item, Rest) else Rest(iter(_call(function, item)))
+        rest = item if isinstance(item, Rest) else Rest(iter(begin(item)))
         piece = next(rest.pieces, END)
         return END if piece is END else Piece(piece, rest)
 
     def run(items: Sequence[Any]) -> list[Any]:
-        return [_guarded(function.__name__, step, item) for item in items]
+        return [_guarded(name, step, item) for item in items]
 
     return run
 

@@ -35,7 +35,9 @@ class Station:
         runner: Runner | None = None,
         device: str = CPU,
         start: StartItem | None = None,
+        dropped: list[Item],
     ) -> None:
+        """`dropped`: see queue.py."""
         self.name = name
         self.batch = batch
         """Of what runs elsewhere: how many items may be under way."""
@@ -49,11 +51,14 @@ class Station:
         self.one_at_a_time: bool = getattr(runner, "one_at_a_time", False)
         self.under_way = 0
         """Batches in lanes, or items elsewhere."""
-        self.starting = False
-        """Whether a thread is starting items elsewhere; it goes on while there are any."""
+        self.turn = 0
+        """Of what runs in lanes: at which of their turns its last batch was taken; of the rest: its turns so far."""
         self.item_s = 0.0
         """How long one of its items ran lately; 0 before the first."""
-        self.queues: dict[Priority, FairQueue] = {"interactive": FairQueue(), "bulk": FairQueue()}
+        self.queues: dict[Priority, FairQueue] = {
+            "interactive": FairQueue(dropped),
+            "bulk": FairQueue(dropped),
+        }
         self.counts = NodeCounts()
 
     def ran(self, items: int, run_s: float) -> None:

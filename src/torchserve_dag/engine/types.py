@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from torchserve_dag.plain import is_union
 
@@ -16,13 +16,29 @@ def fits(have: Any, want: Any) -> bool:
         return all(fits(part, want) for part in typing.get_args(have))
     if is_union(want):
         return any(fits(have, part) for part in typing.get_args(want))
+    if typing.get_origin(have) is Literal:
+        values = typing.get_args(have)
+        if typing.get_origin(want) is Literal:
+            return set(values) <= set(typing.get_args(want))
+        return all(fits(type(value), want) for value in values)
+    return _class_fits(have, want)
+
+
+def _class_fits(have: Any, want: Any) -> bool:
     have_origin, want_origin = typing.get_origin(have) or have, typing.get_origin(want) or want
     if have_origin is int and want_origin is float:
         return True
     if not (isinstance(have_origin, type) and isinstance(want_origin, type) and issubclass(have_origin, want_origin)):
         return False
-    pairs = zip(typing.get_args(have), typing.get_args(want), strict=False)
-    return all(fits(a, b) for a, b in pairs)
+    parts, wanted = typing.get_args(have), typing.get_args(want)
+    if issubclass(have_origin, str | bytes) and wanted:
+        return fits(str if issubclass(have_origin, str) else int, wanted[0])
+    if have_origin is tuple and parts and wanted:
+        fixed = parts[-1] is not ...
+        if want_origin is tuple and wanted[-1] is not ...:
+            return fixed and len(parts) == len(wanted) and all(map(fits, parts, wanted))
+        return all(fits(part, wanted[0]) for part in parts if part is not ...)
+    return all(map(fits, parts, wanted))
 
 
 def union(kinds: list[Any]) -> Any:

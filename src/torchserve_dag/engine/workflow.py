@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,13 @@ class Workflow:
                 key = (code.handler.path, device or code.device)
                 loaded[key] = loaded.get(key) or project.load(code.handler, device=key[1], gpu=gpu, batch=code.batch)
                 self._stages[name] = loaded[key]
-                runners[name] = piece_runner(loaded[key].pieces) if code.yields else loaded[key]
+                runners[name] = piece_runner(name, loaded[key].pieces) if code.yields else loaded[key]
             elif code.function:
-                runners[name] = piece_runner(code.function) if code.yields else function_runner(code.function)
+                runners[name] = (
+                    piece_runner(name, partial(_by_name, code.function))
+                    if code.yields
+                    else function_runner(code.function)
+                )
             elif code.rows:
                 runners[name] = _rows_runner(code, code.rows, gpu)
             elif code.served:
@@ -170,6 +175,10 @@ def handler_graph(project: Project, path: Path) -> Graph:
     )
     output = Output({"": result_of(node)})
     return Graph(model.name, model.version, model.card.does, path, None, takes, {model.name: node}, output, model.serve)
+
+
+def _by_name(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    return function(**values)
 
 
 def _decoder(kind: Any) -> Callable[[Any], Any]:

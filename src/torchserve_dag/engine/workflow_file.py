@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -124,8 +125,8 @@ class NodeFile(CodeFile):
         if isinstance(self.each, dict):
             for name in self.each:
                 check_name("an item", name, "each")
-        if self.timeout_s is not None and self.timeout_s <= 0:
-            raise WrongFieldError("timeout_s is more than 0", "timeout_s")
+        if self.timeout_s is not None and not 0 < self.timeout_s < math.inf:
+            raise WrongFieldError("timeout_s is a number of seconds, more than 0", "timeout_s")
         if not 0 <= self.retry <= MAX_RETRIES:
             raise WrongFieldError(f"retry is 0 to {MAX_RETRIES}", "retry")
 
