@@ -124,9 +124,8 @@ class _Check:
                 for i, branch in enumerate(node.switch)
             ]
             names = [run.name for run in runs if run]
-            if len({*names, f"{name}.fallback"}) <= len(
-                names
-            ):  # two would be one in the engine's and the metrics' eyes
+            taken = [*names, f"{name}.fallback"]
+            if len(set(taken)) < len(taken):  # two would be one in the engine's and the metrics' eyes
                 for i, run in enumerate(runs):
                     if run:
                         run.name = f"{run.name}_{i + 1}"

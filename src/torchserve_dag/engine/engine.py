@@ -77,7 +77,7 @@ class Engine:
         self._runners, self._devices, self._starters = runners, devices or {}, starters or {}
         self._stations: dict[str, Station] = {}
         self._dropped: list[Item] = []
-        """Queued items that nobody waited for any more: see queue.py. Whoever holds the lock no longer empties it."""
+        """Queued items that nobody waited for any more, to be let go of without the lock: see queue.py."""
         self._starting = _Starting()
         self._sweeping = False
         self._plan = self._make_plan(graph, "", ())
@@ -186,6 +186,7 @@ class Engine:
 
     @property
     def over(self) -> bool:
+        """Whether it is closed."""
         return self._closed
 
     @property
@@ -254,9 +255,12 @@ class Engine:
         stations.append(station)
         if len(stations) > 1:  # this thread is at it, further out: what ends at once must not pile up its stack
             return
-        while stations:
-            self._start_at(stations[0])
-            del stations[0]
+        try:
+            while stations:
+                self._start_at(stations[0])
+                del stations[0]
+        finally:
+            stations.clear()  # else this thread would start nothing any more
 
     def _start_at(self, station: Station) -> None:
         while True:

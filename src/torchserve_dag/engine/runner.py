@@ -44,14 +44,11 @@ END: Final = object()
 """The answer after the last piece."""
 
 
-def function_runner(function: Callable[..., Any]) -> Runner:
-    """A function as a runner: one item at a time, each one's exception its own."""
-
-    def call(item: Any) -> Any:
-        return _call(function, item)
+def function_runner(name: str, answer: Callable[[Any], Any]) -> Runner:
+    """What answers for one item, as a runner: each item's exception is its own."""
 
     def run(items: Sequence[Any]) -> list[Any]:
-        return [_guarded(function.__name__, call, item) for item in items]
+        return [_guarded(name, answer, item) for item in items]
 
     return run
 
@@ -83,7 +80,3 @@ def _guarded(name: str, work: Callable[[Any], Any], item: Any) -> Any:
     except BaseException:  # a lane must not end, whatever a function raises
         logger.exception("%s raised", name)
         return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why.", "InternalError")
-
-
-def _call(function: Callable[..., Any], item: Any) -> Any:
-    return function(**item) if isinstance(item, dict) else function(item)

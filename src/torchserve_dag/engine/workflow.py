@@ -47,7 +47,7 @@ class Workflow:
         placement.share_cores(lanes * workers)
         loaded: dict[tuple[Path, str | None], Stages] = {}  # nodes that run one handler share its weights
         self._stages: dict[str, Stages] = {}
-        runners: dict[str, Runner] = {REQUEST: function_runner(_decoder(graph.request))}
+        runners: dict[str, Runner] = {REQUEST: function_runner("decode", _decoder(graph.request))}
         self._served: dict[str, ServedModel] = {}
         for name, code in graph.codes.items():
             if code.handler:
@@ -56,11 +56,8 @@ class Workflow:
                 self._stages[name] = loaded[key]
                 runners[name] = piece_runner(name, loaded[key].pieces) if code.yields else loaded[key]
             elif code.function:
-                runners[name] = (
-                    piece_runner(name, partial(_by_name, code.function))
-                    if code.yields
-                    else function_runner(code.function)
-                )
+                runner = piece_runner if code.yields else function_runner
+                runners[name] = runner(code.function.__name__, partial(_by_name, code.function))
             elif code.rows:
                 runners[name] = _rows_runner(code, code.rows, gpu)
             elif code.served:
