@@ -138,7 +138,7 @@ class YoloV3Tiny(nn.Module):
 
     def _decode(self, x: Tensor, cells: int) -> Tensor:
         """A head's [batch, 3 * 85, cells, cells] as boxes and scores; a score is objectness times class."""
-        x = x.float().reshape(len(x), 3, 85, cells * cells).transpose(2, 3)  # [batch, anchor, cell, 85]
+        x = x.float().reshape(x.shape[0], 3, 85, cells * cells).transpose(2, 3)  # [batch, anchor, cell, 85]
         corner, size, stride = (getattr(self, f"{name}{cells}") for name in ("corner", "size", "stride"))
         centre = (x[..., 0:2].sigmoid() + corner) * stride
         half = x[..., 2:4].exp() * size / 2

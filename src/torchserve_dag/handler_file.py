@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torchserve_dag.placement import Precision
+from torchserve_dag.placement import Precision, Runtime
 from torchserve_dag.plain import WrongFieldError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -74,7 +74,8 @@ class Run:
     device: str = "auto"
     precision: Precision = "float32"
     channels_last: bool = False
-    compile: bool = False
+    runtime: Runtime = "torch"
+    """Where it cannot compute the model, torch does."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
+from torchserve_dag.openvino_model import OpenVinoModel
+
 M = TypeVar("M", bound=nn.Module)
 Precision = Literal["float32", "bfloat16"]
+Runtime = Literal["torch", "compiled", "openvino"]
+"""What computes a model: torch as it is, what `torch.compile` makes of it, or, on a CPU, OpenVINO."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +28,18 @@ class Placement:
     device: torch.device
     precision: Precision = "float32"
     channels_last: bool = False
-    compile: bool = False
+    runtime: Runtime = "torch"
 
     def put(self, module: M) -> M:
-        """`module` ready to infer: on the device, without gradients, laid out and compiled as set."""
+        """`module` ready to infer: on the device, without gradients, laid out and computed as set."""
         module = module.eval().requires_grad_(requires_grad=False).to(self.device)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return torch.compile(module, dynamic=True) if self.compile else module  # type: ignore[return-value]
+        if self.runtime == "compiled":
+            return torch.compile(module, dynamic=True)  # type: ignore[return-value]
+        if self.runtime == "openvino" and self.device.type == "cpu":
+            return OpenVinoModel(module, self.precision, cores(), alone)  # type: ignore[return-value]
+        return module
 
     def tensor(self, batch: torch.Tensor) -> torch.Tensor:
         """`batch` on the device, in the layout that the model wants."""
@@ -88,3 +97,16 @@ def share_cores(lanes: int) -> None:
     in docs/decisions/0008-lanes.md.
     """
     torch.set_num_threads(max(1, cores() // lanes))
+
+
+_here = threading.local()
+
+
+def set_alone(alone: bool) -> None:  # noqa: FBT001 (the engine calls it with one value)
+    """Say whether what this thread computes next may use every core, as nobody else has anything to do."""
+    _here.alone = alone
+
+
+def alone() -> bool:
+    """Whether this thread may use every core."""
+    return getattr(_here, "alone", False)

@@ -103,7 +103,7 @@ class Project:
         run = file.value.run
         kind = self.handler_class(file)
         settings = self.settings(file, kind)
-        placement = Placement(find_device(device or run.device, gpu), run.precision, run.channels_last, run.compile)
+        placement = Placement(find_device(device or run.device, gpu), run.precision, run.channels_last, run.runtime)
         handler = kind()
         handler.load(self.weights, settings, placement)
         stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s)

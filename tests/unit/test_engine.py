@@ -307,3 +307,23 @@ def test_an_answered_request_is_let_go_of_at_once(write: Write) -> None:
 )
 def test_what_may_go_along_an_edge(have: object, want: object, fit: bool) -> None:  # noqa: FBT001
     assert fits(have, want) == fit
+
+
+def test_a_request_that_is_alone_may_use_every_core(write: Write) -> None:
+    path = write(
+        "answer: {function: told}\n",
+        """
+        import threading
+        from torchserve_dag.placement import alone
+        both = threading.Barrier(2)
+        def told(text: Text) -> Text:
+            if text.text == "together":
+                both.wait(10)
+            return Text(str(alone()))
+        """,
+    )
+    with Workflow.load(path) as workflow:
+        assert workflow([b"one"]) == [Text("True")]
+        if len(workflow.engine._lanes["cpu"].threads) > 1:
+            assert Text("False") in workflow([b"together", b"together"])
+        assert workflow([b"one"]) == [Text("True")]

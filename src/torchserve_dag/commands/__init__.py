@@ -9,6 +9,7 @@ from torchserve_dag.commands.call import call
 from torchserve_dag.commands.check import check
 from torchserve_dag.commands.graph import graph
 from torchserve_dag.commands.serve import default, down, status, up
+from torchserve_dag.commands.tune import tune
 
 app = typer.Typer(
     name="torchserve-dag",
@@ -18,5 +19,5 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-for command in (check, graph, build, up, status, call, default, down):
+for command in (check, graph, tune, build, up, status, call, default, down):
     app.command()(command)

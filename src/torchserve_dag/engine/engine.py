@@ -28,7 +28,7 @@ from typing import Any
 from torchserve_dag.engine.counts import NodeCounts
 from torchserve_dag.engine.flow import Changes, make, record, settle, start, values_of
 from torchserve_dag.engine.graph import REQUEST, Branch, Code, Graph, Node
-from torchserve_dag.engine.lanes import BULK_TURN, Lanes
+from torchserve_dag.engine.lanes import BULK_TURN, Lanes, SetAlone
 from torchserve_dag.engine.plan import ANSWER, Plan, make_plan, outputs_asked
 from torchserve_dag.engine.request import PENDING, Item, Request
 from torchserve_dag.engine.runner import Rest, Runner, Starter, internal_error
@@ -63,6 +63,7 @@ class Engine:
         devices: Mapping[str, str] | None = None,
         starters: Mapping[str, Starter] | None = None,
         observer: Observer | None = None,
+        set_alone: SetAlone = lambda _: None,
     ) -> None:
         """`lanes`: how many a device has; `devices`: where each code runs, `cpu` where it is not said."""
         self.graph = graph
@@ -85,7 +86,7 @@ class Engine:
         self._timers = Timers(f"{graph.name}-timers")
         stations = list(self._stations.values())
         self._lanes = {
-            device: Lanes(graph.name, device, count, stations, self._lock, self._run, self._dropped)
+            device: Lanes(graph.name, device, count, stations, self._lock, self._run, set_alone, self._dropped)
             for device, count in lanes.items()
         }
 

@@ -33,6 +33,9 @@ MOST_BUNDLED = 64
 
 Run = Callable[[Station, list[Item]], None]
 
+SetAlone = Callable[[bool], None]
+"""Told in a lane's thread, before each batch, whether no other lane had anything to do when it was taken."""
+
 
 class Lanes:
     """`run` is called with each batch, in a lane's thread; `lock` is the engine's."""
@@ -45,6 +48,7 @@ class Lanes:
         stations: Sequence[Station],
         lock: threading.Lock,
         run: Run,
+        set_alone: SetAlone,
         dropped: list[Item],
     ) -> None:
         self.device = device
@@ -53,6 +57,7 @@ class Lanes:
         self._lock = lock
         self._work = threading.Condition(lock)
         self._run = run
+        self._set_alone = set_alone
         self._closed = False
         self._idle = 0
         self._turn = 0
@@ -96,11 +101,14 @@ class Lanes:
                 if taken:
                     station, items = taken
                     station.under_way += 1
-                    if self._idle and any(map(len, self._stations)):
+                    more = any(map(len, self._stations))
+                    alone = not self.busy and not more
+                    if self._idle and more:
                         self._work.notify()  # what one batch has set free may be more than it woke lanes for
                     self.busy[me] = (time.monotonic(), items)
             self._dropped.clear()
             if taken:
+                self._set_alone(alone)
                 self._run(station, items)
                 items.clear()  # not under the lock; and an idle lane holds nobody's photo
                 left = station

@@ -71,6 +71,7 @@ class Workflow:
             devices=devices,
             starters=self._served,
             observer=tracing.observer(),
+            set_alone=placement.set_alone,
         )
 
     @classmethod

@@ -1,0 +1,128 @@
+"""`torchserve-dag tune`: how a handler runs best on this machine, measured and written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from torchserve_dag.tuning.search import Trial
+
+TUNED = ("runtime", "precision", "channels_last", "batch")
+
+
+def tune(
+    node: Annotated[str, typer.Argument(metavar="HANDLER[/VERSION]", help="The handler to tune.")],
+    *,
+    item: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--item", metavar="FILE|DIR", help="Items to measure with; the handler's own example unless given."
+        ),
+    ] = None,
+    within: Annotated[
+        float, typer.Option(help="How far a number may be from plain torch's; over 1, as a part of it.", min=0.0)
+    ] = 0.005,
+    seconds: Annotated[float, typer.Option(help="Of each measurement; there are two to a trial.", min=0.1)] = 3.0,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Try torch.compile too, which takes minutes.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the table, and leave the handler's file.")] = False,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Measure a handler under each runtime, precision and batch size, and write the fastest into its YAML.
+
+    Only settings are taken whose answers are those of plain torch.
+    """
+    from torchserve_dag.placement import cores  # noqa: PLC0415 (see check)
+    from torchserve_dag.project import Project  # noqa: PLC0415
+    from torchserve_dag.tuning.search import TrialError, best, search  # noqa: PLC0415
+    from torchserve_dag.tuning.trial import Task  # noqa: PLC0415
+    from torchserve_dag.tuning.write import write_settings  # noqa: PLC0415
+
+    with failures():
+        root = project_root(project)
+        file = Project(root).handler(node)
+        task = Task(str(root.resolve()), str(file.path.resolve()), file.value.run, _files(item or []), seconds)
+        trials: list[Trial] = []
+        with err.status(f"measuring {node} in plain torch"):
+            try:
+                for trial in search(task, within=within, compiled=compiled):
+                    trials.append(trial)
+                    err.print(f"  {_name(trial)}: {_result(trial)}", style="dim", markup=False)
+            except TrialError as error:
+                fail(f"{node} does not run in plain torch: {error}.")
+        winner = best(trials, within)
+        chosen = {key: getattr(winner.run, key) for key in TUNED}
+        new = {key: value for key, value in chosen.items() if value != getattr(file.value.run, key)}
+        on = f"tuned on {dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}, {cores()} cores"
+        changed = [] if dry_run else write_settings(file.path, new, on)
+    if json:
+        print_json({"trials": [_fields(trial) for trial in trials], "chosen": chosen, "changed": changed})
+        return
+    out.print(_table(trials, winner, within))
+    out.print(f"Fastest with the same answers: {escape(_name(winner))}.")
+    for line in changed:
+        out.print(f"[green]{file.path}[/]: {escape(line.strip())}", soft_wrap=True)
+    if not changed:
+        out.print(f"{file.path} stays as it is.", soft_wrap=True)
+
+
+def _files(given: list[Path]) -> list[str]:
+    """The files that are meant; a folder means those in it. Ends the command where there is none."""
+    files = [f for path in given for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    found = [str(f.resolve()) for f in files if f.is_file() and f.suffix != ".md"]
+    if given and not found:
+        fail(f"There is no file in {', '.join(map(str, given))}; name files, or folders with files.")
+    return found
+
+
+def _name(trial: Trial) -> str:
+    run = trial.run
+    parts = [run.runtime, run.precision, *(["channels-last"] if run.channels_last else []), f"batch {run.batch}"]
+    return ", ".join(parts)
+
+
+def _result(trial: Trial) -> str:
+    if trial.measured is None:
+        return f"failed: {trial.failed}"
+    return f"{trial.measured.alone_ms:.1f} ms alone, {trial.measured.together:.1f} a second together"
+
+
+def _off(trial: Trial, within: float) -> str:
+    if trial.measured and trial.measured.why_not:
+        return "torch's own"
+    text = "other answers" if math.isinf(trial.off) else f"{trial.off:.4f}"
+    return text if trial.off <= within else f"[red]{text}[/]"
+
+
+def _table(trials: list[Trial], winner: Trial, within: float) -> Table:
+    table = Table("settings", "alone ms", "together /s", "", "off by", "load s")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    first = trials[0].measured.together if trials[0].measured else math.inf
+    for trial in trials:
+        found = trial.measured
+        if found is None:
+            table.add_row(_name(trial), "", "", "", "[red]failed[/]")
+            continue
+        times = f"{found.together / first:.2f}x"
+        numbers = (f"{found.alone_ms:.1f}", f"{found.together:.1f}", times, _off(trial, within), f"{found.load_s:.1f}")
+        table.add_row(_name(trial), *numbers, style="bold green" if trial is winner else None)
+    return table
+
+
+def _fields(trial: Trial) -> dict[str, Any]:
+    found = trial.measured
+    fields: dict[str, Any] = {"run": dataclasses.asdict(trial.run), "off": None if math.isinf(trial.off) else trial.off}
+    if found is None:
+        return fields | {"failed": trial.failed}
+    return fields | {key: getattr(found, key) for key in ("load_s", "alone_ms", "together", "why_not")}

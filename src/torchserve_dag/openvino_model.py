@@ -1,0 +1,152 @@
+"""A torch module that OpenVINO computes on the CPU, where that is proved to give the same answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+BATCHES = (1, 3)
+"""The batch sizes at which a converted module is compared with its original: a size that tracing wrote down as a
+number (`len(x)` instead of `x.shape[0]`) gives wrong answers at another, and no error."""
+
+TOLERANCE = 1e-3
+"""The largest difference from torch in float32, as a part of the output's largest value."""
+
+
+class OpenVinoModel(nn.Module):
+    """Takes the place of `module`. It is converted at its first inputs, while the handler warms up.
+
+    Where that fails, and for inputs that differ from the first in more than their first dimension, the batch,
+    torch computes.
+    """
+
+    def __init__(self, module: nn.Module, precision: str, cores: int, alone: Callable[[], bool]) -> None:
+        """`alone` says whether the calling thread may use all of the `cores`."""
+        super().__init__()
+        self.module = module
+        self.precision = precision
+        self.why_not = ""
+        """Why torch computes after all."""
+        self._cores = cores
+        self._alone = alone
+        self._converting = threading.Lock()
+        self._forms: _Forms | None = None
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the module gives: a tensor, or a tuple of them."""
+        if named or not all(isinstance(value, torch.Tensor) and value.dim() for value in inputs):
+            if self._forms is None:
+                self.why_not = self.why_not or "it takes its inputs by name, or others than tensors"
+            return self.module(*inputs, **named)
+        if self._forms is None and not self.why_not:
+            with self._converting:
+                if self._forms is None and not self.why_not:
+                    self._convert(inputs)
+        if self._forms is None or self._forms.takes != _kinds(inputs):
+            return self.module(*inputs)
+        return self._forms(inputs, alone=self._alone())
+
+    def _convert(self, inputs: Sequence[torch.Tensor]) -> None:
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                model = _converted(self.module, inputs)
+                forms = _Forms(model, inputs, "float32", self._cores)
+                forms.compare(self.module, inputs)
+            if self.precision != "float32":  # what it costs is for who sets it to judge
+                forms = _Forms(model, inputs, self.precision, self._cores)
+        except Exception as error:  # noqa: BLE001 (whatever it is, torch computes it)
+            self.why_not = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+            logger.warning("torch computes %s, not OpenVINO: %s", type(self.module).__name__, self.why_not)
+        else:
+            self._forms = forms
+
+
+class _Forms:
+    """The converted module, compiled twice: for requests side by side, and for one that has every core.
+
+    torch's own number of threads is what each of them side by side has.
+    """
+
+    def __init__(self, model: Any, inputs: Sequence[torch.Tensor], precision: str, cores: int) -> None:
+        import openvino  # noqa: PLC0415 (an archive is served where it is not installed, too)
+
+        self.takes = _kinds(inputs)
+        core = openvino.Core()
+        streams = max(1, cores // torch.get_num_threads())
+        hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+
+        def compiled(streams: int) -> _Requests:
+            # Pinned threads of several workers sit on the same core.
+            options = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": cores, "ENABLE_CPU_PINNING": False}
+            return _Requests(core.compile_model(model, "CPU", options | {"INFERENCE_PRECISION_HINT": hint}))
+
+        self._shared = compiled(streams)
+        self._alone = compiled(1) if streams > 1 else self._shared
+
+    def __call__(self, inputs: Sequence[torch.Tensor], *, alone: bool) -> Any:
+        request = (self._alone if alone else self._shared).request
+        found = request.infer([value.detach().contiguous().numpy() for value in inputs], share_inputs=True)
+        outputs = tuple(torch.from_numpy(found[i]) for i in range(len(found)))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def compare(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+        """Raises ValueError where its answers are not the module's."""
+        for size in BATCHES:
+            batch = [torch.cat([value[:1]] * size) for value in inputs]
+            right = module(*batch)
+            rights = right if isinstance(right, tuple) else (right,)
+            for alone in (False, True):
+                found = self(batch, alone=alone)
+                founds = found if isinstance(found, tuple) else (found,)
+                for one, other in zip(founds, rights, strict=True):
+                    off = (one - other).abs().max() if one.shape == other.shape else torch.tensor(torch.inf)
+                    if not off <= TOLERANCE * other.abs().max():  # also where it is not a number
+                        raise ValueError(f"for a batch of {size} its answers differ from torch's by {off:.2g}")
+
+
+class _Requests(threading.local):
+    """A compiled model's request, one a thread: it holds the buffers of one inference."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.request = compiled.create_infer_request()
+
+
+def _converted(module: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
+    """An OpenVINO model whose inputs have any size in their first dimension.
+
+    `openvino.convert_model` does the same, and reports its use to the vendor.
+    """
+    from openvino import PartialShape  # noqa: PLC0415 (as above)
+    from openvino.frontend import FrontEndManager  # noqa: PLC0415
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of what `compare` looks at, and of torch's plans for it
+        traced = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(traced, example_input=tuple(inputs))  # alive until `convert`: nobody keeps it
+    model = frontend.convert(frontend.load(decoder))
+    for i, value in enumerate(inputs):
+        node = model.input(i).get_node()
+        node.set_element_type(_element_type(value))
+        node.set_partial_shape(PartialShape([-1, *value.shape[1:]]))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _element_type(value: torch.Tensor) -> Any:
+    from openvino import Type  # noqa: PLC0415 (as above)
+
+    return Type(value.numpy().dtype)
+
+
+def _kinds(inputs: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.Size]]:
+    return [(value.dtype, value.shape[1:]) for value in inputs]

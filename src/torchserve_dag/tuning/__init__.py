@@ -1,0 +1,1 @@
+"""Finds by measurement how one handler runs best on this machine."""

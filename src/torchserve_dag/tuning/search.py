@@ -1,0 +1,118 @@
+"""Which settings to try for a handler, and which of them wins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchserve_dag import plain
+from torchserve_dag.handler_file import Run
+from torchserve_dag.tuning.trial import Measured, Task
+
+BATCHES = (2, 4, 8, 16)
+WORTH_IT = 1.03
+"""A setting that pays less than this, or a larger batch that does, is not worth writing down."""
+TRIAL_LIMIT_S = 600
+
+Measure = Callable[[Task], Measured]
+
+
+class TrialError(Exception):
+    """A trial that gave nothing; its words are the last that it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one set of settings gave."""
+
+    run: Run
+    measured: Measured | None
+    off: float
+    """The largest difference of its answers' numbers from those of plain torch, of numbers above one as a part of
+    them; infinite where they differ in anything else."""
+    failed: str = ""
+
+
+def search(task: Task, *, within: float, compiled: bool, measure: Measure | None = None) -> Iterator[Trial]:
+    """Trials, in the order in which they end: first what computes it, and then, for the best of those, the batch.
+
+    Plain torch in float32, one item at a time, comes first: the others' answers are compared with its. The last
+    trial is not the best; see `best`.
+    """
+    measure = measure or in_a_process
+    plain_run = replace(task.run, runtime="torch", precision="float32", channels_last=False, batch=1)
+    first = measure(replace(task, run=plain_run))
+    trials = [Trial(plain_run, first, 0.0)]
+    yield trials[0]
+
+    def tried(run: Run) -> Trial:
+        try:
+            found = measure(replace(task, run=run))
+        except TrialError as error:
+            trial = Trial(run, None, float("inf"), str(error))
+        else:
+            trial = Trial(run, found, max(map(difference, first.answers, found.answers), default=0.0))
+        trials.append(trial)
+        return trial
+
+    for run in _ways(plain_run, compiled=compiled):
+        yield tried(run)
+    last = best(trials, within)
+    for batch in BATCHES:
+        trial = tried(replace(last.run, batch=batch))
+        yield trial
+        if trial.measured is None or last.measured is None or trial.measured.together < last.measured.together:
+            return  # a larger one would not be faster
+        last = trial
+
+
+def best(trials: list[Trial], within: float) -> Trial:
+    """The fastest whose answers differ by at most `within`; of those that are about as fast, the first tried."""
+    fit = [trial for trial in trials if trial.measured and not trial.measured.why_not and trial.off <= within]
+    fastest = max(trial.measured.together for trial in fit if trial.measured)
+    return next(trial for trial in fit if trial.measured and trial.measured.together * WORTH_IT >= fastest)
+
+
+def _ways(run: Run, *, compiled: bool) -> Iterator[Run]:
+    yield replace(run, channels_last=True)
+    yield replace(run, channels_last=True, precision="bfloat16")
+    if compiled:
+        yield replace(run, runtime="compiled")
+    yield replace(run, runtime="openvino")
+    yield replace(run, runtime="openvino", precision="bfloat16")
+
+
+def in_a_process(task: Task) -> Measured:
+    """A trial by itself: threads, compiled models and memory are its own. Raises TrialError."""
+    command = [sys.executable, "-m", "torchserve_dag.tuning.trial"]
+    try:
+        done = subprocess.run(  # noqa: S603 (our own module)
+            command,
+            input=json.dumps(plain.flatten(task)),
+            capture_output=True,
+            text=True,
+            timeout=TRIAL_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise TrialError(f"it took longer than {TRIAL_LIMIT_S} s") from None
+    if done.returncode:
+        raise TrialError((done.stderr.strip().splitlines() or ["it gave no reason"])[-1])
+    return plain.build(Measured, json.loads(done.stdout.splitlines()[-1]))
+
+
+def difference(one: Any, other: Any) -> float:
+    """How far two answers are apart; see Trial.off."""
+    if isinstance(one, bool) or isinstance(other, bool) or type(one) is not type(other):
+        return 0.0 if one is other else float("inf")
+    if isinstance(one, dict) and one.keys() == other.keys():
+        return max((difference(value, other[key]) for key, value in one.items()), default=0.0)
+    if isinstance(one, list) and len(one) == len(other):
+        return max(map(difference, one, other), default=0.0)
+    if isinstance(one, int | float):
+        return float(abs(one - other) / max(1.0, abs(one)))
+    return 0.0 if one == other else float("inf")

@@ -1,0 +1,124 @@
+"""One trial: a handler under one set of `run:` settings, measured in a process of its own.
+
+`python -m torchserve_dag.tuning.trial` reads a Task as JSON and writes a Measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchserve_dag import codec, placement, plain
+from torchserve_dag.handler import types_of
+from torchserve_dag.handler_file import Run
+from torchserve_dag.messages import Failure
+from torchserve_dag.openvino_model import OpenVinoModel
+from torchserve_dag.project import Project
+from torchserve_dag.stages import Stages
+
+MOST_ALONE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What to measure."""
+
+    project: str
+    handler: str
+    """The handler's YAML file."""
+    run: Run
+    bodies: list[str]
+    """Files, each a request's body; none for the handler's own example."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What came of it."""
+
+    load_s: float
+    alone_ms: float
+    """The median of one item at a time, which may use every core."""
+    together: float
+    """Items a second with a thread a core, each with batches of its own: as in a worker under load."""
+    answers: list[Any]
+    """One an item, as plain data."""
+    why_not: str = ""
+    """Why torch computed instead of the runtime that was asked for."""
+
+
+def measure(task: Task) -> Measured:
+    """Raises CheckError, ValueError or RuntimeError where the handler does not load or refuses its items."""
+    project = Project(Path(task.project))
+    file = project.read_handler(Path(task.handler))
+    file = dataclasses.replace(file, value=dataclasses.replace(file.value, run=task.run))
+    lanes = placement.cores()
+    placement.share_cores(lanes)
+    begin = time.perf_counter()
+    stages = project.load(file)
+    load_s = time.perf_counter() - begin
+    if stages.placement.device.type != "cpu":
+        lanes = 1
+    takes, _ = types_of(type(stages.handler))
+    items = [codec.decode(takes, Path(body).read_bytes()) for body in task.bodies] or [stages.handler.example()]
+    answers = stages(items)
+    for answer in answers:
+        if isinstance(answer, Failure):
+            raise ValueError(f"{stages.name} refuses an item: {answer.message}")  # noqa: TRY004 (a value)
+    return Measured(
+        round(load_s, 2),
+        _alone_ms(stages, items, task.seconds),
+        _together(stages, items, lanes, task.run.batch, task.seconds),
+        [plain.flatten(answer) for answer in answers],
+        next((m.why_not for m in vars(stages.handler).values() if isinstance(m, OpenVinoModel)), ""),
+    )
+
+
+def _alone_ms(stages: Stages, items: list[Any], seconds: float) -> float:
+    placement.set_alone(True)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    for i in range(MOST_ALONE):
+        begin = time.perf_counter()
+        if begin > end and times:
+            break
+        stages([items[i % len(items)]])
+        times.append(time.perf_counter() - begin)
+    placement.set_alone(False)
+    return round(statistics.median(times) * 1000, 2)
+
+
+def _together(stages: Stages, items: list[Any], lanes: int, batch: int, seconds: float) -> float:
+    """Every lane runs batches until the time is over; each counts what it did in the time that it took."""
+
+    def lane(start: int) -> float:
+        done = start
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            stages([items[(done + i) % len(items)] for i in range(batch)])
+            done += batch
+        return (done - start) / (time.perf_counter() - begin)
+
+    return round(sum(_in_threads(lane, lanes)), 2)
+
+
+def _in_threads(work: Callable[[int], float], count: int) -> list[float]:
+    found: list[float] = []
+    threads = [threading.Thread(target=lambda i=i: found.append(work(i))) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(plain.flatten(measure(plain.build(Task, json.load(sys.stdin))))), file=sys.stdout)  # noqa: T201

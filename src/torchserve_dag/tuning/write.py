@@ -1,0 +1,42 @@
+"""Settings written into a handler's YAML; its other lines and comments stay as they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchserve_dag.source import CheckError, Problem
+
+
+def write_settings(path: Path, settings: Mapping[str, Any], why: str) -> list[str]:
+    """Set these keys below `run:` in the file; each line that changes ends with the comment `why`.
+
+    Gives the lines that changed. Raises CheckError where `run:` is written in braces.
+    """
+    text = path.read_text("utf-8")
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("run:")), None)
+    if start is None:
+        lines.append("run:")
+        start = len(lines) - 1
+    elif lines[start].partition("#")[0].strip() != "run:":
+        help_ = "write its keys on lines of their own"
+        raise CheckError([Problem(str(path), start + 1, "run: is written in braces, and tune edits lines", help_)])
+    end = start + 1
+    while end < len(lines) and (not lines[end].strip() or lines[end].startswith((" ", "#"))):
+        end += 1
+    changed = []
+    for key, value in settings.items():
+        written = str(value).lower() if isinstance(value, bool) else value
+        line = f"{f'  {key}: {written}':<24} # {why}"
+        at = next((i for i in range(start + 1, end) if re.match(rf"  {key}:", lines[i])), None)
+        if at is None:
+            lines.insert(start + 1, line)
+            end += 1
+        else:
+            lines[at] = line
+        changed.append(line)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return changed
