@@ -36,6 +36,8 @@ def test_the_object_is_found_and_its_crop_is_named(
         ("astronaut.jpg", []),
         ("empty.jpg", []),
         ("many.jpg", ["cup"] * 12 + ["diningtable"] * 2),
+        ("five.jpg", ["cup"] * 4 + ["diningtable"]),
+        ("twenty.jpg", ["cup"] * 20),
         ("motorcycle.jpg", ["motorbike"] * 2),
     ],
 )
