@@ -88,8 +88,11 @@ class Serve:
 
     workers: int = 1
     """Processes. One uses every core: its lanes run side by side over one copy of the weights."""
-    batch: int = 16
+    batch: int = 64
     """The most requests that one worker takes at a time."""
+    queue: int = 200
+    """Requests that may wait for a worker; one more is answered 503 at once. A small one keeps overload from making
+    everybody late."""
     delay_ms: int = 1
     """How long TorchServe waits for a batch to fill. Zero would mean its default, 100 ms."""
     mode: Mode | None = None
@@ -101,7 +104,7 @@ class Serve:
     """Requests that may be inside one worker; one more is answered 503 at once."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "batch", "delay_ms", "timeout_s", "startup_timeout_s", "max_inside"):
+        for name in ("workers", "batch", "queue", "delay_ms", "timeout_s", "startup_timeout_s", "max_inside"):
             if getattr(self, name) < 1:
                 raise WrongFieldError(f"{name} is at least 1", name)
 

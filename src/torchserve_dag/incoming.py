@@ -44,7 +44,7 @@ class Incoming:
 
     def options(self) -> Options:
         """Raises InputError."""
-        return read_options(self.asked.get)
+        return read_options(self.asked)
 
 
 def read_incoming(request_id: str | None, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Incoming:
@@ -58,13 +58,14 @@ def read_incoming(request_id: str | None, row: Mapping[str, Any], headers: Mappi
     part = headers.get(key) if key else None  # a part's own type comes under its name, the request's under its header
     parameters = {k: _text(v) for k, v in row.items() if k != key}
     said = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
+    asked = {name.lower(): value for name, value in parameters.items()} | said if parameters else said
     return Incoming(
         request_id,
         bytes(body) if isinstance(body, bytes | bytearray) else json.dumps(body).encode(),
         part.get("content-type") if isinstance(part, dict) else None,
-        without_options(parameters),
-        {name.lower(): value for name, value in parameters.items()} | said,
-        over_rest(headers),
+        without_options(parameters) if parameters else parameters,
+        asked,
+        over_rest(said),
         without_options(row),
         headers,
         headers.get("describe") == "True",
@@ -76,6 +77,8 @@ def over_rest(headers: Mapping[str, Any]) -> bool:
 
     It adds `explain` to most of REST's predictions, and no header at all to gRPC's. HTTP/1.1 has a `Host`.
     """
+    if isinstance(headers.get("explain"), str):
+        return True
     names = {name.lower() for name, value in headers.items() if isinstance(value, str)}
     return "explain" in names or ("host" in names and "describe" not in names)
 

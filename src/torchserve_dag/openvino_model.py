@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import warnings
@@ -17,6 +18,10 @@ BATCHES = (1, 3)
 """The batch sizes at which a converted module is compared with its original: a size that tracing wrote down as a
 number (`len(x)` instead of `x.shape[0]`) gives wrong answers at another, and no error."""
 
+MOST_COPIES = 4
+"""Compiled copies for requests side by side, each with its own packed weights. Streams of one copy wait for each other:
+with a copy for each of two cores the demo's two models, taking turns, did a ninth more."""
+
 TOLERANCE = 1e-3
 """The largest difference from torch in float32, as a part of the output's largest value."""
 
@@ -28,14 +33,14 @@ class OpenVinoModel(nn.Module):
     torch computes.
     """
 
-    def __init__(self, module: nn.Module, precision: str, cores: int, alone: Callable[[], bool]) -> None:
-        """`alone` says whether the calling thread may use all of the `cores`."""
+    def __init__(self, module: nn.Module, precision: str, lanes: int, alone: Callable[[], bool]) -> None:
+        """`lanes` threads will call it, and `alone` says whether the calling one may use the cores of all."""
         super().__init__()
         self.module = module
         self.precision = precision
         self.why_not = ""
         """Why torch computes after all."""
-        self._cores = cores
+        self._lanes = lanes
         self._alone = alone
         self._converting = threading.Lock()
         self._forms: _Forms | None = None
@@ -58,10 +63,10 @@ class OpenVinoModel(nn.Module):
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 model = _converted(self.module, inputs)
-                forms = _Forms(model, inputs, "float32", self._cores)
+                forms = _Forms(model, inputs, "float32", self._lanes)
                 forms.compare(self.module, inputs)
             if self.precision != "float32":  # what it costs is for who sets it to judge
-                forms = _Forms(model, inputs, self.precision, self._cores)
+                forms = _Forms(model, inputs, self.precision, self._lanes)
         except Exception as error:  # noqa: BLE001 (whatever it is, torch computes it)
             self.why_not = f"{type(error).__name__}: {error}".split("\n", 1)[0]
             logger.warning("torch computes %s, not OpenVINO: %s", type(self.module).__name__, self.why_not)
@@ -70,29 +75,31 @@ class OpenVinoModel(nn.Module):
 
 
 class _Forms:
-    """The converted module, compiled twice: for requests side by side, and for one that has every core.
+    """The converted module, compiled for requests side by side, and for one that has every core.
 
     torch's own number of threads is what each of them side by side has.
     """
 
-    def __init__(self, model: Any, inputs: Sequence[torch.Tensor], precision: str, cores: int) -> None:
+    def __init__(self, model: Any, inputs: Sequence[torch.Tensor], precision: str, lanes: int) -> None:
         import openvino  # noqa: PLC0415 (an archive is served where it is not installed, too)
 
         self.takes = _kinds(inputs)
         core = openvino.Core()
-        streams = max(1, cores // torch.get_num_threads())
+        threads = torch.get_num_threads()
         hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
 
-        def compiled(streams: int) -> _Requests:
+        def compiled(streams: int, threads: int) -> Any:
             # Pinned threads of several workers sit on the same core.
-            options = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": cores, "ENABLE_CPU_PINNING": False}
-            return _Requests(core.compile_model(model, "CPU", options | {"INFERENCE_PRECISION_HINT": hint}))
+            options = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+            return core.compile_model(model, "CPU", options | {"INFERENCE_PRECISION_HINT": hint})
 
-        self._shared = compiled(streams)
-        self._alone = compiled(1) if streams > 1 else self._shared
+        copies = min(lanes, MOST_COPIES)
+        streams = -(-lanes // copies)
+        self._shared = _Requests([compiled(streams, streams * threads) for _ in range(copies)])
+        self._alone = _Requests([compiled(1, lanes * threads)]) if lanes > 1 else self._shared
 
     def __call__(self, inputs: Sequence[torch.Tensor], *, alone: bool) -> Any:
-        request = (self._alone if alone else self._shared).request
+        request = (self._alone if alone else self._shared).of_this_thread()
         found = request.infer([value.detach().contiguous().numpy() for value in inputs], share_inputs=True)
         outputs = tuple(torch.from_numpy(found[i]) for i in range(len(found)))
         return outputs if len(outputs) > 1 else outputs[0]
@@ -112,11 +119,18 @@ class _Forms:
                         raise ValueError(f"for a batch of {size} its answers differ from torch's by {off:.2g}")
 
 
-class _Requests(threading.local):
-    """A compiled model's request, one a thread: it holds the buffers of one inference."""
+class _Requests:
+    """Requests, one a thread: each holds the buffers of one inference. Threads take turns with the copies."""
 
-    def __init__(self, compiled: Any) -> None:
-        self.request = compiled.create_infer_request()
+    def __init__(self, copies: Sequence[Any]) -> None:
+        self._next = itertools.cycle(copies)
+        self._here = threading.local()
+
+    def of_this_thread(self) -> Any:
+        request = getattr(self._here, "request", None)
+        if request is None:
+            request = self._here.request = next(self._next).create_infer_request()
+        return request
 
 
 def _converted(module: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -48,8 +48,14 @@ class Options:
         return {name: value for name, value in fields.items() if value}
 
 
-def read_options(get: Callable[[str], str | None]) -> Options:
-    """The options in a request's headers, of which `get` gives one. Raises InputError."""
+NOTHING_ASKED = Options()
+
+
+def read_options(said: Mapping[str, str]) -> Options:
+    """The options in a request's headers, by their names in lower case. Raises InputError."""
+    if said.keys().isdisjoint(HEADERS):
+        return NOTHING_ASKED
+    get = said.get
     asked = get(OUTPUTS) or ""
     if len(asked) > MAX_OUTPUTS:
         raise InputError(f"The header {OUTPUTS} has {len(asked):,} characters; the limit is {MAX_OUTPUTS:,}.")

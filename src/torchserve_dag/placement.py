@@ -38,7 +38,7 @@ class Placement:
         if self.runtime == "compiled":
             return torch.compile(module, dynamic=True)  # type: ignore[return-value]
         if self.runtime == "openvino" and self.device.type == "cpu":
-            return OpenVinoModel(module, self.precision, cores(), alone)  # type: ignore[return-value]
+            return OpenVinoModel(module, self.precision, _process.lanes, alone)  # type: ignore[return-value]
         return module
 
     def tensor(self, batch: torch.Tensor) -> torch.Tensor:
@@ -91,14 +91,21 @@ def cores() -> int:
 
 
 def share_cores(lanes: int) -> None:
-    """Give each of `lanes` threads its share of the cores for torch's own threads.
+    """Give each of `lanes` threads its share of the cores, in the models that are put in place next.
 
     With as many lanes as cores that is one each, which was fastest for requests together; the figures are
     in docs/decisions/0008-lanes.md.
     """
     torch.set_num_threads(max(1, cores() // lanes))
+    _process.lanes = lanes
 
 
+@dataclass
+class _Process:
+    lanes: int = 1
+
+
+_process = _Process()
 _here = threading.local()
 
 

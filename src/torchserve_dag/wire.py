@@ -1,4 +1,4 @@
-"""TorchServe's socket to a worker in asynchronous mode: requests and answers, out of bytes and into them.
+"""TorchServe's socket to a worker: requests and answers, out of bytes and into them.
 
 The form is that of TorchServe's own `ts/protocol/otf_message_handler.py` (0.12.0, its last release).
 """
@@ -18,7 +18,11 @@ _END = -1
 
 
 class NotAllThereError(Exception):
-    """The bytes end before the message does."""
+    """The bytes end before the message does, which has at least `needed`."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(needed)
+        self.needed = needed
 
 
 class ProtocolError(Exception):
@@ -51,21 +55,27 @@ def read_requests(data: bytearray) -> tuple[list[Asked], int]:
     """The first message of `data`, and where it ends. Raises NotAllThereError, ProtocolError."""
     if data[:1] != b"I":
         if not data:
-            raise NotAllThereError
+            raise NotAllThereError(1)
         raise ProtocolError(f"a message begins with {bytes(data[:1])!r}")
     reader, asked = _Reader(data, 1), []
+    places: list[dict[str, tuple[int, int]]] = []  # bodies may be large: none is copied before all are there
     while (size := reader.size()) != _END:
         name = reader.text(size)
         headers: dict[str, Any] = {}
         while (size := reader.size()) != _END:
             key = reader.text(size)
             headers[key] = reader.text(reader.size())
-        row, types = {}, {}
+        types: dict[str, Any] = {}
+        place = {}
         while (size := reader.size()) != _END:
             key = reader.text(size)
             types[key] = {"content-type": reader.text(reader.size())}
-            row[key] = reader.part(reader.size())
-        asked.append(Asked(name, row, types | headers))
+            place[key] = (reader.skip(reader.size()), reader.at)
+        places.append(place)
+        asked.append(Asked(name, {}, types | headers))
+    with memoryview(data) as view:
+        for one, place in zip(asked, places, strict=True):
+            one.row.update((key, bytes(view[start:end])) for key, (start, end) in place.items())
     return asked, reader.at
 
 
@@ -119,15 +129,18 @@ class Messages(Generic[M]):
     def __init__(self, read: Callable[[bytearray], tuple[M, int]]) -> None:
         self._read = read
         self._data = bytearray()
+        self._needed = 0
 
     def of(self, data: bytes) -> Iterator[tuple[M, bytes]]:
         """The messages that `data` completes, each with its bytes."""
         self._data += data
-        while True:
+        while len(self._data) >= self._needed:
             try:
                 message, end = self._read(self._data)
-            except NotAllThereError:
+            except NotAllThereError as error:
+                self._needed = error.needed
                 return
+            self._needed = 0
             whole = bytes(self._data[:end])
             del self._data[:end]
             yield message, whole
@@ -142,7 +155,7 @@ class _Reader:
 
     def size(self) -> int:
         if self.at + 4 > len(self._data):
-            raise NotAllThereError
+            raise NotAllThereError(self.at + 4)
         (value,) = _INT.unpack_from(self._data, self.at)
         self.at += 4
         return int(value)
@@ -153,13 +166,9 @@ class _Reader:
         if size < 0:
             raise ProtocolError(f"a part has {size} bytes")
         if start + size > len(self._data):
-            raise NotAllThereError
+            raise NotAllThereError(start + size)
         self.at += size
         return start
-
-    def part(self, size: int) -> bytes:
-        start = self.skip(size)
-        return bytes(memoryview(self._data)[start : self.at])
 
     def text(self, size: int) -> str:
         start = self.skip(size)

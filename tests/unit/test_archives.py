@@ -91,6 +91,7 @@ def test_a_workflow_brings_its_functions_and_the_handlers_of_its_nodes(project: 
         "minWorkers": 2,
         "maxWorkers": 2,
         "batchSize": 4,
+        "jobQueueSize": 200,
         "maxBatchDelay": 3,
         "responseTimeout": 17,
         "startupTimeout": 300,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import threading
 import time
 import weakref
@@ -11,7 +12,8 @@ from typing import Literal
 
 import pytest
 
-from tests.unit.conftest import Write
+from tests.unit.conftest import CARD, IMPORTS, Write
+from torchserve_dag.engine.request import Request
 from torchserve_dag.engine.types import fits
 from torchserve_dag.engine.workflow import Workflow
 from torchserve_dag.messages import Failure, Text
@@ -309,21 +311,72 @@ def test_what_may_go_along_an_edge(have: object, want: object, fit: bool) -> Non
     assert fits(have, want) == fit
 
 
-def test_a_request_that_is_alone_may_use_every_core(write: Write) -> None:
-    path = write(
-        "answer: {function: told}\n",
-        """
-        import threading
-        from torchserve_dag.placement import alone
-        both = threading.Barrier(2)
-        def told(text: Text) -> Text:
-            if text.text == "together":
-                both.wait(10)
-            return Text(str(alone()))
-        """,
-    )
-    with Workflow.load(path) as workflow:
+ALONE = """
+    import threading
+    from torchserve_dag.placement import alone
+    both = threading.Barrier(2)
+    class Told(Handler[Text, str, str, Text]):
+        def load(self, folder, settings, placement): pass
+        def example(self) -> Text: return Text("one")
+        def preprocess(self, item: Text) -> str: return item.text
+        def infer(self, batch):
+            if "together" in batch: both.wait(10)
+            return [str(alone()) for _ in batch]
+        def postprocess(self, output: str, item: Text) -> Text: return Text(output)
+"""
+
+
+def test_a_request_that_is_alone_may_use_every_core(write: Write, project: Path) -> None:
+    (project / "handlers" / "told.py").write_text(IMPORTS + textwrap.dedent(ALONE))
+    (project / "handlers" / "told.yaml").write_text(f'name: told\nversion: "1.0"\n{CARD}')
+    with Workflow.load(write("answer: {handler: told}\n")) as workflow:
         assert workflow([b"one"]) == [Text("True")]
         if len(workflow.engine._lanes["cpu"].threads) > 1:
             assert Text("False") in workflow([b"together", b"together"])
         assert workflow([b"one"]) == [Text("True")]
+
+
+def test_what_is_submitted_together_enters_at_the_end(write: Write) -> None:
+    with Workflow.load(write("answer: {handler: upper}\n")) as workflow:
+        with workflow.engine.together():
+            requests = [workflow.submit(b"a"), workflow.submit(b"b")]
+            time.sleep(0.05)
+            assert not any(request.future.done() for request in requests)
+        assert [request.future.result(5) for request in requests] == [Text("A"), Text("B")]
+        assert workflow([b"c"]) == [Text("C")]
+
+
+def test_what_is_submitted_before_an_error_enters_too(write: Write) -> None:
+    with Workflow.load(write("answer: {handler: upper}\n")) as workflow:
+        requests: list[Request] = []
+
+        def submit_and_fail() -> None:
+            with workflow.engine.together():
+                requests.append(workflow.submit(b"a"))
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            submit_and_fail()
+        assert requests[0].future.result(5) == Text("A")
+
+
+def test_a_quick_function_that_becomes_slow_holds_up_no_neighbour_that_has_a_lane(write: Write) -> None:
+    """Quick functions are done in bundles: one of two requests that could have a lane each must not wait in one."""
+    path = write(
+        "answer: {function: wait}\n",
+        """
+        def wait(text: Text) -> Text:
+            if text.text == "slow": time.sleep(1)
+            return text
+        """,
+    )
+    with Workflow.load(path) as workflow:
+        if len(workflow.engine._lanes["cpu"].threads) < 2:
+            pytest.skip("one core")
+        workflow([b"quick"] * 200)
+        began = time.monotonic()
+        with workflow.engine.together():
+            slow, quick = workflow.submit(b"slow"), workflow.submit(b"quick")
+        assert quick.future.result(5) == Text("quick")
+        assert time.monotonic() - began < 0.9
+        assert slow.future.result(5) == Text("slow")

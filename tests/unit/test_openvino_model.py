@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchserve_dag.openvino_model import OpenVinoModel
 from torchserve_dag.placement import Placement, Precision, alone, set_alone
 
 
@@ -100,7 +101,7 @@ def test_without_openvino_torch_computes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_threads_convert_it_once_and_get_their_own_answers() -> None:
-    model = put(Small())
+    model = OpenVinoModel(Small().eval(), "float32", 2, alone)
     start = threading.Barrier(4)
 
     def ask(i: int) -> bool:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
+import threading
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +14,10 @@ from typing import Any
 
 import pytest
 from ts.context import Context, RequestProcessor
-from ts.protocol.otf_message_handler import create_predict_response
+from ts.protocol.otf_message_handler import create_predict_response, retrieve_msg
 
 from tests.unit.conftest import Write
+from tests.unit.front_end import WAIT_S, FrontEnd
 from torchserve_dag import service
 from torchserve_dag.archives.build import build
 from torchserve_dag.project import Project
@@ -51,7 +56,7 @@ def answers(
 ) -> list[tuple[int, str | None, Any]]:
     """Each request's status, content type and body; the bodies have gone through TorchServe's own encoder."""
     ctx = context(folder, *(headers or [{} for _ in rows]))
-    found = served.answer(list(rows), ctx)
+    found = served.handle(list(rows), ctx)
     create_predict_response(found, ctx.request_ids, "Prediction success", 200, context=ctx)
     return [
         (ctx.get_response_status(i)[0], ctx.get_response_content_type(i), json.loads(body))
@@ -283,8 +288,8 @@ def war(make: Make, write: Write) -> Callable[..., list[Any]]:
 
     def send(folder: Path, *requests: Request) -> list[Any]:
         rows, headers = [row for row, _ in requests], [header for _, header in requests]
-        sealed = first.answer(rows, context(folder, *headers))
-        found = second.answer([{"body": bytearray(one)} for one in sealed], context(folder, *({} for _ in rows)))
+        sealed = first.handle(rows, context(folder, *headers))
+        found = second.handle([{"body": bytearray(one)} for one in sealed], context(folder, *({} for _ in rows)))
         return [json.loads(body) for body in found]
 
     return send
@@ -323,6 +328,49 @@ def test_an_envelope_that_is_too_large_for_torchserve_is_a_failure(make: Make, p
     write(CHAIN, SIGN)
     first = make("workflows/flow.yaml", SegmentService, segment="first")
 
-    (sealed,) = first.answer([{"body": b"x" * 4_000_000}], context(project, {}))
+    (sealed,) = first.handle([{"body": b"x" * 4_000_000}], context(project, {}))
 
     assert json.loads(unpack(sealed)["!failure"])["type"] == "AnswerTooLarge"
+
+
+def test_batches_are_read_from_the_socket_and_answered(make: Make) -> None:
+    """As TorchServe's own worker reads and answers them: tests/live has the real one."""
+    ours, theirs = socket.socketpair()
+    served = make("handlers/upper.yaml")
+    ended: list[Any] = []
+
+    def serve() -> None:
+        with pytest.raises(SystemExit) as end:
+            served.run(theirs)
+        ended.append(end.value.code)
+
+    worker = threading.Thread(target=serve)
+    worker.start()
+    front = FrontEnd(ours)
+    large = b"x" * 700_000  # in several pieces
+    front.ask_together({"id-1": b"a", "id-2": b"bad", "id-3": large})
+    found = {name: front.part(name) for name in ("id-1", "id-2", "id-3")}
+    assert {name: part.status for name, part in found.items()} == {"id-1": 200, "id-2": 422, "id-3": 200}
+    assert found["id-1"].json == {"text": "A"}
+    assert found["id-2"].headers["content-type"] == "application/json"
+    assert len(found["id-3"].json["text"]) == len(large)
+    assert found["id-1"].next is None, "over REST the header would make a stream of it"
+    front.ask("id-4", b"b", {})
+    assert front.part("id-4").next == "false", "over gRPC a whole answer without it ends the worker"
+    ours.shutdown(socket.SHUT_WR)
+    worker.join(WAIT_S)
+    assert ended == [0], "TorchServe has ended the connection, and so ends the worker"
+    front.close()
+
+
+def test_only_the_workers_own_archive_takes_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", worker)
+    assert service._Loop.take_over() is None, "no worker of TorchServe's"
+
+    vars(worker)["retrieve_msg"] = retrieve_msg
+    loop = service._Loop.take_over()
+    assert vars(worker)["retrieve_msg"] is loop
+    assert service._Loop.take_over() is None, "an archive that is a node of the worker's"
+    with pytest.raises(RuntimeError, match="not loaded"):
+        loop(socket.socket())

@@ -101,6 +101,7 @@ def _settings(mode: Mode, graph: Graph) -> dict[str, Any]:
         "maxWorkers": serve.workers,
         "batchSize": serve.batch,
         "maxBatchDelay": serve.delay_ms,
+        "jobQueueSize": serve.queue,
         # The worker answers 504 by itself at `timeout_s`; only one that hangs is ended by TorchServe.
         "responseTimeout": serve.timeout_s + 10,
         "startupTimeout": serve.startup_timeout_s,

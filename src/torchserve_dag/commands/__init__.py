@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from torchserve_dag.commands.bench import bench
 from torchserve_dag.commands.build import build
 from torchserve_dag.commands.call import call
 from torchserve_dag.commands.check import check
@@ -19,5 +20,5 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-for command in (check, graph, tune, build, up, status, call, default, down):
+for command in (check, graph, tune, build, up, status, call, default, down, bench):
     app.command()(command)

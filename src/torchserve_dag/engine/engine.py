@@ -19,8 +19,9 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -79,7 +80,7 @@ class Engine:
         self._stations: dict[str, Station] = {}
         self._dropped: list[Item] = []
         """Queued items that nobody waited for any more, to be let go of without the lock: see queue.py."""
-        self._starting = _Starting()
+        self._here = _Here()
         self._sweeping = False
         self._plan = self._make_plan(graph, "", ())
         self._plans: dict[tuple[str, ...], Plan] = {(): self._plan}
@@ -170,11 +171,27 @@ class Engine:
                     self._keys[options.cancel_key] = request
                 self._timers.at(request.deadline, request, self._too_late)
         if refusal is None:
-            self._enqueue(Changes(queued=[Item(request, _DECODING, _DECODE, body, [PENDING], 0)]))
+            item = Item(request, _DECODING, _DECODE, body, [PENDING], 0)
+            if self._here.entering is None:
+                self._enqueue(Changes(queued=[item]))
+            else:
+                self._here.entering.append(item)
         else:
             request.ended = True
             future.set_result(refusal)
         return request
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread submits inside reaches the lanes at its end: once for all costs less than once for each."""
+        entering: list[Item] = []
+        self._here.entering = entering
+        try:
+            yield
+        finally:
+            self._here.entering = None
+            if entering:
+                self._enqueue(Changes(queued=entering))
 
     def cancel(self, key: str) -> bool:
         """Cancel the request that came with this `cancel_key`; whether there was one."""
@@ -252,7 +269,7 @@ class Engine:
 
     def _start_elsewhere(self, station: Station) -> None:
         """Start the items that wait for what runs elsewhere, as many as may be under way."""
-        stations = self._starting.stations
+        stations = self._here.stations
         stations.append(station)
         if len(stations) > 1:  # this thread is at it, further out: what ends at once must not pile up its stack
             return
@@ -342,59 +359,58 @@ class Engine:
             failed, changes.failed = changes.failed, []
             for request, failure in failed:
                 self._end(request, failure)
+            ready: list[tuple[Request, Node]] = []
             for request, node in changes.take_grown():
-                for follower in request.plan.followers.get(node.name, ()):
-                    if follower.name in request.gathers:
-                        self._start(request, follower, changes)
+                followers = request.plan.followers.get(node.name, ())
+                ready += [(request, follower) for follower in followers if follower.name in request.gathers]
                 if node.name == request.plan.streaming:
                     self._send(request)
             with self._lock:
-                ready = [(r, name) for r, node, value in changes.take_ended() for name in record(r, node, value)]
-            for request, name in ready:
+                after = [(r, name) for r, node, value in changes.take_ended() for name in record(r, node, value)]
+            ready += [(request, request.plan.nodes[name]) for request, name in after if name != ANSWER]
+            for request, name in after:
                 if name == ANSWER:
                     self._answer(request)
-                else:
-                    self._start(request, request.plan.nodes[name], changes)
+            if ready:
+                self._start(ready, changes)
         if changes.queued or changes.later:
             self._enqueue(changes)
 
-    def _start(self, request: Request, node: Node, changes: Changes) -> None:
-        """Start a node that is ready, or feed one that follows another."""
+    def _start(self, ready: list[tuple[Request, Node]], changes: Changes) -> None:
+        """Start nodes that are ready, or feed those that follow others."""
         with self._lock:
-            if request.over:
-                return
-            values, new = values_of(request, node)
-        try:
-            made = make(request, node, values, new)
-        except InputError as error:
-            self._end(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
-        except Exception:
-            logger.exception("request %s: the expressions of %s raised", request.id, node.name)
-            self._end(request, internal_error(request.plan.prefix + node.name))
-        else:
-            with self._lock:
-                start(request, node, made, len(new), changes)
+            read = [(request, node, *values_of(request, node)) for request, node in ready if not request.over]
+        made = []
+        for request, node, values, new in read:
+            try:
+                made.append((request, node, make(request, node, values, new), len(new)))
+            except InputError as error:
+                self._end(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
+            except Exception:
+                logger.exception("request %s: the expressions of %s raised", request.id, node.name)
+                self._end(request, internal_error(request.plan.prefix + node.name))
+        with self._lock:
+            for request, node, one, new_pieces in made:
+                start(request, node, one, new_pieces, changes)
 
     def _enqueue(self, changes: Changes) -> None:
-        woken: dict[str, int] = {}
+        queued: dict[str, list[Item]] = {}
         now = time.monotonic()
         with self._lock:
             for pause, item in changes.later:
                 self._timers.at(now + pause, item.request, partial(self._again, item))
             for item in changes.queued:
-                station = item.station
-                station.put(item)
-                woken[station.device] = woken.get(station.device, 0) + 1
+                queued.setdefault(item.station.device, []).append(item)
                 limit = item.node.policy.timeout_s
                 if limit and not isinstance(item.value, Rest):  # it holds for all pieces together
                     self._timers.at(item.since + limit, item, partial(self._out_of_time, limit))
-            for device, count in woken.items():
-                if device != ELSEWHERE:
-                    self._lanes[device].wake(count)
-        if ELSEWHERE in woken:
-            for station in dict.fromkeys(item.station for item in changes.queued):
-                if station.device == ELSEWHERE:
-                    self._start_elsewhere(station)
+            elsewhere = queued.pop(ELSEWHERE, [])
+            for item in elsewhere:
+                item.station.put(item)
+            for device, items in queued.items():
+                self._lanes[device].put(items)
+        for station in dict.fromkeys(item.station for item in elsewhere):
+            self._start_elsewhere(station)
 
     def _again(self, item: Item, _: Request) -> None:
         item.since = time.monotonic()
@@ -517,11 +533,14 @@ def _note(item: Item, answer: Any, began: float, now: float, batch: int) -> None
     root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))
 
 
-class _Starting(threading.local):
-    """Where this thread is starting items."""
+class _Here(threading.local):
+    """What one thread is at."""
 
     def __init__(self) -> None:
         self.stations: list[Station] = []
+        """Where it is starting items."""
+        self.entering: list[Item] | None = None
+        """New requests, which it submits together."""
 
 
 _DECODE = Code(REQUEST, {}, frozenset(), Any)

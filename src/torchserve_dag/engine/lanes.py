@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torchserve_dag.engine.request import Item
@@ -24,12 +25,6 @@ BULK_TURN = 8
 FAIR_TURN = 5
 """Every so many batches the node goes first that has waited the most turns, so that one with thousands of items does
 not keep the others' from theirs."""
-
-BUNDLE_S = 0.001
-"""Functions run one item at a time, and taking each from the queue costs more than many of them do. So a lane takes
-as many as lately ran in this time."""
-
-MOST_BUNDLED = 64
 
 Run = Callable[[Station, list[Item]], None]
 
@@ -63,18 +58,50 @@ class Lanes:
         self._turn = 0
         self.busy: dict[int, tuple[float, list[Item]]] = {}
         """By lane: since when it is in a node, and with which items; none when it has just left it."""
+        self._kept: dict[int, tuple[Station, list[Item]]] = {}
+        """By lane: what it goes on with."""
         self.threads = [
             threading.Thread(target=self._lane, name=f"{name}-{device}-{i}", daemon=True) for i in range(count)
         ]
         for thread in self.threads:
             thread.start()
 
-    def wake(self, items: int) -> None:
-        """There is new work. Under the lock."""
+    def put(self, items: list[Item]) -> None:
+        """New work. Under the lock."""
+        if self._keeps(items):
+            return
+        for item in items:
+            item.station.put(item)
         if self._idle:
+            turns = sum(1 if self._one_turn(s, n) else n for s, n in Counter(item.station for item in items).items())
             # A lane that has just ended a batch takes the next one itself: waking another for it costs more.
             mine = threading.get_ident() in self.busy
-            self._work.notify(items - 1 if mine else items)
+            self._work.notify(turns - 1 if mine else turns)
+
+    def _keeps(self, items: list[Item]) -> bool:
+        """Whether the calling thread is a lane that goes on with new items itself.
+
+        It does with functions of one node that take no longer than a turn, where nothing waits that would go
+        before them: they need not go through a queue.
+        """
+        me, station = threading.get_ident(), items[0].station
+        if (
+            me not in self.busy
+            or me in self._kept
+            or not self._one_turn(station, len(items))
+            or any(len(other) and other.depth >= station.depth for other in self._stations)
+            or any(item.station is not station for item in items)
+        ):
+            return False
+        self._kept[me] = (station, items)
+        return True
+
+    def _one_turn(self, station: Station, items: int) -> bool:
+        """Whether one lane does them, as quick functions, in a turn.
+
+        Not where there is an idle lane for each of them: then none waits for another, should that not be quick.
+        """
+        return station.bundle and items <= station.size and not 1 < items <= 1 + self._idle
 
     def close(self) -> None:
         """Under the lock."""
@@ -115,6 +142,9 @@ class Lanes:
 
     def _take(self) -> tuple[Station, list[Item]] | None:
         """The next batch, under the lock."""
+        kept = self._kept.pop(threading.get_ident(), None)
+        if kept:
+            return kept
         self._turn += 1
         order: tuple[Priority, Priority] = ("interactive", "bulk")
         if self._turn % BULK_TURN == 0:
@@ -122,10 +152,9 @@ class Lanes:
         for priority in order:
             station = self._chosen(priority)
             if station is not None:
-                size = station.batch
-                if station.bundle:
-                    size = max(1, min(MOST_BUNDLED, int(BUNDLE_S / station.item_s))) if station.item_s else 1
-                if self.device == CPU:  # share with the idle; a GPU's lanes are not cores, and want it whole
+                size = station.size
+                # Share with the idle; not what one turn does, and a GPU's lanes are not cores, and want it whole.
+                if self.device == CPU and not self._one_turn(station, len(station)):
                     size = min(size, -(-len(station) // (1 + self._idle)))
                 station.turn = self._turn
                 return station, station.take(size, priority)

@@ -23,39 +23,40 @@ class FairQueue:
         Letting go of the last reference to a stream runs its `finally`.
         """
         self._dropped = dropped
-        self._heap: list[tuple[int, int, Item]] = []
+        self.heap: list[tuple[int, int, Item]] = []
+        """What waits, by rank."""
         self._order = itertools.count()
         self._ranks: dict[Request, int] = {}
         """Of the last item of each request that waits."""
         self._now = 0
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self.heap)
 
     def put(self, item: Item) -> None:
         owner = item.request.root
         rank = max(self._ranks.get(owner, 0), self._now) + 1
         self._ranks[owner] = rank
-        heapq.heappush(self._heap, (rank, next(self._order), item))
+        heapq.heappush(self.heap, (rank, next(self._order), item))
 
     def head(self) -> Item | None:
         """The next item, which stays. Items that nobody waits for any more are dropped on the way."""
-        while self._heap and self._heap[0][2].over:
+        while self.heap and self.heap[0][2].over:
             self._dropped.append(self._pop())
-        return self._heap[0][2] if self._heap else None
+        return self.heap[0][2] if self.heap else None
 
     def take(self, most: int) -> list[Item]:
         """The next items, at most `most`."""
         items: list[Item] = []
-        while self._heap and len(items) < most:
+        while self.heap and len(items) < most:
             item = self._pop()
             (self._dropped if item.over else items).append(item)
         return items
 
     def drop_ended(self) -> None:
         """Let go of the items that nobody waits for any more."""
-        alive: Iterable[Item] = [item for _, _, item in sorted(self._heap, key=lambda entry: entry[:2])]
-        self._heap, self._ranks = [], {}
+        alive: Iterable[Item] = [item for _, _, item in sorted(self.heap, key=lambda entry: entry[:2])]
+        self.heap, self._ranks = [], {}
         for item in alive:
             if item.over:
                 self._dropped.append(item)
@@ -63,7 +64,7 @@ class FairQueue:
                 self.put(item)
 
     def _pop(self) -> Item:
-        rank, _, item = heapq.heappop(self._heap)
+        rank, _, item = heapq.heappop(self.heap)
         self._now = rank
         owner = item.request.root
         if self._ranks.get(owner) == rank:  # it was its last

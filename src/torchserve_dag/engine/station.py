@@ -13,6 +13,11 @@ from torchserve_dag.options import Priority
 
 CPU, ELSEWHERE = "cpu", "elsewhere"
 
+BUNDLE_S = 0.001
+"""Functions run one item at a time, and taking each from the queue costs more than many of them do. So a lane takes
+as many as lately ran in this time."""
+
+MOST_BUNDLED = 64
 
 StartItem = Callable[[Item], None]
 """Starts one item that runs elsewhere, and does not block."""
@@ -55,11 +60,16 @@ class Station:
         """Of what runs in lanes: at which of their turns its last batch was taken; of the rest: its turns so far."""
         self.item_s = 0.0
         """How long one of its items ran lately; 0 before the first."""
-        self.queues: dict[Priority, FairQueue] = {
-            "interactive": FairQueue(dropped),
-            "bulk": FairQueue(dropped),
-        }
+        self._interactive, self._bulk = FairQueue(dropped), FairQueue(dropped)
+        self.queues: dict[Priority, FairQueue] = {"interactive": self._interactive, "bulk": self._bulk}
         self.counts = NodeCounts()
+
+    @property
+    def size(self) -> int:
+        """The most items that a lane takes at a time."""
+        if not self.bundle:
+            return self.batch
+        return max(1, min(MOST_BUNDLED, int(BUNDLE_S / self.item_s))) if self.item_s else 1
 
     def ran(self, items: int, run_s: float) -> None:
         """Items ran together for so long."""
@@ -67,7 +77,7 @@ class Station:
 
     def __len__(self) -> int:
         """How many items wait."""
-        return sum(len(queue) for queue in self.queues.values())
+        return len(self._interactive.heap) + len(self._bulk.heap)
 
     def put(self, item: Item) -> None:
         self.queues[item.request.root.options.priority].put(item)

@@ -1,0 +1,46 @@
+# /// script
+# dependencies = []
+# [tool.bench]
+# name = "torchserve-dag"
+# arrangement = """\
+# As the project's own files say: one worker that uses every core, one lane a core; batches of requests and of \
+# their objects as the handlers' `run.batch` says (docs/decisions/0008-lanes.md)."""
+# ///
+"""This project: the workflow's archive, as `torchserve-dag build` and `up` serve it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import contract
+import torchserve
+
+from torchserve_dag.clients import Tokens
+from torchserve_dag.server.connect import running
+from torchserve_dag.server.state import State
+
+
+def main(workflow: Path) -> None:
+    with contract.alone() as folder:
+        root, name, version = torchserve.project(workflow, folder)
+        torchserve.tool(root, "build", f"{name}/{version}")
+        try:
+            torchserve.tool(root, "up", "--free-ports")
+            state = State(root)
+            where, token = running(state).addresses, Tokens.read(state.key_file).inference
+            served = contract.Served(
+                rest=f"{where.inference}/predictions/{name}/{version}",
+                headers={"Authorization": f"Bearer {token}"},
+                grpc={"target": where.grpc_inference, "model": name, "version": version, "token": token},
+                metrics=f"{where.metrics}/metrics",
+            )
+            contract.announce(served, workflow)
+        finally:
+            torchserve.tool(root, "down")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workflow", type=Path)
+    main(parser.parse_args().workflow.resolve())

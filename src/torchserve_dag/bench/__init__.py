@@ -1,0 +1,1 @@
+"""The public benchmark: every system on the same works and loads, interleaved, and a report."""

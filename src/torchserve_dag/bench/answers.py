@@ -1,0 +1,88 @@
+"""Whether a server answers the same body alike each time, and how many objects its answers have."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NamedTuple
+
+_CLOSE = 1e-3
+"""How far numbers may differ: batches of other sizes add floating-point numbers up in another order."""
+_KNOWN = 64
+"""How many different answers to one body are kept, so that each is read as JSON only once."""
+
+
+class Seen(NamedTuple):
+    objects: int
+    same: bool
+    """As the first answer to this body."""
+
+
+class Answers:
+    """`at_end`: an answer is only the end of the content that comes, behind what a protocol puts before it."""
+
+    def __init__(self, bodies: int, *, at_end: bool = False) -> None:
+        self._read = _read_end if at_end else _read
+        self._first: list[tuple[bytes, Any, Seen] | None] = [None] * bodies
+        """The first answer to each body: its bytes, what they hold, what is to be said of them."""
+        self._others: list[dict[bytes, Seen]] = [{} for _ in range(bodies)]
+
+    def see(self, body: int, content: bytes) -> Seen:
+        """What is to be said of an answer to the body with this number."""
+        first = self._first[body]
+        if first is None:
+            read = self._read(content)
+            seen = Seen(_objects(read), same=True)
+            self._first[body] = (content, read, seen)
+            return seen
+        if content == first[0]:
+            return first[2]
+        others = self._others[body]
+        known = others.get(content)
+        if known is None:
+            read = self._read(content)
+            known = Seen(_objects(read), alike(read, first[1]))
+            if len(others) < _KNOWN:
+                others[content] = known
+        return known
+
+    def objects(self) -> list[int | None]:
+        """How many the first answer to each body has; None where none came."""
+        return [first and first[2].objects for first in self._first]
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two answers say the same: numbers with a point may differ by a thousandth."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    numbers = isinstance(one, int | float) and isinstance(other, int | float)
+    if numbers and (isinstance(one, float) or isinstance(other, float)):
+        return math.isclose(one, other, rel_tol=_CLOSE, abs_tol=_CLOSE)
+    return bool(one == other)
+
+
+def _read(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return content
+
+
+def _read_end(content: bytes) -> Any:
+    """The JSON object that ends the content, where there is one; what comes before may hold braces too."""
+    start = content.find(b"{")
+    while start >= 0:
+        answer = _read(content[start:])
+        if isinstance(answer, dict):
+            return answer
+        start = content.find(b"{", start + 1)
+    return content
+
+
+def _objects(answer: Any) -> int:
+    found = answer.get("objects") if isinstance(answer, dict) else None
+    if isinstance(found, list):
+        return len(found)
+    return found if isinstance(found, int) else 0

@@ -1,0 +1,41 @@
+"""The mean batch of each node, from the counters of a running server (see docs/metrics.md)."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+import httpx
+
+_SERIES = re.compile(r"torchserve_dag_node_batch_size_(sum|count)\{(.*)\} (\S+)")
+_NODE = re.compile(r'\bnode="([^"]*)"')
+_LIMIT_S = 10.0
+
+Reading = dict[str, tuple[float, float]]
+"""By node: how many items there were, in how many batches."""
+
+
+def read(address: str | None) -> Reading:
+    """What a server has counted so far; nothing where it does not tell."""
+    if address is None:
+        return {}
+    try:
+        answer = httpx.get(address, timeout=_LIMIT_S, trust_env=False).raise_for_status()
+    except httpx.HTTPError:
+        return {}
+    found: dict[str, dict[str, float]] = defaultdict(lambda: {"sum": 0.0, "count": 0.0})
+    for what, labels, value in _SERIES.findall(answer.text):
+        node = _NODE.search(labels)
+        if node:
+            found[node[1]][what] += float(value)
+    return {node: (counted["sum"], counted["count"]) for node, counted in found.items()}
+
+
+def means(before: Reading, after: Reading) -> dict[str, float]:
+    """The mean batch between two readings, of the nodes that had any."""
+    found = {}
+    for node, (items, batches) in after.items():
+        items_before, batches_before = before.get(node, (0.0, 0.0))
+        if batches > batches_before:
+            found[node] = (items - items_before) / (batches - batches_before)
+    return found

@@ -1,0 +1,30 @@
+"""The bodies of a work as the files of one folder: copies of those that it names, or generated ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torchserve_dag.bench.errors import BenchError
+from torchserve_dag.bench.plan import Work
+
+
+def prepare(work: Work, base: Path, below: Path) -> list[Path]:
+    """Write them into a folder `below`, named so that they sort in the order in which they are sent; their paths.
+
+    `base` is the plan's folder. Raises BenchError where one that the work names is missing.
+    """
+    folder = below / work.slug
+    folder.mkdir(parents=True, exist_ok=True)
+    contents: dict[str, bytes] = {}
+    for i, name in enumerate(work.bodies):
+        try:
+            contents[f"{i:03}-{Path(name).name}"] = (base / name).read_bytes()
+        except OSError:
+            raise BenchError(f'{base / name}, a body of the work "{work.name}", is not there.') from None
+    if work.bytes is not None:
+        contents["body.bin"] = b"x" * work.bytes
+    contents |= {f"{i:03}.json": json.dumps({"objects": count}).encode() for i, count in enumerate(work.mix)}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in contents]

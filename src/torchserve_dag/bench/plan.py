@@ -1,0 +1,111 @@
+"""What is measured: works, loads, and how often; from a TOML file."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torchserve_dag import plain
+from torchserve_dag.bench import toml
+from torchserve_dag.bench.errors import BenchError
+
+Number = int | Literal["cores"]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How the bare loop runs: so many processes, each with so many threads of torch, and requests in a batch."""
+
+    processes: Number
+    threads: Number
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{number(self.processes)} x {number(self.threads)}, batch {self.batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A workflow with the bodies that it is sent, and the loads. Its bodies are files, or generated."""
+
+    name: str
+    workflow: str
+    """Its file, relative to the plan."""
+    bodies: list[str] = field(default_factory=list)
+    """Files, likewise, sent in turn."""
+    bytes: int | None = None
+    """One body of so many bytes."""
+    mix: list[int] = field(default_factory=list)
+    """A body `{"objects": N}` for each."""
+    clients: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
+    """Of closed loops."""
+    open: list[int] = field(default_factory=list)
+    """Open loops, in per cent of the best closed loop of the same system and round."""
+    bare: list[Arrangement] | None = None
+    """How the bare loop runs, where not as the plan has it."""
+    series: str = ""
+    """Works of one series are drawn in one picture, each above its `at`; the series is what `at` counts."""
+    at: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum((bool(self.bodies), self.bytes is not None, bool(self.mix))) != 1:
+            raise plain.WrongFieldError("a work has one of bodies, bytes and mix")
+        if not self.clients:
+            raise plain.WrongFieldError("a work has at least one number of clients", "clients")
+        if min(self.clients) < 1 or min(self.open, default=1) < 1:
+            raise plain.WrongFieldError("clients and open are numbers above 0")
+        if bool(self.series) != (self.at is not None):
+            raise plain.WrongFieldError("series and at go together")
+
+    @property
+    def slug(self) -> str:
+        """Its name as a file's."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    work: list[Work]
+    systems: str = "systems"
+    """The folder of the programs with_*.py, relative to the plan."""
+    ours: str = ""
+    """The system that is highlighted: NAME of with_NAME.py."""
+    rounds: int = 3
+    seconds: float = 6.0
+    """Of a window; likewise below."""
+    warm_up: float = 2.0
+    """Before a system's first window."""
+    settle: float = 0.5
+    """Before each further one."""
+    bare: list[Arrangement] = field(
+        default_factory=lambda: [Arrangement("cores", 1, 1), Arrangement(1, "cores", 1), Arrangement("cores", 1, 8)]
+    )
+
+    def __post_init__(self) -> None:
+        names = [work.name for work in self.work]
+        if not names or len(set(names)) < len(names):
+            raise plain.WrongFieldError("every work has a name of its own, and there is at least one", "work")
+        if self.rounds < 1 or self.seconds <= 0:
+            raise plain.WrongFieldError("rounds and seconds are above 0")
+
+
+def read(path: Path) -> Plan:
+    """The plan of a file. Raises BenchError."""
+    try:
+        return plain.build(Plan, toml.parse(path.read_text("utf-8")))
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, plain.WrongDataError) as error:
+        raise BenchError(f"{path}: {error}.") from None
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def number(given: Number) -> int:
+    return cores() if given == "cores" else given

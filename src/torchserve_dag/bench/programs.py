@@ -1,0 +1,70 @@
+"""The programs of the systems, with_*.py, and what their heads say (PEP 723)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchserve_dag import plain
+from torchserve_dag.bench import toml
+from torchserve_dag.bench.errors import BenchError
+
+BARE = "bare"
+"""The system without a server."""
+
+_PREFIX = "with_"
+_HEAD = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 writes it
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    key: str
+    """NAME of with_NAME.py."""
+    path: str
+    name: str
+    """For people."""
+    arrangement: str
+    """How it runs here: processes, threads, batches."""
+    dependencies: list[str]
+    """What pip installs for it; none: it runs with the project's own Python."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    name: str
+    arrangement: str = ""
+
+
+def find(folder: Path) -> list[Program]:
+    """Every system's program, the bare loop among them. Raises BenchError."""
+    found = [read(path) for path in sorted(folder.glob(f"{_PREFIX}*.py"))]
+    if not found:
+        raise BenchError(f"{folder} has no programs {_PREFIX}*.py.")
+    return found
+
+
+def chosen(programs: list[Program], keys: list[str]) -> list[Program]:
+    """Those with these keys, or all; the bare loop always, for the others are compared with it. Raises BenchError."""
+    known = {program.key: program for program in programs}
+    for key in keys:
+        if key not in known:
+            raise BenchError(f'There is no system "{key}"; {plain.did_you_mean(key, list(known))}')
+    return [program for program in programs if not keys or program.key in keys or program.key == BARE]
+
+
+def read(path: Path) -> Program:
+    """What a program's head says. Raises BenchError."""
+    key = path.stem.removeprefix(_PREFIX)
+    match = _HEAD.search(path.read_text("utf-8"))
+    if match is None:
+        raise BenchError(f"{path} has no head as PEP 723 has it (# /// script).")
+    lines = (line[2:] if line.startswith("# ") else line[1:] for line in match["content"].splitlines())
+    try:
+        head = toml.parse("\n".join(lines))
+        tool = head.get("tool", {}).get("bench", {})
+        bench = plain.build(_Bench, {"name": key} | {k: v for k, v in tool.items() if k in {"name", "arrangement"}})
+        pins = plain.build(list[str], head.get("dependencies", []))
+    except (ValueError, AttributeError, plain.WrongDataError) as error:
+        raise BenchError(f"{path}: its head is wrong: {error}.") from None
+    return Program(key, str(path), bench.name, bench.arrangement, pins)

@@ -1,0 +1,108 @@
+"""What a benchmark writes while it runs: one line of JSON for each thing measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torchserve_dag import plain
+from torchserve_dag.bench.errors import BenchError
+from torchserve_dag.bench.window import Counts
+
+Protocol = Literal["rest", "grpc"]
+
+
+@dataclass(frozen=True, slots=True)
+class SystemRow:
+    """One start of a system; written after its loads, so that it says that they are complete."""
+
+    round: int
+    work: str
+    system: str
+    startup_s: float | None = None
+    memory_mb: float | None = None
+    """At the end of its loads, of all its processes (PSS)."""
+    problem: str | None = None
+    """Why it was not measured, or not to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRow:
+    """One load of a system."""
+
+    round: int
+    work: str
+    system: str
+    protocol: Protocol
+    counts: Counts
+    cpu_ms: float
+    """The system's CPU time for each answer."""
+    clients: int | None = None
+    """Of a closed loop."""
+    percent: int | None = None
+    """Of an open loop: its rate, in per cent of the best closed loop of this start and protocol."""
+    rate: float | None = None
+    """Arrivals a second."""
+    batches: dict[str, float] = field(default_factory=dict)
+    """The mean batch of each node, where the system tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class BareRow:
+    """One arrangement of the bare loop."""
+
+    round: int
+    work: str
+    arrangement: str
+    rps: float = 0.0
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    memory_mb: float | None = None
+    startup_s: float | None = None
+    problem: str | None = None
+
+
+Row = SystemRow | LoadRow | BareRow
+
+_KINDS: dict[str, type[Row]] = {"system": SystemRow, "load": LoadRow, "bare": BareRow}
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(_line(row) for row in rows)
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    path.write_text("".join(map(_line, rows)), "utf-8")
+
+
+def read(path: Path) -> list[Row]:
+    """Raises BenchError. A last line that was cut off is left out."""
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read: {error.strerror or error}.") from None
+    try:
+        return [_row(line) for line in lines if line.endswith("\n")]
+    except (ValueError, KeyError, plain.WrongDataError) as error:
+        raise BenchError(f"{path} is damaged: {error}.") from None
+
+
+def complete(rows: Iterable[Row]) -> list[Row]:
+    """Without the loads of a start that did not come to its end."""
+    rows = list(rows)
+    ended = {(row.round, row.work, row.system) for row in rows if isinstance(row, SystemRow)}
+    return [row for row in rows if not isinstance(row, LoadRow) or (row.round, row.work, row.system) in ended]
+
+
+def _line(row: Row) -> str:
+    kind = next(kind for kind, of in _KINDS.items() if isinstance(row, of))
+    return json.dumps({"kind": kind, **plain.flatten(row)}) + "\n"
+
+
+def _row(line: str) -> Row:
+    fields = json.loads(line)
+    return plain.build(_KINDS[fields.pop("kind")], fields)

@@ -1,0 +1,16 @@
+"""TOML, which Python itself reads from 3.11 on."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Raises ValueError, which names the line."""
+    return tomllib.loads(text)

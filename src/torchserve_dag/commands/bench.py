@@ -1,0 +1,135 @@
+"""`torchserve-dag bench`: this engine beside others, on the same works and loads."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
+
+if TYPE_CHECKING:
+    from torchserve_dag.bench.plan import Plan
+    from torchserve_dag.bench.run import Run
+    from torchserve_dag.bench.summary import Summary
+
+_PLAN = Path("loadtests", "bench.toml")
+_RESULTS = Path("loadtests", "results")
+_ENVIRONMENTS = ".venv-bench"
+
+
+def bench(
+    plan: Annotated[
+        Path | None,
+        typer.Argument(metavar="[PLAN]", help=f"What to measure; {_PLAN} unless given.", show_default=False),
+    ] = None,
+    *,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="WORK", help="Works whose name has this in it; may be repeated.")
+    ] = None,
+    systems: Annotated[str, typer.Option(metavar="A,B", help="These systems and the bare loop; else all.")] = "",
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often; else as the plan has it.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="Of a window; else as the plan has it.")] = None,
+    results: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help=f"For the results; {_RESULTS}/DATE unless given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its own plan.")] = False,
+    report_only: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Measure nothing; write the report of these results.")
+    ] = None,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Measure every system on the same works and loads, in turn, and write a report with tables and plots."""
+    with failures(), _bench_failures():
+        if report_only:
+            folder = report_only
+        else:
+            root = project_root(project)
+            folder = results or root / _RESULTS / time.strftime("%Y-%m-%d-%H%M")
+            if resume and results is None:
+                fail("Name the run to go on with: --resume --out DIR.")
+            file = plan or root / _PLAN
+            run = _run(folder, file, only or [], systems, rounds, seconds, resume=resume)
+            _measure(run, folder, root / _ENVIRONMENTS)
+        summary = _report(folder)
+    if json:
+        print_json(summary)
+    else:
+        out.print(f"wrote {folder / 'report.md'}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _bench_failures() -> Iterator[None]:
+    from torchserve_dag.bench.errors import BenchError  # noqa: PLC0415
+
+    try:
+        yield
+    except BenchError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("Stopped. Go on with --resume --out, or see what there is with --report-only.")
+
+
+def _run(
+    folder: Path, file: Path, only: list[str], systems: str, rounds: int | None, seconds: float | None, *, resume: bool
+) -> Run:
+    """What is measured: as it was begun, or anew."""
+    from torchserve_dag.bench import machine, plan, programs  # noqa: PLC0415 (see check)
+    from torchserve_dag.bench.run import Run  # noqa: PLC0415
+
+    if resume:
+        return Run.read(folder)
+    if (folder / "results.jsonl").exists():
+        fail(f"{folder} has results already: go on with --resume, or name another folder with --out.")
+    found = _only(plan.read(file), only)
+    found = replace(found, rounds=rounds or found.rounds, seconds=seconds or found.seconds)
+    keys = [key.strip() for key in systems.split(",") if key.strip()]
+    chosen = programs.chosen(programs.find(file.parent / found.systems), keys)
+    run = Run(time.strftime("%d %B %Y"), machine.this(), found, os.path.relpath(file), chosen)
+    run.write(folder)
+    return run
+
+
+def _only(plan: Plan, parts: list[str]) -> Plan:
+    works = [work for work in plan.work if not parts or any(part.lower() in work.name.lower() for part in parts)]
+    if not works:
+        fail(f"No work has {' or '.join(parts)} in its name; there are {', '.join(work.name for work in plan.work)}.")
+    return replace(plan, work=works)
+
+
+def _measure(run: Run, folder: Path, environments: Path) -> None:
+    from torchserve_dag.bench.measure import Benchmark, measure  # noqa: PLC0415
+
+    benchmark = Benchmark(run.plan, Path(run.plan_file).parent, run.programs, environments, folder)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("preparing", total=None)
+        measure(
+            benchmark,
+            lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total),
+        )
+
+
+def _report(folder: Path) -> Summary:
+    from torchserve_dag.bench import plots, report, rows  # noqa: PLC0415
+    from torchserve_dag.bench.errors import BenchError  # noqa: PLC0415
+    from torchserve_dag.bench.run import Run  # noqa: PLC0415
+    from torchserve_dag.bench.summary import summarise  # noqa: PLC0415
+
+    summary = summarise(Run.read(folder), rows.read(folder / "results.jsonl"))
+    try:
+        pictures = plots.draw(summary, folder)
+    except BenchError as error:  # a report without plots is better than none
+        err.print(f"[yellow]{escape(str(error))}[/]", soft_wrap=True)
+        pictures = {}
+    (folder / "report.md").write_text(report.markdown(summary, pictures), "utf-8")
+    return summary
