@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torchserve_dag.placement import Precision, Runtime
@@ -87,9 +87,11 @@ class Serve:
     """How TorchServe serves an archive: what `build` writes into its `model-config.yaml`."""
 
     workers: int = 1
-    """Processes. One uses every core: its lanes run side by side over one copy of the weights."""
+    """Processes with the model. One uses every core: its lanes run side by side over one copy of the weights."""
     batch: int = 64
     """The most requests that one worker takes at a time."""
+    batches: int = 1
+    """How many such batches it may have at a time: with two, none waits for the last request of another."""
     queue: int = 200
     """Requests that may wait for a worker; one more is answered 503 at once. A small one keeps overload from making
     everybody late."""
@@ -104,9 +106,9 @@ class Serve:
     """Requests that may be inside one worker; one more is answered 503 at once."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "batch", "queue", "delay_ms", "timeout_s", "startup_timeout_s", "max_inside"):
-            if getattr(self, name) < 1:
-                raise WrongFieldError(f"{name} is at least 1", name)
+        for each in fields(self):
+            if each.name != "mode" and getattr(self, each.name) < 1:
+                raise WrongFieldError(f"{each.name} is at least 1", each.name)
 
 
 def check_identity(name: str, version: str, code: str = "") -> None:

@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from torchserve_dag import codec, metrics
+from torchserve_dag import codec, metrics, sharing
 from torchserve_dag.engine.graph import Graph
 from torchserve_dag.engine.torchserve_graph import takes_rows
 from torchserve_dag.engine.workflow import Workflow, read_graph
@@ -61,7 +62,8 @@ class Service:
         graph = self.graph(read_graph(project, folder / self.build["file"]))
         self.workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers)
         self._takes_rows = takes_rows(graph)
-        self._answering = threading.Lock()
+        self._answering: list[threading.Lock] = []
+        """One for each of TorchServe's connections, held while a batch of it is answered."""
 
     def graph(self, whole: Graph) -> Graph:
         """What this worker runs of the archive's graph: all of it."""
@@ -97,22 +99,24 @@ class Service:
         in_pieces = self.workflow.graph.streams and isinstance(answer, list)
         return joined(answer, one.id) if in_pieces else reply(answer, one.id)
 
-    def run(self, connection: socket.socket) -> NoReturn:
+    def run(self, connection: socket.socket) -> None:
         """Answer the batches that TorchServe sends, until it ends the connection."""
         batches: Messages[list[Asked]] = Messages(read_requests)
-        while data := connection.recv(CHUNK):
-            for asked, _ in batches.of(data):
-                with self._answering:
-                    connection.sendall(write_answers(self.answer(asked)))
-        sys.exit(0)
+        answering = threading.Lock()
+        self._answering.append(answering)
+        with suppress(ConnectionError):
+            while data := connection.recv(CHUNK):
+                for asked, _ in batches.of(data):
+                    with answering:
+                        connection.sendall(write_answers(self.answer(asked)))
+        self._answering.remove(answering)
 
     def handle(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
         """One body a row, for who has TorchServe's context instead of its socket."""
         asked = [
             Asked(context.get_request_id(i) or "", row, context.get_all_request_header(i)) for i, row in enumerate(rows)
         ]
-        with self._answering:
-            told = self.answer(asked)
+        told = self.answer(asked)
         for i, one in enumerate(told):
             context.set_response_status(one.status, one.phrase, i)
             for name, value in one.headers.items():
@@ -139,9 +143,10 @@ class Service:
         """A thread that hangs in a model cannot be ended; its process can, and TorchServe starts another."""
         if not self.gets_stuck():
             return
-        with self._answering:  # what is inside is answered first, at its time limit at the latest
-            time.sleep(0.2)  # for the answers to leave
-            os._exit(STUCK)
+        for answering in tuple(self._answering):  # what is inside is answered first, at its time limit at the latest
+            answering.acquire()
+        time.sleep(0.2)  # for the answers to leave
+        os._exit(STUCK)
 
     def gets_stuck(self) -> bool:
         """Waits until a node hangs, and is true; false where the workflow is closed before."""
@@ -214,12 +219,21 @@ def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
     folder = Path(context.system_properties["model_dir"])
     service = _services.get(folder)
     if service is None:
-        loading = _Loop.take_over()
-        segment = "segment" in json.loads((folder / "build.json").read_text("utf-8"))
-        kind = SegmentService if segment else Service
+        loop = _Loop.take_over()
+        build = json.loads((folder / "build.json").read_text("utf-8"))
+        host: sharing.Host | None = None
+        if loop and "hosts" in build:
+            joined_as = sharing.join(folder, build["hosts"], context.model_yaml_config["startupTimeout"])
+            if isinstance(joined_as, sharing.Guest):
+                loop.serve = joined_as.hand_over
+                return []
+            host = joined_as
+        kind = SegmentService if "segment" in build else Service
         service = _services[folder] = kind(folder, context.system_properties.get("gpu_id"))
-        if loading:
-            loading.service = service
+        if loop:
+            loop.serve = service.run
+        if host:
+            host.open(service.run)
         service.publish()
         threading.Thread(target=service.end_when_stuck, name="end when stuck", daemon=True).start()
     return service.handle(rows, context) if rows is not None else []
@@ -232,7 +246,8 @@ class _Loop:
     half of what a small request cost a worker was this.
     """
 
-    service: Service | None = None
+    serve: Callable[[socket.socket], None] | None = None
+    """What answers on a connection until it ends."""
 
     @classmethod
     def take_over(cls) -> _Loop | None:
@@ -246,9 +261,10 @@ class _Loop:
         return loop
 
     def __call__(self, connection: socket.socket) -> NoReturn:
-        if self.service is None:
+        if self.serve is None:
             raise RuntimeError("the model is not loaded")
-        self.service.run(connection)
+        self.serve(connection)
+        sys.exit(0)
 
 
 def _known(answer: Any) -> Future[Any]:

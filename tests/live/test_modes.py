@@ -56,6 +56,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     (root / "workflows" / "shout.py").write_text(CODE)
     for name, mode, inside in (("batched", MODES[0], 100), ("asynchronous", MODES[1], 100), ("narrow", MODES[1], 2)):
         (root / "workflows" / f"{name}.yaml").write_text(FILE.format(name=name, mode=mode, inside=inside))
+    shared = FILE.format(name="shared", mode=MODES[0], inside=100).replace("serve: {", "serve: {batches: 3, ")
+    (root / "workflows" / "shared.yaml").write_text(shared)
     for name in ("config.properties", "log4j2.xml"):
         (root / name).symlink_to(ROOT / name)
     run_tool(root, "build")
@@ -157,8 +159,60 @@ def test_a_worker_that_is_killed_costs_what_is_inside_and_comes_back(
     wait_for(lambda: worker(both, mode).ready)
 
 
-def wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WITHIN_S
+# Several of TorchServe's workers with one process that computes.
+
+
+def hosts_and_guests(both: Serving) -> tuple[list[int], list[int]]:
+    """The workers' processes, those that have the model and those that wait; when all three are ready."""
+
+    def found() -> list[WorkerInfo]:
+        with both.rest() as rest:
+            return [w for m in rest.models() if m.name == "shared" for v in m.versions for w in v.workers if w.ready]
+
+    wait_for(lambda: len(found()) == 3, 60)  # three processes import torch at once, on few cores
+    pids = [worker.pid for worker in found()]
+    wait_for(lambda: sum("-c" in psutil.Process(pid).cmdline() for pid in pids) == 2)
+    guests = [pid for pid in pids if "-c" in psutil.Process(pid).cmdline()]
+    return [pid for pid in pids if pid not in guests], guests
+
+
+def test_no_request_waits_for_the_last_of_another_batch(
+    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor
+) -> None:
+    (host,), guests = hosts_and_guests(both)
+    slow = threads.submit(http.post, "/predictions/shared", content="slow")
+    time.sleep(0.3)
+    quick = [http.post("/predictions/shared", content="a") for _ in range(5)]
+
+    assert [response.json() for response in quick] == [{"text": "A"}] * 5
+    assert not slow.done()
+    assert slow.result().json() == {"text": "SLOW"}
+    assert all(psutil.Process(pid).memory_full_info().uss < 20e6 for pid in guests), "they have no model"
+    assert psutil.Process(host).memory_full_info().uss > 50e6
+
+
+@pytest.mark.parametrize("whose", ["host", "guest"])
+def test_a_host_or_a_guest_that_is_killed_comes_back(
+    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, tmp_path: Path, whose: str
+) -> None:
+    began = tmp_path / "began"
+    (host,), guests = hosts_and_guests(both)
+    inside = threads.submit(http.post, "/predictions/shared", content=f"long {began}")
+    wait_for(began.exists)
+    os.kill(host if whose == "host" else guests[0], signal.SIGKILL)
+    killed = time.monotonic()
+    meanwhile = [threads.submit(http.post, "/predictions/shared", content="a") for _ in range(6)]
+
+    assert {future.result().status_code for future in meanwhile} <= {200, 500, 507}
+    assert time.monotonic() < killed + WITHIN_S, "nobody waits for an answer"
+    assert inside.result().status_code in ({500, 507} if whose == "host" else {200, 500, 507})
+    hosts, guests = hosts_and_guests(both)
+    assert (len(hosts), len(guests)) == (1, 2)
+    assert [http.post("/predictions/shared", content="b").json() for _ in range(6)] == [{"text": "B"}] * 6
+
+
+def wait_for(true: Callable[[], bool], within_s: float = WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -53,8 +53,12 @@ def contents(project: Project, graph: Graph) -> Contents:
     digests = weights.verified(project, handlers)
     small = runtime()
     small |= {f"{path.parent.name}/{path.name}": path.read_bytes() for path in graph.files}
-    small |= served_as(graph.serve.mode or ("asynchronous" if graph.streams else "batched"), graph)
-    small[BUILD] = to_json(_description(project, graph, handlers, digests))
+    mode: Mode = graph.serve.mode or ("asynchronous" if graph.streams else "batched")
+    small |= served_as(mode, graph)
+    description = _description(project, graph, handlers, digests)
+    if mode == "batched" and graph.serve.batches > 1:
+        description["hosts"] = graph.serve.workers  # of TorchServe's workers these have the model; see sharing.py
+    small[BUILD] = to_json(description)
     return Contents(small, packed_weights(project, digests) | _archives(project, graph))
 
 
@@ -96,9 +100,10 @@ def served_as(mode: Mode, graph: Graph) -> dict[str, bytes]:
 def _settings(mode: Mode, graph: Graph) -> dict[str, Any]:
     """TorchServe's Java class ModelConfig names the keys."""
     serve = graph.serve
+    workers = serve.workers * (serve.batches if mode == "batched" else 1)  # sharing.py
     settings: dict[str, Any] = {
-        "minWorkers": serve.workers,
-        "maxWorkers": serve.workers,
+        "minWorkers": workers,
+        "maxWorkers": workers,
         "batchSize": serve.batch,
         "maxBatchDelay": serve.delay_ms,
         "jobQueueSize": serve.queue,
