@@ -3,8 +3,8 @@
 # [tool.bench]
 # name = "torchserve-dag"
 # arrangement = """\
-# As the project's own files say: one worker that uses every core, one lane a core; batches of requests and of \
-# their objects as the handlers' `run.batch` says (docs/decisions/0008-lanes.md)."""
+# As the project's own files say: one process that uses every core, one lane a core, with two of TorchServe's batches \
+# at a time; batches of objects as the handlers' `run.batch` says (decisions 8 and 13 in docs/decisions)."""
 # ///
 """This project: the workflow's archive, as `torchserve-dag build` and `up` serve it."""
 

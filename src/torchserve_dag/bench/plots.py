@@ -19,6 +19,9 @@ _LINES = {"rest": "-", "grpc": (0, (4, 2))}
 _ENOUGH = 3
 """Numbers of clients that make a line worth drawing."""
 
+_WORTH_COMPARING = 0.1
+"""The part of the bare loop's rate that some system reaches, for ratios to be drawn."""
+
 Points = list[tuple[float, float]]
 Series = list[tuple[SystemSummary, Points]]
 
@@ -45,9 +48,13 @@ def _of_work(drawing: _Drawing, work: WorkSummary) -> list[str]:
     if len(work.work.clients) >= _ENOUGH:
         ratios = _each(work, lambda one: [(c.clients, c.ratio) for c in one.closed if c.ratio is not None])
         title = f"{name}: rate"
-        files += drawing.lines(
-            f"{slug}-rate", ratios, title, "clients", "rate / bare loop's rate", log_x=True, one="bare loop"
-        )
+        if max((ratio for _, points in ratios for _, ratio in points), default=0.0) > _WORTH_COMPARING:
+            files += drawing.lines(
+                f"{slug}-rate", ratios, title, "clients", "rate / bare loop's rate", log_x=True, one="bare loop"
+            )
+        else:  # the bare loop has next to nothing to do, and says nothing of a server
+            rates = _each(work, lambda one: [(c.clients, c.rps) for c in one.closed])
+            files += drawing.lines(f"{slug}-rate", rates, title, "clients", "requests a second", log_x=True)
     if len(work.work.open) >= _ENOUGH:
         waits = _each(work, lambda one: [(o.percent, o.latency_ms.p99) for o in one.open if o.latency_ms])
         title, axis = f"{name}: p99 latency of what was accepted", "arrivals, % of the system's own best rate"

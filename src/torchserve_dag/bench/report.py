@@ -18,6 +18,8 @@ _OPEN = (
 )
 _LATE_MS = 5.0
 """Asyncio wakes within a millisecond; a load generator that is later than this had to wait for a core."""
+_WORTH_SAYING = 0.01
+"""Where the bare loop has next to nothing to do, its rate says nothing of a server."""
 _TEN, _HUNDRED = 10, 100
 
 
@@ -175,7 +177,7 @@ def _accepted(one: Open) -> str:
 
 
 def _rate(one: Closed) -> str:
-    return _figure(one.rps) + ("" if one.ratio is None else f" ({one.ratio:.2f})")
+    return _figure(one.rps) + ("" if one.ratio is None or one.ratio < _WORTH_SAYING else f" ({one.ratio:.2f})")
 
 
 def _three(found: Percentiles | None) -> str:
