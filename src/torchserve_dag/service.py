@@ -62,8 +62,9 @@ class Service:
         graph = self.graph(read_graph(project, folder / self.build["file"]))
         self.workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers)
         self._takes_rows = takes_rows(graph)
-        self._answering: list[threading.Lock] = []
-        """One for each of TorchServe's connections, held while a batch of it is answered."""
+        self._handling = threading.Lock()
+        self._answering = [self._handling]
+        """For `handle`, and one for each of TorchServe's connections; held while a batch is answered."""
 
     def graph(self, whole: Graph) -> Graph:
         """What this worker runs of the archive's graph: all of it."""
@@ -116,7 +117,8 @@ class Service:
         asked = [
             Asked(context.get_request_id(i) or "", row, context.get_all_request_header(i)) for i, row in enumerate(rows)
         ]
-        told = self.answer(asked)
+        with self._handling:
+            told = self.answer(asked)
         for i, one in enumerate(told):
             context.set_response_status(one.status, one.phrase, i)
             for name, value in one.headers.items():
