@@ -22,12 +22,12 @@ from typing import Any, NoReturn
 
 from torchserve_dag import service
 from torchserve_dag.call import Call
-from torchserve_dag.guard import CHUNK, DIED, HOLD, LOADED, Guard
+from torchserve_dag.guard import DIED, HOLD, LOADED, Guard
 from torchserve_dag.incoming import Incoming, read_incoming
 from torchserve_dag.messages import Failure
 from torchserve_dag.reply import piece
 from torchserve_dag.service import STUCK, Context, Service
-from torchserve_dag.wire import Asked, Messages, read_requests
+from torchserve_dag.wire import CHUNK, Asked, Messages, read_requests
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import NoReturn
 from torchserve_dag.call import Call
 from torchserve_dag.incoming import over_rest
 from torchserve_dag.messages import Failure
-from torchserve_dag.wire import Answers, Asked, Messages, read_answers, read_requests, write_answers
+from torchserve_dag.wire import CHUNK, Answers, Asked, Messages, read_answers, read_requests, write_answers
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ DIED = Failure(
 STARTS = 3
 """How often one that ends before its model is loaded is started."""
 
-CHUNK = 1 << 18
 FULL = 1 << 24
 """Bytes that may wait to be written to one side before the other is no longer read."""
 

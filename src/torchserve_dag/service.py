@@ -29,12 +29,10 @@ from torchserve_dag.project import Project
 from torchserve_dag.reply import CANNOT_BE_WRITTEN, MAX_BYTES, Reply, joined, reply, too_large
 from torchserve_dag.rows import Row
 from torchserve_dag.segment import ABOUT_PART, FAILURE_PART, REQUEST_PART, segments, unseal
-from torchserve_dag.wire import NEXT, Asked, Messages, Told, read_requests, write_answers
+from torchserve_dag.wire import CHUNK, NEXT, Asked, Messages, Told, read_requests, write_answers
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 1 << 18
-"""Bytes that are read at a time."""
 PUBLISH_S = 1.0
 """How often a worker publishes what its nodes have done."""
 STUCK = 70

@@ -13,6 +13,9 @@ from typing import Any, Generic, TypeVar
 NEXT = "ts_stream_next"
 """The header that tells TorchServe whether more of an answer will come: `true` or `false`."""
 
+CHUNK = 1 << 18
+"""Bytes that are read at a time."""
+
 _INT = struct.Struct("!i")
 _END = -1
 

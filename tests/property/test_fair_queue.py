@@ -95,10 +95,10 @@ def test_nothing_is_lost_and_each_request_keeps_its_order(
             waiting[number] = []
         else:
             queue.drop_ended()
-            assert len(queue) == sum(map(len, waiting))
+            assert len(queue.heap) == sum(map(len, waiting))
     check(queue.take(10_000))
     assert waiting == [[], [], [], []]
-    assert len(queue) == 0
+    assert len(queue.heap) == 0
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, print_blob=True)

@@ -394,23 +394,24 @@ class Engine:
                 start(request, node, one, new_pieces, changes)
 
     def _enqueue(self, changes: Changes) -> None:
-        queued: dict[str, list[Item]] = {}
+        queued: dict[Station, list[Item]] = {}
         now = time.monotonic()
         with self._lock:
             for pause, item in changes.later:
                 self._timers.at(now + pause, item.request, partial(self._again, item))
             for item in changes.queued:
-                queued.setdefault(item.station.device, []).append(item)
+                queued.setdefault(item.station, []).append(item)
                 limit = item.node.policy.timeout_s
                 if limit and not isinstance(item.value, Rest):  # it holds for all pieces together
                     self._timers.at(item.since + limit, item, partial(self._out_of_time, limit))
-            elsewhere = queued.pop(ELSEWHERE, [])
-            for item in elsewhere:
-                item.station.put(item)
-            for device, items in queued.items():
-                self._lanes[device].put(items)
-        for station in dict.fromkeys(item.station for item in elsewhere):
-            self._start_elsewhere(station)
+            for station, items in queued.items():
+                if station.device == ELSEWHERE:
+                    station.put(items)
+                else:
+                    self._lanes[station.device].put(station, items, only=len(queued) == 1)
+        for station in queued:
+            if station.device == ELSEWHERE:
+                self._start_elsewhere(station)
 
     def _again(self, item: Item, _: Request) -> None:
         item.since = time.monotonic()

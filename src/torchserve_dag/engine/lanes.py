@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torchserve_dag.engine.request import Item
@@ -66,35 +65,29 @@ class Lanes:
         for thread in self.threads:
             thread.start()
 
-    def put(self, items: list[Item]) -> None:
-        """New work. Under the lock."""
-        if self._keeps(items):
+    def put(self, station: Station, items: list[Item], *, only: bool) -> None:
+        """New work, and whether it is all that there is at the moment. Under the lock."""
+        me = threading.get_ident()
+        one_turn = self._one_turn(station, len(items))
+        if only and one_turn and self._goes_on(me, station):
+            self._kept[me] = (station, items)
             return
-        for item in items:
-            item.station.put(item)
+        station.put(items)
         if self._idle:
-            turns = sum(1 if self._one_turn(s, n) else n for s, n in Counter(item.station for item in items).items())
+            turns = 1 if one_turn else len(items)
             # A lane that has just ended a batch takes the next one itself: waking another for it costs more.
-            mine = threading.get_ident() in self.busy
-            self._work.notify(turns - 1 if mine else turns)
+            self._work.notify(turns - 1 if me in self.busy else turns)
 
-    def _keeps(self, items: list[Item]) -> bool:
-        """Whether the calling thread is a lane that goes on with new items itself.
+    def _goes_on(self, me: int, station: Station) -> bool:
+        """Whether the calling thread is a lane that may go on with this itself, without a queue in between.
 
-        It does with functions of one node that take no longer than a turn, where nothing waits that would go
-        before them: they need not go through a queue.
+        Nothing that waits would go before it.
         """
-        me, station = threading.get_ident(), items[0].station
-        if (
-            me not in self.busy
-            or me in self._kept
-            or not self._one_turn(station, len(items))
-            or any(len(other) and other.depth >= station.depth for other in self._stations)
-            or any(item.station is not station for item in items)
-        ):
-            return False
-        self._kept[me] = (station, items)
-        return True
+        return (
+            me in self.busy
+            and me not in self._kept
+            and not any(len(other) and other.depth >= station.depth for other in self._stations)
+        )
 
     def _one_turn(self, station: Station, items: int) -> bool:
         """Whether one lane does them, as quick functions, in a turn.
@@ -128,7 +121,7 @@ class Lanes:
                 if taken:
                     station, items = taken
                     station.under_way += 1
-                    more = any(map(len, self._stations))
+                    more = bool(self._idle or not self.busy) and any(map(len, self._stations))
                     alone = not self.busy and not more
                     if self._idle and more:
                         self._work.notify()  # what one batch has set free may be more than it woke lanes for

@@ -30,9 +30,6 @@ class FairQueue:
         """Of the last item of each request that waits."""
         self._now = 0
 
-    def __len__(self) -> int:
-        return len(self.heap)
-
     def put(self, item: Item) -> None:
         owner = item.request.root
         rank = max(self._ranks.get(owner, 0), self._now) + 1

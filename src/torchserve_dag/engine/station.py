@@ -79,8 +79,9 @@ class Station:
         """How many items wait."""
         return len(self._interactive.heap) + len(self._bulk.heap)
 
-    def put(self, item: Item) -> None:
-        self.queues[item.request.root.options.priority].put(item)
+    def put(self, items: Iterable[Item]) -> None:
+        for item in items:
+            self.queues[item.request.root.options.priority].put(item)
 
     def head(self, priority: Priority) -> Item | None:
         return self.queues[priority].head()

@@ -9,9 +9,8 @@ import dataclasses
 import json
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,17 +106,8 @@ def _together(stages: Stages, items: list[Any], lanes: int, batch: int, seconds:
             done += batch
         return (done - start) / (time.perf_counter() - begin)
 
-    return round(sum(_in_threads(lane, lanes)), 2)
-
-
-def _in_threads(work: Callable[[int], float], count: int) -> list[float]:
-    found: list[float] = []
-    threads = [threading.Thread(target=lambda i=i: found.append(work(i))) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    with ThreadPoolExecutor(lanes) as threads:
+        return round(sum(threads.map(lane, range(lanes))), 2)
 
 
 if __name__ == "__main__":
