@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 PROGRAM = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 from torchserve_dag.clients import RestClient
 from torchserve_dag.commands import app
 address = sys.argv.pop(1)
