@@ -36,7 +36,8 @@ from rich.progress import track
 from torchserve_dag.clients import Options, ServingError
 from torchserve_dag.clients.client import Client
 from torchserve_dag.messages import Text
-from torchserve_dag.server.connect import client, running
+from torchserve_dag.server.connect import running
+from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
 
 ROOT = Path(__file__).parents[1]

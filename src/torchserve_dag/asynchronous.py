@@ -158,7 +158,7 @@ class Answering:
 
     def _begin(self, asked: Asked) -> None:
         one = read_incoming(asked.id, asked.row, asked.headers)
-        call = self._inside[asked.id] = Call(asked.id, one.rest)
+        call = self._inside[asked.id] = Call(asked.id, one.rest, one.id or asked.id)
         in_pieces = self._service.workflow.graph.streams and one.takes_pieces
         try:
             future = self._service.ask(one, partial(self._piece, call) if in_pieces else None)

@@ -22,6 +22,8 @@ class Call:
 
     id: str
     rest: bool
+    request_id: str
+    """What the client, and the log, call it."""
     began: bool = False
     """Whether a piece of the answer is out."""
 
@@ -43,7 +45,9 @@ class Call:
 
     def failure(self, failure: Failure) -> bytes:
         """What ends the call without an answer, or with no more of it."""
-        return self.last(Reply(failed_piece(failure, self.id)) if self.began else reply(failure, self.id))
+        return self.last(
+            Reply(failed_piece(failure, self.request_id)) if self.began else reply(failure, self.request_id)
+        )
 
     def _told(self, found: Reply, more: str | None) -> Told:
         headers = {"content-type": found.content_type, **found.headers, **({NEXT: more} if more else {})}

@@ -163,7 +163,7 @@ class Guard:
     def _receive_requests(self, connection: socket.socket) -> None:
         for asked, message in self._asked.of(_read(connection)):
             for one in asked:
-                self._calls[one.id] = Call(one.id, over_rest(one.headers))
+                self._calls[one.id] = Call(one.id, over_rest(one.headers), one.id)
             self._to_compute += message
 
     def _receive_answers(self) -> bool:

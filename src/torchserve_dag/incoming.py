@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchserve_dag.options import CANCEL, PIECES, Options, read_options, without_options
+from torchserve_dag.options import CANCEL, PIECES, Options, named, read_options, without_options
 
 BODY_KEYS = ("body", "data")
 """Where a request's body is: TorchServe calls a raw body `body`; its clients call a form's part `data`."""
@@ -48,7 +48,10 @@ class Incoming:
 
 
 def read_incoming(request_id: str | None, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Incoming:
-    """A request from its row, and its headers with the content types of its parts among them."""
+    """A request from its row, and its headers with the content types of its parts among them.
+
+    `request_id` is what TorchServe calls it; what the client calls it is better, for the client knows it too.
+    """
     key = next((k for k in BODY_KEYS if k in row), None)
     if key is None:
         names = without_options(dict.fromkeys(row, ""))
@@ -60,7 +63,7 @@ def read_incoming(request_id: str | None, row: Mapping[str, Any], headers: Mappi
     said = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     asked = {name.lower(): value for name, value in parameters.items()} | said if parameters else said
     return Incoming(
-        request_id,
+        named(asked) or request_id,
         bytes(body) if isinstance(body, bytes | bytearray) else json.dumps(body).encode(),
         part.get("content-type") if isinstance(part, dict) else None,
         without_options(parameters) if parameters else parameters,

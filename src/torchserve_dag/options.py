@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from torchserve_dag.messages import InputError
@@ -15,10 +15,13 @@ Priority = Literal["interactive", "bulk"]
 
 OUTPUTS, TIMEOUT, PRIORITY, TRACE = "x-outputs", "x-timeout-ms", "x-priority", "traceparent"
 CANCEL_KEY, CANCEL = "x-cancel-key", "x-cancel"
+REQUEST_ID = "x-request-id"
+"""What a client, or the front door, calls the request: its name in logs, failures and feedback."""
 PIECES = "x-pieces"
 """Over gRPC: that the call is StreamPredictions. TorchServe does not tell, and a second piece would end Predictions."""
-HEADERS = (OUTPUTS, TIMEOUT, PRIORITY, TRACE, CANCEL_KEY, CANCEL, PIECES)
+HEADERS = (OUTPUTS, TIMEOUT, PRIORITY, TRACE, CANCEL_KEY, CANCEL, REQUEST_ID, PIECES)
 
+MAX_REQUEST_ID = 128
 MAX_OUTPUTS = 4_000
 """Characters of the header that names outputs; over gRPC it could be as long as a body."""
 
@@ -35,6 +38,11 @@ class Options:
     """The client's span, as W3C's `traceparent`."""
     cancel_key: str | None = None
     """The name under which the client may cancel the request."""
+    request_id: str | None = None
+    """What the request is called in logs and failures, and in feedback on its answer; made up unless given."""
+
+    route_by: Mapping[str, str] = field(default_factory=dict)
+    """Headers that the front door's `routes.yaml` asks for; over gRPC they are metadata."""
 
     def headers(self) -> dict[str, str]:
         """As a client sends them."""
@@ -44,8 +52,13 @@ class Options:
             PRIORITY: self.priority if self.priority != "interactive" else "",
             TRACE: self.trace or "",
             CANCEL_KEY: self.cancel_key or "",
+            REQUEST_ID: self.request_id or "",
         }
         return {name: value for name, value in fields.items() if value}
+
+    def metadata(self) -> dict[str, str]:
+        """What the front door has to see over gRPC, beside the message."""
+        return {**self.route_by, **({REQUEST_ID: self.request_id} if self.request_id else {})}
 
 
 NOTHING_ASKED = Options()
@@ -70,12 +83,19 @@ def read_options(said: Mapping[str, str]) -> Options:
         priority,  # type: ignore[arg-type]
         get(TRACE),
         get(CANCEL_KEY),
+        get(REQUEST_ID),
     )
 
 
 def without_options(parameters: Mapping[str, T]) -> dict[str, T]:
     """A request's parameters without those that are options."""
     return {name: value for name, value in parameters.items() if name.lower() not in HEADERS}
+
+
+def named(said: Mapping[str, str]) -> str | None:
+    """What a request is called, where that is fit for a line of a log."""
+    name = said.get(REQUEST_ID)
+    return name if name and len(name) <= MAX_REQUEST_ID and name.isascii() and name.isprintable() else None
 
 
 def _seconds(text: str) -> float:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from torchserve_dag.clients import GrpcClient, RestClient
-from torchserve_dag.server.connect import client, running
+from torchserve_dag.server.connect import running
+from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
 

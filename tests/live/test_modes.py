@@ -17,7 +17,7 @@ import pytest
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import ServingError, Tokens, WorkerInfo
 from torchserve_dag.messages import Text
-from torchserve_dag.server.connect import client
+from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
 
 MODES = ("batched", "asynchronous")

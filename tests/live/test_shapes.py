@@ -15,7 +15,7 @@ import pytest
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import Options, ServingError
 from torchserve_dag.messages import Text
-from torchserve_dag.server.connect import client
+from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
 
 WITHIN_S = 10.0

@@ -19,7 +19,7 @@ from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import RequestRefused, ServingError, Tokens
 from torchserve_dag.messages import Text
 from torchserve_dag.options import Options
-from torchserve_dag.server.connect import client
+from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
 from torchserve_dag.torchserve.protos.inference_pb2 import PredictionsRequest
 from torchserve_dag.torchserve.protos.inference_pb2_grpc import InferenceAPIsServiceStub

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from torchserve_dag.clients import RestClient, Tokens
-from torchserve_dag.server import java, processes, properties, torchserve
+from torchserve_dag import serving
+from torchserve_dag.server import java, processes, properties
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
@@ -71,7 +72,7 @@ def project(tmp_path: Path) -> Iterator[Path]:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "hello.txt").write_text("hello")
     yield tmp_path
-    torchserve.stop(tmp_path)
+    serving.stop(tmp_path)
 
 
 def run(project: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from torchserve_dag.server import defaults, java, ports, processes, properties, torchserve
-from torchserve_dag.server.connect import client
+from torchserve_dag import serving
+from torchserve_dag.server import defaults, java, ports, processes, properties
+from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
@@ -128,18 +129,18 @@ def test_the_projects_own_configuration_is_closed_and_explained() -> None:
 
 def test_a_project_without_a_configuration_or_archives_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"config\.properties cannot be read"):
-        torchserve.start(tmp_path)
+        serving.start(tmp_path)
 
     (tmp_path / "config.properties").write_text("job_queue_size=7\n")
     with pytest.raises(
         ServerError, match=r"There are no archives in .*model_store: build them with torchserve-dag build"
     ):
-        torchserve.start(tmp_path)
+        serving.start(tmp_path)
 
     (tmp_path / "model_store").mkdir()
     (tmp_path / "model_store" / "broken-1.0.mar").write_bytes(b"no zip")
     with pytest.raises(ServerError, match=r"broken-1\.0\.mar is not an archive"):
-        torchserve.start(tmp_path)
+        serving.start(tmp_path)
 
 
 def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> Non
         ours.kill()
     state.save(Record(psutil.Process().pid, Addresses()))  # alive, and none of ours
 
-    assert not torchserve.stop(tmp_path)
+    assert not serving.stop(tmp_path)
     with pytest.raises(ServerError, match=r"No server of this project is running: start it with torchserve-dag up"):
         client(state)
 

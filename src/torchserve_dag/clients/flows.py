@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 import uuid
 from collections.abc import Generator, Mapping
@@ -30,6 +31,7 @@ from torchserve_dag.clients.models import ModelInfo, model_info, version_info
 from torchserve_dag.options import CANCEL, HEADERS, Options
 
 T = TypeVar("T")
+_HEADER = re.compile(r"[a-z0-9-]+")
 PAGE = 100
 """Models asked for at a time; it is TorchServe's limit."""
 
@@ -54,6 +56,7 @@ class Cancel:
 
     body: ClassVar[Body] = Body(b"{}", "application/json")
     parameters: ClassVar[Mapping[str, str]] = {}
+    options: ClassVar[Options] = Options()
 
     name: str
     version: str | None
@@ -106,7 +109,9 @@ def prediction(
             raise ValueError(f'a parameter may not be named "{parameter}": give it among the options')
     if options.timeout_s is not None and options.timeout_s <= 0:
         raise ValueError(f"timeout_s is more than 0, not {options.timeout_s}")
-    for header, value in options.headers().items():
+    for header, value in {**options.headers(), **options.route_by}.items():
+        if not _HEADER.fullmatch(header):
+            raise ValueError(f'"{header}" cannot be a header: use small letters, digits and dashes')
         if not (value.isascii() and value.isprintable()):
             raise ValueError(f"{value!r} cannot be sent as {header}: a header is plain ASCII")
     _check_answer(answer, options.outputs)

@@ -66,7 +66,8 @@ class _Stubs:
         match call:
             case Predict() | Cancel():
                 method = inference.StreamPredictions if stream else inference.Predictions
-                request, metadata = _predictions(call, deadline, stream=stream), self._metadata
+                request = _predictions(call, deadline, stream=stream)
+                metadata = (*self._metadata, *call.options.metadata().items())
             case Ping():
                 method, request, metadata = inference.Ping, Empty(), self._metadata
             case ListModels():
@@ -84,7 +85,9 @@ class _Stubs:
 
 
 class GrpcClient(Client):
-    """The client over gRPC. `credentials` are grpc's, for a front door with TLS."""
+    """The client over gRPC. `credentials` are grpc's, for a front door with TLS, whose certificate is for `server_name`
+    where that is not its address; management is behind it, and has no TLS.
+    """
 
     def __init__(
         self,
@@ -96,15 +99,16 @@ class GrpcClient(Client):
         timeout: float = 30.0,
         retries: int = 2,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
     ) -> None:
         super().__init__(timeout, retries)
         self._addresses = (inference, management)
-        self._channels = [
-            grpc.secure_channel(address, credentials, OPTIONS)
+        first = (
+            grpc.secure_channel(inference, credentials, _options(server_name))
             if credentials
-            else grpc.insecure_channel(address, OPTIONS)
-            for address in self._addresses
-        ]
+            else grpc.insecure_channel(inference, OPTIONS)
+        )
+        self._channels = [first, grpc.insecure_channel(management, OPTIONS)]
         self._stubs = _Stubs(self._channels, (token, management_token))
 
     def close(self) -> None:
@@ -141,11 +145,13 @@ class AsyncGrpcClient(AsyncClient):
         timeout: float = 30.0,
         retries: int = 2,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
     ) -> None:
         super().__init__(timeout, retries)
         self._addresses = (inference, management)
         self._tokens = (token, management_token)
         self._credentials = credentials
+        self._server_name = server_name
         self._channels: list[grpc.aio.Channel] = []
         self._made: _Stubs | None = None
 
@@ -156,12 +162,13 @@ class AsyncGrpcClient(AsyncClient):
     @property
     def _stubs(self) -> _Stubs:
         if self._made is None:  # a channel wants a running event loop, which a constructor need not have
-            self._channels = [
-                grpc.aio.secure_channel(address, self._credentials, OPTIONS)
+            inference, management = self._addresses
+            first = (
+                grpc.aio.secure_channel(inference, self._credentials, _options(self._server_name))
                 if self._credentials
-                else grpc.aio.insecure_channel(address, OPTIONS)
-                for address in self._addresses
-            ]
+                else grpc.aio.insecure_channel(inference, OPTIONS)
+            )
+            self._channels = [first, grpc.aio.insecure_channel(management, OPTIONS)]
             self._made = _Stubs(self._channels, self._tokens)
         return self._made
 
@@ -180,6 +187,10 @@ class AsyncGrpcClient(AsyncClient):
             raise _translated(error, self._addresses, call, deadline) from None
         finally:
             replies.cancel()
+
+
+def _options(server_name: str | None) -> tuple[tuple[str, str | int], ...]:
+    return (*OPTIONS, ("grpc.ssl_target_name_override", server_name)) if server_name else OPTIONS
 
 
 def _predictions(call: Predict | Cancel, deadline: Deadline, *, stream: bool) -> PredictionsRequest:

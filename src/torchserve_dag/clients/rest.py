@@ -44,7 +44,7 @@ class _Ports:
             case Predict() | Cancel():
                 port, method, path = self._inference, "POST", f"/predictions/{_path(call.name, call.version)}"
                 headers, body = _content(call)
-                headers |= call.asks(deadline.left())
+                headers |= {**call.options.route_by, **call.asks(deadline.left())}
             case Ping():
                 port, path = self._inference, "/ping"
             case ListModels():

@@ -13,8 +13,8 @@ import typer
 
 from torchserve_dag.clients import Options
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, project_root
-from torchserve_dag.server.connect import client
 from torchserve_dag.server.state import State
+from torchserve_dag.serving import client
 
 
 def call(
@@ -23,6 +23,11 @@ def call(
     *,
     grpc: Annotated[bool, typer.Option("--grpc", help="Over gRPC; REST unless given.")] = False,
     param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A parameter; may be repeated.")] = None,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A header that routes.yaml asks for; may be repeated."),
+    ] = None,
+    request_id: Annotated[str | None, typer.Option(help="What to call the request; made up unless given.")] = None,
     output: Annotated[
         list[str] | None, typer.Option(metavar="NODE", help="Answer with this node's result; may be repeated.")
     ] = None,
@@ -34,8 +39,13 @@ def call(
 ) -> None:
     """Send a file to a model, and print its answer."""
     model, _, version = name.partition("/")
-    options = Options(tuple(output or ()), priority="bulk" if bulk else "interactive")
     with _unsendable(), failures():
+        options = Options(
+            tuple(output or ()),
+            priority="bulk" if bulk else "interactive",
+            request_id=request_id,
+            route_by=dict(_parameter(one) for one in header or []),
+        )
         asked: dict[str, Any] = {"parameters": dict(_parameter(one) for one in param or []), "options": options}
         if not file.is_file():
             fail(f"{file} is not a file.")

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.syntax import Syntax
 from rich.table import Table
 
+from torchserve_dag import serving
 from torchserve_dag.commands.common import (
     JsonOption,
     ProjectOption,
@@ -22,7 +23,7 @@ from torchserve_dag.commands.common import (
     project_root,
 )
 from torchserve_dag.server import defaults, torchserve
-from torchserve_dag.server.connect import client, running
+from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.ready import Readiness
 from torchserve_dag.server.state import State
 from torchserve_dag.server.status import Status, WorkerStatus, about
@@ -41,11 +42,14 @@ def up(
     store: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the archives are; model_store unless given.")
     ] = None,
+    front_door: Annotated[
+        bool, typer.Option("--front-door/--no-front-door", help="Share traffic between versions, and face a network.")
+    ] = True,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log one line a request in access_log.log.")] = False,
     timeout: Annotated[float, typer.Option(help="How long to wait for every model, in seconds.")] = 600.0,
     project: ProjectOption = None,
 ) -> None:
-    """Start TorchServe, and wait until every archive is served."""
+    """Start the front door and TorchServe, and wait until every archive is served."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     options = torchserve.Options(port, grpc_port, free_ports, store, access_log, timeout)
     with failures(), Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -57,11 +61,14 @@ def up(
             bar.update(task, description=text, completed=len(found) - len(waiting), total=len(found))
 
         root = project_root(project)
-        record = torchserve.start(root, options, show)
-        with client(State(root)) as serving:
-            found = status_of(record, serving)
-    where = record.addresses
-    out.print(f"[green]up[/]: {count(len(found.versions), 'model version')}, pid {record.pid}")
+        started = serving.start(root, options, show, with_front_door=front_door)
+        with torchserve_client(State(root)) as client:
+            found = status_of(started.torchserve, client)
+    where, door = started.torchserve.addresses, started.front_door
+    pid = door.pid if door else started.torchserve.pid
+    out.print(f"[green]up[/]: {count(len(found.versions), 'model version')}, pid {pid}")
+    if door:
+        out.print(f"  front door https://{door.settings.listen} (REST and gRPC)  {door.settings.metrics}/metrics")
     out.print(
         f"  REST {where.inference}  management {where.management}  metrics {where.metrics}/metrics", soft_wrap=True
     )
@@ -72,7 +79,7 @@ def up(
 def down(*, project: ProjectOption = None) -> None:
     """Stop the server that `up` started."""
     with failures():
-        stopped = torchserve.stop(project_root(project))
+        stopped = serving.stop(project_root(project))
     out.print("stopped" if stopped else "nothing was running")
 
 
@@ -88,13 +95,13 @@ def status(
     with failures():
         state = State(project_root(project))
         record = running(state)
-        with client(state) as serving:
+        with torchserve_client(state) as client:
             if name is None:
-                found = status_of(record, serving)
+                found = status_of(record, client)
                 print_json(found) if json else _print_status(found)
             else:
                 model, _, version = name.partition("/")
-                fields = dict(about(serving, model, version or None))
+                fields = dict(about(client, model, version or None))
                 print_json(fields) if json else _print_about(fields)
 
 
@@ -107,8 +114,8 @@ def default(
     """Let VERSION answer where a call names none: now, and at each start from now on."""
     with failures():
         state = State(project_root(project))
-        with client(state) as serving:
-            defaults.set_default(state, serving, name, version)
+        with torchserve_client(state) as client:
+            defaults.set_default(state, client, name, version)
     out.print(f"{name}: {version} is the default")
 
 

@@ -1,4 +1,4 @@
-"""Clients for the server that this project runs."""
+"""Clients for the TorchServe that this project runs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ def running(state: State) -> Record:
     return record
 
 
-def client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> RestClient | GrpcClient:
-    """A client with the server's addresses and tokens; close it, or use it in a `with`. Raises ServerError."""
-    where = running(state).addresses
+def torchserve_tokens(state: State) -> Tokens:
+    """TorchServe's own. Raises ServerError."""
     try:
-        tokens = Tokens.read(state.key_file)
+        return Tokens.read(state.key_file)
     except (OSError, ValueError):
         raise ServerError(f"{state.key_file} is damaged: stop the server with torchserve-dag down.") from None
-    if protocol == "grpc":
-        return GrpcClient(
-            where.grpc_inference,
-            where.grpc_management,
-            token=tokens.inference,
-            management_token=tokens.management,
-            timeout=timeout,
-        )
-    return RestClient(
-        where.inference, where.management, token=tokens.inference, management_token=tokens.management, timeout=timeout
+
+
+def torchserve_client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> RestClient | GrpcClient:
+    """A client past the front door, on this machine alone; close it, or use it in a `with`. Raises ServerError."""
+    where, tokens = running(state).addresses, torchserve_tokens(state)
+    kind: type[GrpcClient | RestClient] = GrpcClient if protocol == "grpc" else RestClient
+    inference, management = (
+        (where.grpc_inference, where.grpc_management) if protocol == "grpc" else (where.inference, where.management)
     )
+    return kind(inference, management, token=tokens.inference, management_token=tokens.management, timeout=timeout)

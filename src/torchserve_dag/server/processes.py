@@ -19,9 +19,14 @@ def mark(state: State) -> dict[str, str]:
 
 
 def java(record: Record, state: State) -> psutil.Process | None:
-    """The server's process, if it still runs and its pid is not another's by now."""
+    """TorchServe's process, if it still runs."""
+    return ours(record.pid, state)
+
+
+def ours(pid: int, state: State) -> psutil.Process | None:
+    """A process that was started for this project, if it still runs, and its pid is not another's by now."""
     try:
-        process = psutil.Process(record.pid)
+        process = psutil.Process(pid)
     except psutil.Error:
         return None
     return process if alive(process) and _marked(process, state.folder) else None

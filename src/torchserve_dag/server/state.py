@@ -25,6 +25,8 @@ class Record:
     pid: int
     """Of its Java process."""
     addresses: Addresses
+    store: str = "model_store"
+    """The folder of its archives."""
 
 
 class State:
@@ -37,6 +39,7 @@ class State:
         self.tmp = self.folder / "tmp"
         self.key_file = self.folder / "key_file.json"
         """TorchServe writes it into its working directory, which is this folder."""
+        self.front_door = self.folder / "front_door"
         self._server = self.folder / "server.json"
         self._defaults = self.folder / "defaults.json"
 

@@ -1,4 +1,4 @@
-"""Start TorchServe for a project, wait until it serves, and stop it again."""
+"""Start TorchServe for a project, wait until it serves, and end it again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -13,7 +14,7 @@ from zipfile import BadZipFile
 from torchserve_dag.archives import mar
 from torchserve_dag.clients import Tokens
 from torchserve_dag.server import defaults, java, ports, processes, properties
-from torchserve_dag.server.connect import client
+from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
@@ -39,49 +40,57 @@ class Options:
     timeout_s: float = 600.0
 
 
-def start(root: Path, options: Options | None = None, progress: Progress | None = None) -> Record:
-    """Start a server for the project at `root`, wait until it serves every archive, and set the default versions.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A TorchServe that can be started: what it will serve, and where."""
 
-    Raises ServerError; then nothing of it runs any more, and its logs are there to read.
+    source: Path
+    """The project's `config.properties`."""
+    said: dict[str, str]
+    """What is in it."""
+    store: Path
+    archives: dict[ModelVersion, str]
+    where: Addresses
+    java_home: Path
+
+
+def plan(root: Path, options: Options) -> Plan:
+    """Raises ServerError for what would keep it from starting."""
+    source = root / "config.properties"
+    said = properties.read(source)
+    store = (options.store or root / said.get("model_store", "model_store")).resolve()
+    archives = _archives(store)
+    where = _addresses(said, options)
+    where.check_free()
+    return Plan(source, said, store, archives, where, java.find())
+
+
+def start(
+    state: State,
+    planned: Plan,
+    options: Options,
+    progress: Progress | None = None,
+    *,
+    changes: Mapping[str, str] | None = None,
+) -> Record:
+    """Start it, wait until it serves every archive, and set the default versions. Raises ServerError.
+
+    `changes` are to its properties.
     """
-    options = options or Options()
-    state = State(root)
-    with state.lock():
-        _refuse_second(state)
-        source = root / "config.properties"
-        said = properties.read(source)
-        store = (options.store or root / said.get("model_store", "model_store")).resolve()
-        archives = _archives(store)
-        where = _addresses(said, options)
-        where.check_free()
-        java_home = java.find()
-        processes.kill(processes.family(state))  # workers that outlived an earlier server
-        state.prepare()
-        properties.write(source, state.config, {**properties.listening_at(where), **_sockets(state, where)})
-        logs = Logs(state.logs)
-        try:
-            record = _launch(state, store, java_home, where, logs, access_log=options.access_log)
-            state.save(record)
-            with client(state) as serving:
-                waiting = Waiting(archives, logs)
-                waiting.wait(serving, lambda: processes.java(record, state) is not None, options.timeout_s, progress)
-                defaults.apply(state, serving)
-        except BaseException:  # an interrupt as well: what is not served is not left behind
-            _end(state)
-            raise
+    changes = {**properties.listening_at(planned.where), **_sockets(state, planned.where), **(changes or {})}
+    properties.write(planned.source, state.config, changes)
+    logs = Logs(state.logs)
+    record = _launch(state, planned, logs, access_log=options.access_log)
+    state.save(record)
+    with torchserve_client(state) as serving:
+        waiting = Waiting(planned.archives, logs)
+        waiting.wait(serving, lambda: processes.java(record, state) is not None, options.timeout_s, progress)
+        defaults.apply(state, serving)
     return record
 
 
-def stop(root: Path) -> bool:
-    """Stop the project's server and every process of it; whether there was one."""
-    state = State(root)
-    if not state.folder.is_dir():
-        return False
-    with state.lock():
-        return _end(state)
-
-
-def _end(state: State) -> bool:
+def end(state: State) -> bool:
+    """End it and every process of the project's server; whether it ran. Raises ServerError."""
     record = state.record()
     process = processes.java(record, state) if record else None
     if process:
@@ -96,7 +105,8 @@ def _end(state: State) -> bool:
     return process is not None
 
 
-def _refuse_second(state: State) -> None:
+def refuse_second(state: State) -> None:
+    """Raises ServerError where one of this project runs already."""
     record = state.record()
     if record and processes.java(record, state):
         raise ServerError(
@@ -134,15 +144,15 @@ def _sockets(state: State, where: Addresses) -> dict[str, str]:
     return {"use_native_io": "false", "initial_worker_port": str(ports.free_run(host, 50))}
 
 
-def _launch(state: State, store: Path, java_home: Path, where: Addresses, logs: Logs, *, access_log: bool) -> Record:
+def _launch(state: State, planned: Plan, logs: Logs, *, access_log: bool) -> Record:
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
-    command += ["--ts-config", state.config.name, "--model-store", str(store)]
+    command += ["--ts-config", state.config.name, "--model-store", str(planned.store)]
     begun = time.time()
     with (state.logs / "console.log").open("wb") as console:
         starter = subprocess.Popen(  # noqa: S603 (our own arguments)
             command,
             cwd=state.folder,
-            env=_environment(state, java_home, access_log=access_log),
+            env=_environment(state, planned.java_home, access_log=access_log),
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
@@ -151,7 +161,7 @@ def _launch(state: State, store: Path, java_home: Path, where: Addresses, logs: 
         starter.wait()
     try:  # TorchServe's own command ends as soon as Java runs, and leaves its pid here
         pid = int((state.tmp / ".model_server.pid").read_text("utf-8"))
-        record = Record(pid, where)
+        record = Record(pid, planned.where, str(planned.store))
     except (OSError, ValueError):
         raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'it does not say why'}.") from None
     while not _has_keys(state):

@@ -1,0 +1,78 @@
+"""What Envoy says of itself, over the socket in its folder that only its owner may use."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from torchserve_dag.front_door.bootstrap import ADMIN
+from torchserve_dag.server.errors import ServerError
+
+TIMEOUT_S = 10.0
+
+
+class Admin:
+    """Envoy's own interface."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def listens(self) -> bool:
+        """Whether it serves: it has its first routes and clusters, and listens."""
+        try:
+            return self._ask("GET", "/ready") == "LIVE\n"
+        except ServerError:
+            return False
+
+    def versions(self) -> dict[str, str]:
+        """Which clusters and routes it has taken, by their kind."""
+        said = self._ask("GET", "/stats?filter=version_text")
+        lines = (line.partition(": ") for line in said.splitlines())
+        return {name.split(".")[-2]: value.strip('"') for name, _, value in lines}
+
+    def stats(self, regex: str) -> dict[str, int]:
+        """Its counters and gauges whose names match."""
+        lines = self._ask("GET", f"/stats?type=All&filter={regex}").splitlines()
+        pairs = (line.rpartition(": ") for line in lines)
+        return {name: int(value) for name, _, value in pairs if value.isdigit()}
+
+    def prometheus(self, regex: str) -> str:
+        """Its numbers whose names match, as a page of Prometheus."""
+        return self._ask("GET", f"/stats/prometheus?filter={regex}")
+
+    def clusters(self) -> list[dict[str, Any]]:
+        """Its clusters, with the state of their hosts."""
+        found = json.loads(self._ask("GET", "/clusters?format=json"))["cluster_statuses"]
+        return list(found)
+
+    def post(self, path: str) -> None:
+        self._ask("POST", path)
+
+    def _ask(self, method: str, path: str) -> str:
+        try:
+            with self._client() as client:
+                answer = client.request(method, f"http://envoy{path}")
+        except httpx.HTTPError as error:
+            raise ServerError(f"The front door does not answer ({type(error).__name__}): is it up?") from None
+        if not answer.is_success and path != "/ready":
+            raise ServerError(f"The front door answered {answer.status_code} to {path}: {answer.text[:200].strip()}")
+        return answer.text
+
+    @contextmanager
+    def _client(self) -> Iterator[httpx.Client]:
+        try:
+            folder = os.open(self.folder, os.O_PATH)
+        except OSError:
+            raise ServerError(f"There is no front door in {self.folder}.") from None
+        try:  # the folder's path may be longer than a socket's may be
+            transport = httpx.HTTPTransport(uds=f"/proc/self/fd/{folder}/{ADMIN}")
+            with httpx.Client(transport=transport, timeout=TIMEOUT_S, trust_env=False) as client:
+                yield client
+        finally:
+            os.close(folder)

@@ -1,0 +1,88 @@
+"""The certificate that the front door shows: files that are given, or one for development, made on demand."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import socket
+import ssl
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from torchserve_dag.front_door.settings import FrontDoor
+from torchserve_dag.front_door.tokens import write_private
+from torchserve_dag.server.errors import ServerError
+
+LIFE = dt.timedelta(days=365)
+RENEW = dt.timedelta(days=30)
+"""So long before its end a development certificate is made anew."""
+
+
+def files(root: Path, door: FrontDoor, folder: Path) -> tuple[Path, Path]:
+    """The certificate's file and its key's. Raises ServerError where they are not there, or do not fit."""
+    if door.certificate is None or door.key is None:
+        certificate, key = folder / "development.pem", folder / "development.key"
+        if not _good(certificate):
+            _make(certificate, key)
+        return certificate, key
+    certificate, key = (root / door.certificate).resolve(), (root / door.key).resolve()
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:  # an SSLError is one too
+        raise ServerError(
+            f"{door.certificate} and {door.key} of front_door.yaml are no certificate with its key "
+            f"({error.strerror or error}): name files of PEM."
+        ) from None
+    return certificate, key
+
+
+def trust(certificate: Path) -> ssl.SSLContext:
+    """For a client on this machine, which knows the very certificate and needs no name in it."""
+    context = ssl.create_default_context(cafile=str(certificate))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def a_name(certificate: Path) -> str:
+    """A name that the certificate is for."""
+    found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return next(iter(names.get_values_for_type(x509.DNSName)), "localhost")
+
+
+def _good(certificate: Path) -> bool:
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return found.not_valid_after_utc > dt.datetime.now(dt.timezone.utc) + RENEW
+
+
+def _make(certificate: Path, key_file: Path) -> None:
+    """For localhost and this machine's name, signed by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "torchserve-dag development")])
+    hosts: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname())]
+    hosts += [x509.IPAddress(ipaddress.ip_address(one)) for one in ("127.0.0.1", "::1")]
+    now = dt.datetime.now(dt.timezone.utc)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))  # clocks differ
+        .not_valid_after(now + LIFE)
+        .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    write_private(key_file, key.private_bytes(pem, pkcs8, serialization.NoEncryption()).decode())
+    certificate.write_bytes(made.public_bytes(pem))

@@ -1,0 +1,142 @@
+-- For every request: which model it is for, and which version it names. REST says so in its path, gRPC in its message.
+-- Either way it becomes the same headers, by which it is routed. (What a client itself sends of them is gone by now.)
+
+local SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
+local MODEL, VERSION, REST = "x-door-model", "x-door-version", "x-door-rest"
+local byte, sub = string.byte, string.sub
+
+-- A protobuf varint at `at`, and where it ends; nothing where the text ends before it does.
+local function varint(text, at)
+  local value, scale = 0, 1
+  for i = at, at + 9 do
+    local b = byte(text, i)
+    if not b then return nil end
+    value = value + (b % 128) * scale
+    if b < 128 then return value, i + 1 end
+    scale = scale * 128
+  end
+  return nil
+end
+
+-- The fields 1 and 2 of a PredictionsRequest, model_name and model_version; nothing where it is no message.
+local function name_and_version(text)
+  local name, version = "", ""
+  local at, last = 1, #text
+  while at <= last do
+    local key, size
+    key, at = varint(text, at)
+    if not key then return nil end
+    local wire, field = key % 8, math.floor(key / 8)
+    if wire == 0 then
+      size, at = varint(text, at)
+      if not size then return nil end
+    elseif wire == 1 then
+      at = at + 8
+    elseif wire == 5 then
+      at = at + 4
+    elseif wire == 2 then
+      size, at = varint(text, at)
+      if not size or at + size - 1 > last then return nil end
+      if field == 1 then name = sub(text, at, at + size - 1) end
+      if field == 2 then version = sub(text, at, at + size - 1) end
+      at = at + size
+    else
+      return nil
+    end
+  end
+  if at ~= last + 1 then return nil end
+  return name, version
+end
+
+local function refuse(handle, status, grpc_status, kind, message)
+  if grpc_status then
+    handle:respond({[":status"] = "200", ["content-type"] = "application/grpc", ["grpc-status"] = grpc_status,
+                    ["grpc-message"] = message}, nil)
+  else
+    handle:respond({[":status"] = status, ["content-type"] = "application/json"},
+                   '{"code": ' .. status .. ', "type": "' .. kind .. '", "message": "' .. message .. '"}\n')
+  end
+end
+
+-- Whether a name can be a header's value, and is no longer than any sensible one.
+local function sane(text)
+  return #text <= 256 and not string.find(text, "[^\33-\126]")
+end
+
+local function from_message(handle)
+  local body = handle:body()
+  local size = body and body:length() or 0
+  if size < 5 then
+    return refuse(handle, "400", "3", "BadRequest", "The call holds no message.")
+  end
+  local head = body:getBytes(0, 5)
+  if byte(head, 1) ~= 0 then
+    return refuse(handle, "415", "12", "BadRequest", "The message is compressed, which is not read here: send it as it is.")
+  end
+  local said = ((byte(head, 2) * 256 + byte(head, 3)) * 256 + byte(head, 4)) * 256 + byte(head, 5)
+  if said ~= size - 5 then
+    return refuse(handle, "400", "3", "BadRequest", "The call does not hold one whole message.")
+  end
+  local name, version = name_and_version(body:getBytes(5, size - 5))
+  if not name or not sane(name) or not sane(version) then
+    return refuse(handle, "400", "3", "BadRequest", "The message is no PredictionsRequest with a plain model_name.")
+  end
+  local headers = handle:headers() -- anew: what was got before a wait is void
+  headers:replace(MODEL, name)
+  if version ~= "" then headers:replace(VERSION, version) end
+  return true
+end
+
+local function from_path(headers, path)
+  local rest = sub(path, #"/predictions/" + 1)
+  local query = string.find(rest, "?", 1, true)
+  local asked = query and sub(rest, query) or ""
+  rest = query and sub(rest, 1, query - 1) or rest
+  local name, version, more = string.match(rest, "^([^/]*)/?([^/]*)(.*)$")
+  headers:replace(MODEL, name)
+  if version ~= "" then headers:replace(VERSION, version) end
+  headers:replace(REST, more .. asked)
+end
+
+-- What a client posts back about an answer; `json_to_metadata` has read it.
+local function feedback(handle)
+  handle:body()
+  local said = handle:streamInfo():dynamicMetadata():get("feedback") or {}
+  local id, score = said["request_id"], said["score"]
+  if type(id) ~= "string" or id == "" or not sane(id) or type(score) ~= "number" then
+    return refuse(handle, "400", nil, "BadRequest",
+                  "Feedback is JSON like {'request_id': '...', 'score': 0.8}, of the content type application/json.")
+  end
+  handle:respond({[":status"] = "202", ["content-type"] = "application/json"}, '{"accepted": true}\n')
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  local path = headers:get(":path")
+  if path == SERVICE .. "Predictions" or path == SERVICE .. "StreamPredictions" then
+    if not from_message(handle) then return end
+  elseif sub(path, 1, 13) == "/predictions/" then
+    from_path(headers, path)
+    local limit = tonumber(headers:get("x-timeout-ms") or "")
+    if limit and limit >= 1 and limit < 1e7 then
+      headers:replace("x-envoy-upstream-rq-timeout-ms", string.format("%d", limit))
+    end
+  elseif path == "/feedback" and headers:get(":method") == "POST" then
+    return feedback(handle)
+  end
+  handle:clearRouteCache()
+  local refused = handle:metadata():get("refused")
+  if refused then
+    local kind = handle:headers():get("content-type") or ""
+    refuse(handle, "404", sub(kind, 1, 16) == "application/grpc" and "5" or nil, refused["type"], refused["message"])
+  end
+end
+
+-- Over gRPC, a failure that an answer holds was given its status for the router to see (version.lua); gRPC's own is 200.
+function envoy_on_response(handle)
+  local headers = handle:headers()
+  local kind = headers:get("content-type")
+  if kind and sub(kind, 1, 16) == "application/grpc" then
+    headers:replace(":status", "200")
+  end
+end

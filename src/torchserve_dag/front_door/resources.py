@@ -1,0 +1,328 @@
+"""What changes while the front door runs, in Envoy's words: a cluster for each version and protocol, and the routes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from torchserve_dag.front_door.shares import ServedVersion, Split
+from torchserve_dag.front_door.tokens import Token
+from torchserve_dag.server.ports import Addresses, host_and_port
+
+Resource = dict[str, Any]
+
+TYPES = "type.googleapis.com/envoy."
+PROTOCOLS = ("rest", "grpc")
+MODEL, VERSION = "x-door-model", "x-door-version"
+"""The headers that request.lua sets."""
+TOKEN_NAME = "x-door-token"  # noqa: S105 (a header)
+GRPC = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
+
+EJECT_AFTER = 10
+"""Failures in a row of a version that has a fallback, until it is left alone for a while."""
+EJECT_S = 10
+GRACE_S = 5.0
+"""How much longer than TorchServe the front door waits, so that TorchServe's own answer comes first."""
+MAX_REQUESTS = 4096
+"""Inside one version at once; TorchServe's queue is far shorter."""
+UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 1}
+"""A retry where TorchServe cannot have seen the request."""
+
+
+def clusters(served: Iterable[ServedVersion], splits: Sequence[Split], where: Addresses, token: str) -> list[Resource]:
+    """A cluster for each version and protocol; it writes its version into the request, for TorchServe to see."""
+    by_model = {split.model: split for split in splits}
+    found = []
+    for one in served:
+        split = by_model.get(one.model)
+        back = split if split and split.falls_back(one.version) else None
+        found += [_version_cluster(one, protocol, where, token, back) for protocol in PROTOCOLS]
+    found += [_cluster(f"{protocol}:torchserve", protocol, where) for protocol in PROTOCOLS]
+    return found
+
+
+def routes(
+    served: Sequence[ServedVersion],
+    splits: Sequence[Split],
+    tokens: Sequence[Token],
+    token: str,
+    requests_per_second: int,
+) -> Resource:
+    """Every route, and who may use them how often."""
+    found = [_ping(token), _grpc_ping(token), _feedback()]
+    for split in splits:
+        versions = [one for one in served if one.model == split.model]
+        for protocol in PROTOCOLS:
+            found += [_named(one, protocol) for one in versions]
+            found += _shared(split, versions, protocol)
+        known = ", ".join(one.version for one in versions)
+        message = f"There is no such version of {split.model}; it has {known}."
+        match = _match(split.model)
+        found.append(_refusal(match, "ModelVersionNotFoundException", message))
+    found.append(_refusal({"prefix": "/predictions/"}, "ModelNotFoundException", "There is no model of that name."))
+    found.append(_refusal({"prefix": GRPC}, "ModelNotFoundException", "There is no model of that name."))
+    message = "There is nothing here: ask /predictions/NAME or /predictions/NAME/VERSION."
+    found.append(_refusal({"prefix": "/"}, "ResourceNotFoundException", message))
+    host = {
+        "name": "models",
+        "domains": ["*"],
+        "routes": found,
+        "rate_limits": [{"actions": [{"request_headers": {"header_name": TOKEN_NAME, "descriptor_key": "token"}}]}],
+        "typed_per_filter_config": {
+            "envoy.filters.http.rbac": _who_may(tokens),
+            "envoy.filters.http.local_ratelimit": _how_often(tokens, requests_per_second),
+        },
+    }
+    return {"@type": f"{TYPES}config.route.v3.RouteConfiguration", "name": "routes", "virtual_hosts": [host]}
+
+
+def cluster_name(protocol: str, version: ServedVersion | str) -> str:
+    return f"{protocol}:{version if isinstance(version, str) else version.name}"
+
+
+def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
+    host, port = host_and_port(where.inference if protocol == "rest" else where.grpc_inference)
+    endpoint = {"address": {"socket_address": {"address": host, "port_value": port}}}
+    options: Resource = {"http2_protocol_options": {}} if protocol == "grpc" else {"http_protocol_options": {}}
+    return {
+        "@type": f"{TYPES}config.cluster.v3.Cluster",
+        "name": name,
+        "alt_stat_name": name.replace(".", "_").replace(":", "_"),
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}]},
+        "circuit_breakers": {
+            "thresholds": [
+                {
+                    "max_connections": MAX_REQUESTS,
+                    "max_pending_requests": MAX_REQUESTS,
+                    "max_requests": MAX_REQUESTS,
+                    "max_retries": MAX_REQUESTS,
+                }
+            ]
+        },
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": f"{TYPES}extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": options,
+            }
+        },
+    }
+
+
+def _version_cluster(one: ServedVersion, protocol: str, where: Addresses, token: str, back: Split | None) -> Resource:
+    found = _cluster(cluster_name(protocol, one), protocol, where)
+    options = found["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
+    options["http_filters"] = [
+        {
+            "name": "version",
+            "typed_config": {
+                "@type": f"{TYPES}extensions.filters.http.lua.v3.Lua",
+                "default_source_code": {"inline_string": _version_script(one, token)},
+            },
+        },
+        {
+            "name": "envoy.filters.http.upstream_codec",
+            "typed_config": {"@type": f"{TYPES}extensions.filters.http.upstream_codec.v3.UpstreamCodec"},
+        },
+    ]
+    if back:
+        options["retry_policy"] = {
+            "retry_on": "5xx,reset,connect-failure,refused-stream",
+            "num_retries": 1,
+            "per_try_timeout": _seconds(back.route.slow_s),
+            "refresh_cluster_on_retry": True,
+            "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
+        }
+        # The panic threshold stays: an ejected host is asked still, until its share has gone to the fallback.
+        found["outlier_detection"] = {
+            "consecutive_5xx": EJECT_AFTER,
+            "interval": "1s",
+            "base_ejection_time": f"{EJECT_S}s",
+            "max_ejection_time": f"{EJECT_S}s",
+            "max_ejection_percent": 100,
+            "enforcing_success_rate": 0,
+        }
+    return found
+
+
+def _version_script(one: ServedVersion, token: str) -> str:
+    known = {"NAME": one.model, "VERSION": one.version, "TOKEN": f"Bearer {token}"}
+    lines = [f"local {name} = {json.dumps(value)}" for name, value in known.items()]
+    lines.append(f"local OURS = {str(one.ours).lower()}")
+    return "\n".join([*lines, script("version.lua")])
+
+
+def script(name: str) -> str:
+    """One of the Lua files beside this one."""
+    return files(__package__).joinpath(name).read_text("utf-8")
+
+
+def _match(model: str, protocol: str | None = None, version: str | None = None) -> Resource:
+    headers: list[Resource] = [{"name": MODEL, "string_match": {"exact": model}}]
+    if version:
+        headers.append({"name": VERSION, "string_match": {"exact": version}})
+    if protocol:
+        headers.append({"name": ":path", "string_match": {"prefix": GRPC}, "invert_match": protocol == "rest"})
+    return {"prefix": "/", "headers": headers}
+
+
+def _named(one: ServedVersion, protocol: str) -> Resource:
+    """To a version that the request names, and to no other."""
+    action = {"cluster": cluster_name(protocol, one), "retry_policy": UNDELIVERED, **_limits(one.timeout_s)}
+    return {"name": one.name, "match": _match(one.model, protocol, one.version), "route": action}
+
+
+def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> list[Resource]:
+    """To a version that rules or shares choose."""
+    longest = max(one.timeout_s for one in versions) + (split.route.slow_s if split.fallback else 0)
+    unnamed = _match(split.model, protocol)
+    unnamed["headers"].append({"name": VERSION, "present_match": False})
+    found = []
+    for header, value, version in split.route.rules:
+        match = {**unnamed, "headers": [*unnamed["headers"], {"name": header, "string_match": {"exact": value}}]}
+        action = _action(split, protocol, [(version, 1)], longest)
+        found.append({"name": f"{split.model} {header}={value}", "match": match, "route": action})
+    action = _action(split, protocol, split.weights, longest)
+    if split.route.sticky_header:
+        action["hash_policy"] = [{"header": {"header_name": split.route.sticky_header}}]
+    action["request_mirror_policies"] = [
+        {
+            "cluster": cluster_name(protocol, f"{split.model}/{version}"),
+            "runtime_fraction": {"default_value": {"numerator": round(percent * 10_000), "denominator": "MILLION"}},
+        }
+        for version, percent in split.route.shadow.items()
+    ]
+    found.append({"name": split.model, "match": unnamed, "route": action})
+    return found
+
+
+def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], longest_s: float) -> Resource:
+    groups = [{"name": "first", "clusters": [_weighted(split, protocol, *one) for one in weights if one[1] > 0]}]
+    if split.fallback:
+        groups.append({"name": "fallback", "clusters": [_weighted(split, protocol, split.fallback, 1)]})
+    specifier = {
+        "@type": f"{TYPES}extensions.router.cluster_specifiers.priority_group.v3.PriorityGroupClusterSpecifier",
+        "priority_groups": groups,
+        "use_hash_policy": True,
+    }
+    action: Resource = {
+        "inline_cluster_specifier_plugin": {
+            "extension": {"name": "envoy.router.cluster_specifier_plugin.priority_group", "typed_config": specifier}
+        },
+        **_limits(longest_s),
+    }
+    if not split.fallback:
+        action["retry_policy"] = UNDELIVERED
+    return action
+
+
+def _weighted(split: Split, protocol: str, version: str, weight: float) -> Resource:
+    name = cluster_name(protocol, f"{split.model}/{split.answers(version)}")
+    return {"cluster_name": name, "weight": max(1, round(weight * 100))}
+
+
+def _limits(timeout_s: float) -> Resource:
+    return {"timeout": _seconds(timeout_s + GRACE_S), "idle_timeout": _seconds(timeout_s + 2 * GRACE_S)}
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}s"
+
+
+def _refusal(match: Resource, kind: str, message: str) -> Resource:
+    """A route on which request.lua answers 404, in the words of either protocol."""
+    refused = {"type": kind, "message": message}
+    return {
+        "match": match,
+        "metadata": {"filter_metadata": {"request": {"refused": refused}}},
+        "direct_response": {"status": 404},
+    }
+
+
+def _ping(token: str) -> Resource:
+    return {
+        "name": "ping",
+        "match": {"path": "/ping"},
+        "route": {"cluster": "rest:torchserve", "timeout": "10s"},
+        "request_headers_to_add": [_authorization(token)],
+        # A load balancer has no token.
+        "typed_per_filter_config": {
+            "envoy.filters.http.rbac": {"@type": f"{TYPES}extensions.filters.http.rbac.v3.RBACPerRoute"}
+        },
+    }
+
+
+def _grpc_ping(token: str) -> Resource:
+    return {
+        "name": "ping",
+        "match": {"path": f"{GRPC}Ping"},
+        "route": {"cluster": "grpc:torchserve", "timeout": "10s"},
+        "request_headers_to_add": [_authorization(token)],
+    }
+
+
+def _authorization(token: str) -> Resource:
+    header = {"key": "authorization", "value": f"Bearer {token}"}
+    return {"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+
+
+def _feedback() -> Resource:
+    """request.lua answers what is posted here, and the log has it."""
+    return {
+        "name": "feedback",
+        "match": {"path": "/feedback"},
+        "direct_response": {"status": 405},
+        "typed_per_filter_config": {
+            "envoy.filters.http.json_to_metadata": {"@type": f"{TYPES}config.route.v3.FilterConfig", "config": {}}
+        },
+    }
+
+
+def _who_may(tokens: Sequence[Token]) -> Resource:
+    """Those whose token was issued here and not revoked; `jwt_authn` has checked its signature and its end."""
+    ids: list[Resource] = [
+        {
+            "sourced_metadata": {
+                "metadata_matcher": {
+                    "filter": "envoy.filters.http.jwt_authn",
+                    "path": [{"key": "token"}, {"key": "jti"}],
+                    "value": {"string_match": {"exact": token.id}},
+                }
+            }
+        }
+        for token in tokens
+    ] or [{"not_id": {"any": True}}]
+    policy = {"permissions": [{"any": True}], "principals": [{"or_ids": {"ids": ids}}]}
+    rules = {"action": "ALLOW", "policies": {"tokens": policy}}
+    return {"@type": f"{TYPES}extensions.filters.http.rbac.v3.RBACPerRoute", "rbac": {"rules": rules}}
+
+
+def _how_often(tokens: Sequence[Token], requests_per_second: int) -> Resource:
+    """Each token's own bucket: a second's requests at once, filled ten times a second."""
+    own = [
+        {"entries": [{"key": "token", "value": token.name}], "token_bucket": _bucket(token.requests_per_second)}
+        for token in tokens
+        if token.requests_per_second
+    ]
+    every = {"entries": [{"key": "token"}], "token_bucket": _bucket(requests_per_second)}
+    always: Resource = {"default_value": {"numerator": 100, "denominator": "HUNDRED"}}
+    return {
+        "@type": f"{TYPES}extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+        "stat_prefix": "front_door",
+        "token_bucket": _bucket(1_000_000),
+        "always_consume_default_token_bucket": False,
+        "filter_enabled": always,
+        "filter_enforced": always,
+        "rate_limited_as_resource_exhausted": True,
+        "descriptors": [*own, every],
+        "response_headers_to_add": [{"header": {"key": "retry-after", "value": "1"}}],
+    }
+
+
+def _bucket(per_second: int) -> Resource:
+    tenth = max(1, per_second // 10)
+    interval = "0.1s" if per_second >= 10 else f"{1 / per_second:.3f}s"  # noqa: PLR2004
+    return {"max_tokens": max(1, per_second), "tokens_per_fill": tenth, "fill_interval": interval}

@@ -1,0 +1,95 @@
+"""What `routes.yaml` may say: which version of a model answers whom."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchserve_dag import plain, source
+from torchserve_dag.plain import WrongFieldError
+from torchserve_dag.source import CheckError, Problem, Source
+
+FILE = "routes.yaml"
+
+_HEADER = re.compile(r"header (?P<name>[A-Za-z0-9-]+)")
+_RULE = re.compile(r"header (?P<name>[A-Za-z0-9-]+)=(?P<value>[\x21-\x7e]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RouteFile:
+    """How the requests for one model that name no version are shared."""
+
+    versions: dict[str, float]
+    """By weight; one with 0 is served to those who name it, and to rules."""
+    sticky: str | None = None
+    """`header NAME`: requests with the same value of it always see the same version."""
+    always: dict[str, str] = field(default_factory=dict)
+    """`header NAME=VALUE` → version; the first that fits wins, before all weights."""
+    shadow: dict[str, float] = field(default_factory=dict)
+    """Version → the percentage of requests of which it gets a copy, whose answers nobody sees."""
+    fallback: str | None = None
+    """Answers where another version fails (5xx) or is slow."""
+    slow_s: float = 10.0
+    """With a fallback: how long another version may take before the fallback is asked."""
+
+    def __post_init__(self) -> None:
+        for version, weight in self.versions.items():
+            if weight < 0:
+                raise WrongFieldError(f"a weight is at least 0, not {weight:g}", "versions", version)
+        if not sum(self.versions.values()):
+            raise WrongFieldError("no version has a weight over 0", "versions")
+        for version, percent in self.shadow.items():
+            if not 0 < percent <= 100:  # noqa: PLR2004
+                what = f"a shadow gets more than 0 and at most 100 percent, not {percent:g}"
+                raise WrongFieldError(what, "shadow", version)
+        if self.sticky is not None and not _HEADER.fullmatch(self.sticky):
+            raise WrongFieldError(f'"{self.sticky}" is not "header NAME"', "sticky")
+        for rule in self.always:
+            if not _RULE.fullmatch(rule):
+                raise WrongFieldError(f'"{rule}" is not "header NAME=VALUE"', "always", rule)
+        if self.slow_s <= 0:
+            raise WrongFieldError(f"{self.slow_s:g} is not more than 0", "slow_s")
+
+    @property
+    def sticky_header(self) -> str | None:
+        found = _HEADER.fullmatch(self.sticky or "")
+        return found["name"].lower() if found else None
+
+    @property
+    def rules(self) -> list[tuple[str, str, str]]:
+        """Header, value and version of each rule, in order."""
+        found = ((_RULE.fullmatch(rule), version) for rule, version in self.always.items())
+        return [(rule["name"].lower(), rule["value"], version) for rule, version in found if rule]
+
+
+Routes = dict[str, RouteFile]
+
+
+def read(root: Path) -> Source[Routes] | None:
+    """The project's routes; nothing where it has no `routes.yaml`. Raises CheckError."""
+    path = root / FILE
+    return source.read(path, Routes) if path.is_file() else None
+
+
+def check(routes: Source[Routes], known: Mapping[str, Sequence[str]]) -> None:
+    """Raises CheckError where a model or a version is none of the `known`."""
+    found = [problem for name in routes.value for problem in _problems(routes, name, known)]
+    if found:
+        raise CheckError(found)
+
+
+def _problems(routes: Source[Routes], name: str, known: Mapping[str, Sequence[str]]) -> list[Problem]:
+    if name not in known:
+        return [routes.problem((name,), f'there is no model "{name}"', plain.did_you_mean(name, list(known)))]
+    route = routes.value[name]
+    said: list[tuple[tuple[str, ...], str]] = [(("versions", one), one) for one in route.versions]
+    said += [(("always", rule), one) for rule, one in route.always.items()]
+    said += [(("shadow", one), one) for one in route.shadow]
+    said += [(("fallback",), route.fallback)] if route.fallback else []
+    return [
+        routes.problem((name, *path), f'{name}: there is no version "{one}"', f"known: {', '.join(known[name])}")
+        for path, one in said
+        if one not in known[name]
+    ]

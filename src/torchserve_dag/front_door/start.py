@@ -1,0 +1,115 @@
+"""Start a project's front door, and let it drain and end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from torchserve_dag.front_door import bootstrap, certificate
+from torchserve_dag.front_door.door import Door, Record
+from torchserve_dag.front_door.keeper import BOOTSTRAP, DRAIN_S, ENVOY_LOG, LONGEST_DRAIN_S
+from torchserve_dag.front_door.settings import FrontDoor
+from torchserve_dag.front_door.tokens import OWN, write_private
+from torchserve_dag.server import ports, processes
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.ports import Addresses, host_and_port
+from torchserve_dag.server.state import State
+
+START_S = 20.0
+OWN_TOKEN = "own_token"  # noqa: S105 (a file's name)
+OWN_LIFE_S = 365 * 86_400.0
+OWN_REQUESTS_PER_SECOND = 100_000
+MAX_BODY = 26_214_400
+"""As in config.properties, where that says nothing."""
+
+
+def with_free_ports(settings: FrontDoor) -> FrontDoor:
+    """The same hosts, each at a port that nobody has."""
+    hosts = [host_and_port(address)[0] for address in (settings.listen, settings.metrics)]
+    listen, metrics = (f"{host}:{port}" for host, port in zip(hosts, ports.free(hosts), strict=True))
+    return replace(settings, listen=listen, metrics=metrics)
+
+
+def check_free(settings: FrontDoor) -> None:
+    """Raises ServerError, with who has it, where a port cannot be listened to."""
+    for address in (settings.listen, settings.metrics):
+        problem = ports.why_not(*host_and_port(address))
+        if problem:
+            raise ServerError(
+                f"{problem}, which front_door.yaml wants: change it there, or use --free-ports or --no-front-door."
+            )
+
+
+def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int) -> Record:
+    """Start it before TorchServe: it answers 404 until it is told of models. Raises ServerError."""
+    state = State(root)
+    door = Door(state)
+    door.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shown, key = certificate.files(root, settings, door.folder)
+    _own_token(door)
+    door.begin(torchserve)
+    door.show_certificate(str(shown), str(key))
+    config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), max_body)
+    write_private(door.folder / BOOTSTRAP, json.dumps(config))
+    with (state.logs / "front_door_keeper.log").open("wb") as log:
+        keeper = subprocess.Popen(  # noqa: S603 (our own arguments)
+            [sys.executable, "-m", "torchserve_dag.front_door.keeper", str(root.resolve())],
+            env={**os.environ, **processes.mark(state)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    record = Record(keeper.pid, settings, str(shown))
+    door.save(record)
+    deadline = time.monotonic() + START_S
+    while not door.admin.listens():
+        if keeper.poll() is not None or time.monotonic() > deadline:
+            raise ServerError(f"The front door did not start: {_why(state)}.")
+        time.sleep(0.05)
+    return record
+
+
+def stop(state: State) -> bool:
+    """Let the front door drain and end, if there is one; whether there was."""
+    record = Door(state).record()
+    if record is None:
+        return False
+    keeper = psutil.Process(record.pid)
+    keeper.terminate()
+    processes.wait([keeper], LONGEST_DRAIN_S + DRAIN_S + 15)
+    return True
+
+
+def own_token(state: State) -> str:
+    """The token that this machine's own commands use. Raises ServerError."""
+    try:
+        return (state.front_door / OWN_TOKEN).read_text("utf-8")
+    except OSError:
+        raise ServerError(f"There is no {OWN_TOKEN} in {state.front_door}: start the server again.") from None
+
+
+def _own_token(door: Door) -> None:
+    """A new one at each start."""
+    if any(token.name == OWN for token in door.tokens.issued()):
+        door.tokens.revoke(OWN)
+    write_private(door.folder / OWN_TOKEN, door.tokens.issue(OWN, OWN_LIFE_S, OWN_REQUESTS_PER_SECOND))
+
+
+def _why(state: State) -> str:
+    for name in (ENVOY_LOG, "front_door_keeper.log"):
+        try:
+            lines = (state.logs / name).read_text("utf-8", "replace").splitlines()
+        except OSError:
+            continue
+        said = [line for line in lines if "[critical]" in line or "Error" in line]
+        if said:
+            return said[-1].rpartition("] ")[2][:400]
+    return f"see {state.logs / ENVOY_LOG}"

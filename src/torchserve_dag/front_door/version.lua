@@ -1,0 +1,77 @@
+-- Of one version of a model, for every try: it writes that version into the path or the message, with TorchServe's token,
+-- and says in the answer which version it was. NAME, VERSION, TOKEN and OURS are set before this text.
+
+local byte, char, sub = string.byte, string.char, string.sub
+
+local function varint(value)
+  local text = ""
+  while value >= 128 do
+    text = text .. char(value % 128 + 128)
+    value = math.floor(value / 128)
+  end
+  return text .. char(value)
+end
+
+local function field(number, text)
+  return char(number * 8 + 2) .. varint(#text) .. text
+end
+
+-- An entry of the map `input`, TorchServe hands no metadata to its workers.
+local function entry(key, value)
+  return value and field(3, field(1, key) .. field(2, value)) or ""
+end
+
+local function put_into_message(handle)
+  local body = handle:body()
+  local headers = handle:headers() -- anew: what was got before a wait is void
+  local size = body:length() - 5
+  -- At the front, so that what the client says of itself comes later, and wins.
+  local more = field(2, VERSION)
+  if OURS then
+    more = more .. entry("x-request-id", headers:get("x-request-id")) .. entry("traceparent", headers:get("traceparent"))
+  end
+  local whole = size + #more
+  local length = char(math.floor(whole / 16777216) % 256, math.floor(whole / 65536) % 256,
+                      math.floor(whole / 256) % 256, whole % 256)
+  body:setBytes("\0" .. length .. more .. (size > 0 and body:getBytes(5, size) or ""))
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  headers:replace("authorization", TOKEN)
+  local kind = headers:get("content-type")
+  if kind and sub(kind, 1, 16) == "application/grpc" then
+    if sub(headers:get(":path"), -18) ~= "/StreamPredictions" then
+      handle:streamInfo():dynamicMetadata():set("door", "unary", true)
+    end
+    put_into_message(handle)
+  else
+    headers:replace(":path", "/predictions/" .. NAME .. "/" .. VERSION .. (headers:get("x-door-rest") or ""))
+  end
+end
+
+-- The HTTP status that a failure has in the body of an answer: TorchServe's gRPC drops the status that a worker sets.
+local function status_in(handle)
+  local body = handle:body()
+  local size = body and body:length() or 0
+  local start = body and body:getBytes(0, math.min(size, 64)) or ""
+  local at, _, code = string.find(start, '{"code": (%d%d%d), "type": "', 1)
+  return at and at <= 12 and code or nil
+end
+
+-- What a gRPC status is called in HTTP, for the router: it counts, retries and ejects by that.
+local STATUS = {["1"] = "499", ["2"] = "500", ["4"] = "504", ["8"] = "507", ["13"] = "500", ["14"] = "503", ["15"] = "500"}
+
+function envoy_on_response(handle)
+  local headers = handle:headers()
+  headers:replace("x-model-version", VERSION)
+  headers:remove("x-request-id") -- TorchServe's own; the front door's is the one that its worker logs
+  local kind = headers:get("content-type")
+  if not kind or sub(kind, 1, 16) ~= "application/grpc" then return end
+  local ended = headers:get("grpc-status")
+  local status = ended and STATUS[ended]
+  if not ended and (handle:streamInfo():dynamicMetadata():get("door") or {})["unary"] then
+    status = status_in(handle)
+  end
+  if status then handle:headers():replace(":status", status) end
+end

@@ -1,0 +1,161 @@
+"""All that serves a project, started and stopped together: the front door, and TorchServe behind it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+from grpc import ssl_channel_credentials as grpc_credentials
+
+from torchserve_dag.clients import Client, GrpcClient, RestClient
+from torchserve_dag.clients.models import version_key
+from torchserve_dag.clients.rest import LIMITS
+from torchserve_dag.front_door import certificate, routes_file, settings
+from torchserve_dag.front_door import start as front_door
+from torchserve_dag.front_door.door import Door, Traffic
+from torchserve_dag.front_door.door import Record as DoorRecord
+from torchserve_dag.front_door.routes_file import RouteFile
+from torchserve_dag.front_door.settings import FrontDoor
+from torchserve_dag.front_door.shares import ServedVersion
+from torchserve_dag.server import processes, torchserve
+from torchserve_dag.server.connect import Protocol, running, torchserve_client, torchserve_tokens
+from torchserve_dag.server.ports import host_and_port
+from torchserve_dag.server.ready import ModelVersion, Progress
+from torchserve_dag.server.state import Record, State
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What runs."""
+
+    torchserve: Record
+    front_door: DoorRecord | None
+
+
+def start(
+    root: Path,
+    options: torchserve.Options | None = None,
+    progress: Progress | None = None,
+    *,
+    with_front_door: bool = True,
+) -> Serving:
+    """Start the front door and TorchServe, and wait until every archive is served.
+
+    Raises ServerError or CheckError; then nothing of it runs any more, and its logs are there to read.
+    """
+    options = options or torchserve.Options()
+    state = State(root)
+    with state.lock():
+        torchserve.refuse_second(state)
+        planned = torchserve.plan(root, options)
+        door_settings = settings.read(root)
+        routes = read_routes(root, known_versions(planned.archives))
+        if with_front_door:
+            door_settings = front_door.with_free_ports(door_settings) if options.free_ports else door_settings
+            front_door.check_free(door_settings)
+        processes.kill(processes.family(state))  # what outlived an earlier server
+        state.prepare()
+        try:
+            door = None
+            if with_front_door:
+                max_body = int(planned.said.get("max_request_size", front_door.MAX_BODY))
+                door = front_door.start(root, door_settings, planned.where, max_body)
+            # A rollout registers versions while it serves: with TorchServe's management token, on this machine.
+            changes = {"enable_model_api": "true"} if door else {}
+            record = torchserve.start(state, planned, options, progress, changes=changes)
+            if door:
+                with torchserve_client(state) as serving:
+                    open_door(state, serving, routes)
+        except BaseException:  # an interrupt as well: what is not served is not left behind
+            torchserve.end(state)
+            raise
+    return Serving(record, door)
+
+
+def stop(root: Path) -> bool:
+    """Let the front door drain, and stop every process of the project's server; whether there was one."""
+    state = State(root)
+    if not state.folder.is_dir():
+        return False
+    with state.lock():
+        drained = front_door.stop(state)
+        return torchserve.end(state) or drained
+
+
+def client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> RestClient | GrpcClient:
+    """A client with the server's addresses and tokens, through its front door where it has one.
+
+    Close it, or use it in a `with`. Raises ServerError.
+    """
+    door = Door(state).record()
+    if door is None:
+        return torchserve_client(state, protocol, timeout)
+    where, management_token = running(state).addresses, torchserve_tokens(state).management
+    address, token = here(door.settings), front_door.own_token(state)
+    if protocol == "grpc":
+        shown = Path(door.certificate)
+        credentials, name = grpc_credentials(shown.read_bytes()), certificate.a_name(shown)
+        return GrpcClient(
+            address,
+            where.grpc_management,
+            token=token,
+            management_token=management_token,
+            timeout=timeout,
+            credentials=credentials,
+            server_name=name,
+        )
+    return RestClient(
+        f"https://{address}",
+        where.management,
+        token=token,
+        management_token=management_token,
+        timeout=timeout,
+        transport=httpx.HTTPTransport(verify=certificate.trust(Path(door.certificate)), limits=LIMITS, trust_env=False),
+    )
+
+
+def here(settings: FrontDoor) -> str:
+    """The front door's address for this machine."""
+    host, port = host_and_port(settings.listen)
+    return f"{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{port}"  # noqa: S104 (it is compared)
+
+
+def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) -> Traffic:
+    """Let requests in, to all that TorchServe serves."""
+    models, store = serving.models(), Path(running(state).store)
+    served = tuple(
+        ServedVersion(model.name, one.version, float(one.response_timeout_s), _is_ours(store / one.archive))
+        for model in models
+        for one in model.versions
+    )
+    defaults = {model.name: model.default.version for model in models}
+    return Door(state).change(lambda now: replace(now, served=served, defaults=defaults, routes=dict(routes)))
+
+
+def read_routes(root: Path, known: Mapping[str, list[str]]) -> dict[str, RouteFile]:
+    """The project's `routes.yaml`, if it has one, whose models and versions are `known`. Raises CheckError."""
+    found = routes_file.read(root)
+    if found is None:
+        return {}
+    routes_file.check(found, known)
+    return found.value
+
+
+def known_versions(archives: Mapping[ModelVersion, str]) -> dict[str, list[str]]:
+    """The versions of each model, in the order of their numbers."""
+    found: dict[str, list[str]] = {}
+    for name, version in sorted(archives, key=lambda one: (one[0], version_key(one[1]))):
+        found.setdefault(name, []).append(version)
+    return found
+
+
+def _is_ours(archive: Path) -> bool:
+    """Whether this package built an archive."""
+    try:
+        with zipfile.ZipFile(archive) as found:
+            return "build.json" in found.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
