@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import httpx
 from grpc import ssl_channel_credentials as grpc_credentials
 
+from torchserve_dag.archives import mar
 from torchserve_dag.clients import Client, GrpcClient, RestClient
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.clients.rest import LIMITS
@@ -20,8 +20,9 @@ from torchserve_dag.front_door.door import Record as DoorRecord
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.shares import ServedVersion
-from torchserve_dag.server import processes, torchserve
+from torchserve_dag.server import defaults, processes, torchserve
 from torchserve_dag.server.connect import Protocol, running, torchserve_client, torchserve_tokens
+from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import host_and_port
 from torchserve_dag.server.ready import ModelVersion, Progress
 from torchserve_dag.server.state import Record, State
@@ -50,7 +51,7 @@ def start(
     state = State(root)
     with state.lock():
         torchserve.refuse_second(state)
-        planned = torchserve.plan(root, options)
+        planned = torchserve.plan(root, options, state.retired())
         door_settings = settings.read(root)
         routes = read_routes(root, known_versions(planned.archives))
         if with_front_door:
@@ -127,12 +128,24 @@ def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) ->
     """Let requests in, to all that TorchServe serves."""
     models, store = serving.models(), Path(running(state).store)
     served = tuple(
-        ServedVersion(model.name, one.version, float(one.response_timeout_s), _is_ours(store / one.archive))
+        ServedVersion(model.name, one.version, float(one.response_timeout_s), mar.is_ours(store / one.archive))
         for model in models
         for one in model.versions
     )
-    defaults = {model.name: model.default.version for model in models}
-    return Door(state).change(lambda now: replace(now, served=served, defaults=defaults, routes=dict(routes)))
+    chosen = {model.name: model.default.version for model in models}
+    return Door(state).change(lambda now: replace(now, served=served, defaults=chosen, routes=dict(routes)))
+
+
+def set_default(root: Path, name: str, version: str) -> None:
+    """Let a version answer where a call names none, now and at each start from now on. Raises ServerError."""
+    state = State(root)
+    door = Door(state)
+    if door.record() and name in door.traffic().routes:
+        raise ServerError(f"routes.yaml says which version of {name} answers: change it, and run torchserve-dag routes")
+    with torchserve_client(state) as serving:
+        defaults.set_default(state, serving, name, version)
+    if door.record():
+        door.change(lambda now: replace(now, defaults={**now.defaults, name: version}))
 
 
 def read_routes(root: Path, known: Mapping[str, list[str]]) -> dict[str, RouteFile]:
@@ -150,12 +163,3 @@ def known_versions(archives: Mapping[ModelVersion, str]) -> dict[str, list[str]]
     for name, version in sorted(archives, key=lambda one: (one[0], version_key(one[1]))):
         found.setdefault(name, []).append(version)
     return found
-
-
-def _is_ours(archive: Path) -> bool:
-    """Whether this package built an archive."""
-    try:
-        with zipfile.ZipFile(archive) as found:
-            return "build.json" in found.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return False

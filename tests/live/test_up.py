@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from torchserve_dag.clients import RestClient, Tokens
 from torchserve_dag import serving
+from torchserve_dag.clients import RestClient, Tokens
 from torchserve_dag.server import java, processes, properties
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.logs import Logs

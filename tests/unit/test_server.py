@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from torchserve_dag import serving
-from torchserve_dag.server import defaults, java, ports, processes, properties
+from torchserve_dag.server import defaults, java, ports, processes, properties, torchserve
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs

@@ -13,14 +13,12 @@ import yaml
 import torchserve_dag
 from torchserve_dag import codec, plain
 from torchserve_dag.archives import mar, stamp, weights
+from torchserve_dag.archives.mar import BUILD
 from torchserve_dag.engine.graph import Graph
 from torchserve_dag.engine.mermaid import mermaid
 from torchserve_dag.handler_file import HandlerFile, Mode
 from torchserve_dag.project import Project
 from torchserve_dag.source import CheckError, Problem, Source
-
-BUILD = "build.json"
-"""What an archive says about itself: which file is served, its card, what it was built from."""
 
 RUNTIME = ("*.py", "engine/*.py", "torchserve/*.py", "torchserve/protos/inference*.py", "torchserve/protos/__init__.py")
 """The part of this package that a worker needs. Each archive has its own copy, and keeps it."""

@@ -22,6 +22,8 @@ ENTRY = "serve.py"
 """The file that TorchServe's worker imports."""
 SETTINGS = "model-config.yaml"
 """How TorchServe serves the model."""
+BUILD = "build.json"
+"""What an archive of ours says about itself: which file is served, its card, what it was built from."""
 MANIFEST = "MAR-INF/MANIFEST.json"
 
 BadArchiveError = zipfile.BadZipFile
@@ -109,6 +111,15 @@ def read_text(archive: Path, entry: str) -> str:
     """A small file inside an archive. Raises KeyError where there is none, zipfile.BadZipFile for no archive."""
     with zipfile.ZipFile(archive) as stored:
         return stored.read(entry).decode("utf-8")
+
+
+def is_ours(archive: Path) -> bool:
+    """Whether this package built it."""
+    try:
+        with zipfile.ZipFile(archive) as found:
+            return BUILD in found.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def name_and_version(archive: Path) -> tuple[str, str]:

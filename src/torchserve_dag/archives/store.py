@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchserve_dag.archives import mar
-from torchserve_dag.archives.contents import BUILD
+from torchserve_dag.archives.mar import BUILD
 from torchserve_dag.source import CheckError, Source
 
 

@@ -17,7 +17,8 @@ from workflow_archiver.workflow_packaging import package_workflow
 from workflow_archiver.workflow_packaging_utils import WorkflowExportUtils
 
 from torchserve_dag.archives import mar
-from torchserve_dag.archives.contents import BUILD, Contents, packed_weights, served_as, to_json
+from torchserve_dag.archives.contents import Contents, packed_weights, served_as, to_json
+from torchserve_dag.archives.mar import BUILD
 from torchserve_dag.archives.store import Built, Target, place
 from torchserve_dag.engine.graph import Graph
 from torchserve_dag.project import Project

@@ -125,6 +125,17 @@ class Client(Settings, ABC):
         """Let `version` answer, from now on, where a call names no version."""
         return self._run(flows.set_default(name, version), timeout)
 
+    def register(self, archive: str, *, timeout: float | None = None) -> None:
+        """Let the server take an archive of its model store, and start its workers; it is ready later (`models`).
+
+        TorchServe takes it only where its `enable_model_api` is set.
+        """
+        return self._run(flows.register(archive), timeout)
+
+    def unregister(self, name: str, version: str, *, timeout: float | None = None) -> None:
+        """Let the server end a version's workers, with what is inside them; not the default version's."""
+        return self._run(flows.unregister(name, version), timeout)
+
     @abstractmethod
     def close(self) -> None:
         """Give the connections back."""
@@ -262,6 +273,14 @@ class AsyncClient(Settings, ABC):
     async def set_default(self, name: str, version: str, *, timeout: float | None = None) -> None:
         """As Client.set_default."""
         return await self._run(flows.set_default(name, version), timeout)
+
+    async def register(self, archive: str, *, timeout: float | None = None) -> None:
+        """As Client.register."""
+        return await self._run(flows.register(archive), timeout)
+
+    async def unregister(self, name: str, version: str, *, timeout: float | None = None) -> None:
+        """As Client.unregister."""
+        return await self._run(flows.unregister(name, version), timeout)
 
     @abstractmethod
     async def close(self) -> None:

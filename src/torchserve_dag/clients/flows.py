@@ -89,7 +89,18 @@ class SetDefault:
     version: str
 
 
-Call: TypeAlias = Predict | Cancel | Ping | ListModels | Describe | SetDefault
+@dataclass(frozen=True, slots=True)
+class Register:
+    archive: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unregister:
+    name: str
+    version: str
+
+
+Call: TypeAlias = Predict | Cancel | Ping | ListModels | Describe | SetDefault | Register | Unregister
 Flow: TypeAlias = Generator[Call, bytes, T]
 
 
@@ -171,6 +182,14 @@ def describe(name: str, version: str | None) -> Flow[dict[str, Any]]:
 
 def set_default(name: str, version: str) -> Flow[None]:
     yield SetDefault(name, version)
+
+
+def register(archive: str) -> Flow[None]:
+    yield Register(archive)
+
+
+def unregister(name: str, version: str) -> Flow[None]:
+    yield Unregister(name, version)
 
 
 def _check_answer(answer: Any, outputs: tuple[str, ...]) -> None:

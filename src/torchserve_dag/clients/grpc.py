@@ -21,7 +21,18 @@ from torchserve_dag.clients.errors import (
     error_of,
     unreachable,
 )
-from torchserve_dag.clients.flows import PAGE, Call, Cancel, Describe, ListModels, Ping, Predict, SetDefault
+from torchserve_dag.clients.flows import (
+    PAGE,
+    Call,
+    Cancel,
+    Describe,
+    ListModels,
+    Ping,
+    Predict,
+    Register,
+    SetDefault,
+    Unregister,
+)
 from torchserve_dag.clients.tokens import bearer
 from torchserve_dag.options import PIECES
 from torchserve_dag.torchserve.protos.inference_pb2 import (
@@ -34,7 +45,9 @@ from torchserve_dag.torchserve.protos.management_pb2 import (
     DescribeModelRequest,
     ListModelsRequest,
     ManagementResponse,
+    RegisterModelRequest,
     SetDefaultRequest,
+    UnregisterModelRequest,
 )
 from torchserve_dag.torchserve.protos.management_pb2_grpc import ManagementAPIsServiceStub
 
@@ -81,6 +94,11 @@ class _Stubs:
             case SetDefault():
                 method = management.SetDefault
                 request = SetDefaultRequest(model_name=call.name, model_version=call.version)
+            case Register():
+                method, request = management.RegisterModel, RegisterModelRequest(url=call.archive)
+            case Unregister():
+                method = management.UnregisterModel
+                request = UnregisterModelRequest(model_name=call.name, model_version=call.version)
         return method(request, timeout=deadline.left(), metadata=metadata)
 
 

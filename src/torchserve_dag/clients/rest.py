@@ -12,7 +12,18 @@ import httpx
 from torchserve_dag.clients.client import AsyncClient, Client
 from torchserve_dag.clients.deadline import Deadline
 from torchserve_dag.clients.errors import connection_lost, deadline_exceeded, error_from_http, unreachable
-from torchserve_dag.clients.flows import PAGE, Call, Cancel, Describe, ListModels, Ping, Predict, SetDefault
+from torchserve_dag.clients.flows import (
+    PAGE,
+    Call,
+    Cancel,
+    Describe,
+    ListModels,
+    Ping,
+    Predict,
+    Register,
+    SetDefault,
+    Unregister,
+)
 from torchserve_dag.clients.pieces import Sieve
 from torchserve_dag.clients.tokens import bearer
 
@@ -53,6 +64,10 @@ class _Ports:
                 path = f"/models/{_path(call.name, call.version)}{'?customized=true' if call.customized else ''}"
             case SetDefault():
                 method, path = "PUT", f"/models/{_path(call.name, call.version)}/set-default"
+            case Register():
+                method, path = "POST", f"/models?url={quote(call.archive, safe='')}"
+            case Unregister():
+                method, path = "DELETE", f"/models/{_path(call.name, call.version)}"
         extensions = {"timeout": _TimeLeft(deadline)}
         return httpx.Request(method, port.address + path, headers=port.headers | headers, extensions=extensions, **body)
 

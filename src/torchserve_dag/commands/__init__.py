@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from torchserve_dag.commands.bench import bench
@@ -9,7 +11,9 @@ from torchserve_dag.commands.build import build
 from torchserve_dag.commands.call import call
 from torchserve_dag.commands.check import check
 from torchserve_dag.commands.graph import graph
+from torchserve_dag.commands.release import promote, retire, rollback, rollout, routes
 from torchserve_dag.commands.serve import default, down, status, up
+from torchserve_dag.commands.token import token
 from torchserve_dag.commands.tune import tune
 
 app = typer.Typer(
@@ -20,5 +24,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-for command in (check, graph, tune, build, up, status, call, default, down, bench):
+COMMANDS: tuple[Callable[..., None], ...] = (
+    check, graph, tune, build, up, status, call, default, down, routes, rollout, promote, rollback, retire, bench,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
+app.add_typer(token, name="token")

@@ -22,7 +22,7 @@ from torchserve_dag.commands.common import (
     print_json,
     project_root,
 )
-from torchserve_dag.server import defaults, torchserve
+from torchserve_dag.server import torchserve
 from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.ready import Readiness
 from torchserve_dag.server.state import State
@@ -113,9 +113,8 @@ def default(
 ) -> None:
     """Let VERSION answer where a call names none: now, and at each start from now on."""
     with failures():
-        state = State(project_root(project))
-        with torchserve_client(state) as client:
-            defaults.set_default(state, client, name, version)
+        root = project_root(project)
+        serving.set_default(root, name, version)
     out.print(f"{name}: {version} is the default")
 
 

@@ -47,6 +47,8 @@ class Traffic:
 
     torchserve: Addresses = field(default_factory=Addresses)
     served: tuple[ServedVersion, ...] = ()
+    leaving: tuple[ServedVersion, ...] = ()
+    """Get no more requests, and answer those that are inside."""
     defaults: dict[str, str] = field(default_factory=dict)
     """Which version answers for a model that `routes.yaml` does not know."""
     routes: dict[str, RouteFile] = field(default_factory=dict)
@@ -148,7 +150,7 @@ class Door:
     def _files(self, traffic: Traffic) -> list[tuple[str, str, list[Resource]]]:
         token, rate = self._torchserve_token(), self._requests_per_second()
         shares = traffic.splits
-        clusters = resources.clusters(traffic.served, shares, traffic.torchserve, token)
+        clusters = resources.clusters([*traffic.served, *traffic.leaving], shares, traffic.torchserve, token)
         routes = resources.routes(traffic.served, shares, self.tokens.issued(), token, rate)
         return [
             (CLUSTERS, "config.cluster.v3.Cluster", clusters),

@@ -14,7 +14,7 @@ import psutil
 
 from torchserve_dag.front_door import bootstrap, certificate
 from torchserve_dag.front_door.door import Door, Record
-from torchserve_dag.front_door.keeper import BOOTSTRAP, DRAIN_S, ENVOY_LOG, LONGEST_DRAIN_S
+from torchserve_dag.front_door.envoy import BOOTSTRAP, DRAIN_S, END_S, LOG, LONGEST_DRAIN_S
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.tokens import OWN, write_private
 from torchserve_dag.server import ports, processes
@@ -60,7 +60,7 @@ def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int)
     write_private(door.folder / BOOTSTRAP, json.dumps(config))
     with (state.logs / "front_door_keeper.log").open("wb") as log:
         keeper = subprocess.Popen(  # noqa: S603 (our own arguments)
-            [sys.executable, "-m", "torchserve_dag.front_door.keeper", str(root.resolve())],
+            [sys.executable, "-m", "torchserve_dag.keeper", str(root.resolve())],
             env={**os.environ, **processes.mark(state)},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -84,7 +84,7 @@ def stop(state: State) -> bool:
         return False
     keeper = psutil.Process(record.pid)
     keeper.terminate()
-    processes.wait([keeper], LONGEST_DRAIN_S + DRAIN_S + 15)
+    processes.wait([keeper], LONGEST_DRAIN_S + DRAIN_S + END_S + 2)
     return True
 
 
@@ -104,7 +104,7 @@ def _own_token(door: Door) -> None:
 
 
 def _why(state: State) -> str:
-    for name in (ENVOY_LOG, "front_door_keeper.log"):
+    for name in (LOG, "front_door_keeper.log"):
         try:
             lines = (state.logs / name).read_text("utf-8", "replace").splitlines()
         except OSError:
@@ -112,4 +112,4 @@ def _why(state: State) -> str:
         said = [line for line in lines if "[critical]" in line or "Error" in line]
         if said:
             return said[-1].rpartition("] ")[2][:400]
-    return f"see {state.logs / ENVOY_LOG}"
+    return f"see {state.logs / LOG}"

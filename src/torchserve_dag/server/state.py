@@ -42,6 +42,7 @@ class State:
         self.front_door = self.folder / "front_door"
         self._server = self.folder / "server.json"
         self._defaults = self.folder / "defaults.json"
+        self._retired = self.folder / "retired.json"
 
     def prepare(self) -> None:
         """Make the folder, and take away what an earlier server left in it, apart from its logs."""
@@ -86,6 +87,17 @@ class State:
     def save_default(self, name: str, version: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self._defaults, {**self.defaults(), name: version})
+
+    def retired(self) -> set[tuple[str, str]]:
+        """Models' versions that are not served, though their archives are there."""
+        found = _read(self._retired) or {}
+        return {(str(name), str(version)) for name, versions in found.items() for version in versions}
+
+    def save_retired(self, name: str, version: str, *, retired: bool = True) -> None:
+        found = _read(self._retired) or {}
+        versions = [one for one in found.get(name, []) if one != version]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self._retired, {**found, name: [*versions, version] if retired else versions})
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -54,12 +54,12 @@ class Plan:
     java_home: Path
 
 
-def plan(root: Path, options: Options) -> Plan:
-    """Raises ServerError for what would keep it from starting."""
+def plan(root: Path, options: Options, retired: Collection[ModelVersion] = ()) -> Plan:
+    """All archives but the `retired`. Raises ServerError for what would keep it from starting."""
     source = root / "config.properties"
     said = properties.read(source)
     store = (options.store or root / said.get("model_store", "model_store")).resolve()
-    archives = _archives(store)
+    archives = {one: archive for one, archive in _archives(store).items() if one not in retired}
     where = _addresses(said, options)
     where.check_free()
     return Plan(source, said, store, archives, where, java.find())
@@ -78,6 +78,8 @@ def start(
     `changes` are to its properties.
     """
     changes = {**properties.listening_at(planned.where), **_sockets(state, planned.where), **(changes or {})}
+    if planned.said.get("load_models") == "all":  # some of the store's may be retired
+        changes["load_models"] = ",".join(planned.archives.values())
     properties.write(planned.source, state.config, changes)
     logs = Logs(state.logs)
     record = _launch(state, planned, logs, access_log=options.access_log)

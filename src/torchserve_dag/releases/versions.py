@@ -1,0 +1,115 @@
+"""Versions of a model come to a running server, and leave it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torchserve_dag.archives import mar
+from torchserve_dag.clients import Client, ModelNotFound, ServingError, VersionInfo
+from torchserve_dag.front_door.door import Door, Traffic
+from torchserve_dag.front_door.resources import PROTOCOLS, cluster_name
+from torchserve_dag.front_door.shares import ServedVersion
+from torchserve_dag.server import processes
+from torchserve_dag.server.connect import running
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.logs import Logs
+from torchserve_dag.server.ready import Waiting
+from torchserve_dag.server.state import State
+
+EMPTY_S = 120.0
+"""How long the requests inside a version may take until it is ended; its own time limit ends them before."""
+
+
+def bring(state: State, client: Client, model: str, version: str, timeout_s: float) -> None:
+    """Register a version from the model store, and wait until its model is loaded and warm.
+
+    Raises ServerError, with the worker's own words, where it never is; then it is not registered any more.
+    """
+    record = running(state)
+    archive = find_archive(Path(record.store), model, version)
+    waiting = Waiting({(model, version): archive.name}, Logs(state.logs))
+    client.register(archive.name, timeout=timeout_s)
+    try:
+        waiting.wait(client, lambda: processes.java(record, state) is not None, timeout_s)
+    except BaseException:
+        _unregister(client, model, version)
+        raise
+    info = next(one for one in _versions(client, model) if one.version == version)
+    served = ServedVersion(model, version, float(info.response_timeout_s), mar.is_ours(archive))
+    state.save_retired(model, version, retired=False)
+    Door(state).change(lambda now: replace(now, served=(*now.served, served)))
+
+
+def retire(state: State, client: Client, model: str, version: str) -> None:
+    """Let a version that gets no requests end, when those inside it are answered. Raises ServerError."""
+    door = Door(state)
+    _check_unused(door.traffic(), model, version)
+    leaves = next(one for one in door.traffic().served if (one.model, one.version) == (model, version))
+    door.change(lambda now: replace(now, served=_without(now.served, leaves), leaving=(*now.leaving, leaves)))
+    try:
+        _wait_empty(door, leaves)
+        _unregister(client, model, version)
+    except ServerError:
+        door.change(lambda now: replace(now, served=(*now.served, leaves), leaving=_without(now.leaving, leaves)))
+        raise
+    door.change(lambda now: replace(now, leaving=_without(now.leaving, leaves)))
+
+
+def _without(versions: tuple[ServedVersion, ...], one: ServedVersion) -> tuple[ServedVersion, ...]:
+    return tuple(other for other in versions if other != one)
+
+
+def find_archive(store: Path, model: str, version: str) -> Path:
+    """The archive of a version. Raises ServerError."""
+    found = {}
+    for path in sorted(store.glob("[!.]*.mar")):
+        try:
+            found[mar.name_and_version(path)] = path
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    if (model, version) not in found:
+        known = ", ".join(one for name, one in found if name == model) or "none of it"
+        raise ServerError(f"There is no archive of {model}/{version} in {store} (there is {known}): build it first.")
+    return found[model, version]
+
+
+def _versions(client: Client, model: str) -> tuple[VersionInfo, ...]:
+    return next((one.versions for one in client.models() if one.name == model), ())
+
+
+def _check_unused(traffic: Traffic, model: str, version: str) -> None:
+    split = traffic.split(model)
+    if split is None or not any(one.version == version for one in traffic.served if one.model == model):
+        raise ServerError(f"{model}/{version} is not served.")
+    weight = dict(split.weights).get(version, 0)
+    uses = [f"it gets {weight:g} of the requests by weight"] if weight else []
+    uses += [f'the rule "{rule}" names it' for rule, one in split.route.always.items() if one == version]
+    uses += ["it is a shadow"] if version in split.route.shadow else []
+    uses += ["it is the fallback"] if version == split.fallback else []
+    uses += ["it is the default"] if traffic.defaults.get(model) == version else []
+    if uses:
+        raise ServerError(f"{model}/{version} cannot be retired: {' and '.join(uses)}.")
+
+
+def _wait_empty(door: Door, one: ServedVersion) -> None:
+    deadline = time.monotonic() + EMPTY_S
+    while any(_inside(door, cluster_name(protocol, one)) for protocol in PROTOCOLS):
+        if time.monotonic() > deadline:
+            raise ServerError(f"{one.name} has requests inside since {EMPTY_S:g} s, and is served again.")
+        time.sleep(0.05)
+
+
+def _inside(door: Door, cluster: str) -> int:
+    name = cluster.replace(".", "_").replace(":", "_")
+    return sum(door.admin.stats(f"^cluster\\.{name}\\.upstream_rq_active$").values())
+
+
+def _unregister(client: Client, model: str, version: str) -> None:
+    try:
+        client.unregister(model, version)
+    except ModelNotFound:
+        return
+    except ServingError as error:
+        raise ServerError(f"TorchServe does not let {model}/{version} go: {error}") from None
