@@ -104,10 +104,12 @@ class Serve:
     startup_timeout_s: int = 300
     max_inside: int = 1_000
     """Requests that may be inside one worker; one more is answered 503 at once."""
+    score: str | None = None
+    """A field of the answer that holds a number: how good the answer is, for experiments."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if each.name != "mode" and getattr(self, each.name) < 1:
+            if each.name not in {"mode", "score"} and getattr(self, each.name) < 1:
                 raise WrongFieldError(f"{each.name} is at least 1", each.name)
 
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from torchserve_dag import codec, metrics, sharing
+from torchserve_dag import codec, metrics, scores, sharing
 from torchserve_dag.engine.graph import Graph
 from torchserve_dag.engine.torchserve_graph import takes_rows
 from torchserve_dag.engine.workflow import Workflow, read_graph
@@ -60,6 +60,7 @@ class Service:
         graph = self.graph(read_graph(project, folder / self.build["file"]))
         self.workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers)
         self._takes_rows = takes_rows(graph)
+        self._score = graph.serve.score
         self._handling = threading.Lock()
         self._answering = [self._handling]
         """For `handle`, and one for each of TorchServe's connections; held while a batch is answered."""
@@ -95,6 +96,8 @@ class Service:
 
     def reply(self, one: Incoming, answer: Any) -> Reply:
         """A whole answer as it leaves."""
+        if self._score and not isinstance(answer, Failure):
+            scores.note(one.id, scores.score_in(answer, self._score))
         in_pieces = self.workflow.graph.streams and isinstance(answer, list)
         return joined(answer, one.id) if in_pieces else reply(answer, one.id)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import typing
 import uuid
@@ -100,7 +101,15 @@ class Unregister:
     version: str
 
 
-Call: TypeAlias = Predict | Cancel | Ping | ListModels | Describe | SetDefault | Register | Unregister
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """To the front door, over REST alone."""
+
+    request_id: str
+    score: float
+
+
+Call: TypeAlias = Predict | Cancel | Ping | ListModels | Describe | SetDefault | Register | Unregister | Feedback
 Flow: TypeAlias = Generator[Call, bytes, T]
 
 
@@ -190,6 +199,12 @@ def register(archive: str) -> Flow[None]:
 
 def unregister(name: str, version: str) -> Flow[None]:
     yield Unregister(name, version)
+
+
+def feedback(request_id: str, score: float) -> Flow[None]:
+    if not math.isfinite(score):
+        raise ValueError(f"a score is a number, not {score}")
+    yield Feedback(request_id, float(score))
 
 
 def _check_answer(answer: Any, outputs: tuple[str, ...]) -> None:

@@ -26,6 +26,7 @@ from torchserve_dag.clients.flows import (
     Call,
     Cancel,
     Describe,
+    Feedback,
     ListModels,
     Ping,
     Predict,
@@ -99,6 +100,8 @@ class _Stubs:
             case Unregister():
                 method = management.UnregisterModel
                 request = UnregisterModelRequest(model_name=call.name, model_version=call.version)
+            case Feedback():
+                raise TypeError("feedback goes over REST: TorchServe's gRPC has no method for it")
         return method(request, timeout=deadline.left(), metadata=metadata)
 
 

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import httpx
 
+from torchserve_dag.clients import flows
 from torchserve_dag.clients.client import AsyncClient, Client
 from torchserve_dag.clients.deadline import Deadline
 from torchserve_dag.clients.errors import connection_lost, deadline_exceeded, error_from_http, unreachable
@@ -17,6 +18,7 @@ from torchserve_dag.clients.flows import (
     Call,
     Cancel,
     Describe,
+    Feedback,
     ListModels,
     Ping,
     Predict,
@@ -68,6 +70,9 @@ class _Ports:
                 method, path = "POST", f"/models?url={quote(call.archive, safe='')}"
             case Unregister():
                 method, path = "DELETE", f"/models/{_path(call.name, call.version)}"
+            case Feedback():
+                port, method, path = self._inference, "POST", "/feedback"
+                body = {"json": {"request_id": call.request_id, "score": call.score}}
         extensions = {"timeout": _TimeLeft(deadline)}
         return httpx.Request(method, port.address + path, headers=port.headers | headers, extensions=extensions, **body)
 
@@ -92,6 +97,10 @@ class RestClient(Client):
         super().__init__(timeout, retries)
         self._ports = _Ports(inference, management, token, management_token)
         self._http = httpx.Client(transport=transport, limits=LIMITS, trust_env=False)
+
+    def feedback(self, request_id: str, score: float, *, timeout: float | None = None) -> None:
+        """Tell the front door how good the answer to a request was; `Options.request_id` names it beforehand."""
+        return self._run(flows.feedback(request_id, score), timeout)
 
     def close(self) -> None:
         self._http.close()
@@ -132,6 +141,10 @@ class AsyncRestClient(AsyncClient):
         super().__init__(timeout, retries)
         self._ports = _Ports(inference, management, token, management_token)
         self._http = httpx.AsyncClient(transport=transport, limits=LIMITS, trust_env=False)
+
+    async def feedback(self, request_id: str, score: float, *, timeout: float | None = None) -> None:
+        """As RestClient.feedback."""
+        return await self._run(flows.feedback(request_id, score), timeout)
 
     async def close(self) -> None:
         await self._http.aclose()

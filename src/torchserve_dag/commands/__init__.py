@@ -10,6 +10,7 @@ from torchserve_dag.commands.bench import bench
 from torchserve_dag.commands.build import build
 from torchserve_dag.commands.call import call
 from torchserve_dag.commands.check import check
+from torchserve_dag.commands.experiment import experiment
 from torchserve_dag.commands.graph import graph
 from torchserve_dag.commands.release import promote, retire, rollback, rollout, routes
 from torchserve_dag.commands.serve import default, down, status, up
@@ -25,7 +26,8 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    check, graph, tune, build, up, status, call, default, down, routes, rollout, promote, rollback, retire, bench,
+    check, graph, tune, build, up, status, call, default, down, routes, rollout, promote, rollback, retire,
+    experiment, bench,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

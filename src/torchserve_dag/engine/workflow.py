@@ -15,6 +15,7 @@ from torchserve_dag.engine.expression import compile_expression
 from torchserve_dag.engine.graph import REQUEST, Branch, Code, Graph, Node, Output, RowsCode, result_of
 from torchserve_dag.engine.request import Request
 from torchserve_dag.engine.runner import Runner, function_runner, piece_runner
+from torchserve_dag.engine.score import check_score
 from torchserve_dag.handler import streams, types_of
 from torchserve_dag.options import Options
 from torchserve_dag.project import Project
@@ -139,9 +140,8 @@ class Workflow:
 
 def read_graph(project: Project, path: Path) -> Graph:
     """The graph of a workflow's file; of a handler's file, the graph with it as the only node. Raises CheckError."""
-    if path.parent.name == "handlers":
-        return handler_graph(project, path)
-    return check(project, path)
+    graph = handler_graph(project, path) if path.parent.name == "handlers" else check(project, path)
+    return check_score(graph)
 
 
 def handler_graph(project: Project, path: Path) -> Graph:

@@ -30,7 +30,7 @@ REQUEST_ID = "%REQUEST_HEADER(x-request-id)%"
 
 _FILTERS = f"{TYPES}extensions.filters.http."
 _LISTENER_HTTP = f"{TYPES}extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
-_FORWARDED = ("model", "version", "rest", "token")
+_FORWARDED = ("model", "version", "rest", "token", "first")
 
 
 def bootstrap(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body: int) -> Config:
@@ -225,12 +225,14 @@ def _logs(folder: Path) -> list[Config]:
         "request_id": REQUEST_ID,
         "model": "%REQUEST_HEADER(x-door-model)%",
         "version": "%RESPONSE_HEADER(x-model-version)%",
+        "first": "%REQUEST_HEADER(x-door-first)%",
         "route": "%ROUTE_NAME%",
         "protocol": "%PROTOCOL%",
         "method": "%REQUEST_HEADER(:method)%",
         "path": "%PATH(NQ)%",
         "status": "%RESPONSE_CODE%",
         "grpc_status": "%GRPC_STATUS_NUMBER%",
+        "grpc_failure": "%DYNAMIC_METADATA(door:failure)%",
         "duration_ms": "%DURATION%",
         "tries": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
         "received_bytes": "%BYTES_RECEIVED%",

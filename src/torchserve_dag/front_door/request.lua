@@ -137,6 +137,10 @@ function envoy_on_response(handle)
   local headers = handle:headers()
   local kind = headers:get("content-type")
   if kind and sub(kind, 1, 16) == "application/grpc" then
-    headers:replace(":status", "200")
+    local status = headers:get(":status")
+    if status ~= "200" then
+      handle:streamInfo():dynamicMetadata():set("door", "failure", status)
+      headers:replace(":status", "200")
+    end
   end
 end

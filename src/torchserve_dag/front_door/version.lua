@@ -39,6 +39,7 @@ end
 function envoy_on_request(handle)
   local headers = handle:headers()
   headers:replace("authorization", TOKEN)
+  if not headers:get("x-door-first") then headers:replace("x-door-first", VERSION) end
   local kind = headers:get("content-type")
   if kind and sub(kind, 1, 16) == "application/grpc" then
     if sub(headers:get(":path"), -18) ~= "/StreamPredictions" then

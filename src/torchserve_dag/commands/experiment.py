@@ -1,0 +1,97 @@
+"""`torchserve-dag experiment`: which version is better, so far."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, print_json, project_root
+from torchserve_dag.releases import records
+from torchserve_dag.releases.experiment import Difference, Result
+from torchserve_dag.server.state import State
+
+_HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+def experiment(
+    name: Annotated[str, typer.Argument(help="A model whose requests are shared between versions.")],
+    *,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only the last 30m, 6h, 7d; all that the logs keep unless given.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it into FILE.svg or FILE.png.")] = None,
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Compare the versions of a model: requests, errors, durations, scores; what differs, and how surely."""
+    from torchserve_dag.releases import plot as picture  # noqa: PLC0415 (scipy takes a second to import)
+    from torchserve_dag.releases.experiment import compare  # noqa: PLC0415
+
+    begin = _begin(since)
+    if plot and plot.suffix not in {".svg", ".png"}:
+        fail(f"{plot} is neither an .svg nor a .png: name a file that ends so.")
+    with failures():
+        requests = records.read(State(project_root(project)).logs, name, begin)
+        if not requests:
+            fail(f"The logs have no request for {name} that named no version: send some through the front door.")
+        result = compare(name, requests)
+        if plot:
+            picture.draw(result, requests, plot)
+    if json:
+        print_json(result)
+        return
+    _print(result)
+    if plot:
+        out.print(f"wrote {plot}", markup=False)
+
+
+def _begin(since: str | None) -> dt.datetime | None:
+    if since is None:
+        return None
+    found = re.fullmatch(r"(\d+)([mhd])", since)
+    if not found:
+        fail(f'"{since}" is not a time: write 30m, 6h or 7d.')
+    return dt.datetime.now(dt.timezone.utc) - dt.timedelta(hours=int(found[1]) * _HOURS[found[2]])
+
+
+def _print(result: Result) -> None:
+    table = Table("version", "requests", "errors", "fell back", "p50 ms", "p99 ms", "score", "feedback")
+    for arm in result.arms:
+        means = ["" if mean is None else f"{mean:.4g}" for mean in (arm.score, arm.feedback)]
+        times = [f"{arm.p50_ms:.0f}", f"{arm.p99_ms:.0f}"]
+        table.add_row(arm.version, f"{arm.requests:,}", str(arm.errors), str(arm.fell_back), *times, *means)
+    out.print(table)
+    if not result.differences:
+        out.print("Only one version had requests: there is nothing to compare.")
+        return
+    first, second = sorted(arm.version for arm in sorted(result.arms, key=lambda arm: -arm.requests)[:2])
+    table = Table("", first, second, "difference", "95% interval", "")
+    for row in result.differences:
+        table.add_row(
+            row.what,
+            *(_number(row, value) for value in (row.first, row.second, row.difference)),
+            _range(row),
+            _said(row),
+        )
+    out.print(table)
+
+
+def _number(row: Difference, value: float) -> str:
+    return f"{value:.2%}" if row.what == "errors" else f"{value:.4g}"
+
+
+def _range(row: Difference) -> str:
+    return f"{_number(row, row.low)} to {_number(row, row.high)}"
+
+
+def _said(row: Difference) -> str:
+    if row.settled:
+        return "[green]settled[/]"
+    if row.needed is None:
+        return "[dim]nothing differs[/]"
+    return f"[yellow]open[/]: about {row.needed:,} more requests, if it is what it seems"

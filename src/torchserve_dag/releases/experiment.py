@@ -1,0 +1,149 @@
+"""An A/B's result so far: what differs between two versions, how surely, and how many requests would settle it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, quantiles, stdev
+
+from scipy import stats
+
+from torchserve_dag.releases.records import Request
+
+CONFIDENCE = 0.95
+POWER = 0.8
+"""The chance that so many requests as `needed` settle it, if the difference is what it seems."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One version's requests."""
+
+    version: str
+    requests: int
+    errors: int
+    fell_back: int
+    p50_ms: float
+    p99_ms: float
+    score: float | None
+    """The mean of what the workflow said."""
+    feedback: float | None
+    """The mean of what clients said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The second version less the first, in one respect."""
+
+    what: str
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    """The interval that holds the true difference 95 times of 100."""
+    of: tuple[int, int]
+    """Requests of each version that it was found in."""
+    needed: int | None
+    """How many more requests of this model would settle it; 0 where it is settled, none where nothing differs."""
+
+    @property
+    def settled(self) -> bool:
+        return not self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    model: str
+    arms: list[Arm]
+    differences: list[Difference]
+    """Of the two versions with the most requests: errors, duration, and the scores that there are."""
+
+
+def compare(model: str, requests: Sequence[Request]) -> Result:
+    """What the requests of a model say of its versions."""
+    versions = list(dict.fromkeys(one.version for one in requests))
+    parts = {version: [one for one in requests if one.version == version] for version in versions}
+    arms = [_arm(version, part) for version, part in sorted(parts.items())]
+    if len(arms) < 2:  # noqa: PLR2004
+        return Result(model, arms, [])
+    most = sorted(arms, key=lambda arm: -arm.requests)[:2]
+    first, second = (parts[version] for version in sorted(arm.version for arm in most))
+    whole = len(first) + len(second)
+    found = [_errors(first, second, whole)]
+    readings: tuple[tuple[str, Callable[[Request], float | None]], ...] = (
+        ("duration ms", lambda one: None if one.failed else one.ms),
+        ("score", lambda one: one.score),
+        ("feedback", lambda one: one.feedback),
+    )
+    for what, reading in readings:
+        values = [[value for one in part if (value := reading(one)) is not None] for part in (first, second)]
+        if all(len(one) > 1 for one in values):
+            found.append(_means(what, values[0], values[1], whole))
+    return Result(model, arms, found)
+
+
+def _arm(version: str, part: Sequence[Request]) -> Arm:
+    times = [one.ms for one in part]
+    cuts = quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
+    scores = [one.score for one in part if one.score is not None]
+    said = [one.feedback for one in part if one.feedback is not None]
+    errors, fell_back = sum(one.failed for one in part), sum(one.fell_back for one in part)
+    mean_score, mean_feedback = (fmean(values) if values else None for values in (scores, said))
+    return Arm(version, len(part), errors, fell_back, cuts[49], cuts[98], mean_score, mean_feedback)
+
+
+def _errors(first: Sequence[Request], second: Sequence[Request], whole: int) -> Difference:
+    """The share of requests that failed, or that the fallback answered. Newcombe's interval (1998, method 10)."""
+    counts = [sum(one.failed or one.fell_back for one in part) for part in (first, second)]
+    sizes = (len(first), len(second))
+    shares = [count / size for count, size in zip(counts, sizes, strict=True)]
+    ranges = [
+        stats.binomtest(count, size).proportion_ci(CONFIDENCE, method="wilson")
+        for count, size in zip(counts, sizes, strict=True)
+    ]
+    difference = shares[1] - shares[0]
+    low = difference - math.hypot(shares[1] - ranges[1].low, ranges[0].high - shares[0])
+    high = difference + math.hypot(ranges[1].high - shares[1], shares[0] - ranges[0].low)
+    spreads = (shares[0] * (1 - shares[0]), shares[1] * (1 - shares[1]))
+    return _difference("errors", shares, (low, high), sizes, spreads, whole)
+
+
+def _means(what: str, first: Sequence[float], second: Sequence[float], whole: int) -> Difference:
+    """Welch's interval (1947)."""
+    means = [fmean(first), fmean(second)]
+    sizes = (len(first), len(second))
+    spreads = (stdev(first) ** 2, stdev(second) ** 2)
+    parts = [spread / size for spread, size in zip(spreads, sizes, strict=True)]
+    error = math.sqrt(sum(parts))
+    difference = means[1] - means[0]
+    if not error:
+        return _difference(what, means, (difference, difference), sizes, spreads, whole)
+    freedom = sum(parts) ** 2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
+    reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return _difference(what, means, (difference - reach, difference + reach), sizes, spreads, whole)
+
+
+def _difference(
+    what: str,
+    values: Sequence[float],
+    interval: tuple[float, float],
+    sizes: tuple[int, int],
+    spreads: tuple[float, float],
+    whole: int,
+) -> Difference:
+    """`whole` is how many requests both versions had; of them `sizes` say something in this respect."""
+    difference = values[1] - values[0]
+    found = Difference(what, values[0], values[1], difference, *interval, sizes, None)
+    if found.settled:
+        needed: int | None = 0
+    elif difference:
+        # So many of each, in today's shares, that the standard error is this part of the difference.
+        reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))
+        shares = [size / whole for size in sizes]
+        wanted = sum(spread / share for spread, share in zip(spreads, shares, strict=True)) * (reach / difference) ** 2
+        needed = max(0, math.ceil(wanted - whole)) or 1
+    else:
+        needed = None
+    return Difference(what, values[0], values[1], difference, *interval, sizes, needed)

@@ -1,0 +1,78 @@
+"""What the logs say of a model's requests: which version each was given to, what became of it, how good it was."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
+from torchserve_dag.scores import FILE as SCORES_LOG
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One that named no version and that no rule sent: its version was chosen by weight."""
+
+    id: str
+    version: str
+    """The one that was chosen, whoever answered in the end."""
+    ms: float
+    failed: bool
+    """The client got no answer, or one with 5xx; a fallback's answer is none of these."""
+    fell_back: bool
+    score: float | None = None
+    """What the workflow said of its answer."""
+    feedback: float | None = None
+    """What a client said of it, the last time."""
+
+
+def read(logs: Path, model: str, since: dt.datetime | None = None) -> list[Request]:
+    """A model's requests, in their order, as far back as the logs are kept."""
+    scores = {line["request_id"]: line["score"] for line in _lines(logs / SCORES_LOG)}
+    feedback = {line["request_id"]: line["score"] for line in _lines(logs / FEEDBACK_LOG)}
+    found = (line for line in _lines(logs / REQUESTS_LOG) if line.get("route") == model and line.get("first"))
+    return [
+        Request(
+            line["request_id"],
+            line["first"],
+            float(line["duration_ms"]),
+            _failed(line),
+            line["version"] not in {line["first"], None},
+            scores.get(line["request_id"]),
+            feedback.get(line["request_id"]),
+        )
+        for line in found
+        if since is None or dt.datetime.fromisoformat(line["time"].replace("Z", "+00:00")) >= since
+    ]
+
+
+def _failed(line: dict[str, Any]) -> bool:
+    status = int(line["status"] or 0)
+    in_answer = int(line.get("grpc_failure") or 0)
+    if line["flags"] and "DC" in line["flags"].split(","):  # the client left
+        return False
+    return max(status, in_answer) >= HTTPStatus.INTERNAL_SERVER_ERROR or status == 0 or line["grpc_status"] in _FAILED
+
+
+_FAILED = {2, 4, 8, 13, 14, 15}
+"""gRPC's codes that say what 5xx says; 8 is a worker out of memory, or killed."""
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a log and its older ones; a line that is not whole yet is left out."""
+    older = sorted(path.parent.glob(f"{path.stem}.*.log"), key=lambda one: -int(one.suffixes[0][1:]))
+    for file in [*older, path]:
+        try:
+            with file.open("rb") as lines:
+                for line in lines:
+                    try:
+                        yield json.loads(line)
+                    except ValueError:
+                        continue
+        except OSError:
+            continue
