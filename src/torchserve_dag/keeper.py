@@ -74,7 +74,7 @@ class Keeper:
         ejected = tuple(
             (one.model, one.version)
             for one in traffic.served
-            if any(cluster_name(protocol, one) in failing for protocol in PROTOCOLS)
+            if any(cluster_name(protocol, one, guarded=True) in failing for protocol in PROTOCOLS)
         )
         if ejected != traffic.ejected:
             logger.warning("left alone: %s", ", ".join("/".join(one) for one in ejected) or "none")

@@ -86,6 +86,10 @@ def stop(root: Path) -> bool:
         return torchserve.end(state) or drained
 
 
+def _kind(archive: Path) -> tuple[bool, bool]:
+    return mar.is_ours(archive), mar.is_asynchronous(archive)
+
+
 def client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> RestClient | GrpcClient:
     """A client with the server's addresses and tokens, through its front door where it has one.
 
@@ -128,7 +132,7 @@ def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) ->
     """Let requests in, to all that TorchServe serves."""
     models, store = serving.models(), Path(running(state).store)
     served = tuple(
-        ServedVersion(model.name, one.version, float(one.response_timeout_s), mar.is_ours(store / one.archive))
+        ServedVersion(model.name, one.version, float(one.response_timeout_s), *_kind(store / one.archive))
         for model in models
         for one in model.versions
     )

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import package_model
 from model_archiver.model_packaging_utils import ModelExportUtils
@@ -120,6 +121,15 @@ def is_ours(archive: Path) -> bool:
             return BUILD in found.namelist()
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def is_asynchronous(archive: Path) -> bool:
+    """Whether its answers may come in pieces: TorchServe's asynchronous mode."""
+    try:
+        found = yaml.safe_load(read_text(archive, SETTINGS))
+    except (OSError, KeyError, zipfile.BadZipFile, yaml.YAMLError):
+        return False
+    return isinstance(found, dict) and found.get("asyncCommunication") is True
 
 
 def name_and_version(archive: Path) -> tuple[str, str]:

@@ -268,7 +268,7 @@ def _translated(  # noqa: PLR0911 (one return a kind of failure)
         return deadline_exceeded(deadline.timeout_s)
     if code is grpc.StatusCode.PERMISSION_DENIED and text.startswith("Token Auth"):
         return error_of(HTTPStatus.UNAUTHORIZED, "InvalidKeyException", text)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and ("maximum size" in text or "larger than max" in text):
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and ("maximum size" in text or "larger than" in text):
         return error_of(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
     if code is grpc.StatusCode.UNAVAILABLE and "upstream" not in text:  # that word is a front door's
         no_connection = any(words in text.lower() for words in _NO_CONNECTION)

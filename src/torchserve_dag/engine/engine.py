@@ -351,6 +351,10 @@ class Engine:
                     _note(item, answer, began, now, len(items))
                 if not item.over:
                     settle(item, answer, changes)
+        if failures:
+            for item, answer in zip(items, answers, strict=True):
+                if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    logger.error("request %s: %s: %s", item.request.id, station.name, answer.message)
         self._apply(changes)
 
     def _apply(self, changes: Changes) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -38,13 +39,13 @@ class Admin:
 
     def stats(self, regex: str) -> dict[str, int]:
         """Its counters and gauges whose names match."""
-        lines = self._ask("GET", f"/stats?type=All&filter={regex}").splitlines()
+        lines = self._ask("GET", f"/stats?type=All&filter={quote(regex)}").splitlines()
         pairs = (line.rpartition(": ") for line in lines)
         return {name: int(value) for name, _, value in pairs if value.isdigit()}
 
     def prometheus(self, regex: str) -> str:
         """Its numbers whose names match, as a page of Prometheus."""
-        return self._ask("GET", f"/stats/prometheus?filter={regex}")
+        return self._ask("GET", f"/stats/prometheus?filter={quote(regex)}")
 
     def clusters(self) -> list[dict[str, Any]]:
         """Its clusters, with the state of their hosts."""

@@ -26,6 +26,8 @@ STREAM_WINDOW = 256 * 2**10
 BUCKETS_MS = [round(1.15**i, 3) for i in range(-8, 84)]
 """Upper bounds of the histogram of durations, 15 % apart: from 0.3 ms to 2 minutes."""
 INTERNAL_HEADERS = "x-door-"
+GRPC_STATUS = {413: "8", 504: "4"}
+"""What Envoy would call otherwise: RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
 REQUEST_ID = "%REQUEST_HEADER(x-request-id)%"
 
 _FILTERS = f"{TYPES}extensions.filters.http."
@@ -282,8 +284,8 @@ def _local_replies() -> Config:
     """The front door's own refusals, as TorchServe writes its own; over gRPC a sentence, not JSON."""
     grpc = {"header_filter": {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}}
     sentences = {
-        401: ("Unauthorized", "A valid token is needed, as Authorization: Bearer TOKEN (%LOCAL_REPLY_BODY%)."),
-        403: ("Unauthorized", "This token was revoked: ask for another."),
+        401: ("InvalidKeyException", "A valid token is needed, as Authorization: Bearer TOKEN (%LOCAL_REPLY_BODY%)."),
+        403: ("InvalidKeyException", "This token was revoked: ask for another."),
         413: ("TooLarge", "The body is larger than the server takes."),
         429: ("Overloaded", "This token sends more requests a second than it may; try later."),
         503: ("Overloaded", "No server can answer now; try later (%LOCAL_REPLY_BODY%)."),
@@ -298,7 +300,11 @@ def _local_replies() -> Config:
         }
         body = {"code": "%RESPONSE_CODE%", "type": kind, "message": message, "request_id": REQUEST_ID}
         as_text = {"text_format_source": {"inline_string": message}}
-        mappers.append({"filter": {"and_filter": {"filters": [code, grpc]}}, "body_format_override": as_text})
+        in_grpc: Config = {"filter": {"and_filter": {"filters": [code, grpc]}}, "body_format_override": as_text}
+        if status in GRPC_STATUS:
+            header = {"key": "grpc-status", "value": GRPC_STATUS[status]}
+            in_grpc["headers_to_add"] = [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]
+        mappers.append(in_grpc)
         mappers.append({"filter": code, "body_format_override": {"json_format": body}})
     return {"mappers": mappers}
 

@@ -77,14 +77,15 @@ class Envoy:
 
     def _drain(self) -> None:
         self.admin.post("/healthcheck/fail")
-        self.admin.post("/drain_listeners?graceful&skip_exit")
-        begun = time.monotonic()
-        while time.monotonic() < begun + LONGEST_DRAIN_S:
-            stats = self.admin.stats(r"^http\.front_door\.downstream_(cx|rq)_active$")
-            connections = stats.get("http.front_door.downstream_cx_active", 0)
-            requests = stats.get("http.front_door.downstream_rq_active", 0)
-            if not connections or (not requests and time.monotonic() > begun + DRAIN_S + 0.5):
-                return
+        self.admin.post("/drain_listeners?graceful&skip_exit")  # every answer now ends its connection
+        self._wait("cx", DRAIN_S)
+        self.admin.post("/drain_listeners")
+        self._wait("rq", LONGEST_DRAIN_S)
+
+    def _wait(self, what: str, at_most_s: float) -> None:
+        """Until no connection, or no request, is there any more."""
+        gauge, deadline = f"http.front_door.downstream_{what}_active", time.monotonic() + at_most_s
+        while self.admin.stats(f"^{gauge}$").get(gauge) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

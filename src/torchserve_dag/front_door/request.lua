@@ -51,7 +51,7 @@ end
 local function refuse(handle, status, grpc_status, kind, message)
   if grpc_status then
     handle:respond({[":status"] = "200", ["content-type"] = "application/grpc", ["grpc-status"] = grpc_status,
-                    ["grpc-message"] = message}, nil)
+                    ["grpc-message"] = message .. "%0A" .. kind}, nil) -- TorchServe, too, names the kind in the last line
   else
     handle:respond({[":status"] = status, ["content-type"] = "application/json"},
                    '{"code": ' .. status .. ', "type": "' .. kind .. '", "message": "' .. message .. '"}\n')
@@ -67,19 +67,19 @@ local function from_message(handle)
   local body = handle:body()
   local size = body and body:length() or 0
   if size < 5 then
-    return refuse(handle, "400", "3", "BadRequest", "The call holds no message.")
+    return refuse(handle, "400", "3", "BadRequestException", "The call holds no message.")
   end
   local head = body:getBytes(0, 5)
   if byte(head, 1) ~= 0 then
-    return refuse(handle, "415", "12", "BadRequest", "The message is compressed, which is not read here: send it as it is.")
+    return refuse(handle, "415", "12", "BadRequestException", "The message is compressed, which is not read here: send it as it is.")
   end
   local said = ((byte(head, 2) * 256 + byte(head, 3)) * 256 + byte(head, 4)) * 256 + byte(head, 5)
   if said ~= size - 5 then
-    return refuse(handle, "400", "3", "BadRequest", "The call does not hold one whole message.")
+    return refuse(handle, "400", "3", "BadRequestException", "The call does not hold one whole message.")
   end
   local name, version = name_and_version(body:getBytes(5, size - 5))
   if not name or not sane(name) or not sane(version) then
-    return refuse(handle, "400", "3", "BadRequest", "The message is no PredictionsRequest with a plain model_name.")
+    return refuse(handle, "400", "3", "BadRequestException", "The message is no PredictionsRequest with a plain model_name.")
   end
   local headers = handle:headers() -- anew: what was got before a wait is void
   headers:replace(MODEL, name)
@@ -104,7 +104,7 @@ local function feedback(handle)
   local said = handle:streamInfo():dynamicMetadata():get("feedback") or {}
   local id, score = said["request_id"], said["score"]
   if type(id) ~= "string" or id == "" or not sane(id) or type(score) ~= "number" then
-    return refuse(handle, "400", nil, "BadRequest",
+    return refuse(handle, "400", nil, "BadRequestException",
                   "Feedback is JSON like {'request_id': '...', 'score': 0.8}, of the content type application/json.")
   end
   handle:respond({[":status"] = "202", ["content-type"] = "application/json"}, '{"accepted": true}\n')

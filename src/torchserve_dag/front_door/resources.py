@@ -15,6 +15,7 @@ Resource = dict[str, Any]
 
 TYPES = "type.googleapis.com/envoy."
 PROTOCOLS = ("rest", "grpc")
+GUARDED = "?"
 MODEL, VERSION = "x-door-model", "x-door-version"
 """The headers that request.lua sets."""
 TOKEN_NAME = "x-door-token"  # noqa: S105 (a header)
@@ -37,8 +38,10 @@ def clusters(served: Iterable[ServedVersion], splits: Sequence[Split], where: Ad
     found = []
     for one in served:
         split = by_model.get(one.model)
-        back = split if split and split.falls_back(one.version) else None
-        found += [_version_cluster(one, protocol, where, token, back) for protocol in PROTOCOLS]
+        for protocol in PROTOCOLS:
+            found.append(_version_cluster(one, protocol, where, token))
+            if split and split.falls_back(one.version):
+                found.append(_guarded_cluster(one, protocol, where, token, split))
     found += [_cluster(f"{protocol}:torchserve", protocol, where) for protocol in PROTOCOLS]
     return found
 
@@ -69,7 +72,6 @@ def routes(
         "name": "models",
         "domains": ["*"],
         "routes": found,
-        "rate_limits": [{"actions": [{"request_headers": {"header_name": TOKEN_NAME, "descriptor_key": "token"}}]}],
         "typed_per_filter_config": {
             "envoy.filters.http.rbac": _who_may(tokens),
             "envoy.filters.http.local_ratelimit": _how_often(tokens, requests_per_second),
@@ -78,8 +80,14 @@ def routes(
     return {"@type": f"{TYPES}config.route.v3.RouteConfiguration", "name": "routes", "virtual_hosts": [host]}
 
 
-def cluster_name(protocol: str, version: ServedVersion | str) -> str:
-    return f"{protocol}:{version if isinstance(version, str) else version.name}"
+def cluster_name(protocol: str, version: ServedVersion | str, *, guarded: bool = False) -> str:
+    """Where a version is called; `guarded`, where a fallback stands behind it."""
+    return f"{protocol}:{version if isinstance(version, str) else version.name}{GUARDED if guarded else ''}"
+
+
+def stat_name(cluster: str) -> str:
+    """What a cluster is called in Envoy's numbers, where a dot ends a name."""
+    return cluster.replace(".", "_").replace(":", "_")
 
 
 def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
@@ -89,7 +97,7 @@ def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
     return {
         "@type": f"{TYPES}config.cluster.v3.Cluster",
         "name": name,
-        "alt_stat_name": name.replace(".", "_").replace(":", "_"),
+        "alt_stat_name": stat_name(name),
         "type": "STATIC",
         "connect_timeout": "1s",
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}]},
@@ -112,8 +120,10 @@ def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
     }
 
 
-def _version_cluster(one: ServedVersion, protocol: str, where: Addresses, token: str, back: Split | None) -> Resource:
-    found = _cluster(cluster_name(protocol, one), protocol, where)
+def _version_cluster(
+    one: ServedVersion, protocol: str, where: Addresses, token: str, *, guarded: bool = False
+) -> Resource:
+    found = _cluster(cluster_name(protocol, one, guarded=guarded), protocol, where)
     options = found["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["http_filters"] = [
         {
@@ -128,23 +138,30 @@ def _version_cluster(one: ServedVersion, protocol: str, where: Addresses, token:
             "typed_config": {"@type": f"{TYPES}extensions.filters.http.upstream_codec.v3.UpstreamCodec"},
         },
     ]
-    if back:
-        options["retry_policy"] = {
-            "retry_on": "5xx,reset,connect-failure,refused-stream",
-            "num_retries": 1,
-            "per_try_timeout": _seconds(back.route.slow_s),
-            "refresh_cluster_on_retry": True,
-            "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
-        }
-        # The panic threshold stays: an ejected host is asked still, until its share has gone to the fallback.
-        found["outlier_detection"] = {
-            "consecutive_5xx": EJECT_AFTER,
-            "interval": "1s",
-            "base_ejection_time": f"{EJECT_S}s",
-            "max_ejection_time": f"{EJECT_S}s",
-            "max_ejection_percent": 100,
-            "enforcing_success_rate": 0,
-        }
+    return found
+
+
+def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token: str, split: Split) -> Resource:
+    """The same version where it was chosen by a share or a rule: if it fails or is slow, the fallback is asked."""
+    found = _version_cluster(one, protocol, where, token, guarded=True)
+    options = found["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
+    options["retry_policy"] = {
+        "retry_on": "5xx,reset,connect-failure,refused-stream",
+        "num_retries": 1,
+        "refresh_cluster_on_retry": True,
+        "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
+    }
+    if not one.streams:  # this limit is for whole answers; a route's limit for a try would hold for the fallback too
+        options["common_http_protocol_options"] = {"max_stream_duration": _seconds(split.route.slow_s)}
+    # The panic threshold stays: an ejected host is asked still, until its share has gone to the fallback.
+    found["outlier_detection"] = {
+        "consecutive_5xx": EJECT_AFTER,
+        "interval": "1s",
+        "base_ejection_time": f"{EJECT_S}s",
+        "max_ejection_time": f"{EJECT_S}s",
+        "max_ejection_percent": 100,
+        "enforcing_success_rate": 0,
+    }
     return found
 
 
@@ -220,7 +237,8 @@ def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], l
 
 
 def _weighted(split: Split, protocol: str, version: str, weight: float) -> Resource:
-    name = cluster_name(protocol, f"{split.model}/{split.answers(version)}")
+    asked = split.answers(version)
+    name = cluster_name(protocol, f"{split.model}/{asked}", guarded=split.falls_back(asked))
     return {"cluster_name": name, "weight": max(1, round(weight * 100))}
 
 
@@ -317,6 +335,7 @@ def _how_often(tokens: Sequence[Token], requests_per_second: int) -> Resource:
         "filter_enabled": always,
         "filter_enforced": always,
         "rate_limited_as_resource_exhausted": True,
+        "rate_limits": [{"actions": [{"request_headers": {"header_name": TOKEN_NAME, "descriptor_key": "token"}}]}],
         "descriptors": [*own, every],
         "response_headers_to_add": [{"header": {"key": "retry-after", "value": "1"}}],
     }

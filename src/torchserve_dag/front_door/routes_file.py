@@ -32,7 +32,8 @@ class RouteFile:
     fallback: str | None = None
     """Answers where another version fails (5xx) or is slow."""
     slow_s: float = 10.0
-    """With a fallback: how long another version may take before the fallback is asked."""
+    """With a fallback: how long another version may take for its answer before the fallback is asked; one that answers
+    in pieces may take its time."""
 
     def __post_init__(self) -> None:
         for version, weight in self.versions.items():

@@ -18,6 +18,8 @@ class ServedVersion:
     """How long TorchServe waits for its answer."""
     ours: bool
     """Built by this package: it knows the request's id and trace."""
+    streams: bool = False
+    """Its answers may come in pieces."""
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.resources import PROTOCOLS
+from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS
 
 _SERIES = re.compile(r"envoy_tries_(\w+)\{(.*)\} (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -71,7 +71,7 @@ def parse(text: str) -> dict[ModelVersion, Measures]:
     for metric, inside, value in _SERIES.findall(text):
         labels = dict(_LABEL.findall(inside))
         protocol, _, name = labels["version"].partition(":")
-        model, _, version = name.rpartition("/")
+        model, _, version = name.removesuffix(GUARDED).rpartition("/")
         if protocol not in PROTOCOLS or not model:
             continue
         if metric == "count":

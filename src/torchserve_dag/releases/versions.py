@@ -9,7 +9,7 @@ from pathlib import Path
 from torchserve_dag.archives import mar
 from torchserve_dag.clients import Client, ModelNotFound, ServingError, VersionInfo
 from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.front_door.resources import PROTOCOLS, cluster_name
+from torchserve_dag.front_door.resources import PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.shares import ServedVersion
 from torchserve_dag.server import processes
 from torchserve_dag.server.connect import running
@@ -37,7 +37,9 @@ def bring(state: State, client: Client, model: str, version: str, timeout_s: flo
         _unregister(client, model, version)
         raise
     info = next(one for one in _versions(client, model) if one.version == version)
-    served = ServedVersion(model, version, float(info.response_timeout_s), mar.is_ours(archive))
+    served = ServedVersion(
+        model, version, float(info.response_timeout_s), mar.is_ours(archive), mar.is_asynchronous(archive)
+    )
     state.save_retired(model, version, retired=False)
     Door(state).change(lambda now: replace(now, served=(*now.served, served)))
 
@@ -95,15 +97,16 @@ def _check_unused(traffic: Traffic, model: str, version: str) -> None:
 
 def _wait_empty(door: Door, one: ServedVersion) -> None:
     deadline = time.monotonic() + EMPTY_S
-    while any(_inside(door, cluster_name(protocol, one)) for protocol in PROTOCOLS):
+    names = [cluster_name(protocol, one, guarded=guarded) for protocol in PROTOCOLS for guarded in (False, True)]
+    while any(_inside(door, name) for name in names):
         if time.monotonic() > deadline:
             raise ServerError(f"{one.name} has requests inside since {EMPTY_S:g} s, and is served again.")
         time.sleep(0.05)
 
 
 def _inside(door: Door, cluster: str) -> int:
-    name = cluster.replace(".", "_").replace(":", "_")
-    return sum(door.admin.stats(f"^cluster\\.{name}\\.upstream_rq_active$").values())
+    gauge = f"cluster.{stat_name(cluster)}.upstream_rq_active"
+    return door.admin.stats(gauge.replace(".", "\\.").replace("?", "\\?")).get(gauge, 0)
 
 
 def _unregister(client: Client, model: str, version: str) -> None:
