@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +17,9 @@ import httpx
 import jwt
 import pytest
 
-from tests.live.conftest import ROOT, run_tool
-from torchserve_dag import serving
+from loadtests import hostile
+from tests.live.conftest import run_tool
+from tests.live.door import PROTOCOLS, Served, ask, new_project, tool, write_version
 from torchserve_dag.clients import (
     GrpcClient,
     ModelNotFound,
@@ -35,11 +32,8 @@ from torchserve_dag.clients import (
     Unauthorized,
 )
 from torchserve_dag.front_door import certificate
-from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.tokens import ALGORITHM, ISSUER
-from torchserve_dag.releases import hand
 from torchserve_dag.server.connect import torchserve_client
-from torchserve_dag.server.state import State
 from torchserve_dag.source import CheckError
 
 pytestmark = pytest.mark.timeout(300)
@@ -66,72 +60,20 @@ echo:
   sticky: header x-user-id
   always: {header x-tester=yes: "2.0"}
 """
-PROTOCOLS = ("rest", "grpc")
-
-
-def write_version(root: Path, name: str, version: str, function: str, code: str, more: str = "") -> None:
-    (root / "workflows").mkdir(exist_ok=True)
-    (root / "workflows" / f"{name}-{version}.yaml").write_text(
-        f'name: {name}\nversion: "{version}"\ndoes: A test.\ncode: {code}\nnodes:\n'
-        f"  answer: {{function: {function}, inputs: {{text: request}}}}\noutput: answer\nserve: {{batch: 16{more}}}\n"
-    )
-
-
-@dataclass(frozen=True)
-class Served:
-    root: Path
-
-    @property
-    def state(self) -> State:
-        return State(self.root)
-
-    @property
-    def door(self) -> Door:
-        return Door(self.state)
-
-    @property
-    def address(self) -> str:
-        record = self.door.record()
-        assert record
-        return serving.here(record.settings)
-
-    def client(self, protocol: str) -> RestClient | GrpcClient:
-        return serving.client(self.state, protocol)  # type: ignore[arg-type]
-
-    def http(self, token: str | None = None, **more: Any) -> httpx.Client:
-        """A plain client, as anybody's."""
-        record = self.door.record()
-        assert record
-        headers = {"authorization": f"Bearer {token or (self.state.front_door / 'own_token').read_text()}"}
-        trust = certificate.trust(Path(record.certificate))
-        return httpx.Client(base_url=f"https://{self.address}", verify=trust, headers=headers, timeout=30, **more)
-
-    def route(self, text: str) -> None:
-        (self.root / "routes.yaml").write_text(text)
-        hand.take_routes(self.root)
-
-    def log(self, request_id: str) -> dict[str, Any]:
-        """Its line in the log, which is written within half a second."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            for line in (self.state.logs / "requests.log").read_text().splitlines():
-                if f'"{request_id}"' in line:
-                    return json.loads(line)  # type: ignore[no-any-return]
-            time.sleep(0.1)
-        pytest.fail(f"{request_id} is not in requests.log")
+LIMITS = "limits: {headers_s: 3, body_s: 3, idle_s: 3}\n"
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("door")
-    for name in ("config.properties", "log4j2.xml"):
-        shutil.copy(ROOT / name, root)
+    new_project(root)
     for version, function in VERSIONS.items():
         write_version(root, "echo", version, function, "echo.py")
     write_version(root, "other", "1.0", "good", "echo.py")
     (root / "workflows" / "echo.py").write_text(FUNCTIONS)
     run_tool(root, "build")
     (root / "routes.yaml").write_text(SPLIT)
+    (root / "front_door.yaml").write_text(LIMITS)
     run_tool(root, "up", "--free-ports")
     yield Served(root)
     run_tool(root, "down")
@@ -148,12 +90,6 @@ def answers(
 
     with ThreadPoolExecutor(threads) as pool:
         return sum(pool.map(work, range(threads)), Counter())
-
-
-def ask(client: Any, name: str = "echo", version: str | None = None, text: bytes = b"hi", **route_by: str) -> str:
-    """Which version answered."""
-    options = Options(route_by={key.replace("_", "-"): value for key, value in route_by.items()})
-    return str(client.predict(name, text, version, options=options)["text"])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -276,13 +212,9 @@ def test_a_route_that_cannot_be_is_refused_with_its_line_and_changes_nothing(ser
         CheckError, match=r'routes\.yaml:2: echo: there is no version "7\.0"\n  help: known: 1\.0, 2\.0'
     ):
         served.route(wrong)
-    checked = subprocess.run(
-        [sys.executable, "-m", "torchserve_dag", "routes"], cwd=served.root, capture_output=True, text=True, check=False
-    )
-    assert checked.returncode == 1
-    assert 'there is no version "7.0"' in checked.stderr
+    assert 'there is no version "7.0"' in tool(served.root, "routes", code=1)
     served.route(SPLIT)
-    assert "2.0" in run_tool(served.root, "routes")
+    assert "2.0" in tool(served.root, "routes")
 
 
 class TestTokens:
@@ -292,24 +224,24 @@ class TestTokens:
 
         def new(name: str, *words: str) -> str:
             names.append(name)
-            return run_tool(served.root, "token", "new", name, *words).strip()
+            return tool(served.root, "token", "new", name, *words).strip()
 
         yield new
         for name in names:
             if any(token.name == name for token in served.door.tokens.issued()):
-                run_tool(served.root, "token", "revoke", name)
+                tool(served.root, "token", "revoke", name)
 
     def test_a_token_passes_until_it_is_revoked(self, served: Served, issue: Callable[..., str]) -> None:
         token = issue("alice", "--expires", "1h")
         with served.http(token) as http:
             assert http.post("/predictions/echo", content=b"hi", headers={"x-request-id": "of-alice"}).is_success
             assert served.log("of-alice")["token"] == "alice"  # noqa: S105 (a name)
-            run_tool(served.root, "token", "revoke", "alice")
+            tool(served.root, "token", "revoke", "alice")
             refused = http.post("/predictions/echo", content=b"hi")
 
         assert refused.status_code == 403
         assert "revoked" in refused.json()["message"]
-        assert "alice" not in run_tool(served.root, "token", "list")
+        assert "alice" not in tool(served.root, "token", "list")
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_a_wrong_a_forged_and_an_expired_token_are_told_apart_from_good_ones(
@@ -392,7 +324,7 @@ def test_feedback_meets_its_request_in_the_experiment(served: Served) -> None:
     while len((served.state.logs / "feedback.log").read_text().splitlines()) < 60:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    result = json.loads(run_tool(served.root, "experiment", "echo", "--since", "1m", "--json"))
+    result = json.loads(tool(served.root, "experiment", "echo", "--since", "1m", "--json"))
 
     (feedback,) = [one for one in result["differences"] if one["what"] == "feedback"]
     assert feedback["difference"] == pytest.approx(0.37, abs=0.04)
@@ -452,8 +384,72 @@ def children(served: Served) -> Sequence[Any]:
     return psutil.Process(record.pid).children()
 
 
+class TestHostile:
+    """The whole of it, with ten thousand connections and good clients' times, is `loadtests/front_door.py`."""
+
+    @pytest.fixture
+    def target(self, served: Served) -> hostile.Target:
+        host, port = served.address.split(":")
+        return hostile.Target(host, int(port), (served.state.front_door / "own_token").read_text())
+
+    @pytest.fixture(autouse=True)
+    def plain(self, served: Served) -> Iterator[list[int]]:
+        """TorchServe sees the requests of good clients, and no others; they are answered while all this goes on.
+
+        What a test lets through on purpose, it adds to the list.
+        """
+        served.route('echo:\n  versions: {"1.0": 100}\n')
+        seen, stop, sent, let_through = served.seen(), threading.Event(), [], []
+
+        def work() -> None:
+            with served.client("rest") as client:
+                while not stop.is_set():
+                    sent.append(ask(client))
+                    time.sleep(0.02)
+
+        with ThreadPoolExecutor(1) as pool:
+            working = pool.submit(work)
+            yield let_through
+            stop.set()
+            working.result(30)
+        assert set(sent) == {"1.0"}
+        expected = len(sent) + sum(let_through)
+        assert served.seen(seen + expected) - seen == expected
+
+    def test_who_is_slow_or_idle_is_ended_at_the_limits(self, target: hostile.Target) -> None:
+        """Heads and bodies that come a byte at a time, and connections on which nothing comes."""
+        ways: list[Callable[[], int]] = [
+            lambda: hostile.slowloris(target, 20, 8.0),
+            lambda: hostile.slow_bodies(target, 20, 8.0),
+            lambda: hostile.idle_until_ended(target, 20, 8.0, tls=True),
+            lambda: hostile.idle_until_ended(target, 200, 8.0, tls=False),
+        ]
+        with ThreadPoolExecutor(len(ways)) as pool:
+            found = list(pool.map(lambda way: way(), ways))
+
+        assert found == [20, 20, 20, 200]
+
+    def test_heads_that_are_too_large_are_refused(self, target: hostile.Target) -> None:
+        assert set(hostile.large_headers(target).values()) <= {400, 431, None}
+
+    def test_nothing_is_smuggled(self, target: hostile.Target, plain: list[int]) -> None:
+        """What is ambiguous is refused; what is not reaches TorchServe as the one request that it is."""
+        found = hostile.smuggled(target)
+        whole = [found.pop(why) for why in ("a folded header", "an upgrade to HTTP/2")]
+        plain.append(len(whole))
+
+        assert whole == [200, 200]
+        assert set(found.values()) <= {400, 501}, found
+
+    def test_resets_over_http2_end_the_connection(self, target: hostile.Target) -> None:
+        assert hostile.rapid_resets(target, 5000) in {"ended", "told to go away"}
+
+
 def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
-    """Clients go on sending while the server ends: each gets its answer, or cannot connect any more."""
+    """Clients go on sending while the server ends: each gets its answer, or cannot connect any more.
+
+    The last test of this file: the server has ended after it.
+    """
     served.route('echo:\n  versions: {"1.0": 100}\n')
     stopped = threading.Event()
 
@@ -480,5 +476,3 @@ def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
 
     assert {how for _, how in found} == {"ended"}
     assert all(answered > 20 for answered, _ in found)
-    run_tool(served.root, "down")
-    run_tool(served.root, "up", "--free-ports")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import datetime as dt
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, print_json, project_root
 from torchserve_dag.releases import records
-from torchserve_dag.releases.experiment import Difference, Result
 from torchserve_dag.server.state import State
+
+if TYPE_CHECKING:  # it imports scipy, which takes a second
+    from torchserve_dag.releases.experiment import Difference, Result
 
 _HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
 

@@ -23,7 +23,7 @@ GRPC = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 
 EJECT_AFTER = 10
 """Failures in a row of a version that has a fallback, until it is left alone for a while."""
-EJECT_S = 10
+EJECT_S = 5
 GRACE_S = 5.0
 """How much longer than TorchServe the front door waits, so that TorchServe's own answer comes first."""
 MAX_REQUESTS = 4096

@@ -80,6 +80,6 @@ def parse(text: str) -> dict[ModelVersion, Measures]:
                 requests[model, version] += int(value)
                 failed = status == 0 or status >= HTTPStatus.INTERNAL_SERVER_ERROR
                 errors[model, version] += int(value) if failed else 0
-        elif metric == "ms_bucket":
-            buckets[model, version][float(labels["le"])] += int(value)
+        elif metric == "us_bucket":
+            buckets[model, version][float(labels["le"]) / 1000] += int(value)
     return {one: Measures(requests[one], errors[one], dict(buckets[one])) for one in requests.keys() | buckets.keys()}

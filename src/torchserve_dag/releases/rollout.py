@@ -183,9 +183,10 @@ def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
     state = State(root)
     door = Door(state)
     traffic = door.traffic()
+    weights = {version: weight for version, weight in weights.items() if weight}
     if model in traffic.routes:
         shares_written.write(root, model, weights)
-        route = replace(traffic.routes[model], versions=dict(weights))
+        route = replace(traffic.routes[model], versions=weights)
         door.change(lambda now: set_rollout(model, None)(replace(now, routes={**now.routes, model: route})))
         return
     version = max(weights, key=lambda one: weights[one])

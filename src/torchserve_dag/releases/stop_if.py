@@ -1,4 +1,4 @@
-"""When a rollout is stopped: `errors > 1% or p99 > 1.3x`, read, and held against what was measured."""
+"""When a rollout is stopped: `errors > 1% or p50 > 1.3x`, read, and held against what was measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torchserve_dag.plain import did_you_mean
 from torchserve_dag.releases.measures import Measures
 
-DEFAULT = "errors > 1% or p99 > 1.3x"
+DEFAULT = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
 SURE = 3.0
 """Standard deviations: it is looked again and again, and a good version must not be stopped by chance."""
 

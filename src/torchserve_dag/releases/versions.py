@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchserve_dag.archives import mar
-from torchserve_dag.clients import Client, ModelNotFound, ServingError, VersionInfo
+from torchserve_dag.clients import Client, ModelNotFound, ServerFailed, ServingError, VersionInfo
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.resources import PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.shares import ServedVersion
@@ -29,10 +29,15 @@ def bring(state: State, client: Client, model: str, version: str, timeout_s: flo
     """
     record = running(state)
     archive = find_archive(Path(record.store), model, version)
-    waiting = Waiting({(model, version): archive.name}, Logs(state.logs))
-    client.register(archive.name, timeout=timeout_s)
+    logs = Logs(state.logs)
+    waiting = Waiting({(model, version): archive.name}, logs)
     try:
+        client.register(archive.name, timeout=timeout_s)
         waiting.wait(client, lambda: processes.java(record, state) is not None, timeout_s)
+    except ServerFailed as error:  # TorchServe gives up at once where the first worker ends while it looks
+        _unregister(client, model, version)
+        why = logs.worker_failure(model, version) or error.message
+        raise ServerError(f"A worker of {model} {version} keeps failing: {why.rstrip('.')}.") from None
     except BaseException:
         _unregister(client, model, version)
         raise
@@ -85,8 +90,8 @@ def _check_unused(traffic: Traffic, model: str, version: str) -> None:
     split = traffic.split(model)
     if split is None or not any(one.version == version for one in traffic.served if one.model == model):
         raise ServerError(f"{model}/{version} is not served.")
-    weight = dict(split.weights).get(version, 0)
-    uses = [f"it gets {weight:g} of the requests by weight"] if weight else []
+    shared = version in dict(split.weights) and (model in traffic.routes or model in traffic.rollouts)
+    uses = ["it has a share in routes.yaml, or in a rollout"] if shared else []
     uses += [f'the rule "{rule}" names it' for rule, one in split.route.always.items() if one == version]
     uses += ["it is a shadow"] if version in split.route.shadow else []
     uses += ["it is the fallback"] if version == split.fallback else []
