@@ -10,9 +10,8 @@ from torchserve_dag.plain import did_you_mean
 from torchserve_dag.releases.measures import Measures
 
 DEFAULT = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
-SURE = 3.0
-"""Standard deviations: it is looked again and again, and a good version must not be stopped by chance."""
-
+CHANCE = 0.001
+"""It is looked again and again, and a good version must not be stopped by chance."""
 FEW_ERRORS = 0.001
 """So many are no worse than the old version's, where that has none."""
 FEW_REQUESTS = 20
@@ -55,13 +54,23 @@ class Term:
 
 
 def sure(count: int, of: int, share: float) -> bool:
-    """Whether a share is over a limit beyond chance: Wilson's interval (1927) lies above it."""
-    if not of or not count:
+    """Whether a share is over a limit beyond chance: at the limit, so many would come once in a thousand times.
+
+    The binomial distribution's upper tail, exactly: at few requests, and shares near 0, no approximation is good.
+    """
+    if count <= of * share:
         return False
-    found, z2 = count / of, SURE * SURE
-    middle = found + z2 / (2 * of)
-    spread = SURE * math.sqrt(found * (1 - found) / of + z2 / (4 * of * of))
-    return (middle - spread) / (1 + z2 / of) > share
+    if share <= 0 or share >= 1:
+        return True
+    log_term = math.lgamma(of + 1) - math.lgamma(count + 1) - math.lgamma(of - count + 1)
+    term = math.exp(log_term + count * math.log(share) + (of - count) * math.log1p(-share))
+    tail = 0.0
+    for i in range(count, of + 1):
+        tail += term
+        term *= (of - i) / (i + 1) * share / (1 - share)
+        if term < tail * 1e-9:
+            break
+    return tail < CHANCE
 
 
 def read(text: str) -> list[Term]:

@@ -1,0 +1,343 @@
+"""What the front door costs, whether a swap of versions is felt, and whether hostile clients are, on this machine.
+
+    python loadtests/front_door.py                 all three, four minutes
+    python loadtests/front_door.py cost swap       these
+
+The project's own archives are served (`scripts/demo` builds them), and a workflow that does nothing. All figures of one
+part come from one run, the sides that are compared in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import multiprocessing
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from loadtests import hostile  # noqa: E402 (this file may be run by its path)
+from torchserve_dag import serving  # noqa: E402
+from torchserve_dag.bench import machine  # noqa: E402
+from torchserve_dag.clients import Options, ServingError  # noqa: E402
+from torchserve_dag.front_door import certificate  # noqa: E402
+from torchserve_dag.front_door.door import Door  # noqa: E402
+from torchserve_dag.front_door.start import own_token  # noqa: E402
+from torchserve_dag.releases import hand  # noqa: E402
+from torchserve_dag.server import torchserve  # noqa: E402
+from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens  # noqa: E402
+from torchserve_dag.server.state import State  # noqa: E402
+
+ECHO = """
+from torchserve_dag.messages import Text
+
+def same(text: Text) -> Text:
+    return text
+"""
+PHOTO = "photos/coffee.jpg"
+WORKFLOW = "detect_classify"
+BODY = b"x" * 1000
+IDLE, IDLE_TLS = 10_000, 1_000
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[State]:
+    """The project's archives, two versions of the workflow among them, and an echo, with the front door."""
+    for name in ("config.properties", "log4j2.xml"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "workflows").mkdir()
+    (folder / "workflows" / "echo.py").write_text(ECHO)
+    (folder / "workflows" / "echo.yaml").write_text(
+        'name: echo\nversion: "1.0"\ndoes: Nothing.\nnodes:\n  same: {function: same, input: request}\n'
+        "output: same\nserve: {batch: 1}\n"
+    )
+    (folder / "routes.yaml").write_text(split(100, 0))
+    build(folder)
+    for archive in sorted((ROOT / "model_store").glob(f"{WORKFLOW}-*.mar")):
+        (folder / "model_store" / archive.name).symlink_to(archive)
+    # Long limits: the hostile part measures what is held, not what was ended.
+    (folder / "front_door.yaml").write_text("limits: {headers_s: 60, idle_s: 60, requests_per_second: 100000}\n")
+    serving.start(folder, torchserve.Options(free_ports=True))
+    try:
+        yield State(folder)
+    finally:
+        serving.stop(folder)
+
+
+def build(folder: Path) -> None:
+    from typer.testing import CliRunner  # noqa: PLC0415
+
+    from torchserve_dag.commands import app  # noqa: PLC0415
+
+    found = CliRunner().invoke(app, ["build", "echo", "--project", str(folder)])
+    if found.exit_code:
+        raise SystemExit(found.output)
+
+
+def split(old: int, new: int) -> str:
+    return f'{WORKFLOW}:\n  versions: {{"1.0": {old}, "2.0": {new}}}\n'
+
+
+# What it costs.
+
+
+def cost(state: State) -> dict[str, Any]:
+    """A request of 1 KB to a model that does nothing: past the front door, and through it, in turns."""
+    found = {}
+    with torchserve_client(state, "grpc") as straight, serving.client(state, "grpc") as through:
+        calls = {"straight": grpc_call(straight), "through": grpc_call(through)}
+        found["gRPC"] = in_turns(calls)
+    where, door = running(state).addresses, Door(state).record()
+    assert door  # noqa: S101 (it was started)
+    host, port = where.inference.removeprefix("http://").split(":")
+    straight_http = http.client.HTTPConnection(host, int(port))
+    context = certificate.trust(Path(door.certificate))
+    host, port = serving.here(door.settings).split(":")
+    through_http = http.client.HTTPSConnection(host, int(port), context=context)
+    calls = {
+        "straight": http_call(straight_http, torchserve_tokens(state).inference),
+        "through": http_call(through_http, own_token(state)),
+    }
+    found["REST"] = in_turns(calls)
+    return found
+
+
+def grpc_call(client: Any) -> Callable[[], None]:
+    return lambda: client.predict("echo", BODY)
+
+
+def http_call(connection: http.client.HTTPConnection, token: str) -> Callable[[], None]:
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "text/plain"}
+
+    def call() -> None:
+        connection.request("POST", "/predictions/echo", BODY, headers)
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status != http.HTTPStatus.OK:
+            raise SystemExit(f"the echo answered {answer.status}")
+
+    return call
+
+
+def in_turns(calls: dict[str, Callable[[], None]], rounds: int = 30, each: int = 100) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for _ in range(each):
+                began = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - began) * 1000)
+    found = {f"{name} p50 ms": percentile(values, 0.5) for name, values in times.items()}
+    return found | {"costs ms": found["through p50 ms"] - found["straight p50 ms"]}
+
+
+# A swap under load.
+
+
+class Load:
+    """Photos at a constant rate, whatever becomes of the earlier ones, each from when it was due."""
+
+    def __init__(self, state: State, per_second: float) -> None:
+        self.times: list[tuple[float, float]] = []
+        """When a request was due, and how many milliseconds later it was answered."""
+        self.failed: list[str] = []
+        self._client = serving.client(state)
+        self._photo = (ROOT / PHOTO).read_bytes()
+        self._pause, self._stop = 1 / per_second, threading.Event()
+
+    def __enter__(self) -> Load:
+        self._pool = ThreadPoolExecutor(128)
+        self._sending = threading.Thread(target=self._send)
+        self._sending.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._sending.join()
+        self._pool.shutdown()
+        self._client.close()
+
+    def _send(self) -> None:
+        due = time.monotonic()
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            self._pool.submit(self._one, due)
+            due += self._pause
+
+    def _one(self, due: float) -> None:
+        try:
+            self._client.predict(WORKFLOW, self._photo)
+        except ServingError as error:
+            self.failed.append(str(error))
+        else:
+            self.times.append((due, (time.monotonic() - due) * 1000))
+
+    def between(self, start: float, end: float) -> list[float]:
+        return [ms for due, ms in self.times if start <= due < end]
+
+
+def swap(state: State) -> dict[str, Any]:
+    """From 1.0 to 2.0 and back, six times, at 70 % of what the server can do; beside as long a time without."""
+    root = state.folder.parent
+    capacity = rate_of(state)
+    with Load(state, 0.7 * capacity) as load:
+        time.sleep(5)
+        quiet = time.monotonic()
+        time.sleep(40)
+        begin = time.monotonic()
+        for i in range(12):
+            new = 100 if i % 2 == 0 else 0
+            (root / "routes.yaml").write_text(split(100 - new, new))
+            hand.take_routes(root)
+            time.sleep(40 / 12)
+        end = time.monotonic()
+        time.sleep(2)
+    before, during = load.between(quiet, begin), load.between(begin, end)
+    (root / "routes.yaml").write_text(split(100, 0))
+    hand.take_routes(root)
+    ratio = percentile(during, 0.99) / percentile(before, 0.99)
+    return {
+        "capacity /s": capacity,
+        "requests": len(load.times),
+        "failed": len(load.failed),
+        "quiet p99 ms": percentile(before, 0.99),
+        "swapping p99 ms": percentile(during, 0.99),
+        "ratio": ratio,
+    }
+
+
+def rate_of(state: State, clients: int = 8, seconds: float = 12.0) -> float:
+    """What the server can do with so many clients."""
+    photo, end = (ROOT / PHOTO).read_bytes(), time.monotonic() + seconds
+
+    def work(_: int) -> int:
+        done = 0
+        with serving.client(state) as client:
+            while time.monotonic() < end:
+                client.predict(WORKFLOW, photo)
+                done += 1
+        return done
+
+    with ThreadPoolExecutor(clients) as pool:
+        return sum(pool.map(work, range(clients))) / seconds
+
+
+# Hostile clients.
+
+
+def under_attack(state: State) -> dict[str, Any]:
+    """A good client's times while others are hostile."""
+    door = Door(state).record()
+    assert door  # noqa: S101 (it was started)
+    host, port = serving.here(door.settings).split(":")
+    where = (host, int(port), own_token(state))
+    found: dict[str, Any] = {"nobody hostile": good_times(state)}
+    ways: dict[str, Callable[..., None]] = {
+        f"{IDLE:,} idle connections": hold_idle,
+        f"{IDLE_TLS:,} idle connections with TLS": hold_idle_tls,
+        "500 heads that never end": send_slow_heads,
+        "resets over HTTP/2, without pause": send_resets,
+        "large heads, without pause": send_large,
+        "wrong tokens, without pause": send_wrong_tokens,
+    }
+    for why, way in ways.items():
+        ready = multiprocessing.Event()
+        other = multiprocessing.Process(target=way, args=(where, ready))
+        other.start()
+        ready.wait(120)
+        found[why] = good_times(state)
+        other.kill()
+        other.join()
+    found["nobody hostile, afterwards"] = good_times(state)
+    return found
+
+
+def good_times(state: State, seconds: float = 10.0) -> dict[str, float]:
+    """Of the echo, fifty times a second."""
+    times, failed, end = [], 0, time.monotonic() + seconds
+    with serving.client(state) as client:
+        while time.monotonic() < end:
+            began = time.monotonic()
+            try:
+                client.predict("echo", BODY, options=Options(timeout_s=10))
+            except ServingError:
+                failed += 1
+            times.append((time.monotonic() - began) * 1000)
+            time.sleep(max(0.0, 0.02 - (time.monotonic() - began)))
+    return {"p50 ms": statistics.median(times), "p99 ms": percentile(times, 0.99), "failed": failed}
+
+
+Where = tuple[str, int, str]
+
+
+def hold_idle(where: Where, ready: Any) -> None:
+    with hostile.idle(hostile.Target(*where), IDLE, tls=False):
+        ready.set()
+        time.sleep(60)
+
+
+def hold_idle_tls(where: Where, ready: Any) -> None:
+    with hostile.idle(hostile.Target(*where), IDLE_TLS, tls=True):
+        ready.set()
+        time.sleep(60)
+
+
+def send_slow_heads(where: Where, ready: Any) -> None:
+    ready.set()
+    hostile.slowloris(hostile.Target(*where), 500, 60)
+
+
+def send_resets(where: Where, ready: Any) -> None:
+    ready.set()
+    while True:
+        hostile.rapid_resets(hostile.Target(*where), 2000)
+
+
+def send_large(where: Where, ready: Any) -> None:
+    ready.set()
+    while True:
+        hostile.large_headers(hostile.Target(*where))
+
+
+def send_wrong_tokens(where: Where, ready: Any) -> None:
+    ready.set()
+    target = hostile.Target(*where[:2], "wrong.wrong.wrong")
+    while True:
+        target.said(target.head("/predictions/echo", "Content-Length: 0") + hostile.END)
+
+
+PARTS: dict[str, Callable[[State], dict[str, Any]]] = {"cost": cost, "swap": swap, "hostile": under_attack}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all unless given")
+    asked = parser.parse_args().parts or list(PARTS)
+    results: dict[str, Any] = {"machine": machine.this().processor, "cores": machine.this().cores}
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as state:
+        for name in asked:
+            results[name] = PARTS[name](state)
+            print(json.dumps({name: results[name]}, indent=2), flush=True)  # noqa: T201 (for a person)
+    out = ROOT / "loadtests" / "results" / "front_door.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

