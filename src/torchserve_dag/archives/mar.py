@@ -114,6 +114,17 @@ def read_text(archive: Path, entry: str) -> str:
         return stored.read(entry).decode("utf-8")
 
 
+def versions_in(store: Path) -> dict[tuple[str, str], Path]:
+    """The archives of a folder, by what TorchServe registers them under; what is none is left out."""
+    found = {}
+    for path in sorted(store.glob("[!.]*.mar")):
+        try:
+            found[name_and_version(path)] = path
+        except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
 def is_ours(archive: Path) -> bool:
     """Whether this package built it."""
     try:

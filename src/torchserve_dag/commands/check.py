@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -19,6 +20,26 @@ from torchserve_dag.commands.common import (
     project_root,
 )
 
+if TYPE_CHECKING:
+    from torchserve_dag.source import Problem
+
+
+def _served_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
+    """What is wrong with the files of the front door; a version may be in the model store alone."""
+    from torchserve_dag.archives import mar  # noqa: PLC0415 (see check)
+    from torchserve_dag.front_door import settings  # noqa: PLC0415
+    from torchserve_dag.serving import known_versions, read_routes  # noqa: PLC0415
+    from torchserve_dag.source import CheckError  # noqa: PLC0415
+
+    archives = dict.fromkeys(good, "") | {one: path.name for one, path in mar.versions_in(root / "model_store").items()}
+    problems = []
+    for read in (lambda: read_routes(root, known_versions(archives)), lambda: settings.read(root)):
+        try:
+            read()
+        except CheckError as error:
+            problems += error.problems
+    return problems
+
 
 def check(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[/VERSION]]...", help="All unless given.")] = None,
@@ -26,12 +47,12 @@ def check(
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Check handlers and workflows: names, types along every edge, settings, cards."""
+    """Check handlers and workflows: names, types along every edge, settings, cards; and the front door's files."""
     # Here and in `build`: importing torch takes seconds, and `down` or `--help` should not.
     from torchserve_dag.archives.build import targets  # noqa: PLC0415
     from torchserve_dag.engine.workflow import read_graph  # noqa: PLC0415
     from torchserve_dag.project import Project  # noqa: PLC0415
-    from torchserve_dag.source import CheckError, Problem  # noqa: PLC0415
+    from torchserve_dag.source import CheckError  # noqa: PLC0415
 
     with failures():
         checked = Project(project_root(project))
@@ -53,6 +74,8 @@ def check(
                         "answers": plain.name_of(graph.answer),
                     }
                 )
+        if not names:
+            problems += _served_problems(checked.root, {(one["name"], one["version"]) for one in good})
     if json:
         print_json({"checked": good, "problems": problems})
     else:

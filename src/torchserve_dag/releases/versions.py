@@ -70,12 +70,7 @@ def _without(versions: tuple[ServedVersion, ...], one: ServedVersion) -> tuple[S
 
 def find_archive(store: Path, model: str, version: str) -> Path:
     """The archive of a version. Raises ServerError."""
-    found = {}
-    for path in sorted(store.glob("[!.]*.mar")):
-        try:
-            found[mar.name_and_version(path)] = path
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    found = mar.versions_in(store)
     if (model, version) not in found:
         known = ", ".join(one for name, one in found if name == model) or "none of it"
         raise ServerError(f"There is no archive of {model}/{version} in {store} (there is {known}): build it first.")
