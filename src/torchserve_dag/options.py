@@ -58,7 +58,8 @@ class Options:
 
     def metadata(self) -> dict[str, str]:
         """What the front door has to see over gRPC, beside the message."""
-        return {**self.route_by, **({REQUEST_ID: self.request_id} if self.request_id else {})}
+        own = {REQUEST_ID: self.request_id, CANCEL_KEY: self.cancel_key}
+        return {**self.route_by, **{name: value for name, value in own.items() if value}}
 
 
 NOTHING_ASKED = Options()

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 FILE = "scores.log"
 """In the folder of TorchServe's logs: a line of JSON for each answer, with the request's id."""
+MAX_BYTES = 50 * 2**20
+"""Then it becomes `scores.1.log`, and the one before is gone."""
 
 
 def score_in(answer: Any, path: str) -> float | None:
@@ -25,16 +27,19 @@ def score_in(answer: Any, path: str) -> float | None:
     return float(answer)
 
 
-def note(request_id: str | None, score: float | None) -> None:
-    """Write it down, where this worker's logs are; an answer never waits for it, nor fails with it."""
+def note(model: str, version: str, request_id: str | None, score: float | None) -> None:
+    """Write it down, where this worker's logs are; an answer never fails with it."""
     folder = os.environ.get("LOG_LOCATION")
     if folder is None or request_id is None or score is None:
         return
-    line = json.dumps({"request_id": request_id, "score": score}) + "\n"
-    try:  # opened anew each time: the front door's keeper renames it when it is full
-        file = os.open(Path(folder) / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    line = json.dumps({"request_id": request_id, "model": model, "version": version, "score": score}) + "\n"
+    path = Path(folder) / FILE
+    try:  # opened anew each time: any worker may find that it is full
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             os.write(file, line.encode())  # in one piece, whoever else writes
+            if os.fstat(file).st_size > MAX_BYTES:
+                path.replace(path.with_suffix(".1.log"))
         finally:
             os.close(file)
     except OSError:

@@ -97,7 +97,8 @@ class Service:
     def reply(self, one: Incoming, answer: Any) -> Reply:
         """A whole answer as it leaves."""
         if self._score and not isinstance(answer, Failure):
-            scores.note(one.id, scores.score_in(answer, self._score))
+            graph = self.workflow.graph
+            scores.note(graph.name, graph.version, one.id, scores.score_in(answer, self._score))
         in_pieces = self.workflow.graph.streams and isinstance(answer, list)
         return joined(answer, one.id) if in_pieces else reply(answer, one.id)
 

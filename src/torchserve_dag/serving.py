@@ -51,13 +51,13 @@ def start(
     state = State(root)
     with state.lock():
         torchserve.refuse_second(state)
+        processes.kill(processes.family(state))  # what outlived an earlier server; it may hold its ports
         planned = torchserve.plan(root, options, state.retired())
         door_settings = settings.read(root)
         routes = read_routes(root, known_versions(planned.archives))
         if with_front_door:
             door_settings = front_door.with_free_ports(door_settings) if options.free_ports else door_settings
             front_door.check_free(door_settings)
-        processes.kill(processes.family(state))  # what outlived an earlier server
         state.prepare()
         try:
             door = None

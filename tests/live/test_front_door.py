@@ -177,6 +177,7 @@ def test_a_version_that_keeps_failing_is_left_alone_for_a_while(served: Served) 
     while served.door.traffic().ejected != (("echo", "3.0"),):
         assert time.monotonic() < deadline, "it is not ejected"
         time.sleep(0.1)
+    time.sleep(0.3)  # what was decided is written before Envoy has it
     with served.http() as http:
         for i in range(20):
             assert http.post("/predictions/echo", content=b"hi", headers={"x-request-id": f"alone-{i}"}).is_success

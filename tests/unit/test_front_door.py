@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchserve_dag.front_door import bootstrap, certificate, resources, routes_
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.front_door.shares import ServedVersion, splits
+from torchserve_dag.front_door.shares import Rolling, ServedVersion, splits
 from torchserve_dag.front_door.tokens import ALGORITHM, Token, Tokens, write_private
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
@@ -88,11 +89,23 @@ class TestSplits:
 
         assert one.weights == (("2.0", 100),)
 
-    def test_a_rollouts_weights_win_and_keep_the_order(self) -> None:
-        """A sticky user's version depends on the order."""
-        (one,) = splits(SERVED, {"m": ROUTE}, {}, {"m": {"3.0": 5, "1.0": 95}})
+    def test_a_rollout_cuts_its_share_off_the_end_of_each_other_one(self) -> None:
+        """So no sticky user changes places, but those who get the new version; and they keep it as it grows."""
+        places = {share: self.users({"m": Rolling("3.0", share)}) for share in (0.0, 0.05, 0.25, 0.5, 1.0)}
 
-        assert one.weights == (("1.0", 95), ("2.0", 0.0), ("3.0", 5))
+        assert [sum(who == "3.0" for who in found) / 1000 for found in places.values()] == [0, 0.05, 0.25, 0.5, 1.0]
+        for before, after in pairwise(places.values()):
+            assert all(b in {a, "3.0"} for a, b in zip(before, after, strict=True))
+
+    @staticmethod
+    def users(rollouts: dict[str, Rolling]) -> list[str]:
+        """Who answers a thousand users whose hashes are spread evenly."""
+        (one,) = splits(SERVED, {"m": RouteFile({"1.0": 9, "2.0": 1})}, {}, rollouts)
+        parts, found = resources._parts(one.weights), []
+        assert sum(part for _, part in parts) == resources.WHOLE
+        for version, part in parts:
+            found += [version] * (part * 1000 // resources.WHOLE)
+        return found
 
     def test_what_is_not_served_is_no_shadow_no_rule_and_no_fallback(self) -> None:
         (one,) = splits(SERVED[2:], {"m": ROUTE}, {}, {})
@@ -100,15 +113,24 @@ class TestSplits:
         assert (one.route.always, one.route.shadow, one.fallback) == ({}, {"3.0": 5}, None)
 
     def test_the_fallback_stands_in_for_who_is_ejected_in_its_own_place(self) -> None:
-        (one,) = splits(SERVED, {"m": ROUTE}, {}, {}, [("m", "2.0")])
+        """And says in the log for whom."""
+        shares = splits(SERVED, {"m": ROUTE}, {}, {}, [("m", "2.0")])
+        text = json.dumps(resources.routes(SERVED, shares, [], "token", 10))
+        clusters = {one["name"]: one for one in resources.clusters(SERVED, shares, Addresses(), "token")}
 
-        assert [one.answers(version) for version, _ in one.weights] == ["1.0", "1.0"]
+        assert (
+            '[{"cluster_name": "rest:m/1.0", "weight": 900000}, {"cluster_name": "rest:m/1.0!2.0", "weight": 100000}]'
+            in text
+        )
+        script = json.dumps(clusters["rest:m/1.0!2.0"])
+        assert 'local VERSION = \\"1.0\\"' in script
+        assert 'local MEANT = \\"2.0\\"' in script
 
     def test_the_end_of_a_rollout_is_what_was_before(self) -> None:
         before = Traffic(served=SERVED, routes={"m": ROUTE})
-        rolling = set_rollout("m", {"1.0": 50, "3.0": 50})(before)
+        rolling = set_rollout("m", Rolling("3.0", 0.5))(before)
 
-        assert dict(rolling.splits[0].weights) == {"1.0": 50, "2.0": 0, "3.0": 50}
+        assert rolling.splits[0].shares == pytest.approx({"1.0": 0.45, "2.0": 0.05, "3.0": 0.5})
         assert set_rollout("m", None)(rolling) == before
 
 
@@ -123,7 +145,7 @@ class TestEnvoy:
         door.tokens.issue("alice", 3600, 7)
         door.begin(Addresses())
         shown, key = certificate.files(tmp_path, FrontDoor(), door.folder)
-        door.show_certificate(str(shown), str(key))
+        door.show_certificate(shown, key)
         traffic = Traffic(served=SERVED, routes={"m": ROUTE})
         for name, kind, found in door._files(traffic):
             door._write(name, kind, found)
@@ -159,11 +181,11 @@ class TestEnvoy:
 
         assert "max_stream_duration" not in json.dumps(found["rest:m/2.0?"])
 
-    def test_weights_are_kept_to_a_hundredth_of_a_percent(self) -> None:
+    def test_weights_are_parts_of_a_million(self) -> None:
         shares = splits(SERVED, {"m": RouteFile({"1.0": 99.95, "2.0": 0.05, "3.0": 0})}, {}, {})
         text = json.dumps(resources.routes(SERVED, shares, [], "token", 10))
 
-        assert '{"cluster_name": "rest:m/1.0", "weight": 9995}, {"cluster_name": "rest:m/2.0", "weight": 5}' in text
+        assert '{"cluster_name": "rest:m/1.0", "weight": 999500}, {"cluster_name": "rest:m/2.0", "weight": 500}' in text
 
 
 class TestTokens:
@@ -197,7 +219,7 @@ class TestTokens:
 
     def test_each_rate_is_a_bucket(self) -> None:
         slow, fast = Token("slow", "1", 0, 2), Token("fast", "2", 0, 5000)
-        found = resources._how_often([slow, fast], 100)["descriptors"]
+        found = resources._how_often([slow, fast, Token("plain", "3", 0)], 100)["descriptors"]
 
         assert [one["token_bucket"] for one in found] == [
             {"max_tokens": 2, "tokens_per_fill": 1, "fill_interval": "0.500s"},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +17,7 @@ from torchserve_dag.releases import measures, records, shares_written, stop_if
 from torchserve_dag.releases.experiment import compare
 from torchserve_dag.releases.measures import Measures
 from torchserve_dag.releases.records import Request
-from torchserve_dag.releases.rollout import Desk, Plan, Progress, weights
+from torchserve_dag.releases.rollout import Desk, Plan, Progress
 from torchserve_dag.scores import score_in
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
@@ -23,10 +25,12 @@ from torchserve_dag.server.state import State
 PLAN = Plan("m", "2.0", (5.0, 100.0), 60.0, stop_if.DEFAULT, 20, 3600.0, 600.0)
 
 
-def took(requests: int, ms: float, errors: int = 0, slow: int = 0) -> Measures:
+def took(requests: int, ms: float, errors: int = 0, slow: int = 0, left: int = 0) -> Measures:
     """So many requests within `ms`, and `slow` more within ten times that."""
     whole = requests + slow
-    return Measures(whole, errors, {ms / 2: 0, ms: requests, ms * 5: requests, ms * 10: whole, float("inf"): whole})
+    return Measures(
+        whole, errors, left, {ms / 2: 0, ms: requests, ms * 5: requests, ms * 10: whole, float("inf"): whole}
+    )
 
 
 class TestStopIf:
@@ -46,12 +50,18 @@ class TestStopIf:
             ("p99 > 2s", took(1000, 10, slow=60), False),
             ("errors > 1% or p95 > 5ms", took(1000, 10), True),
             ("errors > 1%", Measures(), False),
+            ("errors > 1%", took(100, 10, left=3), False),
+            ("errors > 1%", took(20, 10, left=10), True),  # a version that hangs
         ],
     )
     def test_it_stops_where_it_is_sure(self, text: str, new: Measures, stops: bool) -> None:  # noqa: FBT001
         why = stop_if.reason(stop_if.read(text), new, took(1000, 10))
 
         assert bool(why) == stops
+
+    def test_a_version_that_is_no_worse_than_the_old_one_goes_on(self) -> None:
+        """Clients with deadlines of their own make both fail."""
+        assert stop_if.reason(stop_if.read("errors > 1%"), took(1000, 10, errors=30), took(1000, 10, errors=30)) is None
 
     def test_a_good_version_is_hardly_ever_stopped_by_chance(self) -> None:
         """Half a percent of errors, looked at after each of a thousand requests, a hundred times over."""
@@ -76,25 +86,26 @@ class TestStopIf:
 
 class TestMeasures:
     PAGE = """# TYPE envoy_tries_count counter
-envoy_tries_count{version="rest:m/1.0",status="200",flags="-"} 90
-envoy_tries_count{version="grpc:m/1.0?",status="500",flags="-"} 7
-envoy_tries_count{version="rest:m/1.0",status="0",flags="UT"} 2
-envoy_tries_count{version="rest:m/1.0",status="0",flags="-"} 5
-envoy_tries_count{version="rest:torchserve",status="200",flags="-"} 5
-envoy_tries_us_bucket{version="rest:m/1.0",le="1000"} 50
-envoy_tries_us_bucket{version="grpc:m/1.0?",le="1000"} 1
-envoy_tries_us_bucket{version="rest:m/1.0",le="2000"} 99
-envoy_tries_us_bucket{version="grpc:m/1.0?",le="2000"} 1
-envoy_tries_us_bucket{version="rest:m/1.0",le="+Inf"} 99
+envoy_tries_count{version="rest:m/1.0",route="m",status="200",flags="-"} 90
+envoy_tries_count{version="grpc:m/1.0?",route="m",status="500",flags="-"} 7
+envoy_tries_count{version="rest:m/1.0!2.0",route="m",status="0",flags="UT"} 2
+envoy_tries_count{version="rest:m/1.0",route="m x=y",status="0",flags="DC"} 5
+envoy_tries_count{version="rest:m/1.0",route="m/1.0",status="500",flags="-"} 50
+envoy_tries_count{version="rest:torchserve",route="ping",status="200",flags="-"} 5
+envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="1000"} 50
+envoy_tries_us_bucket{version="grpc:m/1.0?",route="m",le="1000"} 1
+envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="2000"} 99
+envoy_tries_us_bucket{version="grpc:m/1.0?",route="m",le="2000"} 1
+envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="+Inf"} 99
 """
 
     def test_protocols_and_clusters_of_a_version_are_added_up(self) -> None:
-        """A client that left is nobody's error, and no answer at all is one."""
+        """A client that left is no error, no answer at all is one, and who names a version does not count."""
         found = measures.parse(self.PAGE)
 
         assert found.keys() == {("m", "1.0")}
         one = found["m", "1.0"]
-        assert (one.requests, one.errors) == (99, 9)
+        assert (one.requests, one.errors, one.left) == (104, 9, 5)
         assert one.buckets[1.0] == 51
         assert one.percentile(0.5) == pytest.approx(0.98, abs=0.03)
         assert one.slower_than(1.0) == 49
@@ -103,7 +114,7 @@ envoy_tries_us_bucket{version="rest:m/1.0",le="+Inf"} 99
     def test_what_came_since_is_the_rest(self, first: list[int], more: list[int]) -> None:
         def of(parts: list[int]) -> Measures:
             counts = [sum(parts[: i + 1]) for i in range(3)]
-            return Measures(sum(parts), parts[0], dict(zip((1.0, 2.0, 4.0), counts, strict=True)))
+            return Measures(sum(parts), parts[0], parts[1], dict(zip((1.0, 2.0, 4.0), counts, strict=True)))
 
         whole = of([a + b for a, b in zip(first, more, strict=True)])
         assert whole.since(of(first)) == of(more)
@@ -162,17 +173,22 @@ class TestRecords:
     def test_logs_and_older_logs_meet_by_the_requests_id(self, tmp_path: Path) -> None:
         line = {
             "route": "m", "first": "2.0", "version": "1.0", "duration_ms": 7, "status": 200, "grpc_status": None,
-            "grpc_failure": None, "flags": "-", "time": "2026-11-25T12:00:00.000Z",
+            "grpc_failure": None, "flags": "-", "cancels": None, "time": "2026-11-25T12:00:00.000Z",
         }  # fmt: skip
         older = {**line, "request_id": "a"}
         newer = [
             {**line, "request_id": "b", "version": "2.0", "grpc_failure": "500"},
             {**line, "request_id": "c", "route": "m header x=y"},
             {**line, "request_id": "d", "status": 0, "flags": "DC"},
+            {**line, "request_id": "e", "cancels": "a"},
         ]
         (tmp_path / "requests.1.log").write_text(json.dumps(older) + "\n")
         (tmp_path / "requests.log").write_text("".join(json.dumps(one) + "\n" for one in newer) + '{"torn')
-        (tmp_path / "scores.log").write_text('{"request_id": "a", "score": 0.5}\n')
+        (tmp_path / "requests.old.log").write_text("somebody's own")
+        scores = [("1.0", 0.5), ("2.0", 0.1)]  # the second is of the try that failed
+        (tmp_path / "scores.log").write_text(
+            "".join(f'{{"request_id": "a", "model": "m", "version": "{v}", "score": {s}}}\n' for v, s in scores)
+        )
         (tmp_path / "feedback.log").write_text('{"request_id": "a", "score": 0.1}\n{"request_id": "a", "score": 1}\n')
         found = {one.id: one for one in records.read(tmp_path, "m")}
 
@@ -183,7 +199,7 @@ class TestRecords:
             0.5,
             1,
         )
-        assert (found["b"].failed, found["d"].failed) == (True, False)
+        assert (found["b"].failed, found["d"].failed, found["d"].left) == (True, False, True)
 
     @pytest.mark.parametrize(
         ("answer", "path", "score"),
@@ -212,26 +228,36 @@ m:                         # our best
         shares_written.write(tmp_path, "m", {"1.0": 0.5, "2.0": 99.5})
         after = path.read_text()
 
-        assert after == self.TEXT.replace(
-            '  versions:                # by weight\n    "1.0": 90\n    "2.0": 10\n',
-            '  versions: {"1.0": 0.5, "2.0": 99.5}                # by weight\n',
-        )
+        assert after == self.TEXT.replace('"1.0": 90\n    "2.0": 10\n', '{"1.0": 0.5, "2.0": 99.5}\n')
         found = routes_file.read(tmp_path)
         assert found
         assert found.value["m"].versions == {"1.0": 0.5, "2.0": 99.5}
 
-    def test_a_model_in_braces_is_left_to_its_author(self, tmp_path: Path) -> None:
-        (tmp_path / "routes.yaml").write_text('m: {versions: {"1.0": 1}}\nn:\n  versions: {"1.0": 1}\n')
+    @pytest.mark.parametrize(
+        "text",
+        [
+            'm: {versions: {"1.0": 1}, sticky: header a}\n',
+            'm: {versions: {\n  "1.0": 1,\n}}\n',
+            'm:\n  versions:\n    "1.0": 1\n\n    # old\n    "2.0": 3  # new\n  fallback: "1.0"\n',
+            '"m":\n    versions: {"1.0": 1}  # all\n',
+            'n: {versions: {"1.0": 1}}\n---\n',
+            'm: &all {versions: {"1.0": 1}}\nn: *all\n',
+        ],
+    )
+    def test_it_is_right_afterwards_or_refused(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "routes.yaml"
+        path.write_text(text)
+        with contextlib.suppress(ServerError):
+            shares_written.write(tmp_path, "m", {"2.0": 100})
+        if path.read_text() == text:
+            return
+        before, after = yaml.safe_load(text), yaml.safe_load(path.read_text())
+        before["m"]["versions"] = {"2.0": 100}
 
-        with pytest.raises(ServerError, match="has no line versions: of m"):
-            shares_written.write(tmp_path, "m", {"1.0": 1})
+        assert after == before
 
 
 class TestRollout:
-    def test_the_others_keep_their_shares_of_what_is_left(self) -> None:
-        assert weights({"1.0": 30, "1.1": 10}, "2.0", 20) == {"1.0": 60, "1.1": 20, "2.0": 20}
-        assert weights({}, "2.0", 5) == {"2.0": 5}
-
     def test_one_rollout_of_a_model_at_a_time(self, tmp_path: Path) -> None:
         desk = Desk(State(tmp_path))
         desk.ask(PLAN)

@@ -57,11 +57,16 @@ class Cancel:
 
     body: ClassVar[Body] = Body(b"{}", "application/json")
     parameters: ClassVar[Mapping[str, str]] = {}
-    options: ClassVar[Options] = Options()
 
     name: str
     version: str | None
     key: str
+    route_by: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def options(self) -> Options:
+        """It must reach the version that has the prediction."""
+        return Options(route_by={**self.route_by, CANCEL: self.key})
 
     def asks(self, left_s: float) -> dict[str, str]:  # noqa: ARG002 (as Predict)
         return {CANCEL: self.key}
@@ -148,7 +153,7 @@ def cancellation(call: Predict, error: BaseException) -> Cancel | None:
     """What calls a stream off that ended with `error`; None where the server has ended it already."""
     ended = isinstance(error, ServingError) and not isinstance(error, DeadlineExceeded | UnexpectedAnswer)
     key = call.options.cancel_key
-    return None if ended or key is None else Cancel(call.name, call.version, key)
+    return None if ended or key is None else Cancel(call.name, call.version, key, call.options.route_by)
 
 
 def predict(call: Predict, answer: type[T] | None) -> Flow[T | Any]:

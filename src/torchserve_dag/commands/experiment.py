@@ -62,17 +62,18 @@ def _begin(since: str | None) -> dt.datetime | None:
 
 
 def _print(result: Result) -> None:
-    table = Table("version", "requests", "errors", "fell back", "p50 ms", "p99 ms", "score", "feedback")
+    table = Table("version", "requests", "errors", "fell back", "left", "p50 ms", "p99 ms", "score", "feedback")
     for arm in result.arms:
         means = ["" if mean is None else f"{mean:.4g}" for mean in (arm.score, arm.feedback)]
         times = [f"{arm.p50_ms:.0f}", f"{arm.p99_ms:.0f}"]
-        table.add_row(arm.version, f"{arm.requests:,}", str(arm.errors), str(arm.fell_back), *times, *means)
+        table.add_row(
+            arm.version, f"{arm.requests:,}", str(arm.errors), str(arm.fell_back), str(arm.left), *times, *means
+        )
     out.print(table)
     if not result.differences:
         out.print("Only one version had requests: there is nothing to compare.")
         return
-    first, second = sorted(arm.version for arm in sorted(result.arms, key=lambda arm: -arm.requests)[:2])
-    table = Table("", first, second, "difference", "95% interval", "")
+    table = Table("", *result.compared, "difference", "95% interval", "")
     for row in result.differences:
         table.add_row(
             row.what,

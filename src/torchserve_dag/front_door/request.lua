@@ -117,10 +117,6 @@ function envoy_on_request(handle)
     if not from_message(handle) then return end
   elseif sub(path, 1, 13) == "/predictions/" then
     from_path(headers, path)
-    local limit = tonumber(headers:get("x-timeout-ms") or "")
-    if limit and limit >= 1 and limit < 1e7 then
-      headers:replace("x-envoy-upstream-rq-timeout-ms", string.format("%d", limit))
-    end
   elseif path == "/feedback" and headers:get(":method") == "POST" then
     return feedback(handle)
   end

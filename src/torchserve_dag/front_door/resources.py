@@ -9,13 +9,15 @@ from typing import Any
 
 from torchserve_dag.front_door.shares import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
+from torchserve_dag.options import CANCEL, CANCEL_KEY
 from torchserve_dag.server.ports import Addresses, host_and_port
 
 Resource = dict[str, Any]
 
 TYPES = "type.googleapis.com/envoy."
 PROTOCOLS = ("rest", "grpc")
-GUARDED = "?"
+GUARDED, STANDS_IN = "?", "!"
+"""What a cluster's name ends with: a fallback stands behind it; or it stands in for another version, which follows."""
 MODEL, VERSION = "x-door-model", "x-door-version"
 """The headers that request.lua sets."""
 TOKEN_NAME = "x-door-token"  # noqa: S105 (a header)
@@ -26,6 +28,8 @@ EJECT_AFTER = 10
 EJECT_S = 5
 GRACE_S = 5.0
 """How much longer than TorchServe the front door waits, so that TorchServe's own answer comes first."""
+WHOLE = 1_000_000
+"""The parts that all weights of a model add up to."""
 MAX_REQUESTS = 4096
 """Inside one version at once; TorchServe's queue is far shorter."""
 UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 1}
@@ -42,6 +46,11 @@ def clusters(served: Iterable[ServedVersion], splits: Sequence[Split], where: Ad
             found.append(_version_cluster(one, protocol, where, token))
             if split and split.falls_back(one.version):
                 found.append(_guarded_cluster(one, protocol, where, token, split))
+            if split and one.version == split.fallback:
+                found += [
+                    _version_cluster(one, protocol, where, token, STANDS_IN + out, meant=out)
+                    for out in sorted(split.ejected)
+                ]
     found += [_cluster(f"{protocol}:torchserve", protocol, where) for protocol in PROTOCOLS]
     return found
 
@@ -80,9 +89,9 @@ def routes(
     return {"@type": f"{TYPES}config.route.v3.RouteConfiguration", "name": "routes", "virtual_hosts": [host]}
 
 
-def cluster_name(protocol: str, version: ServedVersion | str, *, guarded: bool = False) -> str:
-    """Where a version is called; `guarded`, where a fallback stands behind it."""
-    return f"{protocol}:{version if isinstance(version, str) else version.name}{GUARDED if guarded else ''}"
+def cluster_name(protocol: str, version: ServedVersion | str) -> str:
+    """Where a version is called."""
+    return f"{protocol}:{version if isinstance(version, str) else version.name}"
 
 
 def stat_name(cluster: str) -> str:
@@ -121,16 +130,16 @@ def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
 
 
 def _version_cluster(
-    one: ServedVersion, protocol: str, where: Addresses, token: str, *, guarded: bool = False
+    one: ServedVersion, protocol: str, where: Addresses, token: str, suffix: str = "", meant: str | None = None
 ) -> Resource:
-    found = _cluster(cluster_name(protocol, one, guarded=guarded), protocol, where)
+    found = _cluster(cluster_name(protocol, one) + suffix, protocol, where)
     options = found["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["http_filters"] = [
         {
             "name": "version",
             "typed_config": {
                 "@type": f"{TYPES}extensions.filters.http.lua.v3.Lua",
-                "default_source_code": {"inline_string": _version_script(one, token)},
+                "default_source_code": {"inline_string": _version_script(one, token, meant)},
             },
         },
         {
@@ -143,7 +152,7 @@ def _version_cluster(
 
 def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token: str, split: Split) -> Resource:
     """The same version where it was chosen by a share or a rule: if it fails or is slow, the fallback is asked."""
-    found = _version_cluster(one, protocol, where, token, guarded=True)
+    found = _version_cluster(one, protocol, where, token, GUARDED)
     options = found["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["retry_policy"] = {
         "retry_on": "5xx,reset,connect-failure,refused-stream",
@@ -165,8 +174,8 @@ def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token:
     return found
 
 
-def _version_script(one: ServedVersion, token: str) -> str:
-    known = {"NAME": one.model, "VERSION": one.version, "TOKEN": f"Bearer {token}"}
+def _version_script(one: ServedVersion, token: str, meant: str | None) -> str:
+    known = {"NAME": one.model, "VERSION": one.version, "MEANT": meant or one.version, "TOKEN": f"Bearer {token}"}
     lines = [f"local {name} = {json.dumps(value)}" for name, value in known.items()]
     lines.append(f"local OURS = {str(one.ours).lower()}")
     return "\n".join([*lines, script("version.lua")])
@@ -203,8 +212,10 @@ def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> l
         action = _action(split, protocol, [(version, 1)], longest)
         found.append({"name": f"{split.model} {header}={value}", "match": match, "route": action})
     action = _action(split, protocol, split.weights, longest)
-    if split.route.sticky_header:
-        action["hash_policy"] = [{"header": {"header_name": split.route.sticky_header}}]
+    # What calls a request off must reach the version that has it: both carry the key.
+    keys = [{"header": {"header_name": name}} for name in (CANCEL_KEY, CANCEL)]
+    sticky = split.route.sticky_header
+    action["hash_policy"] = [*([{"header": {"header_name": sticky}, "terminal": True}] if sticky else []), *keys]
     action["request_mirror_policies"] = [
         {
             "cluster": cluster_name(protocol, f"{split.model}/{version}"),
@@ -217,9 +228,11 @@ def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> l
 
 
 def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], longest_s: float) -> Resource:
-    groups = [{"name": "first", "clusters": [_weighted(split, protocol, *one) for one in weights if one[1] > 0]}]
+    clusters = [{"cluster_name": _asked(split, protocol, one), "weight": part} for one, part in _parts(weights)]
+    groups = [{"name": "first", "clusters": clusters}]
     if split.fallback:
-        groups.append({"name": "fallback", "clusters": [_weighted(split, protocol, split.fallback, 1)]})
+        last = {"cluster_name": _asked(split, protocol, split.fallback), "weight": 1}
+        groups.append({"name": "fallback", "clusters": [last]})
     specifier = {
         "@type": f"{TYPES}extensions.router.cluster_specifiers.priority_group.v3.PriorityGroupClusterSpecifier",
         "priority_groups": groups,
@@ -236,10 +249,23 @@ def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], l
     return action
 
 
-def _weighted(split: Split, protocol: str, version: str, weight: float) -> Resource:
-    asked = split.answers(version)
-    name = cluster_name(protocol, f"{split.model}/{asked}", guarded=split.falls_back(asked))
-    return {"cluster_name": name, "weight": max(1, round(weight * 100))}
+def _asked(split: Split, protocol: str, version: str) -> str:
+    """The cluster that is asked where a version is meant."""
+    if split.fallback and version in split.ejected:
+        return cluster_name(protocol, f"{split.model}/{split.fallback}") + STANDS_IN + version
+    return cluster_name(protocol, f"{split.model}/{version}") + (GUARDED if split.falls_back(version) else "")
+
+
+def _parts(weights: Iterable[tuple[str, float]]) -> list[tuple[str, int]]:
+    """Weights as parts of one fixed whole: a sticky user's place in it stays, whatever the weights add up to."""
+    weights = [(version, weight) for version, weight in weights if weight > 0]
+    whole, found, below, end = sum(weight for _, weight in weights), [], 0.0, 0
+    for version, weight in weights:
+        below += weight
+        begin, end = end, round(WHOLE * below / whole)
+        if end > begin:
+            found.append((version, end - begin))
+    return found
 
 
 def _limits(timeout_s: float) -> Resource:
@@ -319,13 +345,17 @@ def _who_may(tokens: Sequence[Token]) -> Resource:
 
 
 def _how_often(tokens: Sequence[Token], requests_per_second: int) -> Resource:
-    """Each token's own bucket: a second's requests at once, filled ten times a second."""
+    """Each token's own bucket: a second's requests at once, filled ten times a second.
+
+    One for each, by name: Envoy forgets buckets that it makes by itself when there are many.
+    """
     own = [
-        {"entries": [{"key": "token", "value": token.name}], "token_bucket": _bucket(token.requests_per_second)}
+        {
+            "entries": [{"key": "token", "value": token.name}],
+            "token_bucket": _bucket(token.requests_per_second or requests_per_second),
+        }
         for token in tokens
-        if token.requests_per_second
     ]
-    every = {"entries": [{"key": "token"}], "token_bucket": _bucket(requests_per_second)}
     always: Resource = {"default_value": {"numerator": 100, "denominator": "HUNDRED"}}
     return {
         "@type": f"{TYPES}extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
@@ -336,7 +366,7 @@ def _how_often(tokens: Sequence[Token], requests_per_second: int) -> Resource:
         "filter_enforced": always,
         "rate_limited_as_resource_exhausted": True,
         "rate_limits": [{"actions": [{"request_headers": {"header_name": TOKEN_NAME, "descriptor_key": "token"}}]}],
-        "descriptors": [*own, every],
+        "descriptors": own,
         "response_headers_to_add": [{"header": {"key": "retry-after", "value": "1"}}],
     }
 

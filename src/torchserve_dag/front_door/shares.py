@@ -27,12 +27,21 @@ class ServedVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class Rolling:
+    """A version that is being rolled out."""
+
+    version: str
+    share: float
+    """Of all requests, from 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class Split:
     """How the requests for a model that name no version are shared, now."""
 
     model: str
     weights: tuple[tuple[str, float], ...]
-    """In an order that stays: a sticky user's version changes only where its share does."""
+    """In an order that stays: a sticky user's version changes only where its share does. A version may come again."""
     route: RouteFile
     """The rest of it."""
     ejected: frozenset[str] = frozenset()
@@ -46,27 +55,47 @@ class Split:
         """Whether another version is asked where this one fails."""
         return self.fallback is not None and version != self.fallback
 
-    def answers(self, version: str) -> str:
-        """Who is asked first where a version is meant."""
-        return self.fallback if self.fallback and version in self.ejected else version
+    @property
+    def shares(self) -> dict[str, float]:
+        """The part of the requests, of 1, that each version is meant for."""
+        whole = sum(weight for _, weight in self.weights)
+        found = dict.fromkeys((version for version, _ in self.weights), 0.0)
+        for version, weight in self.weights:
+            found[version] += weight / whole
+        return found
 
 
 def splits(
     served: Collection[ServedVersion],
     routes: Mapping[str, RouteFile],
     defaults: Mapping[str, str],
-    rollouts: Mapping[str, Mapping[str, float]],
+    rollouts: Mapping[str, Rolling],
     ejected: Collection[tuple[str, str]] = (),
 ) -> list[Split]:
-    """For each model that is served: its route of the file, or all to its default version; a rollout's weights win."""
+    """Of each model that is served: its route of the file, or all to its default; less what a rollout takes."""
     found = []
     for model in sorted({one.model for one in served}):
         route = routes.get(model) or RouteFile({defaults[model]: 100})
-        weights = {**dict.fromkeys(route.versions, 0.0), **rollouts[model]} if model in rollouts else route.versions
+        weights = tuple(route.versions.items())
+        weights = carved(weights, rollouts[model]) if model in rollouts else weights
         here = {one.version for one in served if one.model == model}
         out = frozenset(version for name, version in ejected if name == model)
-        found.append(Split(model, tuple(weights.items()), _only(route, here), out))
+        found.append(Split(model, weights, _only(route, here), out))
     return found
+
+
+def carved(weights: tuple[tuple[str, float], ...], rolling: Rolling) -> tuple[tuple[str, float], ...]:
+    """The new version's share, cut off the end of each other version's: nobody else changes places."""
+    whole = sum(weight for _, weight in weights)
+    own = sum(weight for version, weight in weights if version == rolling.version) / whole
+    cut = max(0.0, rolling.share - own) / (1 - own) if own < 1 else 0.0
+    found: list[tuple[str, float]] = []
+    for version, weight in weights:
+        if version == rolling.version:
+            found.append((version, weight))
+        else:
+            found += [(version, weight * (1 - cut)), (rolling.version, weight * cut)]
+    return tuple(found)
 
 
 def _only(route: RouteFile, here: Collection[str]) -> RouteFile:

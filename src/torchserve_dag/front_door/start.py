@@ -55,19 +55,18 @@ def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int)
     shown, key = certificate.files(root, settings, door.folder)
     _own_token(door)
     door.begin(torchserve)
-    door.show_certificate(str(shown), str(key))
+    door.show_certificate(shown, key)
     config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), max_body)
     write_private(door.folder / BOOTSTRAP, json.dumps(config))
-    with (state.logs / "front_door_keeper.log").open("wb") as log:
-        keeper = subprocess.Popen(  # noqa: S603 (our own arguments)
-            [sys.executable, "-m", "torchserve_dag.keeper", str(root.resolve())],
-            env={**os.environ, **processes.mark(state)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    record = Record(keeper.pid, settings, str(shown))
+    keeper = subprocess.Popen(  # noqa: S603 (our own arguments)
+        [sys.executable, "-m", "torchserve_dag.keeper", str(root.resolve())],
+        env={**os.environ, **processes.mark(state)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # it has a log of its own
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    record = Record(keeper.pid, settings, str(shown), str(key))
     door.save(record)
     deadline = time.monotonic() + START_S
     while not door.admin.listens():

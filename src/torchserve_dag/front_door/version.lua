@@ -1,5 +1,8 @@
 -- Of one version of a model, for every try: it writes that version into the path or the message, with TorchServe's token,
--- and says in the answer which version it was. NAME, VERSION, TOKEN and OURS are set before this text.
+-- and says in the answer which version it was. NAME, VERSION, MEANT, TOKEN and OURS are set before this text; MEANT is
+-- the version that was chosen, where this one stands in for it.
+
+local SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 
 local byte, char, sub = string.byte, string.char, string.sub
 
@@ -25,24 +28,24 @@ local function put_into_message(handle)
   local body = handle:body()
   local headers = handle:headers() -- anew: what was got before a wait is void
   local size = body:length() - 5
-  -- At the front, so that what the client says of itself comes later, and wins.
-  local more = field(2, VERSION)
-  if OURS then
-    more = more .. entry("x-request-id", headers:get("x-request-id")) .. entry("traceparent", headers:get("traceparent"))
+  local entries = ""
+  if OURS then -- at the front, so that what the client itself says comes later, and wins
+    entries = entry("x-request-id", headers:get("x-request-id")) .. entry("traceparent", headers:get("traceparent"))
   end
-  local whole = size + #more
+  local names = field(1, NAME) .. field(2, VERSION) -- at the end: of a field that is there twice, the last one counts
+  local whole = #entries + size + #names
   local length = char(math.floor(whole / 16777216) % 256, math.floor(whole / 65536) % 256,
                       math.floor(whole / 256) % 256, whole % 256)
-  body:setBytes("\0" .. length .. more .. (size > 0 and body:getBytes(5, size) or ""))
+  body:setBytes("\0" .. length .. entries .. (size > 0 and body:getBytes(5, size) or "") .. names)
 end
 
 function envoy_on_request(handle)
   local headers = handle:headers()
   headers:replace("authorization", TOKEN)
-  if not headers:get("x-door-first") then headers:replace("x-door-first", VERSION) end
-  local kind = headers:get("content-type")
-  if kind and sub(kind, 1, 16) == "application/grpc" then
-    if sub(headers:get(":path"), -18) ~= "/StreamPredictions" then
+  if not headers:get("x-door-first") then headers:replace("x-door-first", MEANT) end
+  local path = headers:get(":path")
+  if sub(path, 1, #SERVICE) == SERVICE then
+    if path == SERVICE .. "Predictions" then
       handle:streamInfo():dynamicMetadata():set("door", "unary", true)
     end
     put_into_message(handle)

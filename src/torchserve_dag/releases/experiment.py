@@ -24,6 +24,7 @@ class Arm:
     requests: int
     errors: int
     fell_back: int
+    left: int
     p50_ms: float
     p99_ms: float
     score: float | None
@@ -57,6 +58,8 @@ class Difference:
 class Result:
     model: str
     arms: list[Arm]
+    compared: tuple[str, ...]
+    """The two versions with the most requests; nothing where there is but one."""
     differences: list[Difference]
     """Of the two versions with the most requests: errors, duration, and the scores that there are."""
 
@@ -67,13 +70,14 @@ def compare(model: str, requests: Sequence[Request]) -> Result:
     parts = {version: [one for one in requests if one.version == version] for version in versions}
     arms = [_arm(version, part) for version, part in sorted(parts.items())]
     if len(arms) < 2:  # noqa: PLR2004
-        return Result(model, arms, [])
+        return Result(model, arms, (), [])
     most = sorted(arms, key=lambda arm: -arm.requests)[:2]
-    first, second = (parts[version] for version in sorted(arm.version for arm in most))
+    compared = tuple(sorted(arm.version for arm in most))
+    first, second = (parts[version] for version in compared)
     whole = len(first) + len(second)
     found = [_errors(first, second, whole)]
     readings: tuple[tuple[str, Callable[[Request], float | None]], ...] = (
-        ("duration ms", lambda one: None if one.failed else one.ms),
+        ("duration ms", lambda one: None if one.failed or one.left else one.ms),
         ("score", lambda one: one.score),
         ("feedback", lambda one: one.feedback),
     )
@@ -81,17 +85,18 @@ def compare(model: str, requests: Sequence[Request]) -> Result:
         values = [[value for one in part if (value := reading(one)) is not None] for part in (first, second)]
         if all(len(one) > 1 for one in values):
             found.append(_means(what, values[0], values[1], whole))
-    return Result(model, arms, found)
+    return Result(model, arms, compared, found)
 
 
 def _arm(version: str, part: Sequence[Request]) -> Arm:
-    times = [one.ms for one in part]
+    times = [one.ms for one in part if not one.left] or [0.0]
     cuts = quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     scores = [one.score for one in part if one.score is not None]
     said = [one.feedback for one in part if one.feedback is not None]
     errors, fell_back = sum(one.failed for one in part), sum(one.fell_back for one in part)
+    left = sum(one.left for one in part)
     mean_score, mean_feedback = (fmean(values) if values else None for values in (scores, said))
-    return Arm(version, len(part), errors, fell_back, cuts[49], cuts[98], mean_score, mean_feedback)
+    return Arm(version, len(part), errors, fell_back, left, cuts[49], cuts[98], mean_score, mean_feedback)
 
 
 def _errors(first: Sequence[Request], second: Sequence[Request], whole: int) -> Difference:

@@ -36,7 +36,7 @@ def roll_back(root: Path, model: str) -> Progress:
     missing = [one for one, weight in last.before.items() if weight and one not in served]
     if missing:
         raise ServerError(f"{model}/{missing[0]} is not served any more: roll it out again.")
-    settle(root, model, {**last.before, last.plan.version: 0.0})
+    settle(root, model, last.before)
     gone = replace(last, stage="back", share=0.0, reason="it was rolled back by hand", ended=time.time())
     desk.note(gone)
     return gone
@@ -63,7 +63,8 @@ def _order(root: Path, model: str, *, promoted: bool) -> Progress:
     deadline = time.monotonic() + ANSWER_S
     while not (now := desk.progress(model) or last).over:
         if time.monotonic() > deadline:
-            raise ServerError(f"The rollout of {model} does not listen: see front_door_keeper.log.")
+            desk.order(model, None)
+            raise ServerError(f"The rollout of {model} does not listen now (it is {now.stage}): try again later.")
         time.sleep(0.05)
     desk.order(model, None)
     return now

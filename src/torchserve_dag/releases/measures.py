@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS
+from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, STANDS_IN
 
 _SERIES = re.compile(r"envoy_tries_(\w+)\{(.*)\} (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-_LEFT = "DC"
-"""Envoy's flag for a client that left: nobody's error."""
+LEFT = frozenset({"-", "DC", "DR"})
+"""Envoy's flags, without a status, for a client that left."""
 
 ModelVersion = tuple[str, str]
 
@@ -28,13 +28,16 @@ class Measures:
     """That it was asked; a request that a fallback answered counts for both."""
     errors: int = 0
     """5xx, no answer in time, no connection."""
+    left: int = 0
+    """Clients that left before there was an answer; `requests` counts them."""
     buckets: Mapping[float, int] = field(default_factory=dict)
     """How many took at most so many milliseconds."""
 
     def since(self, before: Measures) -> Measures:
         """What came after an earlier look."""
         grown = {bound: count - before.buckets.get(bound, 0) for bound, count in self.buckets.items()}
-        return Measures(self.requests - before.requests, self.errors - before.errors, grown)
+        counts = (self.requests - before.requests, self.errors - before.errors, self.left - before.left)
+        return Measures(*counts, grown)
 
     @property
     def error_rate(self) -> float:
@@ -59,7 +62,7 @@ class Measures:
 
 
 def read(admin: Admin) -> dict[ModelVersion, Measures]:
-    """All versions, since Envoy started. Raises ServerError."""
+    """All versions, since Envoy started, without the requests that named them. Raises ServerError."""
     return parse(admin.prometheus("^tries"))
 
 
@@ -67,19 +70,24 @@ def parse(text: str) -> dict[ModelVersion, Measures]:
     """What Envoy's page of Prometheus says; REST and gRPC together."""
     requests: dict[ModelVersion, int] = defaultdict(int)
     errors: dict[ModelVersion, int] = defaultdict(int)
+    left: dict[ModelVersion, int] = defaultdict(int)
     buckets: dict[ModelVersion, dict[float, int]] = defaultdict(lambda: defaultdict(int))
     for metric, inside, value in _SERIES.findall(text):
         labels = dict(_LABEL.findall(inside))
         protocol, _, name = labels["version"].partition(":")
-        model, _, version = name.removesuffix(GUARDED).rpartition("/")
-        if protocol not in PROTOCOLS or not model:
+        model, _, version = name.partition(STANDS_IN)[0].removesuffix(GUARDED).rpartition("/")
+        if protocol not in PROTOCOLS or not model or labels["route"] == f"{model}/{version}":
             continue
         if metric == "count":
-            status, flags = int(labels["status"]), labels["flags"].split(",")
-            if status or not {"-", _LEFT}.issuperset(flags):
-                requests[model, version] += int(value)
-                failed = status == 0 or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-                errors[model, version] += int(value) if failed else 0
+            status = int(labels["status"])
+            requests[model, version] += int(value)
+            if status == 0 and LEFT.issuperset(labels["flags"].split(",")):
+                left[model, version] += int(value)
+            elif status == 0 or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                errors[model, version] += int(value)
         elif metric == "us_bucket":
             buckets[model, version][float(labels["le"]) / 1000] += int(value)
-    return {one: Measures(requests[one], errors[one], dict(buckets[one])) for one in requests.keys() | buckets.keys()}
+    return {
+        one: Measures(requests[one], errors[one], left[one], dict(buckets[one]))
+        for one in requests.keys() | buckets.keys()
+    }

@@ -26,7 +26,7 @@ def draw(result: Result, requests: Sequence[Request], path: Path) -> None:
         1, len(rows) + 1, figsize=(4.2 * (len(rows) + 1), 3.4), gridspec_kw={"wspace": 0.35}, layout="constrained"
     )
     for axis, row in zip(axes[1:] if rows else [], rows, strict=True):
-        _interval(axis, row)
+        _interval(axis, row, result.compared)
     _durations(axes[0] if rows else axes, result, requests)
     figure.suptitle(f"{result.model}: {len(requests):,} requests")
     figure.savefig(path, dpi=110)
@@ -44,7 +44,7 @@ def _durations(axis: Any, result: Result, requests: Sequence[Request]) -> None:
     axis.legend(frameon=False, loc="lower right")
 
 
-def _interval(axis: Any, row: Difference) -> None:
+def _interval(axis: Any, row: Difference, compared: Sequence[str]) -> None:
     """The difference and its interval beside zero."""
     colour = ("#3c8d5a" if row.settled else "#a3842c") if row.low != row.high else "#6b6b6b"
     axis.axvline(0, color="#6b6b6b", linewidth=1)
@@ -56,7 +56,7 @@ def _interval(axis: Any, row: Difference) -> None:
         color=colour,
         capsize=6,
     )
-    axis.set(title=row.what, xlabel=_said(row), yticks=[], ylim=(-1, 1))
+    axis.set(title=f"{row.what}: {compared[1]} less {compared[0]}", xlabel=_said(row), yticks=[], ylim=(-1, 1))
     axis.margins(x=0.25)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
+from torchserve_dag.releases.measures import LEFT
 from torchserve_dag.scores import FILE as SCORES_LOG
 
 
@@ -25,6 +26,8 @@ class Request:
     failed: bool
     """The client got no answer, or one with 5xx; a fallback's answer is none of these."""
     fell_back: bool
+    left: bool = False
+    """The client did not wait for the answer."""
     score: float | None = None
     """What the workflow said of its answer."""
     feedback: float | None = None
@@ -33,9 +36,9 @@ class Request:
 
 def read(logs: Path, model: str, since: dt.datetime | None = None) -> list[Request]:
     """A model's requests, in their order, as far back as the logs are kept."""
-    scores = {line["request_id"]: line["score"] for line in _lines(logs / SCORES_LOG)}
+    scores = {(line["request_id"], line["model"], line["version"]): line["score"] for line in _lines(logs / SCORES_LOG)}
     feedback = {line["request_id"]: line["score"] for line in _lines(logs / FEEDBACK_LOG)}
-    found = (line for line in _lines(logs / REQUESTS_LOG) if line.get("route") == model and line.get("first"))
+    found = (line for line in _lines(logs / REQUESTS_LOG) if _counts(line, model))
     return [
         Request(
             line["request_id"],
@@ -43,7 +46,8 @@ def read(logs: Path, model: str, since: dt.datetime | None = None) -> list[Reque
             float(line["duration_ms"]),
             _failed(line),
             line["version"] not in {line["first"], None},
-            scores.get(line["request_id"]),
+            _left(line),
+            scores.get((line["request_id"], model, line["version"])),
             feedback.get(line["request_id"]),
         )
         for line in found
@@ -51,11 +55,18 @@ def read(logs: Path, model: str, since: dt.datetime | None = None) -> list[Reque
     ]
 
 
+def _counts(line: dict[str, Any], model: str) -> bool:
+    return line.get("route") == model and bool(line.get("first")) and not line.get("cancels")
+
+
+def _left(line: dict[str, Any]) -> bool:
+    return not line["status"] and LEFT.issuperset((line["flags"] or "-").split(","))
+
+
 def _failed(line: dict[str, Any]) -> bool:
-    status = int(line["status"] or 0)
-    in_answer = int(line.get("grpc_failure") or 0)
-    if line["flags"] and "DC" in line["flags"].split(","):  # the client left
+    if _left(line):
         return False
+    status, in_answer = int(line["status"] or 0), int(line.get("grpc_failure") or 0)
     return max(status, in_answer) >= HTTPStatus.INTERNAL_SERVER_ERROR or status == 0 or line["grpc_status"] in _FAILED
 
 
@@ -65,7 +76,7 @@ _FAILED = {2, 4, 8, 13, 14, 15}
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Of a log and its older ones; a line that is not whole yet is left out."""
-    older = sorted(path.parent.glob(f"{path.stem}.*.log"), key=lambda one: -int(one.suffixes[0][1:]))
+    older = sorted(path.parent.glob(f"{path.stem}.[0-9].log"), reverse=True)
     for file in [*older, path]:
         try:
             with file.open("rb") as lines:

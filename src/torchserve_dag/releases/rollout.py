@@ -18,6 +18,7 @@ from typing import Literal
 from torchserve_dag import plain
 from torchserve_dag.clients import ServingError
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
+from torchserve_dag.front_door.shares import Rolling
 from torchserve_dag.front_door.tokens import write_private
 from torchserve_dag.releases import measures, shares_written, stop_if, versions
 from torchserve_dag.releases.measures import Measures
@@ -28,6 +29,10 @@ from torchserve_dag.server.state import State
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
+AWAY_S = 30.0
+"""How long Envoy may be away in a rollout: it is started again within seconds."""
+BACK_S = 600.0
+"""How long going back is tried."""
 WHOLE = 100.0
 
 Stage = Literal["waiting", "loading", "rolling", "done", "back"]
@@ -80,6 +85,8 @@ class Progress:
     """Why it ended as it did."""
     new: Numbers | None = None
     old: Numbers | None = None
+    brought: bool = False
+    """It was not served before."""
     began: float = 0.0
     """In seconds since 1970."""
     ended: float = 0.0
@@ -155,57 +162,69 @@ class Rollouts:
 def run(root: Path, asked: Progress) -> None:
     """One rollout, from the archive to the last step, or back."""
     state = State(root)
-    door, desk, model = Door(state), Desk(state), asked.plan.model
+    desk = Desk(state)
     now = asked
     try:
-        now = _load(state, door, desk, asked)
+        now = _load(root, state, desk, asked)
         for share in asked.plan.steps:
-            now = _step(door, desk, replace(now, share=share))
-        finish(root, now)
+            now = _step(Door(state), desk, replace(now, share=share))
+        settle(root, asked.plan.model, {asked.plan.version: WHOLE})
         reason = now.reason or "every step went well"
         desk.note(replace(now, stage="done", share=WHOLE, reason=reason, ended=time.time()))
     except _BackError as why:
-        _back(door, model)
-        desk.note(replace(_last(desk, now), stage="back", share=0.0, reason=str(why), ended=time.time()))
+        _back(state, desk, asked.plan, str(why))
     except Exception as error:
-        logger.exception("rollout of %s", model)
-        _back(door, model)
-        desk.note(replace(_last(desk, now), stage="back", share=0.0, reason=str(error), ended=time.time()))
-
-
-def finish(root: Path, progress: Progress) -> None:
-    """All of the requests go to the new version from now on, at every later start too."""
-    settle(root, progress.plan.model, {**dict.fromkeys(progress.before, 0.0), progress.plan.version: WHOLE})
+        logger.exception("rollout of %s", asked.plan.model)
+        _back(state, desk, asked.plan, str(error))
 
 
 def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
-    """Let these weights stay: written into `routes.yaml` where that knows the model, else as its default version."""
+    """Let these weights stay, at later starts too: in `routes.yaml` where that knows the model; and the largest is the
+    default. Raises ServerError.
+    """
     state = State(root)
     door = Door(state)
-    traffic = door.traffic()
     weights = {version: weight for version, weight in weights.items() if weight}
-    if model in traffic.routes:
-        shares_written.write(root, model, weights)
-        route = replace(traffic.routes[model], versions=weights)
-        door.change(lambda now: set_rollout(model, None)(replace(now, routes={**now.routes, model: route})))
-        return
+    if not weights:
+        raise ServerError(f"No version of {model} would get a request.")
     version = max(weights, key=lambda one: weights[one])
+
+    def change(now: Traffic) -> Traffic:
+        over = set_rollout(model, None)(now)
+        routes = now.routes
+        if model in routes:
+            routes = {**routes, model: replace(routes[model], versions=weights)}
+        return replace(over, routes=routes, defaults={**now.defaults, model: version})
+
+    in_file = model in door.traffic().routes
+    if in_file:
+        shares_written.check(root, model)
+    door.change(change)
+    if in_file:
+        shares_written.write(root, model, weights)
     with torchserve_client(state) as client:
         client.set_default(model, version)
     state.save_default(model, version)
-    door.change(lambda now: set_rollout(model, None)(replace(now, defaults={**now.defaults, model: version})))
 
 
 class _BackError(Exception):
     """Why a rollout goes back: one sentence."""
 
 
-def _load(state: State, door: Door, desk: Desk, asked: Progress) -> Progress:
-    plan, traffic = asked.plan, door.traffic()
+def _load(root: Path, state: State, desk: Desk, asked: Progress) -> Progress:
+    plan, door = asked.plan, Door(state)
+    traffic = door.traffic()
     split = traffic.split(plan.model)
     if split is None:
         raise _BackError(f"{plan.model} is not served")
-    now = replace(asked, stage="loading", before={one: weight for one, weight in split.weights if one != plan.version})
+    before = {version: share * WHOLE for version, share in split.shares.items() if share}
+    if before.keys() == {plan.version}:
+        raise _BackError(f"{plan.version} answers all requests already")
+    if plan.model in traffic.routes:
+        shares_written.check(root, plan.model)
+    else:  # a start in the middle of it must not take the highest version, which is the new one
+        state.save_default(plan.model, traffic.defaults[plan.model])
+    now = replace(asked, stage="loading", before=before)
     desk.note(now)
     if not _is_served(traffic, plan):
         try:
@@ -213,6 +232,8 @@ def _load(state: State, door: Door, desk: Desk, asked: Progress) -> Progress:
                 versions.bring(state, client, plan.model, plan.version, plan.ready_s)
         except (ServerError, ServingError) as error:
             raise _BackError(f"{plan.version} did not come to serve: {error}") from None
+        now = replace(now, brought=True)
+        desk.note(now)
     return replace(now, stage="rolling")
 
 
@@ -225,15 +246,16 @@ def _step(door: Door, desk: Desk, now: Progress) -> Progress:
     plan = now.plan
     if now.reason:  # it was promoted: the rest is left out
         return replace(now, share=WHOLE)
-    door.change(set_rollout(plan.model, weights(now.before, plan.version, now.share)))
-    terms, old_version = stop_if.read(plan.stop_if), max(now.before, key=lambda one: now.before[one], default="")
-    begin, since = measures.read(door.admin), time.monotonic()
+    door.change(set_rollout(plan.model, Rolling(plan.version, now.share / WHOLE)))
+    others = {version: share for version, share in now.before.items() if version != plan.version}
+    terms, old_version = stop_if.read(plan.stop_if), max(others, key=lambda one: others[one])
+    begin, since = _look(door), time.monotonic()
     while True:
         time.sleep(LOOK_S)
-        found, took = measures.read(door.admin), time.monotonic() - since
+        found, took = _look(door), time.monotonic() - since
         new = _of(found, plan.model, plan.version).since(_of(begin, plan.model, plan.version))
         old = _of(found, plan.model, old_version).since(_of(begin, plan.model, old_version))
-        if not old.requests and now.old:  # at 100 percent: what it was before
+        if not old.requests:  # at 100 percent: what it was before
             old = _of(begin, plan.model, old_version)
         shown = replace(now, new=Numbers.of(new), old=Numbers.of(old))
         desk.note(shown)
@@ -251,27 +273,41 @@ def _step(door: Door, desk: Desk, now: Progress) -> Progress:
             raise _BackError(f"only {new.requests} of the {plan.at_least} requests of a step came in {took:.0f} s")
 
 
-def weights(before: Mapping[str, float], version: str, share: float) -> dict[str, float]:
-    """The new version's share in percent, and the others' in what is left, as they were to each other."""
-    whole = sum(before.values()) or 1.0
-    left = {one: weight / whole * (WHOLE - share) for one, weight in before.items()}
-    return {**left, version: share}
+def _look(door: Door) -> Mapping[measures.ModelVersion, Measures]:
+    """The front door's numbers; it may be started again just now."""
+    deadline = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return measures.read(door.admin)
+        except ServerError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_S)
 
 
 def _of(found: Mapping[measures.ModelVersion, Measures], model: str, version: str) -> Measures:
     return found.get((model, version), Measures())
 
 
-def _back(door: Door, model: str) -> None:
-    try:
-        door.change(set_rollout(model, None))
-    except ServerError:
-        logger.exception("%s does not go back", model)
-
-
-def _last(desk: Desk, now: Progress) -> Progress:
-    """What was noted last, with the numbers that it was stopped for."""
-    return desk.progress(now.plan.model) or now
+def _back(state: State, desk: Desk, plan: Plan, reason: str) -> None:
+    """All requests to who had them before; and a later start leaves a version out that this rollout brought."""
+    last = desk.progress(plan.model)
+    if last and last.brought:
+        state.save_retired(plan.model, plan.version)
+    door, deadline = Door(state), time.monotonic() + BACK_S
+    while True:
+        try:
+            door.change(set_rollout(plan.model, None))
+            break
+        except (ServerError, OSError):
+            logger.exception("%s does not go back yet", plan.model)
+            if time.monotonic() > deadline:
+                reason += "; AND IT STILL HAS ITS SHARE, for the front door does not answer: run torchserve-dag routes"
+                break
+            time.sleep(LOOK_S)
+    gone = replace(last, stage="back", share=0.0, reason=reason, ended=time.time()) if last else None
+    if gone:
+        desk.note(gone)
 
 
 def _read(path: Path) -> Progress | None:

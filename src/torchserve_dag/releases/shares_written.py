@@ -3,42 +3,52 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
+
+import yaml
 
 from torchserve_dag.front_door.routes_file import FILE
 from torchserve_dag.server.errors import ServerError
 
 
 def write(root: Path, model: str, weights: Mapping[str, float]) -> None:
-    """Raises ServerError where the file has no `versions:` of the model on a line of its own."""
-    path = root / FILE
-    lines = path.read_text("utf-8").splitlines()
-    start = next((i for i, line in enumerate(lines) if re.match(rf"[\"']?{re.escape(model)}[\"']?:", line)), None)
-    at = None if start is None else _versions_of(lines, start)
-    if at is None:
-        raise ServerError(f"{path} has no line versions: of {model}: write there what is served now.")
-    indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
-    end = at + 1
-    while end < len(lines) and _deeper(lines[end], indent):  # versions that have a line each
-        end += 1
-    comment = re.search(r"(\s+#.*)$", lines[at])
-    shares = ", ".join(f"{json.dumps(version)}: {weight:g}" for version, weight in weights.items())
-    lines[at:end] = [f"{indent}versions: {{{shares}}}{comment[1] if comment else ''}"]
+    """Raises ServerError where the file does not say the same but for these weights afterwards."""
+    path = (root / FILE).resolve()  # a link stays one
+    before = path.read_text("utf-8")
+    after = changed(before, model, weights)
     part = path.with_name(f".{path.name}.part")
-    part.write_text("\n".join(lines) + "\n", "utf-8")
+    part.write_text(after, "utf-8")
+    part.chmod(path.stat().st_mode)
     part.replace(path)
 
 
-def _versions_of(lines: list[str], start: int) -> int | None:
-    for i in range(start + 1, len(lines)):
-        if lines[i].strip() and not lines[i].startswith((" ", "#")):
-            return None
-        if re.match(r"\s+versions:", lines[i]):
-            return i
-    return None
+def check(root: Path, model: str) -> None:
+    """Raises ServerError where `write` would."""
+    changed((root / FILE).read_text("utf-8"), model, {"1.0": 1})
 
 
-def _deeper(line: str, indent: str) -> bool:
-    return bool(line.strip()) and line.startswith(indent + " ")
+def changed(text: str, model: str, weights: Mapping[str, float]) -> str:
+    """The file's text with other weights."""
+    refused = ServerError(f"{FILE} cannot be edited at versions: of {model}: write there what is served now.")
+    try:
+        versions = _value(_value(yaml.compose(text, Loader=yaml.SafeLoader), model), "versions")
+        if not isinstance(versions, yaml.MappingNode) or not versions.value:
+            raise refused
+        end = versions.end_mark if versions.flow_style else versions.value[-1][1].end_mark
+        shares = ", ".join(f"{json.dumps(version)}: {weight:g}" for version, weight in weights.items())
+        after = f"{text[: versions.start_mark.index]}{{{shares}}}{text[end.index :]}"
+        wanted = yaml.safe_load(text)
+        wanted[model]["versions"] = dict(weights)
+        same = yaml.safe_load(after) == wanted
+    except yaml.YAMLError:
+        raise refused from None
+    if not same:
+        raise refused
+    return after
+
+
+def _value(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    return next((value for name, value in node.value if name.value == key), None)

@@ -14,6 +14,8 @@ CHANCE = 0.001
 """It is looked again and again, and a good version must not be stopped by chance."""
 FEW_ERRORS = 0.001
 """So many are no worse than the old version's, where that has none."""
+MANY_LEFT = 0.05
+"""Of the requests, that their clients do not wait for: they do leave."""
 FEW_REQUESTS = 20
 """Fewer of the old version's say nothing of how slow it is."""
 
@@ -35,7 +37,8 @@ class Term:
     def reason(self, new: Measures, old: Measures) -> str | None:
         """Why the new version is to be stopped, where that is sure; nothing where it may be chance."""
         if self.what == "errors":
-            limit = max(self.limit * old.error_rate, FEW_ERRORS) if self.relative else self.limit
+            # No worse than the old version is no reason: clients with deadlines of their own make both fail.
+            limit = max(self.limit * old.error_rate, FEW_ERRORS) if self.relative else max(self.limit, old.error_rate)
             if not sure(new.errors, new.requests, limit):
                 return None
             than = f", {self.limit:g} times the old version's" if self.relative else ""
@@ -79,7 +82,10 @@ def read(text: str) -> list[Term]:
 
 
 def reason(terms: list[Term], new: Measures, old: Measures) -> str | None:
-    """The first reason to stop."""
+    """The first reason to stop; that clients leave a version, more than the old one, is always one."""
+    limit = max(MANY_LEFT, old.left / old.requests if old.requests else 0.0)
+    if sure(new.left, new.requests, limit):
+        return f"clients left {new.left} of {new.requests} requests before the answer, over {limit:.2%}"
     return next((why for term in terms if (why := term.reason(new, old))), None)
 
 

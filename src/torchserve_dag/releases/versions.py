@@ -9,7 +9,7 @@ from pathlib import Path
 from torchserve_dag.archives import mar
 from torchserve_dag.clients import Client, ModelNotFound, ServerFailed, ServingError, VersionInfo
 from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.front_door.resources import PROTOCOLS, cluster_name, stat_name
+from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.shares import ServedVersion
 from torchserve_dag.server import processes
 from torchserve_dag.server.connect import running
@@ -58,7 +58,7 @@ def retire(state: State, client: Client, model: str, version: str) -> None:
     try:
         _wait_empty(door, leaves)
         _unregister(client, model, version)
-    except ServerError:
+    except BaseException:  # an interrupt as well
         door.change(lambda now: replace(now, served=(*now.served, leaves), leaving=_without(now.leaving, leaves)))
         raise
     door.change(lambda now: replace(now, leaving=_without(now.leaving, leaves)))
@@ -90,14 +90,14 @@ def _check_unused(traffic: Traffic, model: str, version: str) -> None:
     uses += [f'the rule "{rule}" names it' for rule, one in split.route.always.items() if one == version]
     uses += ["it is a shadow"] if version in split.route.shadow else []
     uses += ["it is the fallback"] if version == split.fallback else []
-    uses += ["it is the default"] if traffic.defaults.get(model) == version else []
+    uses += ["it is the default"] if model not in traffic.routes and traffic.defaults.get(model) == version else []
     if uses:
         raise ServerError(f"{model}/{version} cannot be retired: {' and '.join(uses)}.")
 
 
 def _wait_empty(door: Door, one: ServedVersion) -> None:
     deadline = time.monotonic() + EMPTY_S
-    names = [cluster_name(protocol, one, guarded=guarded) for protocol in PROTOCOLS for guarded in (False, True)]
+    names = [cluster_name(protocol, one) + suffix for protocol in PROTOCOLS for suffix in ("", GUARDED)]
     while any(_inside(door, name) for name in names):
         if time.monotonic() > deadline:
             raise ServerError(f"{one.name} has requests inside since {EMPTY_S:g} s, and is served again.")
