@@ -191,7 +191,7 @@ def served() -> Iterator[State]:
         for name, text in {"objects.yaml": FLOW, "tell.yaml": TELL, "objects.py": FUNCTIONS}.items():
             (root / "workflows" / name).write_text(text)
         tool(root, "build", "detect_classify/2.0", "objects", "tell")
-        tool(root, "up", "--free-ports")
+        tool(root, "up", "--free-ports", "--no-front-door")
         try:
             yield State(root)
         finally:

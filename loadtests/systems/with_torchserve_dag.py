@@ -26,7 +26,7 @@ def main(workflow: Path) -> None:
         root, name, version = torchserve.project(workflow, folder)
         torchserve.tool(root, "build", f"{name}/{version}")
         try:
-            torchserve.tool(root, "up", "--free-ports")
+            torchserve.tool(root, "up", "--free-ports", "--no-front-door")
             state = State(root)
             where, token = running(state).addresses, Tokens.read(state.key_file).inference
             served = contract.Served(

@@ -74,7 +74,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def serving(project: Path) -> Iterator[Serving]:
-    run_tool(project, "up", "--free-ports")
+    run_tool(project, "up", "--free-ports", "--no-front-door")
     yield Serving(project, State(project))
     run_tool(project, "down")
 

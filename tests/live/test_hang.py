@@ -45,7 +45,7 @@ def test_a_hang_in_a_micro_batch_costs_its_own_request_and_the_worker_comes_back
     for name in ("config.properties", "log4j2.xml"):
         (tmp_path / name).symlink_to(ROOT / name)
     run_tool(tmp_path, "build")
-    run_tool(tmp_path, "up", "--free-ports")
+    run_tool(tmp_path, "up", "--free-ports", "--no-front-door")
     try:
         with Serving(tmp_path, State(tmp_path)).rest() as rest, ThreadPoolExecutor(4) as threads:
             before = rest.predict("sleeper", Text("a"), answer=Text)

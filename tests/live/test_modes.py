@@ -61,7 +61,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     for name in ("config.properties", "log4j2.xml"):
         (root / name).symlink_to(ROOT / name)
     run_tool(root, "build")
-    run_tool(root, "up", "--free-ports")
+    run_tool(root, "up", "--free-ports", "--no-front-door")
     yield Serving(root, State(root))
     run_tool(root, "down")
 

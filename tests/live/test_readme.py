@@ -18,7 +18,7 @@ from tests.live.conftest import ROOT
 from torchserve_dag.engine.mermaid import mermaid
 from torchserve_dag.engine.workflow import read_graph
 from torchserve_dag.project import Project
-from torchserve_dag.server import properties
+from torchserve_dag.server import ports, properties
 from torchserve_dag.server.ports import Addresses
 
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
@@ -43,6 +43,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "scripts" / path.name).chmod(0o755)
     (root / ".venv").symlink_to(sys.prefix)
     (root / "tmp").mkdir()
+    listen, metrics = ports.free(["127.0.0.1", "127.0.0.1"])
+    (root / "front_door.yaml").write_text(f"listen: 127.0.0.1:{listen}\nmetrics: 127.0.0.1:{metrics}\n")
     where = Addresses().with_free_ports()
     properties.write(ROOT / "config.properties", root / "config.properties", properties.listening_at(where))
     return root

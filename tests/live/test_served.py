@@ -109,7 +109,7 @@ def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     for name in ("config.properties", "log4j2.xml"):
         (root / name).symlink_to(ROOT / name)
     run_tool(root, "build")
-    run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc))
+    run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc), "--no-front-door")
     yield Serving(root, State(root))
     run_tool(root, "down")
 

@@ -21,6 +21,7 @@ from torchserve_dag.messages import Text
 from torchserve_dag.options import Options
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
+from torchserve_dag.serving import client as through
 from torchserve_dag.torchserve.protos.inference_pb2 import PredictionsRequest
 from torchserve_dag.torchserve.protos.inference_pb2_grpc import InferenceAPIsServiceStub
 
@@ -50,6 +51,22 @@ FILES = {
                 if word == "slow":
                     time.sleep({PACE_S})
                 yield Text(word + " ")
+        """,
+    "told.yaml": """
+        name: told
+        version: "1.0"
+        does: The same, in two versions.
+        code: tell.py
+        nodes: {tell: {function: tell}}
+        output: tell
+        """,
+    "told-2.0.yaml": """
+        name: told
+        version: "2.0"
+        does: The same, in two versions.
+        code: tell.py
+        nodes: {tell: {function: tell}}
+        output: tell
         """,
     "measure.yaml": """
         name: measure
@@ -97,6 +114,7 @@ def telling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         (root / "workflows" / name).write_text(textwrap.dedent(text).lstrip())
     for name in ("config.properties", "log4j2.xml"):
         (root / name).symlink_to(ROOT / name)
+    (root / "routes.yaml").write_text('told: {versions: {"1.0": 50, "2.0": 50}, fallback: "1.0", slow_s: 0.5}\n')
     run_tool(root, "build")
     run_tool(root, "up", "--free-ports")
     yield Serving(root, State(root))
@@ -130,9 +148,14 @@ def test_over_rest_the_pieces_arrive_one_by_one(http: httpx.Client) -> None:
     assert first < last - 2 * PACE_S, "the first is there long before the last"
 
 
+WAYS = [client, through]
+"""To TorchServe itself, and through the front door."""
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_both_clients_give_the_pieces_as_they_come(telling: Serving, protocol: Any) -> None:
-    with client(telling.state, protocol) as serving:
+def test_both_clients_give_the_pieces_as_they_come(telling: Serving, protocol: Any, way: Any) -> None:
+    with way(telling.state, protocol) as serving:
         found = [(piece, time.monotonic()) for piece in serving.stream("tell", Text("now slow slow"), answer=Text)]
 
     assert [piece for piece, _ in found] == [Text("now "), Text("slow "), Text("slow ")]
@@ -147,10 +170,11 @@ def test_pieces_that_are_no_text_are_lines_of_json(telling: Serving, protocol: A
     assert b"".join(found) == b'{"text": "a", "size": 1}\n{"text": "bc", "size": 2}\n'
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_a_failure_in_the_middle_comes_after_the_pieces_before_it(telling: Serving, protocol: Any) -> None:
+def test_a_failure_in_the_middle_comes_after_the_pieces_before_it(telling: Serving, protocol: Any, way: Any) -> None:
     found: list[Text] = []
-    with client(telling.state, protocol) as serving, pytest.raises(RequestRefused) as refused:
+    with way(telling.state, protocol) as serving, pytest.raises(RequestRefused) as refused:
         found.extend(serving.stream("tell", Text("slow bad"), answer=Text))
 
     assert found == [Text("slow ")]
@@ -161,6 +185,29 @@ def test_a_failure_before_the_first_piece_has_its_own_status(http: httpx.Client)
     response = http.post("/predictions/tell", content="bad")
 
     assert (response.status_code, response.json()["message"]) == (422, "That word is bad.")
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_through_the_front_door_a_stream_is_never_cut_and_its_cancel_finds_its_version(
+    telling: Serving, protocol: Any
+) -> None:
+    """Longer than the fallback's limit for whole answers; and where it is left, no version has it any more."""
+    with through(telling.state, protocol) as serving:
+        assert len(list(serving.stream("told", Text("now slow slow"), answer=Text))) == 3
+        for i in range(8):
+            options = Options(cancel_key=f"left-{protocol}-{i}")
+            with closing(serving.stream("told", Text("now " + "slow " * 20), answer=Text, options=options)) as pieces:
+                assert next(pieces) == Text("now ")
+
+    tokens = Tokens.read(telling.state.key_file)
+    for i in range(8):
+        for version in ("1.0", "2.0"):
+            found = httpx.post(
+                f"{telling.addresses.inference}/predictions/told/{version}",
+                headers={"Authorization": f"Bearer {tokens.inference}", "x-cancel": f"left-{protocol}-{i}"},
+                trust_env=False,
+            )
+            assert found.json() == {"cancelled": False}
 
 
 def test_a_stream_that_is_left_is_cancelled(telling: Serving, http: httpx.Client) -> None:

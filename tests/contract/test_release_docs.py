@@ -1,0 +1,81 @@
+"""The pages on releases, experiments and what is exposed say what there is: keys, defaults, commands, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.contract.conftest import ROOT
+from tests.contract.test_docs import parse
+from torchserve_dag import plain
+from torchserve_dag.front_door.bootstrap import bootstrap
+from torchserve_dag.front_door.routes_file import RouteFile, Routes
+from torchserve_dag.front_door.settings import FrontDoor, Limits
+from torchserve_dag.releases import stop_if
+
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("releasing", "experiments", "exposed")]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_its_commands_are_ones_and_its_files_are_right(page: Path) -> None:
+    for kind, text in BLOCK.findall(page.read_text("utf-8")):
+        for line in text.replace("\\\n", " ").splitlines() if kind == "sh" else []:
+            words = shlex.split(line)
+            assert words[0] in {"torchserve-dag", "curl"}
+            if words[0] == "torchserve-dag":
+                parse(words[1:])
+        if kind == "yaml":
+            kinds: dict[str, Any] = {"# routes.yaml": Routes, "# front_door.yaml": FrontDoor}
+            found = kinds.get(text.partition("\n")[0])
+            assert plain.build(found, yaml.safe_load(text)) if found else yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_it_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
+
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(("page", "kinds"), [("releasing", [RouteFile]), ("exposed", [FrontDoor, Limits])])
+def test_every_key_is_there_with_its_default(page: str, kinds: list[type]) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| *([^|]*?) *\|", text, re.MULTILINE)
+    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
+
+    assert dict(rows) == {field.name: written(field) for field in fields}
+
+
+def written(field: dataclasses.Field[Any]) -> str:
+    """A field's default, as a table has it."""
+    if field.name == "limits":
+        return ""
+    if field.default is dataclasses.MISSING:
+        return "" if field.default_factory is not dataclasses.MISSING else "required"
+    return f"`{field.default}`" if field.default is not None else ""
+
+
+def test_the_default_reason_is_the_one_that_is_shown() -> None:
+    assert stop_if.DEFAULT in (ROOT / "docs" / "releasing.md").read_text("utf-8")
+
+
+def test_every_field_of_the_log_is_named() -> None:
+    """All but those of sizes and Envoy's own."""
+    text = (ROOT / "docs" / "exposed.md").read_text("utf-8")
+    listener = bootstrap(FrontDoor(), Path("/folder"), Path("/logs"), "{}", 1)["static_resources"]["listeners"][0]
+    http = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    fields = http["access_log"][0]["typed_config"]["log_format"]["json_format"]
+    own = {"received_bytes", "sent_bytes", "flags", "details", "cancels", "protocol", "method", "path", "grpc_failure"}
+
+    assert [name for name in fields if name not in own and f"`{name}`" not in text] == []
+
+
+def test_the_routes_of_the_readme_are_right() -> None:
+    assert plain.build(Routes, yaml.safe_load((ROOT / "docs" / "routes.yaml").read_text("utf-8")))
