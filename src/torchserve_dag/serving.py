@@ -23,7 +23,7 @@ from torchserve_dag.front_door.shares import ServedVersion
 from torchserve_dag.server import defaults, processes, torchserve
 from torchserve_dag.server.connect import Protocol, running, torchserve_client, torchserve_tokens
 from torchserve_dag.server.errors import ServerError
-from torchserve_dag.server.ports import host_and_port
+from torchserve_dag.server.ports import Addresses, host_and_port
 from torchserve_dag.server.ready import ModelVersion, Progress
 from torchserve_dag.server.state import Record, State
 
@@ -56,6 +56,7 @@ def start(
         door_settings = settings.read(root)
         routes = read_routes(root, known_versions(planned.archives))
         if with_front_door:
+            _check_inside(planned.where)
             door_settings = front_door.with_free_ports(door_settings) if options.free_ports else door_settings
             front_door.check_free(door_settings)
         state.prepare()
@@ -88,6 +89,17 @@ def stop(root: Path) -> bool:
 
 def _kind(archive: Path) -> tuple[bool, bool]:
     return mar.is_ours(archive), mar.is_asynchronous(archive)
+
+
+def _check_inside(where: Addresses) -> None:
+    """Raises ServerError where TorchServe would listen beyond this machine."""
+    for name in where.__slots__:
+        host, _ = host_and_port(getattr(where, name))
+        if not (host in {"localhost", "::1"} or host.startswith("127.")):
+            raise ServerError(
+                f"config.properties has TorchServe listen at {host}, beyond this machine: that is the front door's "
+                "(front_door.yaml); write 127.0.0.1 there."
+            )
 
 
 def client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> RestClient | GrpcClient:

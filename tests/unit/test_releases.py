@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchserve_dag.front_door import routes_file
-from torchserve_dag.releases import measures, records, shares_written, stop_if
+from torchserve_dag.releases import measures, plot, records, shares_written, stop_if
 from torchserve_dag.releases.experiment import compare
 from torchserve_dag.releases.measures import Measures
 from torchserve_dag.releases.records import Request
@@ -167,6 +168,17 @@ class TestExperiment:
 
     def test_one_version_alone_is_compared_with_nothing(self) -> None:
         assert compare("m", self.arm("1.0", 10, 0.5)).differences == []
+
+    def test_it_is_drawn_where_matplotlib_is_there(self, tmp_path: Path) -> None:
+        requests = [*self.arm("1.0", 90, 0.5), *self.arm("2.0", 40, 0.6, seed=2)]
+        result = compare("m", requests)
+        if not find_spec("matplotlib"):
+            with pytest.raises(ServerError, match="The plot needs matplotlib"):
+                plot.draw(result, requests, tmp_path / "m.svg")
+            return
+        plot.draw(result, requests, tmp_path / "m.svg")
+
+        assert "score: 2.0 less 1.0" in (tmp_path / "m.svg").read_text()
 
 
 class TestRecords:

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -207,3 +208,12 @@ def test_the_path_of_a_socket_is_never_too_long(tmp_path: Path) -> None:
     assert torchserve._sockets(State(Path("/srv/project")), Addresses()) == {}
     assert torchserve._sockets(deep, Addresses())["use_native_io"] == "false"
     assert ports.why_not("127.0.0.1", int(torchserve._sockets(deep, Addresses())["initial_worker_port"])) is None
+
+
+def test_behind_a_front_door_torchserve_stays_on_this_machine(tmp_path: Path) -> None:
+    with pytest.raises(
+        ServerError, match=r"config\.properties has TorchServe listen at 0\.0\.0\.0, beyond this machine"
+    ):
+        serving._check_inside(replace(Addresses(), metrics="http://0.0.0.0:8082"))
+
+    serving._check_inside(Addresses())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.syntax import Syntax
 from rich.table import Table
 
-from torchserve_dag import serving
+from torchserve_dag import plain, serving
 from torchserve_dag.commands.common import (
     JsonOption,
     ProjectOption,
@@ -22,6 +23,7 @@ from torchserve_dag.commands.common import (
     print_json,
     project_root,
 )
+from torchserve_dag.front_door.door import Door
 from torchserve_dag.server import torchserve
 from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.ready import Readiness
@@ -91,14 +93,20 @@ def status(
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """What is served: versions, workers, queues."""
+    """What is served: versions, their shares, workers, queues."""
     with failures():
         state = State(project_root(project))
         record = running(state)
         with torchserve_client(state) as client:
             if name is None:
-                found = status_of(record, client)
-                print_json(found) if json else _print_status(found)
+                found, door = status_of(record, client), Door(state)
+                front_door = door.record()
+                shares = {one.model: one.shares for one in door.traffic().splits} if front_door else {}
+                listens = front_door.settings.listen if front_door else None
+                if json:
+                    print_json({**plain.flatten(found), "front_door": listens, "shares": shares})
+                else:
+                    _print_status(found, listens, shares)
             else:
                 model, _, version = name.partition("/")
                 fields = dict(about(client, model, version or None))
@@ -118,14 +126,17 @@ def default(
     out.print(f"{name}: {version} is the default")
 
 
-def _print_status(found: Status) -> None:
+def _print_status(found: Status, front_door: str | None, shares: Mapping[str, Mapping[str, float]]) -> None:
+    if front_door:
+        out.print(f"front door https://{front_door}")
     out.print(f"pid {found.pid}, REST {found.addresses['inference']}, gRPC {found.addresses['grpc_inference']}")
-    table = Table("model", "version", "state", "batch", "queue", "worker pids")
+    table = Table("model", "version", "share", "state", "batch", "queue", "worker pids")
     for one in found.versions:
         colour = "green" if one.state == "ready" else "yellow"
         table.add_row(
             one.name,
             f"{one.version} (default)" if one.default else one.version,
+            f"{shares.get(one.name, {one.version: float(one.default)}).get(one.version, 0.0):.0%}",
             f"[{colour}]{one.state}[/]",
             str(one.batch_size),
             str(one.pending),
