@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, print_json, project_root
@@ -62,7 +63,19 @@ def _begin(since: str | None) -> dt.datetime | None:
 
 
 def _print(result: Result) -> None:
-    table = Table("version", "requests", "errors", "fell back", "left", "p50 ms", "p99 ms", "score", "feedback")
+    table = Table(
+        "version",
+        "requests",
+        "errors",
+        "fell back",
+        "left",
+        "p50 ms",
+        "p99 ms",
+        "score",
+        "feedback",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for arm in result.arms:
         means = ["" if mean is None else f"{mean:.4g}" for mean in (arm.score, arm.feedback)]
         times = [f"{arm.p50_ms:.0f}", f"{arm.p99_ms:.0f}"]
@@ -73,7 +86,7 @@ def _print(result: Result) -> None:
     if not result.differences:
         out.print("Only one version had requests: there is nothing to compare.")
         return
-    table = Table("", *result.compared, "difference", "95% interval", "")
+    table = Table("", *result.compared, "difference", "95% interval", "", box=SIMPLE_HEAD, pad_edge=False)
     for row in result.differences:
         table.add_row(
             row.what,
@@ -97,4 +110,4 @@ def _said(row: Difference) -> str:
         return "[green]settled[/]"
     if row.needed is None:
         return "[dim]nothing differs[/]"
-    return f"[yellow]open[/]: about {row.needed:,} more requests, if it is what it seems"
+    return f"[yellow]open[/]: about {row.needed:,} more"
