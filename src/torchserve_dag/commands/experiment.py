@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, print_json, project_root
@@ -63,30 +62,17 @@ def _begin(since: str | None) -> dt.datetime | None:
 
 
 def _print(result: Result) -> None:
-    table = Table(
-        "version",
-        "requests",
-        "errors",
-        "fell back",
-        "left",
-        "p50 ms",
-        "p99 ms",
-        "score",
-        "feedback",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for arm in result.arms:
-        means = ["" if mean is None else f"{mean:.4g}" for mean in (arm.score, arm.feedback)]
-        times = [f"{arm.p50_ms:.0f}", f"{arm.p99_ms:.0f}"]
-        table.add_row(
-            arm.version, f"{arm.requests:,}", str(arm.errors), str(arm.fell_back), str(arm.left), *times, *means
-        )
+    table = Table("", *(arm.version for arm in result.arms))
+    counts = {"requests": "requests", "errors": "errors", "fell back": "fell_back", "left": "left"}
+    for label, name in counts.items():
+        table.add_row(label, *(f"{getattr(arm, name):,}" for arm in result.arms))
+    table.add_row("p50 ms", *(f"{arm.p50_ms:.0f}" for arm in result.arms))
+    table.add_row("p99 ms", *(f"{arm.p99_ms:.0f}" for arm in result.arms))
     out.print(table)
     if not result.differences:
         out.print("Only one version had requests: there is nothing to compare.")
         return
-    table = Table("", *result.compared, "difference", "95% interval", "", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("", *result.compared, "difference", "95% interval", "")
     for row in result.differences:
         table.add_row(
             row.what,
@@ -98,7 +84,7 @@ def _print(result: Result) -> None:
 
 
 def _number(row: Difference, value: float) -> str:
-    return f"{value:.2%}" if row.what == "errors" else f"{value:.4g}"
+    return f"{value:.2%}" if row.what == "errors" else f"{value:.3g}"
 
 
 def _range(row: Difference) -> str:
