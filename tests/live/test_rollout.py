@@ -30,7 +30,7 @@ from torchserve_dag.messages import Text
 
 def old(text: Text) -> Text: time.sleep(0.005); return Text("1.0")
 def good(text: Text) -> Text: time.sleep(0.005); return Text("2.0")
-def slow(text: Text) -> Text: time.sleep(0.03); return Text("2.0")
+def slow(text: Text) -> Text: time.sleep(0.015); return Text("2.0")
 def failing(text: Text) -> Text:
     time.sleep(0.005)
     if random.random() < 0.05: raise RuntimeError("one of twenty")
@@ -187,6 +187,8 @@ def test_a_rollout_goes_on_without_its_terminal_and_is_promoted_by_hand(served: 
 
     assert {ask_one(served, "slow") for _ in range(10)} == {"2.0"}  # its default now: routes.yaml does not know it
     assert served.state.defaults()["slow"] == "2.0"
+    assert ("slow", "2.0") not in served.state.retired()  # though its first rollout went back
+    assert ("failing", "2.0") in served.state.retired()
     assert "promoted by hand" in tool(served.root, "rollout", "status")
 
 

@@ -51,6 +51,9 @@ def take_routes(root: Path) -> Traffic:
         known.setdefault(one.model, []).append(one.version)
     if found is not None:
         routes_file.check(found, {model: sorted(versions, key=version_key) for model, versions in known.items()})
+        for model, route in found.value.items():  # what is named here is served at the next start, too
+            for version in {*route.versions, *route.always.values(), *route.shadow, *filter(None, [route.fallback])}:
+                door.state.save_retired(model, version, retired=False)
     return door.change(lambda now: replace(now, routes={} if found is None else found.value))
 
 

@@ -205,6 +205,8 @@ def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
     with torchserve_client(state) as client:
         client.set_default(model, version)
     state.save_default(model, version)
+    for one in weights:  # an earlier rollout of it may have gone back
+        state.save_retired(model, one, retired=False)
 
 
 class _BackError(Exception):
