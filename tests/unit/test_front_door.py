@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,19 @@ class TestTokens:
             {"max_tokens": 5000, "tokens_per_fill": 500, "fill_interval": "0.1s"},
             {"max_tokens": 100, "tokens_per_fill": 10, "fill_interval": "0.1s"},
         ]
+
+    def test_tokens_that_are_issued_and_revoked_at_once_are_all_right(self, tmp_path: Path) -> None:
+        state = State(tmp_path)
+        Door(state).issue_token("first", 3600)
+
+        def work(i: int) -> None:
+            Door(state).revoke_token("first") if i == 0 else Door(state).issue_token(f"t{i}", 3600)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+
+        assert {one.name for one in Tokens(state.front_door).issued()} == {f"t{i}" for i in range(1, 8)}
+        assert stat.S_IMODE(state.front_door.stat().st_mode) == 0o700
 
 
 class TestCertificate:

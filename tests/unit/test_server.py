@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,3 +218,17 @@ def test_behind_a_front_door_torchserve_stays_on_this_machine(tmp_path: Path) ->
         serving._check_inside(replace(Addresses(), metrics="http://0.0.0.0:8082"))
 
     serving._check_inside(Addresses())
+
+
+def test_what_is_kept_at_once_is_all_kept(tmp_path: Path) -> None:
+    state = State(tmp_path)
+
+    def keep(i: int) -> None:
+        state.save_default(f"m{i}", "1.0")
+        state.save_retired(f"m{i}", "2.0")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(keep, range(8)))
+
+    assert state.defaults() == {f"m{i}": "1.0" for i in range(8)}
+    assert state.retired() == {(f"m{i}", "2.0") for i in range(8)}

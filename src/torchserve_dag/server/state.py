@@ -85,8 +85,8 @@ class State:
         return {str(name): str(version) for name, version in (_read(self._defaults) or {}).items()}
 
     def save_default(self, name: str, version: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self._defaults, {**self.defaults(), name: version})
+        with self._change():
+            _write(self._defaults, {**self.defaults(), name: version})
 
     def retired(self) -> set[tuple[str, str]]:
         """Models' versions that are not served, though their archives are there."""
@@ -94,10 +94,18 @@ class State:
         return {(str(name), str(version)) for name, versions in found.items() for version in versions}
 
     def save_retired(self, name: str, version: str, *, retired: bool = True) -> None:
-        found = _read(self._retired) or {}
-        versions = [one for one in found.get(name, []) if one != version]
+        with self._change():
+            found = _read(self._retired) or {}
+            versions = [one for one in found.get(name, []) if one != version]
+            _write(self._retired, {**found, name: [*versions, version] if retired else versions})
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """One at a time reads and writes what is kept; each does so at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self._retired, {**found, name: [*versions, version] if retired else versions})
+        with (self.folder / "kept.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 def _read(path: Path) -> dict[str, Any] | None:
