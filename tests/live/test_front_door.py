@@ -362,6 +362,9 @@ def test_management_and_everything_else_is_not_there(served: Served) -> None:
     with served.http() as http, served.http(management) as stolen:
         found = {path: http.request(method, path).status_code for method, path in asked}
         assert set(found.values()) <= {400, 404}, found
+        assert {http.request(method, "/predictions/echo").status_code for method in ("OPTIONS", "DELETE", "PATCH")} == {
+            405
+        }
         assert {stolen.request(method, path).status_code for method, path in asked} <= {400, 401}
         assert http.get("/predictions%2F..%2Fmodels").status_code in {400, 404}
         assert http.get("/ping").json()["status"] == "Healthy"

@@ -482,7 +482,11 @@ def first(text: Text | Skipped, others: list[Text | Skipped]) -> Text | Skipped:
     other(path, "inner", inner, "each")
     with Workflow.load(path) as workflow:
         assert workflow([b" ", b"a b", b" "]) == [[], [Text("a"), Text("b")], []]
-        assert all(station.under_way == 0 for station in workflow.engine._stations.values())
+        # A lane counts what it has done when it looks for more, which may be after the answer has left.
+        deadline = time.monotonic() + 5
+        while any(station.under_way for station in workflow.engine._stations.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_a_request_of_thousands_of_items_leaves_the_others_their_turns(write: Write) -> None:

@@ -3,6 +3,7 @@
 
 local SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 local MODEL, VERSION, REST = "x-door-model", "x-door-version", "x-door-rest"
+local METHODS = {GET = true, POST = true, PUT = true}
 local byte, sub = string.byte, string.sub
 
 -- A protobuf varint at `at`, and where it ends; nothing where the text ends before it does.
@@ -116,6 +117,9 @@ function envoy_on_request(handle)
   if path == SERVICE .. "Predictions" or path == SERVICE .. "StreamPredictions" then
     if not from_message(handle) then return end
   elseif sub(path, 1, 13) == "/predictions/" then
+    if not METHODS[headers:get(":method")] then -- TorchServe describes itself when it is asked for its OPTIONS
+      return refuse(handle, "405", nil, "MethodNotAllowedException", "A prediction is a POST, a PUT or a GET.")
+    end
     from_path(headers, path)
   elseif path == "/feedback" and headers:get(":method") == "POST" then
     return feedback(handle)
