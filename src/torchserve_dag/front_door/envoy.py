@@ -25,6 +25,8 @@ THREADS = 4
 """At most: one carries some thousands of small requests a second."""
 DRAIN_S = 3
 """How long connections are asked to close, before no new one is let in."""
+LAST_S = 2.0
+"""For who connected just before, to send a request: it is answered, and ends the connection."""
 LONGEST_DRAIN_S = 90.0
 """For requests that are still inside."""
 END_S = 10.0
@@ -89,6 +91,7 @@ class Envoy:
         self.admin.post("/drain_listeners?graceful&skip_exit")  # every answer now ends its connection
         self._wait("cx", DRAIN_S)
         self.admin.post("/drain_listeners")
+        self._wait("cx", LAST_S)  # who connected just before may not have sent the request yet
         self._wait("rq", LONGEST_DRAIN_S)
 
     def _wait(self, what: str, at_most_s: float) -> None:

@@ -14,7 +14,7 @@ import psutil
 
 from torchserve_dag.front_door import bootstrap, certificate
 from torchserve_dag.front_door.door import Door, Record
-from torchserve_dag.front_door.envoy import BOOTSTRAP, DRAIN_S, END_S, LOG, LONGEST_DRAIN_S
+from torchserve_dag.front_door.envoy import BOOTSTRAP, DRAIN_S, END_S, LAST_S, LOG, LONGEST_DRAIN_S
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.tokens import OWN, write_private
 from torchserve_dag.server import ports, processes
@@ -83,7 +83,7 @@ def stop(state: State) -> bool:
         return False
     keeper = psutil.Process(record.pid)
     keeper.terminate()
-    processes.wait([keeper], LONGEST_DRAIN_S + DRAIN_S + END_S + 2)
+    processes.wait([keeper], LONGEST_DRAIN_S + DRAIN_S + LAST_S + END_S + 2)
     return True
 
 
