@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchserve_dag.front_door import routes_file
-from torchserve_dag.releases import measures, plot, records, shares_written, stop_if
+from torchserve_dag.front_door.door import Door
+from torchserve_dag.front_door.shares import Rolling
+from torchserve_dag.releases import hand, measures, plot, records, shares_written, stop_if
 from torchserve_dag.releases.experiment import compare
 from torchserve_dag.releases.measures import Measures
 from torchserve_dag.releases.records import Request
 from torchserve_dag.releases.rollout import Desk, Plan, Progress
 from torchserve_dag.scores import score_in
 from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
 
 PLAN = Plan("m", "2.0", (5.0, 100.0), 60.0, stop_if.DEFAULT, 20, 3600.0, 600.0)
@@ -284,3 +288,19 @@ class TestRollout:
         desk.forget_running()
 
         assert [(one.stage, one.reason) for one in desk.all()] == [("back", "the server was stopped")]
+
+
+def test_taking_the_routes_takes_back_what_a_rollout_that_is_over_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its front door was away when it went back; one that is under way goes on."""
+    state = State(tmp_path)
+    door, desk = Door(state), Desk(state)
+    door.folder.mkdir(parents=True)
+    door.begin(Addresses())
+    monkeypatch.setattr(Door, "_tell", lambda _self, _traffic: None)  # no Envoy runs
+    door.change(lambda now: replace(now, rollouts={"m": Rolling("2.0", 0.5), "n": Rolling("2.0", 0.5)}))
+    desk.note(Progress(PLAN, stage="back"))
+    desk.note(Progress(replace(PLAN, model="n"), stage="rolling"))
+
+    assert hand.take_routes(tmp_path).rollouts.keys() == {"n"}

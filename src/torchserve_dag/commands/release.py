@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,7 +56,7 @@ def rollout(
             _show_all(desk, json=json)
             return
         try:
-            terms = stop_if.read(stop)
+            stop_if.read(stop)
         except ValueError as error:
             fail(f"{error}.")
         steps = _steps(canary)
@@ -68,8 +69,7 @@ def rollout(
         if name not in {one.model for one in traffic.served}:
             fail(f"{name} is not served: a rollout needs a version that answers meanwhile.")
         if not any((one.model, one.version) == (name, version) for one in traffic.served):
-            versions.find_archive(State(root).folder / record.store, name, version)
-        assert terms  # noqa: S101 (a text without a reason was refused)
+            versions.find_archive(Path(record.store), name, version)
         desk.ask(plan)
         last = _follow(desk, name) if watch else desk.progress(name)
     if json:

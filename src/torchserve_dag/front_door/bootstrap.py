@@ -25,14 +25,12 @@ SPARE_FILES = 1024
 STREAM_WINDOW = 256 * 2**10
 BUCKETS_US = [round(1000 * 1.15**i) for i in range(-8, 84)]
 """Upper bounds of the histogram of durations, 15 % apart: from 0.3 ms to 2 minutes."""
-INTERNAL_HEADERS = "x-door-"
 GRPC_STATUS = {413: "8", 504: "4"}
 """What Envoy would call otherwise: RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
 REQUEST_ID = "%REQUEST_HEADER(x-request-id)%"
 
 _FILTERS = f"{TYPES}extensions.filters.http."
 _LISTENER_HTTP = f"{TYPES}extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
-_FORWARDED = ("model", "version", "rest", "token", "first")
 
 
 def bootstrap(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body: int) -> Config:
@@ -121,7 +119,7 @@ def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int)
 
 
 def _without_internal_headers() -> Config:
-    removed = [{"remove": f"{INTERNAL_HEADERS}{name}"} for name in _FORWARDED]
+    removed = [{"remove": f"x-door-{name}"} for name in ("model", "version", "rest", "token", "first")]
     return {
         "name": "envoy.http.early_header_mutation.header_mutation",
         "typed_config": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from torchserve_dag.front_door.tokens import Tokens, write_private
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.state import State
+from torchserve_dag.server.state import State, locked
 
 TAKEN_S = 10.0
 """How long Envoy may take to read a file that has changed; it takes milliseconds."""
@@ -191,17 +190,8 @@ class Door:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        deadline = time.monotonic() + LOCK_S
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise ServerError("Another command is changing the front door: try again.") from None
-                    time.sleep(0.02)
+        with locked(self.folder / "lock", LOCK_S, "Another command is changing the front door: try again."):
             yield
 
 

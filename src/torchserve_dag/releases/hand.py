@@ -54,7 +54,15 @@ def take_routes(root: Path) -> Traffic:
         for model, route in found.value.items():  # what is named here is served at the next start, too
             for version in {*route.versions, *route.always.values(), *route.shadow, *filter(None, [route.fallback])}:
                 door.state.save_retired(model, version, retired=False)
-    return door.change(lambda now: replace(now, routes={} if found is None else found.value))
+
+    def change(now: Traffic) -> Traffic:
+        """What a rollout that is over may have left goes too: the front door was away when it went back."""
+        going = {model for model in now.rollouts if (last := desk.progress(model)) and not last.over}
+        rollouts = {model: rolling for model, rolling in now.rollouts.items() if model in going}
+        return replace(now, routes={} if found is None else found.value, rollouts=rollouts)
+
+    desk = Desk(door.state)
+    return door.change(change)
 
 
 def _order(root: Path, model: str, *, promoted: bool) -> Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 
 FOLDER = ".torchserve-dag"
+KEPT_S = 30.0
+"""How long a change of what is kept may wait for another; it takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,8 @@ class State:
     def lock(self) -> Iterator[None]:
         """Raises ServerError where another `up` or `down` of this project is at work."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ServerError(
-                    "Another torchserve-dag up or down of this project is at work: wait for it."
-                ) from None
+        busy = "Another torchserve-dag up or down of this project is at work: wait for it."
+        with locked(self.folder / "lock", 0.0, busy):
             yield
 
     def record(self) -> Record | None:
@@ -103,9 +101,26 @@ class State:
     def _change(self) -> Iterator[None]:
         """One at a time reads and writes what is kept; each does so at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "kept.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(
+            self.folder / "kept.lock", KEPT_S, f"Another command holds {self.folder / 'kept.lock'}: try again."
+        ):
             yield
+
+
+@contextmanager
+def locked(path: Path, wait_s: float, busy: str) -> Iterator[None]:
+    """One thread of one process at a time. Raises ServerError with `busy` where the turn does not come in time."""
+    deadline = time.monotonic() + wait_s
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise ServerError(busy) from None
+                time.sleep(0.02)
+        yield
 
 
 def _read(path: Path) -> dict[str, Any] | None:
