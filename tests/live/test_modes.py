@@ -79,9 +79,13 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def worker(both: Serving, name: str) -> WorkerInfo:
+def workers(both: Serving, name: str) -> list[WorkerInfo]:
     with both.rest() as rest:
-        (found,) = (w for m in rest.models() if m.name == name for v in m.versions for w in v.workers)
+        return [w for m in rest.models() if m.name == name for v in m.versions for w in v.workers]
+
+
+def worker(both: Serving, name: str) -> WorkerInfo:
+    (found,) = workers(both, name)
     return found
 
 
@@ -165,12 +169,11 @@ def test_a_worker_that_is_killed_costs_what_is_inside_and_comes_back(
 def hosts_and_guests(both: Serving) -> tuple[list[int], list[int]]:
     """The workers' processes, those that have the model and those that wait; when all three are ready."""
 
-    def found() -> list[WorkerInfo]:
-        with both.rest() as rest:
-            return [w for m in rest.models() if m.name == "shared" for v in m.versions for w in v.workers if w.ready]
+    def ready() -> list[int]:
+        return [worker.pid for worker in workers(both, "shared") if worker.ready]
 
-    wait_for(lambda: len(found()) == 3, 60)  # three processes import torch at once, on few cores
-    pids = [worker.pid for worker in found()]
+    wait_for(lambda: len(ready()) == 3, 60)  # three processes import torch at once, on few cores
+    pids = ready()
     wait_for(lambda: sum("-c" in psutil.Process(pid).cmdline() for pid in pids) == 2)
     guests = [pid for pid in pids if "-c" in psutil.Process(pid).cmdline()]
     return [pid for pid in pids if pid not in guests], guests
@@ -191,24 +194,41 @@ def test_no_request_waits_for_the_last_of_another_batch(
     assert psutil.Process(host).memory_full_info().uss > 50e6
 
 
-@pytest.mark.parametrize("whose", ["host", "guest"])
-def test_a_host_or_a_guest_that_is_killed_comes_back(
-    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, tmp_path: Path, whose: str
+def test_a_host_that_is_killed_comes_back(
+    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    began = tmp_path / "began"
+    (host,), _ = hosts_and_guests(both)
+    inside = threads.submit(http.post, "/predictions/shared", content=f"long {began}")
+    wait_for(began.exists)
+    os.kill(host, signal.SIGKILL)
+    killed = time.monotonic()
+    # TorchServe (0.12.0) never answers a request that it was handing to a worker as that one's connection closed.
+    wait_for(lambda: not any(worker.ready for worker in workers(both, "shared")))
+    meanwhile = [threads.submit(http.post, "/predictions/shared", content="a") for _ in range(6)]
+
+    assert inside.result().status_code in {500, 507}
+    assert {future.result().status_code for future in meanwhile} == {200}
+    assert time.monotonic() < killed + WITHIN_S, "nobody waits for an answer"
+    hosts, guests = hosts_and_guests(both)
+    assert (len(hosts), len(guests)) == (1, 2)
+    assert [http.post("/predictions/shared", content="b").json() for _ in range(6)] == [{"text": "B"}] * 6
+
+
+def test_a_guest_that_is_killed_costs_nothing(
+    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     began = tmp_path / "began"
     (host,), guests = hosts_and_guests(both)
     inside = threads.submit(http.post, "/predictions/shared", content=f"long {began}")
     wait_for(began.exists)
-    os.kill(host if whose == "host" else guests[0], signal.SIGKILL)
-    killed = time.monotonic()
-    meanwhile = [threads.submit(http.post, "/predictions/shared", content="a") for _ in range(6)]
+    for guest in guests:
+        os.kill(guest, signal.SIGKILL)
+    answers = [http.post("/predictions/shared", content="a") for _ in range(6)]
 
-    assert {future.result().status_code for future in meanwhile} <= {200, 500, 507}
-    assert time.monotonic() < killed + WITHIN_S, "nobody waits for an answer"
-    assert inside.result().status_code in ({500, 507} if whose == "host" else {200, 500, 507})
-    hosts, guests = hosts_and_guests(both)
-    assert (len(hosts), len(guests)) == (1, 2)
-    assert [http.post("/predictions/shared", content="b").json() for _ in range(6)] == [{"text": "B"}] * 6
+    assert [answer.json() for answer in answers] == [{"text": "A"}] * 6
+    assert inside.result().json()["text"].startswith("LONG")
+    assert psutil.pid_exists(host)
 
 
 def wait_for(true: Callable[[], bool], within_s: float = WITHIN_S) -> None:

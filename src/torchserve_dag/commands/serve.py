@@ -28,7 +28,7 @@ from torchserve_dag.server import torchserve
 from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.ready import Readiness
 from torchserve_dag.server.state import State
-from torchserve_dag.server.status import Status, WorkerStatus, about
+from torchserve_dag.server.status import Status, VersionStatus, WorkerStatus, about
 from torchserve_dag.server.status import status as status_of
 
 
@@ -130,19 +130,23 @@ def _print_status(found: Status, front_door: str | None, shares: Mapping[str, Ma
     if front_door:
         out.print(f"front door https://{front_door}")
     out.print(f"pid {found.pid}, REST {found.addresses['inference']}, gRPC {found.addresses['grpc_inference']}")
-    table = Table("model", "version", "share", "state", "batch", "queue", "worker pids")
+    table = Table("model", "share" if front_door else "", "state", "batch", "queue", "worker pids")
+    table.columns[0].no_wrap = True
     for one in found.versions:
         colour = "green" if one.state == "ready" else "yellow"
         table.add_row(
-            one.name,
-            f"{one.version} (default)" if one.default else one.version,
-            f"{shares.get(one.name, {one.version: float(one.default)}).get(one.version, 0.0):.0%}",
+            f"{one.name}/{one.version}",
+            _share(one, shares) if front_door else "default" if one.default else "",
             f"[{colour}]{one.state}[/]",
             str(one.batch_size),
             str(one.pending),
             "\n".join(_worker(worker) for worker in one.workers if worker.pid > 0),
         )
     out.print(table)
+
+
+def _share(one: VersionStatus, shares: Mapping[str, Mapping[str, float]]) -> str:
+    return f"{shares.get(one.name, {one.version: float(one.default)}).get(one.version, 0.0):.0%}"
 
 
 def _worker(worker: WorkerStatus) -> str:
