@@ -1,6 +1,6 @@
-"""What the front door costs, whether a swap of versions is felt, and whether hostile clients are, on this machine.
+"""What the front door costs, and whether a swap of versions, one that loads, and hostile clients are felt.
 
-    python loadtests/front_door.py                 all three, four minutes
+    python loadtests/front_door.py                 all four, six minutes
     python loadtests/front_door.py cost swap       these
 
 The project's own archives are served (`scripts/demo` builds them), and a workflow that does nothing. All figures of one
@@ -35,7 +35,7 @@ from torchserve_dag.clients import Options, ServingError  # noqa: E402
 from torchserve_dag.front_door import certificate  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
-from torchserve_dag.releases import hand  # noqa: E402
+from torchserve_dag.releases import hand, versions  # noqa: E402
 from torchserve_dag.server import torchserve  # noqa: E402
 from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens  # noqa: E402
 from torchserve_dag.server.state import State  # noqa: E402
@@ -92,8 +92,9 @@ def build(folder: Path) -> None:
         raise SystemExit(found.output)
 
 
-def split(old: int, new: int) -> str:
-    return f'{WORKFLOW}:\n  versions: {{"1.0": {old}, "2.0": {new}}}\n'
+def split(old: int, new: int | None) -> str:
+    newer = "" if new is None else f', "2.0": {new}'
+    return f'{WORKFLOW}:\n  versions: {{"1.0": {old}{newer}}}\n'
 
 
 # What it costs.
@@ -223,7 +224,34 @@ def swap(state: State) -> dict[str, Any]:
     }
 
 
-def take(root: Path, old: int, new: int) -> None:
+def load(state: State) -> dict[str, Any]:
+    """What those who are served feel of a version that loads its model, at 70 % of what the server can do."""
+    take(state.folder.parent, 100, None)
+    capacity = rate_of(state)
+    rounds: list[tuple[float, float, float]] = []
+    with torchserve_client(state) as client, Load(state, 0.7 * capacity) as under:
+        for _ in range(ROUNDS // 2):
+            versions.retire(state, client, WORKFLOW, "2.0")
+            time.sleep(2)
+            quiet = time.monotonic()
+            time.sleep(ROUND_S)
+            begin = time.monotonic()
+            versions.bring(state, client, WORKFLOW, "2.0", timeout_s=300)
+            rounds.append((quiet, begin, time.monotonic()))
+            time.sleep(5)
+    quiet_ms = [under.between(quiet, begin) for quiet, begin, _ in rounds]
+    loading_ms = [under.between(begin, end) for _, begin, end in rounds]
+    return {
+        "capacity /s": capacity,
+        "requests": len(under.times),
+        "failed": len(under.failed),
+        "seconds to load": [round(end - begin, 1) for _, begin, end in rounds],
+        "quiet p50 and p99 ms": [(round(percentile(ms, 0.5)), round(percentile(ms, 0.99))) for ms in quiet_ms],
+        "loading p50 and p99 ms": [(round(percentile(ms, 0.5)), round(percentile(ms, 0.99))) for ms in loading_ms],
+    }
+
+
+def take(root: Path, old: int, new: int | None) -> None:
     (root / "routes.yaml").write_text(split(old, new))
     hand.take_routes(root)
 
@@ -328,7 +356,12 @@ def send_wrong_tokens(where: Where, ready: Any) -> None:
         target.said(target.head("/predictions/echo", "Content-Length: 0") + hostile.END)
 
 
-PARTS: dict[str, Callable[[State], dict[str, Any]]] = {"cost": cost, "swap": swap, "hostile": under_attack}
+PARTS: dict[str, Callable[[State], dict[str, Any]]] = {
+    "cost": cost,
+    "swap": swap,
+    "load": load,
+    "hostile": under_attack,
+}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from torchserve_dag.clients import Client, ModelNotFound, ServerFailed, ServingE
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.shares import ServedVersion
-from torchserve_dag.server import processes
+from torchserve_dag.server import defaults, processes
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
@@ -52,8 +52,14 @@ def bring(state: State, client: Client, model: str, version: str, timeout_s: flo
 def retire(state: State, client: Client, model: str, version: str) -> None:
     """Let a version that gets no requests end, when those inside it are answered. Raises ServerError."""
     door = Door(state)
-    _check_unused(door.traffic(), model, version)
-    leaves = next(one for one in door.traffic().served if (one.model, one.version) == (model, version))
+    traffic = door.traffic()
+    _check_unused(traffic, model, version)
+    if traffic.defaults[model] == version:  # routes.yaml shares the requests, and TorchServe keeps its default
+        weights = traffic.routes[model].versions
+        other = max(weights, key=lambda one: weights[one])
+        defaults.set_default(state, client, model, other)
+        door.change(lambda now: replace(now, defaults={**now.defaults, model: other}))
+    leaves = next(one for one in traffic.served if (one.model, one.version) == (model, version))
     door.change(lambda now: replace(now, served=_without(now.served, leaves), leaving=(*now.leaving, leaves)))
     try:
         _wait_empty(door, leaves)
