@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from tests.live.conftest import run_tool
 from tests.live.door import PROTOCOLS, Served, ask, new_project, tool, write_version
 from torchserve_dag.clients import ServingError
+from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases.stop_if import DEFAULT
 from torchserve_dag.server.connect import torchserve_client
 
@@ -135,6 +137,9 @@ def test_a_good_version_takes_over_and_goes_back_and_no_request_fails(served: Se
     assert set(load.answers["good"]) == {"1.0", "2.0"}
     assert 'versions: {"1.0": 100}  # good' in path.read_text()
 
+    with torchserve_client(served.state) as client:
+        client.set_default("good", "2.0")  # as at a start with both: TorchServe keeps its default version
+    Door(served.state).change(lambda now: replace(now, defaults={**now.defaults, "good": "2.0"}))
     tool(served.root, "retire", "good/2.0")
     with torchserve_client(served.state) as client:
         assert [v.version for m in client.models() if m.name == "good" for v in m.versions] == ["1.0"]

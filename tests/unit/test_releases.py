@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -17,14 +23,17 @@ from hypothesis import strategies as st
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.shares import Rolling
+from torchserve_dag.releases import gently as gently_module
 from torchserve_dag.releases import hand, measures, plot, records, shares_written, stop_if
 from torchserve_dag.releases.experiment import compare
+from torchserve_dag.releases.gently import Gently, workers_of
 from torchserve_dag.releases.measures import Measures
 from torchserve_dag.releases.records import Request
 from torchserve_dag.releases.rollout import Desk, Plan, Progress
 from torchserve_dag.scores import score_in
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
+from torchserve_dag.server.ready import Readiness
 from torchserve_dag.server.state import State
 
 PLAN = Plan("m", "2.0", (5.0, 100.0), 60.0, stop_if.DEFAULT, 20, 3600.0, 600.0)
@@ -304,3 +313,70 @@ def test_taking_the_routes_takes_back_what_a_rollout_that_is_over_has_left(
     desk.note(Progress(replace(PLAN, model="n"), stage="rolling"))
 
     assert hand.take_routes(tmp_path).rollouts.keys() == {"n"}
+
+
+# A new version's workers, beside those that serve.
+
+BUSY = "while True: pass"
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., psutil.Process]]:
+    """Starts processes that compute all the time, as TorchServe would its workers."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*words: str) -> psutil.Process:
+        started.append(subprocess.Popen([sys.executable, "-I", "-S", "-c", BUSY, *words]))
+        return psutil.Process(started[-1].pid)
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+def used(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def test_workers_that_load_leave_the_cores_to_those_who_serve(processes: Callable[..., psutil.Process]) -> None:
+    serving = [processes("--sock-name", f"/tmp/.ts.sock.{i}") for i in range(os.cpu_count() or 1)]
+    new = [processes("--sock-name", f"/tmp/.ts.sock.{100 + i}") for i in range(2)]
+    with Gently(psutil.Process()) as gently:
+        gently.look([Readiness("m", "2.0", 0, 2, ("100", "101"))])
+        time.sleep(3 * gently_module.LOOK_EVERY_S)
+        before = [used(one) for one in (*serving, *new)]
+        time.sleep(2)
+        spent = [used(one) - was for one, was in zip((*serving, *new), before, strict=True)]
+
+    assert sum(spent[-2:]) < 0.25 * sum(spent)  # without it, two of four: half
+    assert all(one > 0 for one in spent[-2:])
+    assert psutil.STATUS_STOPPED not in {one.status() for one in new}
+
+
+def test_workers_that_load_may_use_cores_that_are_idle(processes: Callable[..., psutil.Process]) -> None:
+    new = processes("--port", "9000")
+    with Gently(psutil.Process()) as gently:
+        gently.look([Readiness("m", "2.0", 0, 1, ("9000",))])
+        time.sleep(3 * gently_module.LOOK_EVERY_S)
+        before = used(new)
+        time.sleep(2)
+
+        assert used(new) - before > 0.5
+
+
+def test_a_worker_that_ends_and_one_that_is_not_new_are_left_alone(processes: Callable[..., psutil.Process]) -> None:
+    others = [processes("--sock-name", "/tmp/.ts.sock.1"), processes()]
+    new = processes("--sock-name", "/tmp/.ts.sock.100")
+
+    assert workers_of(psutil.Process(), frozenset({"100", "10"})) == {new.pid}
+    assert workers_of(psutil.Process(), frozenset()) == set()
+    with Gently(psutil.Process()) as gently:
+        gently.look([Readiness("m", "2.0", 0, 1, ("100",))])
+        time.sleep(2 * gently_module.LOOK_EVERY_S)
+        new.kill()
+        new.wait()
+        time.sleep(2 * gently_module.LOOK_EVERY_S)
+
+        assert psutil.STATUS_STOPPED not in {one.status() for one in others}

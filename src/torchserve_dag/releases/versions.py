@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchserve_dag.archives import mar
-from torchserve_dag.clients import Client, ModelNotFound, ServerFailed, ServingError, VersionInfo
+from torchserve_dag.clients import Client, ModelNotFound, ServingError, VersionInfo
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.shares import ServedVersion
+from torchserve_dag.releases.gently import Gently
 from torchserve_dag.server import defaults, processes
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.errors import ServerError
@@ -31,13 +32,13 @@ def bring(state: State, client: Client, model: str, version: str, timeout_s: flo
     archive = find_archive(Path(record.store), model, version)
     logs = Logs(state.logs)
     waiting = Waiting({(model, version): archive.name}, logs)
+    java = processes.java(record, state)
+    if java is None:
+        raise ServerError(f"TorchServe ended: {logs.server_failure() or 'it does not say why'}.")
     try:
         client.register(archive.name, timeout=timeout_s)
-        waiting.wait(client, lambda: processes.java(record, state) is not None, timeout_s)
-    except ServerFailed as error:  # TorchServe gives up at once where the first worker ends while it looks
-        _unregister(client, model, version)
-        why = logs.worker_failure(model, version) or error.message
-        raise ServerError(f"A worker of {model} {version} keeps failing: {why.rstrip('.')}.") from None
+        with Gently(java) as gently:
+            waiting.wait(client, lambda: processes.alive(java), timeout_s, gently.look)
     except BaseException:
         _unregister(client, model, version)
         raise
