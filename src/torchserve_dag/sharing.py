@@ -4,8 +4,7 @@ TorchServe (0.12.0) hands a worker the next batch when the last request of the o
 requests wait, and cores that have nothing left of that batch idle. So an archive may ask for more workers than it
 wants processes with a model (`serve.batches`). The first that comes loads the model and is the **host**. Each other is
 a **guest**: it hands its connection with TorchServe to the host, and then is a process of a few MB that waits for the
-host to end. TorchServe finds the connections of a host that ends closed, and starts it and its guests again. A guest
-that is killed is missed by nobody: its connection is the host's.
+host to end. Where either ends, TorchServe finds its connections closed, and starts what ended again.
 """
 
 from __future__ import annotations
@@ -54,11 +53,13 @@ class Host:
             if not fds:  # it has found a host with fewer
                 return
             self._guests += 1
-            try:
-                with socket.socket(fileno=fds[0]) as connection:
+            with socket.socket(fileno=fds[0]) as connection:
+                watch = threading.Thread(target=_close_at_end, args=(link, connection), daemon=True)
+                watch.start()
+                try:
                     serve(connection)
-            finally:
-                self._guests -= 1
+                finally:
+                    self._guests -= 1
 
 
 class Guest:
@@ -123,3 +124,11 @@ def _address(folder: Path, place: int) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}/host-{place}.sock"
     finally:
         os.close(descriptor)
+
+
+def _close_at_end(link: socket.socket, connection: socket.socket) -> None:
+    """A guest that is ended takes its connection with it, as any worker does."""
+    with contextlib.suppress(OSError):
+        link.recv(1)
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

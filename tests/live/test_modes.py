@@ -194,41 +194,26 @@ def test_no_request_waits_for_the_last_of_another_batch(
     assert psutil.Process(host).memory_full_info().uss > 50e6
 
 
-def test_a_host_that_is_killed_comes_back(
-    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, tmp_path: Path
-) -> None:
-    began = tmp_path / "began"
-    (host,), _ = hosts_and_guests(both)
-    inside = threads.submit(http.post, "/predictions/shared", content=f"long {began}")
-    wait_for(began.exists)
-    os.kill(host, signal.SIGKILL)
-    killed = time.monotonic()
-    # TorchServe (0.12.0) never answers a request that it was handing to a worker as that one's connection closed.
-    wait_for(lambda: not any(worker.ready for worker in workers(both, "shared")))
-    meanwhile = [threads.submit(http.post, "/predictions/shared", content="a") for _ in range(6)]
-
-    assert inside.result().status_code in {500, 507}
-    assert {future.result().status_code for future in meanwhile} == {200}
-    assert time.monotonic() < killed + WITHIN_S, "nobody waits for an answer"
-    hosts, guests = hosts_and_guests(both)
-    assert (len(hosts), len(guests)) == (1, 2)
-    assert [http.post("/predictions/shared", content="b").json() for _ in range(6)] == [{"text": "B"}] * 6
-
-
-def test_a_guest_that_is_killed_costs_nothing(
-    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, tmp_path: Path
+@pytest.mark.parametrize("whose", ["host", "guest"])
+def test_a_host_or_a_guest_that_is_killed_comes_back(
+    both: Serving, http: httpx.Client, threads: ThreadPoolExecutor, tmp_path: Path, whose: str
 ) -> None:
     began = tmp_path / "began"
     (host,), guests = hosts_and_guests(both)
     inside = threads.submit(http.post, "/predictions/shared", content=f"long {began}")
     wait_for(began.exists)
-    for guest in guests:
-        os.kill(guest, signal.SIGKILL)
-    answers = [http.post("/predictions/shared", content="a") for _ in range(6)]
+    os.kill(host if whose == "host" else guests[0], signal.SIGKILL)
+    killed, left = time.monotonic(), 0 if whose == "host" else 2
+    # TorchServe (0.12.0) never answers a request that it is handing to a worker while that one's connection closes.
+    wait_for(lambda: sum(worker.ready for worker in workers(both, "shared")) == left)
+    meanwhile = [threads.submit(http.post, "/predictions/shared", content="a") for _ in range(6)]
 
-    assert [answer.json() for answer in answers] == [{"text": "A"}] * 6
-    assert inside.result().json()["text"].startswith("LONG")
-    assert psutil.pid_exists(host)
+    assert {future.result().status_code for future in meanwhile} == {200}
+    assert time.monotonic() < killed + WITHIN_S, "nobody waits for an answer"
+    assert inside.result().status_code in ({500, 507} if whose == "host" else {200, 500, 507})
+    hosts, guests = hosts_and_guests(both)
+    assert (len(hosts), len(guests)) == (1, 2)
+    assert [http.post("/predictions/shared", content="b").json() for _ in range(6)] == [{"text": "B"}] * 6
 
 
 def wait_for(true: Callable[[], bool], within_s: float = WITHIN_S) -> None:

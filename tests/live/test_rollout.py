@@ -20,6 +20,8 @@ from tests.live.conftest import run_tool
 from tests.live.door import PROTOCOLS, Served, ask, new_project, tool, write_version
 from torchserve_dag.clients import ServingError
 from torchserve_dag.front_door.door import Door
+from torchserve_dag.releases import hand
+from torchserve_dag.releases.rollout import Desk
 from torchserve_dag.releases.stop_if import DEFAULT
 from torchserve_dag.server.connect import torchserve_client
 
@@ -143,7 +145,24 @@ def test_a_good_version_takes_over_and_goes_back_and_no_request_fails(served: Se
     tool(served.root, "retire", "good/2.0")
     with torchserve_client(served.state) as client:
         assert [v.version for m in client.models() if m.name == "good" for v in m.versions] == ["1.0"]
+    assert (served.state.defaults()["good"], Door(served.state).traffic().defaults["good"]) == ("1.0", "1.0")
     assert ("good", "2.0") in served.state.retired()  # the next start leaves it out too
+
+
+def test_a_version_that_loads_is_rolled_back_at_once(served: Served) -> None:
+    desk = Desk(served.state)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(rollout, served, "good", "2.0", code=1)
+        wait_for(lambda: (now := desk.progress("good")) and now.stage == "loading")
+        began = time.monotonic()
+        gone = hand.roll_back(served.root, "good")
+
+        assert time.monotonic() - began < 5
+        assert (gone.stage, gone.reason) == ("back", "it was rolled back by hand")
+        assert asked.result()["stage"] == "back"
+    with torchserve_client(served.state) as client:
+        assert [v.version for m in client.models() if m.name == "good" for v in m.versions] == ["1.0"]
+    assert {ask_one(served, "good") for _ in range(20)} == {"1.0"}
 
 
 def ask_one(served: Served, model: str) -> str:

@@ -33,7 +33,6 @@ from torchserve_dag.releases.rollout import Desk, Plan, Progress
 from torchserve_dag.scores import score_in
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.ready import Readiness
 from torchserve_dag.server.state import State
 
 PLAN = Plan("m", "2.0", (5.0, 100.0), 60.0, stop_if.DEFAULT, 20, 3600.0, 600.0)
@@ -341,42 +340,43 @@ def used(process: psutil.Process) -> float:
 
 
 def test_workers_that_load_leave_the_cores_to_those_who_serve(processes: Callable[..., psutil.Process]) -> None:
-    serving = [processes("--sock-name", f"/tmp/.ts.sock.{i}") for i in range(os.cpu_count() or 1)]
-    new = [processes("--sock-name", f"/tmp/.ts.sock.{100 + i}") for i in range(2)]
+    cores = os.cpu_count() or 1
+    serving = [processes("--sock-name", f"/tmp/.ts.sock.{i}") for i in range(cores)]
+    new = [processes("--sock-name", f"/tmp/.ts.sock.{100 + i}") for i in range(cores)]
     with Gently(psutil.Process()) as gently:
-        gently.look([Readiness("m", "2.0", 0, 2, ("100", "101"))])
+        gently.hold(str(100 + i) for i in range(cores))
         time.sleep(3 * gently_module.LOOK_EVERY_S)
         before = [used(one) for one in (*serving, *new)]
         time.sleep(2)
         spent = [used(one) - was for one, was in zip((*serving, *new), before, strict=True)]
 
-    assert sum(spent[-2:]) < 0.25 * sum(spent)  # without it, two of four: half
-    assert all(one > 0 for one in spent[-2:])
+    assert 0 < sum(spent[cores:]) < 0.25 * sum(spent)  # without it, half
     assert psutil.STATUS_STOPPED not in {one.status() for one in new}
 
 
-def test_workers_that_load_may_use_cores_that_are_idle(processes: Callable[..., psutil.Process]) -> None:
-    new = processes("--port", "9000")
+def test_workers_that_load_use_cores_that_are_idle(
+    processes: Callable[..., psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gently_module, "idle_cores", lambda: 1)
+    new = [processes("--port", str(9000 + i)) for i in range(2)]
     with Gently(psutil.Process()) as gently:
-        gently.look([Readiness("m", "2.0", 0, 1, ("9000",))])
+        gently.hold(["9000", "9001"])
         time.sleep(3 * gently_module.LOOK_EVERY_S)
-        before = used(new)
+        before = [used(one) for one in new]
         time.sleep(2)
 
-        assert used(new) - before > 0.5
+        assert all(used(one) > was for one, was in zip(new, before, strict=True)), "each has its turns"
+        new[0].kill()
+        time.sleep(2 * gently_module.LOOK_EVERY_S)
+        gently.hold([])
+        time.sleep(2 * gently_module.LOOK_EVERY_S)
+        assert new[1].status() != psutil.STATUS_STOPPED, "it is not held any more"
 
 
-def test_a_worker_that_ends_and_one_that_is_not_new_are_left_alone(processes: Callable[..., psutil.Process]) -> None:
-    others = [processes("--sock-name", "/tmp/.ts.sock.1"), processes()]
-    new = processes("--sock-name", "/tmp/.ts.sock.100")
+def test_workers_are_known_by_their_socket(processes: Callable[..., psutil.Process]) -> None:
+    for words in (["--sock-name", "/tmp/.ts.sock.1"], ["--port", "1000"], ["--model", "100"], []):
+        processes(*words)
+    new = {processes("--sock-name", "/tmp/.ts.sock.100").pid, processes("--port", "10").pid}
 
-    assert workers_of(psutil.Process(), frozenset({"100", "10"})) == {new.pid}
+    assert workers_of(psutil.Process(), frozenset({"100", "10"})) == new
     assert workers_of(psutil.Process(), frozenset()) == set()
-    with Gently(psutil.Process()) as gently:
-        gently.look([Readiness("m", "2.0", 0, 1, ("100",))])
-        time.sleep(2 * gently_module.LOOK_EVERY_S)
-        new.kill()
-        new.wait()
-        time.sleep(2 * gently_module.LOOK_EVERY_S)
-
-        assert psutil.STATUS_STOPPED not in {one.status() for one in others}

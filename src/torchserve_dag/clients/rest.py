@@ -67,7 +67,7 @@ class _Ports:
             case SetDefault():
                 method, path = "PUT", f"/models/{_path(call.name, call.version)}/set-default"
             case Register():
-                method, path = "POST", f"/models?synchronous=false&url={quote(call.archive, safe='')}"
+                method, path = "POST", f"/models?url={quote(call.archive, safe='')}"
             case Unregister():
                 method, path = "DELETE", f"/models/{_path(call.name, call.version)}"
             case Feedback():

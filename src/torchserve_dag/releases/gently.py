@@ -6,6 +6,7 @@ on (SIGSTOP, SIGCONT), slice by slice of time, as there is a core that nothing e
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import signal
@@ -17,8 +18,6 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
-
-from torchserve_dag.server.ready import Readiness
 
 SLICE_S = 0.01
 """So long a worker goes on at a time. Where its core is wanted meanwhile, the two share it."""
@@ -32,7 +31,7 @@ WITHIN_S = 100.0
 
 
 class Gently:
-    """While it is entered, the workers that it was shown compute where a core is idle."""
+    """While it is entered, the workers that it holds compute where a core is idle."""
 
     def __init__(self, java: psutil.Process) -> None:
         """`java` is the process of TorchServe, whose children workers are."""
@@ -43,17 +42,22 @@ class Gently:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gently", daemon=True)
 
-    def look(self, versions: Iterable[Readiness]) -> None:
-        """These are the versions whose workers are new."""
-        self._ids = frozenset(worker for one in versions for worker in one.workers)
+    def hold(self, ids: Iterable[str]) -> None:
+        """These are the workers, by TorchServe's ids, and no others any more."""
+        self._ids = frozenset(ids)
 
     def __enter__(self) -> Gently:
+        atexit.register(self._end)  # or whom it stopped would stay so
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        atexit.unregister(self._end)
+        self._end()
+
+    def _end(self) -> None:
         self._over.set()
         self._thread.join()
 

@@ -231,12 +231,20 @@ def _load(root: Path, state: State, desk: Desk, asked: Progress) -> Progress:
     if not _is_served(traffic, plan):
         try:
             with torchserve_client(state) as client:
-                versions.bring(state, client, plan.model, plan.version, plan.ready_s)
+                versions.bring(state, client, plan.model, plan.version, plan.ready_s, lambda: _obey(desk, plan))
         except (ServerError, ServingError) as error:
             raise _BackError(f"{plan.version} did not come to serve: {error}") from None
         now = replace(now, brought=True)
         desk.note(now)
     return replace(now, stage="rolling")
+
+
+def _obey(desk: Desk, plan: Plan) -> Order | None:
+    """What somebody has ordered. Raises _BackError where that is to go back."""
+    order = desk.ordered(plan.model)
+    if order == "rollback":
+        raise _BackError("it was rolled back by hand")
+    return order
 
 
 def _is_served(traffic: Traffic, plan: Plan) -> bool:
@@ -261,10 +269,7 @@ def _step(door: Door, desk: Desk, now: Progress) -> Progress:
             old = _of(begin, plan.model, old_version)
         shown = replace(now, new=Numbers.of(new), old=Numbers.of(old))
         desk.note(shown)
-        order = desk.ordered(plan.model)
-        if order == "rollback":
-            raise _BackError("it was rolled back by hand")
-        if order == "promote":
+        if _obey(desk, plan) == "promote":
             return replace(shown, share=WHOLE, reason="it was promoted by hand")
         why = stop_if.reason(terms, new, old)
         if why:

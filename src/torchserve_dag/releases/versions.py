@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
 from torchserve_dag.archives import mar
-from torchserve_dag.clients import Client, ModelNotFound, ServingError, VersionInfo
+from torchserve_dag.clients import Client, ModelNotFound, ServerFailed, ServingError, VersionInfo
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.shares import ServedVersion
@@ -19,14 +21,19 @@ from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ready import Waiting
 from torchserve_dag.server.state import State
 
+POLL_S = 0.3
+
 EMPTY_S = 120.0
 """How long the requests inside a version may take until it is ended; its own time limit ends them before."""
 
 
-def bring(state: State, client: Client, model: str, version: str, timeout_s: float) -> None:
+def bring(
+    state: State, client: Client, model: str, version: str, timeout_s: float, look: Callable[[], object] | None = None
+) -> None:
     """Register a version from the model store, and wait until its model is loaded and warm.
 
-    Raises ServerError, with the worker's own words, where it never is; then it is not registered any more.
+    `look` is called every now and then, and may raise. Raises ServerError, with the worker's own words, where the
+    version never is ready. In both cases it is not registered any more.
     """
     record = running(state)
     archive = find_archive(Path(record.store), model, version)
@@ -35,13 +42,25 @@ def bring(state: State, client: Client, model: str, version: str, timeout_s: flo
     java = processes.java(record, state)
     if java is None:
         raise ServerError(f"TorchServe ended: {logs.server_failure() or 'it does not say why'}.")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="register")
     try:
-        client.register(archive.name, timeout=timeout_s)
         with Gently(java) as gently:
-            waiting.wait(client, lambda: processes.alive(java), timeout_s, gently.look)
+            registered = pool.submit(client.register, archive.name, timeout=timeout_s)  # until they have loaded
+            while not wait([registered], POLL_S).done:
+                gently.hold(_loading(client, model, version))
+                if look:
+                    look()
+            registered.result()
+        waiting.wait(client, lambda: processes.java(record, state) is not None, timeout_s)
+    except ServerFailed as error:  # TorchServe gives up at once where the first worker ends while it looks
+        _unregister(client, model, version)
+        why = logs.worker_failure(model, version) or error.message
+        raise ServerError(f"A worker of {model} {version} keeps failing: {why.rstrip('.')}.") from None
     except BaseException:
         _unregister(client, model, version)
         raise
+    finally:
+        pool.shutdown(wait=False)
     info = next(one for one in _versions(client, model) if one.version == version)
     served = ServedVersion(
         model, version, float(info.response_timeout_s), mar.is_ours(archive), mar.is_asynchronous(archive)
@@ -55,15 +74,15 @@ def retire(state: State, client: Client, model: str, version: str) -> None:
     door = Door(state)
     traffic = door.traffic()
     _check_unused(traffic, model, version)
-    if traffic.defaults[model] == version:  # routes.yaml shares the requests, and TorchServe keeps its default
-        weights = traffic.routes[model].versions
-        other = max(weights, key=lambda one: weights[one])
-        defaults.set_default(state, client, model, other)
-        door.change(lambda now: replace(now, defaults={**now.defaults, model: other}))
     leaves = next(one for one in traffic.served if (one.model, one.version) == (model, version))
     door.change(lambda now: replace(now, served=_without(now.served, leaves), leaving=(*now.leaving, leaves)))
     try:
         _wait_empty(door, leaves)
+        if traffic.defaults[model] == version:  # routes.yaml shares the requests, and TorchServe keeps its default
+            weights = traffic.routes[model].versions
+            other = max(weights, key=lambda one: weights[one])
+            defaults.set_default(state, client, model, other)
+            door.change(lambda now: replace(now, defaults={**now.defaults, model: other}))
         _unregister(client, model, version)
     except BaseException:  # an interrupt as well
         door.change(lambda now: replace(now, served=(*now.served, leaves), leaving=_without(now.leaving, leaves)))
@@ -82,6 +101,15 @@ def find_archive(store: Path, model: str, version: str) -> Path:
         known = ", ".join(one for name, one in found if name == model) or "none of it"
         raise ServerError(f"There is no archive of {model}/{version} in {store} (there is {known}): build it first.")
     return found[model, version]
+
+
+def _loading(client: Client, model: str, version: str) -> list[str]:
+    """The workers of a version that are not ready."""
+    try:
+        versions = _versions(client, model)
+    except ServingError:  # it is in the middle of something
+        return []
+    return [worker.id for one in versions if one.version == version for worker in one.workers if not worker.ready]
 
 
 def _versions(client: Client, model: str) -> tuple[VersionInfo, ...]:

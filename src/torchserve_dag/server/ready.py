@@ -27,8 +27,6 @@ class Readiness:
     """Workers whose model is loaded."""
     wanted: int
     """Zero until TorchServe has unpacked the archive."""
-    workers: tuple[str, ...] = ()
-    """TorchServe's ids of them, ready or not."""
 
     @property
     def done(self) -> bool:
@@ -82,8 +80,7 @@ class Waiting:
                 if not worker.ready and worker.pid > 0:
                     self._count(name, version, worker.id, worker.pid)
             ready = sum(worker.ready for worker in info.workers)
-            ids = tuple(worker.id for worker in info.workers)
-            found.append(Readiness(name, version, ready, max(1, info.min_workers), ids))
+            found.append(Readiness(name, version, ready, max(1, info.min_workers)))
         return found
 
     def _count(self, name: str, version: str, worker: str, pid: int) -> None:
