@@ -67,7 +67,8 @@ class _Ports:
             case SetDefault():
                 method, path = "PUT", f"/models/{_path(call.name, call.version)}/set-default"
             case Register():
-                method, path = "POST", f"/models?url={quote(call.archive, safe='')}"
+                # TorchServe waits for the workers in a thread that answers others, whose requests hang meanwhile.
+                method, path = "POST", f"/models?synchronous=false&url={quote(call.archive, safe='')}"
             case Unregister():
                 method, path = "DELETE", f"/models/{_path(call.name, call.version)}"
             case Feedback():

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
 from torchserve_dag.archives import mar
-from torchserve_dag.clients import Client, ModelNotFound, ServerFailed, ServingError, VersionInfo
+from torchserve_dag.clients import Client, ModelNotFound, ServingError, VersionInfo
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.shares import ServedVersion
@@ -18,10 +17,8 @@ from torchserve_dag.server import defaults, processes
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
-from torchserve_dag.server.ready import Waiting
+from torchserve_dag.server.ready import Readiness, Waiting
 from torchserve_dag.server.state import State
-
-POLL_S = 0.3
 
 EMPTY_S = 120.0
 """How long the requests inside a version may take until it is ended; its own time limit ends them before."""
@@ -38,29 +35,23 @@ def bring(
     record = running(state)
     archive = find_archive(Path(record.store), model, version)
     logs = Logs(state.logs)
-    waiting = Waiting({(model, version): archive.name}, logs)
+    waiting = Waiting({(model, version): archive.name}, logs, failures=1)
     java = processes.java(record, state)
     if java is None:
         raise ServerError(f"TorchServe ended: {logs.server_failure() or 'it does not say why'}.")
-    pool = ThreadPoolExecutor(1, thread_name_prefix="register")
     try:
+        client.register(archive.name, timeout=timeout_s)
         with Gently(java) as gently:
-            registered = pool.submit(client.register, archive.name, timeout=timeout_s)  # until they have loaded
-            while not wait([registered], POLL_S).done:
-                gently.hold(_loading(client, model, version))
+
+            def progress(seen: list[Readiness]) -> None:
+                gently.hold(worker for one in seen for worker in one.loading)
                 if look:
                     look()
-            registered.result()
-        waiting.wait(client, lambda: processes.java(record, state) is not None, timeout_s)
-    except ServerFailed as error:  # TorchServe gives up at once where the first worker ends while it looks
-        _unregister(client, model, version)
-        why = logs.worker_failure(model, version) or error.message
-        raise ServerError(f"A worker of {model} {version} keeps failing: {why.rstrip('.')}.") from None
+
+            waiting.wait(client, lambda: processes.java(record, state) is not None, timeout_s, progress)
     except BaseException:
         _unregister(client, model, version)
         raise
-    finally:
-        pool.shutdown(wait=False)
     info = next(one for one in _versions(client, model) if one.version == version)
     served = ServedVersion(
         model, version, float(info.response_timeout_s), mar.is_ours(archive), mar.is_asynchronous(archive)
@@ -101,15 +92,6 @@ def find_archive(store: Path, model: str, version: str) -> Path:
         known = ", ".join(one for name, one in found if name == model) or "none of it"
         raise ServerError(f"There is no archive of {model}/{version} in {store} (there is {known}): build it first.")
     return found[model, version]
-
-
-def _loading(client: Client, model: str, version: str) -> list[str]:
-    """The workers of a version that are not ready."""
-    try:
-        versions = _versions(client, model)
-    except ServingError:  # it is in the middle of something
-        return []
-    return [worker.id for one in versions if one.version == version for worker in one.workers if not worker.ready]
 
 
 def _versions(client: Client, model: str) -> tuple[VersionInfo, ...]:

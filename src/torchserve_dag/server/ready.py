@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import psutil
+
 from torchserve_dag.clients import Client, ModelInfo, ServingError
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
+from torchserve_dag.server.processes import alive
 
 POLL_S = 0.3
 FAILURES = 3
@@ -27,6 +30,8 @@ class Readiness:
     """Workers whose model is loaded."""
     wanted: int
     """Zero until TorchServe has unpacked the archive."""
+    loading: tuple[str, ...] = ()
+    """TorchServe's ids of its workers that are not ready."""
 
     @property
     def done(self) -> bool:
@@ -39,10 +44,11 @@ Progress = Callable[[list[Readiness]], None]
 class Waiting:
     """Looks at a starting server again and again."""
 
-    def __init__(self, archives: Mapping[ModelVersion, str], logs: Logs) -> None:
+    def __init__(self, archives: Mapping[ModelVersion, str], logs: Logs, failures: int = FAILURES) -> None:
         """`archives` are the files to be served, by what TorchServe registers them under."""
         self.archives = archives
         self.logs = logs
+        self._failures = failures
         self._pids: dict[tuple[str, str, str], set[int]] = {}
 
     def wait(
@@ -79,19 +85,27 @@ class Waiting:
             for worker in info.workers:
                 if not worker.ready and worker.pid > 0:
                     self._count(name, version, worker.id, worker.pid)
-            ready = sum(worker.ready for worker in info.workers)
-            found.append(Readiness(name, version, ready, max(1, info.min_workers)))
+            loading = tuple(worker.id for worker in info.workers if not worker.ready)
+            found.append(Readiness(name, version, len(info.workers) - len(loading), max(1, info.min_workers), loading))
         return found
 
     def _count(self, name: str, version: str, worker: str, pid: int) -> None:
         pids = self._pids.setdefault((name, version, worker), set())
         pids.add(pid)
-        if len(pids) >= FAILURES:
+        if len(pids) >= FAILURES or (len(pids) >= self._failures and _ended(pid)):
             why = self.logs.worker_failure(name, version) or "it does not say why"
             raise ServerError(
                 f"A worker of {name} {version} keeps failing: {why.rstrip('.')}; the rest is in "
                 f"{self.logs.folder / 'model_log.log'}."
             )
+
+
+def _ended(pid: int) -> bool:
+    """One of an asynchronous model that cannot be loaded is not started again."""
+    try:
+        return not alive(psutil.Process(pid))
+    except psutil.Error:
+        return True
 
 
 def _models(client: Client) -> list[ModelInfo] | None:
