@@ -1,6 +1,6 @@
 """What the front door costs, and whether a swap of versions, one that loads, and hostile clients are felt.
 
-    python loadtests/front_door.py                 all four, six minutes
+    python loadtests/front_door.py                 all four, ten minutes
     python loadtests/front_door.py cost swap       these
 
 The project's own archives are served (`scripts/demo` builds them), and a workflow that does nothing. All figures of one
