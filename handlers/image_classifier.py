@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import Label, Labels, Photo
-from torchserve_dag.placement import Placement
+from torchserve_dag import Handler, Label, Labels, Photo, Placement
 
 SIDE = 224
 """Pixels a side of the square that the model sees."""

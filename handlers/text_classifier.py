@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import InputError, Label, Labels, Text
-from torchserve_dag.placement import Placement
+from torchserve_dag import Handler, InputError, Label, Labels, Placement, Text
 
 MOST_CHARACTERS_A_TOKEN = 100
 """A text with more for each token that it may have is refused before it is split into tokens."""

@@ -11,9 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import InputError, Label, Labels, Photo
-from torchserve_dag.placement import Placement
+from torchserve_dag import Handler, InputError, Label, Labels, Photo, Placement
 
 MOST_OBLONG = 20
 """A side this many times the other is refused: a processor that keeps proportions would make it huge."""

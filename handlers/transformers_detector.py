@@ -13,9 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import Box, DetectedObject, InputError, Objects, Photo
-from torchserve_dag.placement import Placement
+from torchserve_dag import Box, DetectedObject, Handler, InputError, Objects, Photo, Placement
 
 MOST_OBLONG = 20
 """A side this many times the other is refused: resized as most models want it, nothing would be left of the other."""

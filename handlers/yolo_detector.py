@@ -13,9 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import Box, DetectedObject, Objects, Photo
-from torchserve_dag.placement import Placement
+from torchserve_dag import Box, DetectedObject, Handler, Objects, Photo, Placement
 
 SIDE = 416
 """Pixels a side of the square that the model sees."""

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 
-from torchserve_dag.engine.lanes import Lanes
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.engine.lanes import Lanes
+from torchserve_dag.runtime.messages import Text
+from torchserve_dag.runtime.workflow import Workflow
 
 FUNCTIONS = '''"""Functions that do nothing."""
 
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.messages import Text
 
 
 def same(text: Text) -> Text:

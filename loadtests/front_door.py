@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from loadtests import hostile  # noqa: E402 (this file may be run by its path)
-from torchserve_dag import serving  # noqa: E402
 from torchserve_dag.bench import machine  # noqa: E402
 from torchserve_dag.clients import Options, ServingError  # noqa: E402
 from torchserve_dag.front_door import certificate  # noqa: E402
@@ -39,9 +38,10 @@ from torchserve_dag.releases import hand, versions  # noqa: E402
 from torchserve_dag.server import torchserve  # noqa: E402
 from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens  # noqa: E402
 from torchserve_dag.server.state import State  # noqa: E402
+from torchserve_dag.stack import start as stack  # noqa: E402
 
 ECHO = """
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.messages import Text
 
 def same(text: Text) -> Text:
     return text
@@ -75,11 +75,11 @@ def server(folder: Path) -> Iterator[State]:
         (folder / "model_store" / archive.name).symlink_to(archive)
     # Long limits: the hostile part measures what is held, not what was ended.
     (folder / "front_door.yaml").write_text("limits: {headers_s: 60, idle_s: 60, requests_per_second: 100000}\n")
-    serving.start(folder, torchserve.Options(free_ports=True))
+    stack.start(folder, torchserve.Options(free_ports=True))
     try:
         yield State(folder)
     finally:
-        serving.stop(folder)
+        stack.stop(folder)
 
 
 def build(folder: Path) -> None:
@@ -103,7 +103,7 @@ def split(old: int, new: int | None) -> str:
 def cost(state: State) -> dict[str, Any]:
     """A request of 1 KB to a model that does nothing: past the front door, and through it, in turns."""
     found = {}
-    with torchserve_client(state, "grpc") as straight, serving.client(state, "grpc") as through:
+    with torchserve_client(state, "grpc") as straight, stack.client(state, "grpc") as through:
         calls = {"straight": grpc_call(straight), "through": grpc_call(through)}
         found["gRPC"] = in_turns(calls)
     where, door = running(state).addresses, Door(state).record()
@@ -111,7 +111,7 @@ def cost(state: State) -> dict[str, Any]:
     host, port = where.inference.removeprefix("http://").split(":")
     straight_http = http.client.HTTPConnection(host, int(port))
     context = certificate.trust(Path(door.certificate))
-    host, port = serving.here(door.settings).split(":")
+    host, port = stack.here(door.settings).split(":")
     through_http = http.client.HTTPSConnection(host, int(port), context=context)
     calls = {
         "straight": http_call(straight_http, torchserve_tokens(state).inference),
@@ -160,7 +160,7 @@ class Load:
         self.times: list[tuple[float, float]] = []
         """When a request was due, and how many milliseconds later it was answered."""
         self.failed: list[str] = []
-        self._client = serving.client(state)
+        self._client = stack.client(state)
         self._photo = (ROOT / PHOTO).read_bytes()
         self._pause, self._stop = 1 / per_second, threading.Event()
 
@@ -262,7 +262,7 @@ def rate_of(state: State, clients: int = 8, seconds: float = 12.0) -> float:
 
     def work(_: int) -> int:
         done = 0
-        with serving.client(state) as client:
+        with stack.client(state) as client:
             while time.monotonic() < end:
                 client.predict(WORKFLOW, photo)
                 done += 1
@@ -279,7 +279,7 @@ def under_attack(state: State) -> dict[str, Any]:
     """A good client's times while others are hostile."""
     door = Door(state).record()
     assert door  # noqa: S101 (it was started)
-    host, port = serving.here(door.settings).split(":")
+    host, port = stack.here(door.settings).split(":")
     where = (host, int(port), own_token(state))
     found: dict[str, Any] = {"nobody hostile": good_times(state)}
     ways: dict[str, Callable[..., None]] = {
@@ -305,7 +305,7 @@ def under_attack(state: State) -> dict[str, Any]:
 def good_times(state: State, seconds: float = 10.0) -> dict[str, float]:
     """Of the echo, fifty times a second."""
     times, failed, end = [], 0, time.monotonic() + seconds
-    with serving.client(state) as client:
+    with stack.client(state) as client:
         while time.monotonic() < end:
             began = time.monotonic()
             try:

@@ -25,10 +25,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from torchserve_dag import codec
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure, Photo
-from torchserve_dag.project import Project, import_file
+from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.messages import Failure, Photo
+from torchserve_dag.runtime.models.load import load_handler
+from torchserve_dag.runtime.project.folders import Project, import_file
+from torchserve_dag.runtime.workflow import Workflow
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ("empty", "coffee", "chelsea", "five")
@@ -67,7 +68,7 @@ def bare_loop(device: str, batch: int) -> Callable[[list[bytes]], Any]:
     """Decode, detect, crop, classify: whole batches, one after another, in one thread."""
     project = Project(ROOT)
     detect, classify = (
-        project.load(project.handler(name), device=device, batch=size)
+        load_handler(project, project.handler(name), device=device, batch=size)
         for name, size in (("yolo_detector", batch), ("image_classifier", OBJECTS * batch))
     )
     functions = import_file(ROOT / "workflows" / "detect_classify.py")

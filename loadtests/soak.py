@@ -35,7 +35,7 @@ from rich.progress import track
 
 from torchserve_dag.clients import Options, ServingError
 from torchserve_dag.clients.client import Client
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.messages import Text
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
@@ -71,7 +71,7 @@ FUNCTIONS = '''"""Functions of the soak."""
 import time
 from collections.abc import Iterator
 
-from torchserve_dag.messages import InputError, Skipped, Text
+from torchserve_dag.runtime.messages import InputError, Skipped, Text
 
 
 def words(text: Text) -> list[Text]:

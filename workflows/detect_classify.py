@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from torchserve_dag.messages import Box, DetectedObject, Label, Labels, Objects, Photo, Skipped
+from torchserve_dag import Box, DetectedObject, Label, Labels, Objects, Photo, Skipped
 
 NAMED = 3
 """How many objects a sentence names before it only counts."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import contract
 import works
 
-from torchserve_dag import source
+from torchserve_dag.runtime.data import source
 from torchserve_dag.server import java, properties
 from torchserve_dag.server.ports import Addresses
 

@@ -90,8 +90,8 @@ def _on_the_device(items: list[Any]) -> list[Any]:
 
 
 def _photo_detector() -> Step:
-    from torchserve_dag import codec  # noqa: PLC0415 (it brings torch)
-    from torchserve_dag.messages import Photo  # noqa: PLC0415
+    from torchserve_dag import Photo  # noqa: PLC0415
+    from torchserve_dag.runtime.data import codec  # noqa: PLC0415 (it brings torch)
 
     detect = _handler("yolo_detector")
 
@@ -103,8 +103,8 @@ def _photo_detector() -> Step:
 
 
 def _photo_classifier() -> Step:
-    from torchserve_dag import codec  # noqa: PLC0415 (as above)
-    from torchserve_dag.project import import_file  # noqa: PLC0415
+    from torchserve_dag.runtime.data import codec  # noqa: PLC0415 (as above)
+    from torchserve_dag.runtime.project.folders import import_file  # noqa: PLC0415
 
     classify = _handler("image_classifier")
     functions = import_file(ROOT / "workflows/detect_classify.py")
@@ -121,12 +121,13 @@ def _photo_classifier() -> Step:
 
 def _handler(name: str) -> Step:
     """A handler of this project, in batches of the size that its own file says."""
-    from torchserve_dag.messages import Failure  # noqa: PLC0415 (as above)
-    from torchserve_dag.project import Project  # noqa: PLC0415
+    from torchserve_dag import Failure  # noqa: PLC0415 (as above)
+    from torchserve_dag.runtime.models.load import load_handler  # noqa: PLC0415
+    from torchserve_dag.runtime.project.folders import Project  # noqa: PLC0415
 
     project = Project(ROOT)
     file = project.handler(name)
-    stages = project.load(file)
+    stages = load_handler(project, file)
 
     def step(items: list[Any]) -> list[Any]:
         answers = _in_chunks(stages, items, file.value.run.batch)

@@ -1,1 +1,69 @@
-"""torchserve-dag: keep your TorchServe handlers and clients; get the workflow engine that it never had."""
+"""Keep your TorchServe handlers, archives and clients; get the workflow engine that TorchServe never had.
+
+What handlers, workflows and clients are written with is here by its name, and imported when it is first used:
+
+    from torchserve_dag import Handler, InputError, Photo, Workflow
+
+The rest of the package is its own, and may change.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchserve_dag.clients import AsyncGrpcClient as AsyncGrpcClient
+    from torchserve_dag.clients import AsyncRestClient as AsyncRestClient
+    from torchserve_dag.clients import GrpcClient as GrpcClient
+    from torchserve_dag.clients import RequestRefused as RequestRefused
+    from torchserve_dag.clients import RestClient as RestClient
+    from torchserve_dag.clients import ServingError as ServingError
+    from torchserve_dag.runtime.compute.placement import Placement as Placement
+    from torchserve_dag.runtime.handler import Handler as Handler
+    from torchserve_dag.runtime.handler import NoSettings as NoSettings
+    from torchserve_dag.runtime.messages import Box as Box
+    from torchserve_dag.runtime.messages import DetectedObject as DetectedObject
+    from torchserve_dag.runtime.messages import Failure as Failure
+    from torchserve_dag.runtime.messages import InputError as InputError
+    from torchserve_dag.runtime.messages import Label as Label
+    from torchserve_dag.runtime.messages import Labels as Labels
+    from torchserve_dag.runtime.messages import Objects as Objects
+    from torchserve_dag.runtime.messages import Photo as Photo
+    from torchserve_dag.runtime.messages import Skipped as Skipped
+    from torchserve_dag.runtime.messages import Text as Text
+    from torchserve_dag.runtime.workflow import Workflow as Workflow
+
+_HOMES = {
+    "clients": ("AsyncGrpcClient", "AsyncRestClient", "GrpcClient", "RequestRefused", "RestClient", "ServingError"),
+    "runtime.compute.placement": ("Placement",),
+    "runtime.handler": ("Handler", "NoSettings"),
+    "runtime.messages": (
+        "Box",
+        "DetectedObject",
+        "Failure",
+        "InputError",
+        "Label",
+        "Labels",
+        "Objects",
+        "Photo",
+        "Skipped",
+        "Text",
+    ),
+    "runtime.workflow": ("Workflow",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 (the table above is the list)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import write_hub_project
-from torchserve_dag import codec
-from torchserve_dag.messages import Photo
-from torchserve_dag.project import Project
-from torchserve_dag.stages import Stages
+from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.messages import Photo
+from torchserve_dag.runtime.models.load import load_handler
+from torchserve_dag.runtime.models.stages import Stages
+from torchserve_dag.runtime.project.folders import Project
 
 ROOT = Path(__file__).parents[2]
 Load = Callable[[str], Stages]
@@ -34,7 +35,7 @@ def load(project: Project, hub_project: Project) -> Load:
     @cache
     def loaded(name: str) -> Stages:
         home = hub_project if hub_project.find("handlers", name) else project
-        return home.load(home.handler(name), device="cpu")
+        return load_handler(home, home.handler(name), device="cpu")
 
     return loaded
 

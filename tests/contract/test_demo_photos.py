@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from torchserve_dag.messages import Photo
-from torchserve_dag.stages import Stages
+from torchserve_dag.runtime.messages import Photo
+from torchserve_dag.runtime.models.stages import Stages
 
 Load = Callable[[str], Stages]
 Read = Callable[[str], Photo]

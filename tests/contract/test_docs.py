@@ -25,12 +25,12 @@ from click import Context
 
 from tests.contract.conftest import ROOT
 from torchserve_dag.commands import app
-from torchserve_dag.engine.mermaid import mermaid
-from torchserve_dag.engine.workflow import read_graph
-from torchserve_dag.engine.workflow_file import NodeFile, ServedFile, TorchServeFile, WorkflowFile
-from torchserve_dag.handler_file import Serve
-from torchserve_dag.options import HEADERS
-from torchserve_dag.project import Project
+from torchserve_dag.pictures.mermaid import mermaid
+from torchserve_dag.runtime.data.options import HEADERS
+from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.handler_file import Serve
+from torchserve_dag.runtime.project.workflow_file import NodeFile, ServedFile, TorchServeFile, WorkflowFile
 
 DOCS = ROOT / "docs"
 INDEX = DOCS / "workflows" / "README.md"

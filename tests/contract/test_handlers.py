@@ -13,10 +13,11 @@ import pytest
 import yaml
 from PIL import Image, ImageOps
 
-from torchserve_dag import codec, plain
-from torchserve_dag.messages import Failure, Labels, Objects, Photo, Text
-from torchserve_dag.project import Project
-from torchserve_dag.stages import Stages
+from torchserve_dag.runtime.data import codec, plain
+from torchserve_dag.runtime.messages import Failure, Labels, Objects, Photo, Text
+from torchserve_dag.runtime.models.load import load_handler
+from torchserve_dag.runtime.models.stages import Stages
+from torchserve_dag.runtime.project.folders import Project
 
 HANDLERS = [
     "yolo_detector",
@@ -125,7 +126,7 @@ def test_more_tokens_than_the_model_takes_is_refused_at_load(hub_project: Projec
     project = _with(hub_project, tmp_path, "text_classifier", max_tokens=512)
 
     with pytest.raises(ValueError, match=r"max_tokens is 512, and .* takes 32 at most"):
-        project.load(project.handler("text_classifier"))
+        load_handler(project, project.handler("text_classifier"))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_a_model_of_another_task_is_refused_at_load(
     project = _with(hub_project, tmp_path, name, model=model)
 
     with pytest.raises((ValueError, OSError)):
-        project.load(project.handler(name))
+        load_handler(project, project.handler(name))
 
 
 def test_a_model_without_its_head_is_refused_at_load(hub_project: Project, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_a_model_without_its_head_is_refused_at_load(hub_project: Project, tmp_p
     trained.distilbert.save_pretrained(project.weights / "headless")
 
     with pytest.raises(ValueError, match=r"headless is not trained to classify texts: it lacks classifier\.bias"):
-        project.load(project.handler("text_classifier"))
+        load_handler(project, project.handler("text_classifier"))
 
 
 def test_two_views_make_the_mirror_image_no_matter(load: Load, photo: Read) -> None:

@@ -13,11 +13,11 @@ import yaml
 
 from tests.contract.conftest import ROOT
 from tests.contract.test_docs import parse
-from torchserve_dag import plain
 from torchserve_dag.front_door.bootstrap import bootstrap
 from torchserve_dag.front_door.routes_file import RouteFile, Routes
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.releases import stop_if
+from torchserve_dag.runtime.data import plain
 
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("releasing", "experiments", "exposed")]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure, Label, Photo
-from torchserve_dag.rows import Row
+from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.messages import Failure, Label, Photo
+from torchserve_dag.runtime.workflow import Workflow
 
 NET = """
     import torch
@@ -106,7 +106,7 @@ OWN = """
     output: label
 """
 OWN_FUNCTIONS = """
-    from torchserve_dag.messages import Label, Text
+    from torchserve_dag.runtime.messages import Label, Text
 
     def label(colour: Text) -> Label:
         return Label(colour.text, 1.0)

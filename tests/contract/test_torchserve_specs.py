@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests import torchserve_specs as specs
-from torchserve_dag.engine.torchserve_file import check_torchserve_file
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure
-from torchserve_dag.project import Project
-from torchserve_dag.source import CheckError
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.graph.torchserve.spec import check_torchserve_file
+from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.workflow import Workflow
 
 Write = Callable[[str], Path]
 

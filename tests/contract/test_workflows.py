@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.contract.conftest import ROOT
-from torchserve_dag import codec
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure, Photo
+from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.messages import Failure, Photo
+from torchserve_dag.runtime.workflow import Workflow
 
 Read = Callable[[str], Photo]
 

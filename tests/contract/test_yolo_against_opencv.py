@@ -11,9 +11,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from torchserve_dag.messages import Photo
-from torchserve_dag.project import Project
-from torchserve_dag.stages import Stages
+from torchserve_dag.runtime.messages import Photo
+from torchserve_dag.runtime.models.stages import Stages
+from torchserve_dag.runtime.project.folders import Project
 
 LEAST = 0.01
 """OpenCV makes every lower score 0; its own default is 0.2, over all that it sees in the astronaut."""

@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.live.conftest import ROOT
-from torchserve_dag import serving
 from torchserve_dag.clients import GrpcClient, Options, RestClient
 from torchserve_dag.commands import app
 from torchserve_dag.front_door import certificate
@@ -23,6 +22,7 @@ from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import hand
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.state import State
+from torchserve_dag.stack import start as stack
 
 PROTOCOLS = ("rest", "grpc")
 SEEN = re.compile(r'^ts_inference_requests_total\{.*model_name="echo",model_version="1\.0".*\} (\S+)$', re.MULTILINE)
@@ -59,10 +59,10 @@ class Served:
     def address(self) -> str:
         record = self.door.record()
         assert record
-        return serving.here(record.settings)
+        return stack.here(record.settings)
 
     def client(self, protocol: str) -> RestClient | GrpcClient:
-        return serving.client(self.state, protocol)  # type: ignore[arg-type]
+        return stack.client(self.state, protocol)  # type: ignore[arg-type]
 
     def http(self, token: str | None = None, **more: Any) -> httpx.Client:
         """A plain client, as anybody's."""

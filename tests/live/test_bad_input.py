@@ -26,7 +26,7 @@ from torchserve_dag.clients import (
     TooLarge,
     Unauthorized,
 )
-from torchserve_dag.messages import Labels
+from torchserve_dag.runtime.messages import Labels
 
 WORKFLOW = "detect_classify"
 COFFEE = Path(__file__).parents[2] / "photos" / "coffee.jpg"

@@ -38,7 +38,7 @@ from torchserve_dag.clients import (
     UnexpectedAnswer,
     Unreachable,
 )
-from torchserve_dag.messages import Label, Text
+from torchserve_dag.runtime.messages import Label, Text
 
 HANDLER = '''
 import json

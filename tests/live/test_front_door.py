@@ -34,15 +34,15 @@ from torchserve_dag.clients import (
 )
 from torchserve_dag.front_door import certificate
 from torchserve_dag.front_door.tokens import ALGORITHM, ISSUER
+from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.server.connect import torchserve_client
-from torchserve_dag.source import CheckError
 
 pytestmark = pytest.mark.timeout(300)
 
 FUNCTIONS = """
 from __future__ import annotations
 import os, time
-from torchserve_dag.messages import InputError, Text
+from torchserve_dag.runtime.messages import InputError, Text
 
 def answer(text: str, version: str) -> Text:
     if text == "refuse": raise InputError("That is refused.", 422)

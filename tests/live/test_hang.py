@@ -10,14 +10,14 @@ import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import DeadlineExceeded, ServingError
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.messages import Text
 from torchserve_dag.server.state import State
 
 CODE = """
 from __future__ import annotations
 import time
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.handler import Handler
+from torchserve_dag.runtime.messages import Text
 
 class Sleeper(Handler[Text, str, str, Text]):
     def load(self, folder, settings, placement): pass

@@ -13,7 +13,7 @@ import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import RequestRefused, RestClient
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.messages import Text
 from torchserve_dag.server.state import State
 
 WORKFLOW = """
@@ -29,7 +29,7 @@ output: add
 """
 
 FUNCTIONS = """
-from torchserve_dag.messages import InputError, Text
+from torchserve_dag.runtime.messages import InputError, Text
 
 def split(item: Text) -> list[str]:
     if item.text == "?":

@@ -16,7 +16,7 @@ import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import ServingError, Tokens, WorkerInfo
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.messages import Text
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
 
@@ -37,7 +37,7 @@ serve: {{mode: {mode}, max_inside: {inside}, timeout_s: 20}}
 CODE = """
 import time
 from pathlib import Path
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.messages import Text
 
 def shout(request: Text) -> Text:
     if request.text == "slow":

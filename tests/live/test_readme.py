@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from tests.live.conftest import ROOT
-from torchserve_dag.engine.mermaid import mermaid
-from torchserve_dag.engine.workflow import read_graph
-from torchserve_dag.project import Project
+from torchserve_dag.pictures.mermaid import mermaid
+from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.server import ports, properties
 from torchserve_dag.server.ports import Addresses
 

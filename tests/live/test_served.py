@@ -14,8 +14,8 @@ import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import Client, GrpcClient, RequestRefused, RestClient, ServerFailed
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure, Labels, Text
+from torchserve_dag.runtime.messages import Failure, Labels, Text
+from torchserve_dag.runtime.workflow import Workflow
 from torchserve_dag.server import ports
 from torchserve_dag.server.state import State
 
@@ -25,8 +25,8 @@ import os
 import re
 import time
 from pathlib import Path
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import InputError, Label, Labels, Text
+from torchserve_dag.runtime.handler import Handler
+from torchserve_dag.runtime.messages import InputError, Label, Labels, Text
 
 class Upper(Handler[Text, str, str, Labels]):
     def load(self, folder, settings, placement): pass
@@ -56,7 +56,7 @@ card: {does: Shouts., input: Text., output: "The text in capitals, and who did i
 
 FUNCTIONS = """
 from __future__ import annotations
-from torchserve_dag.messages import Labels, Text
+from torchserve_dag.runtime.messages import Labels, Text
 
 def split(text: Text) -> list[Text]:
     return [Text(word) for word in text.text.split()]

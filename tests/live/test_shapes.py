@@ -14,7 +14,7 @@ import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import Options, ServingError
-from torchserve_dag.messages import Text
+from torchserve_dag.runtime.messages import Text
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
 
@@ -56,7 +56,7 @@ output: answer
 CODE = '''"""Functions of the shapes."""
 
 
-from torchserve_dag.messages import InputError, Text
+from torchserve_dag.runtime.messages import InputError, Text
 
 
 

@@ -17,13 +17,13 @@ import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import RequestRefused, ServingError, Tokens
-from torchserve_dag.messages import Text
-from torchserve_dag.options import Options
+from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.messages import Text
+from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
+from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
-from torchserve_dag.serving import client as through
-from torchserve_dag.torchserve.protos.inference_pb2 import PredictionsRequest
-from torchserve_dag.torchserve.protos.inference_pb2_grpc import InferenceAPIsServiceStub
+from torchserve_dag.stack.start import client as through
 
 PACE_S = 0.4
 """How long a slow word takes."""
@@ -42,7 +42,7 @@ FILES = {
         import time
         from collections.abc import Iterator
         from pathlib import Path
-        from torchserve_dag.messages import InputError, Text
+        from torchserve_dag.runtime.messages import InputError, Text
 
         def tell(request: Text) -> Iterator[Text]:
             for word in request.text.split():
@@ -80,7 +80,7 @@ FILES = {
         from __future__ import annotations
         from collections.abc import Iterator
         from dataclasses import dataclass
-        from torchserve_dag.messages import Text
+        from torchserve_dag.runtime.messages import Text
 
         @dataclass(frozen=True)
         class Word:
@@ -99,7 +99,7 @@ FILES = {
         output: shout
         """,
     "shout.py": """
-        from torchserve_dag.messages import Text
+        from torchserve_dag.runtime.messages import Text
 
         def shout(request: Text) -> Text: return Text(request.text.upper())
         """,

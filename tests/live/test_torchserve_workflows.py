@@ -24,7 +24,7 @@ from tests import torchserve_specs as specs
 from tests.live.conftest import run_tool
 from tests.live.test_stock import READY_S, STOCK
 from torchserve_dag.archives.mar import private_tempdir
-from torchserve_dag.engine.workflow import Workflow
+from torchserve_dag.runtime.workflow import Workflow
 from torchserve_dag.server import java, ports
 
 # TorchServe 0.12.0 loses an answer now and then, and asks again after the timeout.

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from torchserve_dag import serving
 from torchserve_dag.clients import RestClient, Tokens
 from torchserve_dag.server import java, processes, properties
 from torchserve_dag.server.connect import running
@@ -24,6 +23,7 @@ from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.ready import Waiting
 from torchserve_dag.server.state import State
+from torchserve_dag.stack import start as stack
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(300)
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.timeout(300)
 HANDLER = """
 from __future__ import annotations
 from dataclasses import dataclass
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import InputError, Text
+from torchserve_dag.runtime.handler import Handler
+from torchserve_dag.runtime.messages import InputError, Text
 
 @dataclass(frozen=True)
 class Settings:
@@ -72,7 +72,7 @@ def project(tmp_path: Path) -> Iterator[Path]:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "hello.txt").write_text("hello")
     yield tmp_path
-    serving.stop(tmp_path)
+    stack.stop(tmp_path)
 
 
 def run(project: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,8 @@ import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
 from torchserve_dag.clients import Client, GrpcClient, RestClient
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Labels, Objects
+from torchserve_dag.runtime.messages import Labels, Objects
+from torchserve_dag.runtime.workflow import Workflow
 
 Photo = Callable[[str], bytes]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import InputError, Skipped
-from torchserve_dag.plain import name_of
+from torchserve_dag.runtime.data.plain import name_of
+from torchserve_dag.runtime.handler import Handler
+from torchserve_dag.runtime.messages import InputError, Skipped
 
 DIGITS = 10
 LENGTHS = (0, 1, 2, 3, 0, 1, 5, 2, 9, 1)

@@ -23,7 +23,7 @@ from tests.property.workflows import (
     Run,
     Step,
 )
-from torchserve_dag.messages import InputError, Skipped
+from torchserve_dag.runtime.messages import InputError, Skipped
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from tests.property.functions import NUM, OPS, Op
 from tests.property.trial import load, write
 from tests.property.workflows import Flow, Run, Step
 from tests.property.workflows import Path as PathTo
-from torchserve_dag.engine.queue import FairQueue
-from torchserve_dag.engine.request import PENDING, Item, Request
+from torchserve_dag.runtime.engine.queue import FairQueue
+from torchserve_dag.runtime.engine.request import PENDING, Item, Request
 
 ONE_STEP = Flow(
     "flow",

@@ -32,7 +32,7 @@ from tests.property.trial import (
 )
 from tests.property.workflows import Flow, Otherwise, Run, Step, asks, flows
 from tests.property.workflows import Path as PathTo
-from torchserve_dag.messages import Failure, Skipped
+from torchserve_dag.runtime.messages import Failure, Skipped
 
 MORE = int(os.environ.get("EXAMPLES", "0"))
 

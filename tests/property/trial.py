@@ -17,12 +17,12 @@ import yaml
 from tests.property.functions import BATCHES, OPS, Call, Op, shared
 from tests.property.naive import Outcome, naive
 from tests.property.workflows import Ask, Flow
-from torchserve_dag import plain
-from torchserve_dag.engine.request import Request
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure
-from torchserve_dag.options import Options
-from torchserve_dag.source import CheckError
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.engine.request import Request
+from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.workflow import Workflow
 
 LIMIT_S = 20.0
 """A request that takes longer hangs."""

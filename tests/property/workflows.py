@@ -22,7 +22,7 @@ from tests.property.functions import (
     listing,
     make,
 )
-from torchserve_dag import plain
+from torchserve_dag.runtime.data import plain
 
 T = TypeVar("T")
 MOST_STEPS = 7

@@ -61,8 +61,8 @@ IMPORTS = """
 from __future__ import annotations
 import time
 from dataclasses import dataclass
-from torchserve_dag.handler import Handler
-from torchserve_dag.messages import InputError, Skipped, Text
+from torchserve_dag.runtime.handler import Handler
+from torchserve_dag.runtime.messages import InputError, Skipped, Text
 """
 
 Write = Callable[..., Path]

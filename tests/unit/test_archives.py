@@ -15,7 +15,7 @@ import yaml
 
 from torchserve_dag.archives import mar, stamp, weights
 from torchserve_dag.archives.build import Report, build
-from torchserve_dag.project import Project
+from torchserve_dag.runtime.project.folders import Project
 
 WEIGHTS = b"0.5\n"
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()

@@ -20,11 +20,18 @@ from ts.protocol.otf_message_handler import create_predict_response, retrieve_ms
 
 from tests.unit.conftest import Write
 from tests.unit.front_end import REST, WAIT_S, FrontEnd, request
-from torchserve_dag.asynchronous import Answering
-from torchserve_dag.guard import LOADED
-from torchserve_dag.incoming import read_incoming
-from torchserve_dag.service import Service
-from torchserve_dag.wire import Asked, Messages, Told, read_answers, read_requests, write_answers
+from torchserve_dag.runtime.worker.incoming import read_incoming
+from torchserve_dag.runtime.worker.service import Service
+from torchserve_dag.runtime.worker.torchserve.asynchronous import Answering
+from torchserve_dag.runtime.worker.torchserve.guard import LOADED
+from torchserve_dag.runtime.worker.torchserve.wire import (
+    Asked,
+    Messages,
+    Told,
+    read_answers,
+    read_requests,
+    write_answers,
+)
 
 # The socket's protocol, held against TorchServe's own.
 
@@ -311,7 +318,7 @@ def worker(project: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> Iter
     (project / "build.json").write_text(json.dumps({"file": "workflows/flow.yaml"}))
     ours, theirs = socket.socketpair()
     process = subprocess.Popen(
-        [sys.executable, "-m", "torchserve_dag.asynchronous", str(project), "", "60", str(theirs.fileno())],
+        [sys.executable, "-m", "torchserve_dag.runtime.worker.torchserve.asynchronous", str(project), "", "60", str(theirs.fileno())],
         pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "LOG_LOCATION": str(project), "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip

@@ -26,8 +26,8 @@ from torchserve_dag.bench.measure import rotated
 from torchserve_dag.bench.plan import Work, read
 from torchserve_dag.bench.window import Counts, Percentiles, percentiles
 from torchserve_dag.commands import app
-from torchserve_dag.torchserve.protos.inference_pb2 import PredictionResponse
-from torchserve_dag.torchserve.protos.inference_pb2_grpc import (
+from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse
+from torchserve_dag.runtime.protos.inference_pb2_grpc import (
     InferenceAPIsServiceServicer,
     add_InferenceAPIsServiceServicer_to_server,
 )

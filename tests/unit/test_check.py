@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import Write
-from torchserve_dag.engine.check import check
-from torchserve_dag.engine.graph import Graph
-from torchserve_dag.messages import Skipped, Text
-from torchserve_dag.project import Project
-from torchserve_dag.source import CheckError, Problem
+from torchserve_dag.runtime.data.source import CheckError, Problem
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.read import workflow_graph as check
+from torchserve_dag.runtime.messages import Skipped, Text
+from torchserve_dag.runtime.project.folders import Project
 
 FUNCTIONS = """
     def twice(text: Text) -> Text: return Text(text.text * 2)
@@ -366,11 +366,11 @@ def handler_problem(project: Path, code: str | None = None, card: str | None = N
         ("x = 1\nimport no_such_package\n", 2, "importing it raised ModuleNotFoundError"),
         ("x = 1\n", 1, "0 subclasses of Handler, where one is meant"),
         (
-            "from torchserve_dag.handler import Handler\nclass A(Handler): pass\nclass B(Handler): pass\n",
+            "from torchserve_dag import Handler\nclass A(Handler): pass\nclass B(Handler): pass\n",
             1,
             "2 subclasses of Handler, where one is meant",
         ),
-        ("from torchserve_dag.handler import Handler\nclass A(Handler): pass\n", 1, "A.preprocess does not say"),
+        ("from torchserve_dag import Handler\nclass A(Handler): pass\n", 1, "A.preprocess does not say"),
     ],
 )
 def test_a_handler_that_is_not_fit_to_serve_is_named(project: Path, code: str, line: int, what: str) -> None:

@@ -48,14 +48,9 @@ from torchserve_dag.clients import (
 from torchserve_dag.clients.bodies import body_of
 from torchserve_dag.clients.errors import error_of
 from torchserve_dag.clients.pieces import Pieces, Sieve
-from torchserve_dag.messages import Box, DetectedObject, Label, Objects, Photo, Text
-from torchserve_dag.torchserve import protos
-from torchserve_dag.torchserve.protos import (
-    inference_pb2,
-    inference_pb2_grpc,
-    management_pb2,
-    management_pb2_grpc,
-)
+from torchserve_dag.runtime import protos
+from torchserve_dag.runtime.messages import Box, DetectedObject, Label, Objects, Photo, Text
+from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc, management_pb2, management_pb2_grpc
 
 OBJECTS = Objects(4, 3, [DetectedObject("cat", 0.5, Box(0.0, 0.0, 1.0, 1.0))])
 FAILURE = {"code": 415, "type": "InputError", "message": "No.", "node": "detect", "request_id": "r1"}

@@ -16,8 +16,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from torchserve_dag import codec
-from torchserve_dag.messages import Box, DetectedObject, Failure, InputError, Label, Labels, Objects, Photo, Text
+from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.messages import (
+    Box,
+    DetectedObject,
+    Failure,
+    InputError,
+    Label,
+    Labels,
+    Objects,
+    Photo,
+    Text,
+)
 
 
 def written(image: Image.Image, kind: str, **how: Any) -> bytes:

@@ -13,10 +13,10 @@ from typing import Literal
 import pytest
 
 from tests.unit.conftest import CARD, IMPORTS, Write
-from torchserve_dag.engine.request import Request
-from torchserve_dag.engine.types import fits
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure, Text
+from torchserve_dag.runtime.engine.request import Request
+from torchserve_dag.runtime.graph.types import fits
+from torchserve_dag.runtime.messages import Failure, Text
+from torchserve_dag.runtime.workflow import Workflow
 
 EACH = """
     split: {handler: words}
@@ -231,7 +231,7 @@ def test_a_skipped_node_is_the_answer_of_what_needs_it(write: Write) -> None:
 
 
 def test_a_fan_out_over_too_many_elements_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchserve_dag.engine.request.MAX_ELEMENTS", 5)
+    monkeypatch.setattr("torchserve_dag.runtime.engine.request.MAX_ELEMENTS", 5)
     with Workflow.load(write(EACH, EACH_FUNCTIONS)) as workflow:
         many, few = workflow([b"a b c d e f", b"a b"])
 
@@ -313,7 +313,7 @@ def test_what_may_go_along_an_edge(have: object, want: object, fit: bool) -> Non
 
 ALONE = """
     import threading
-    from torchserve_dag.placement import alone
+    from torchserve_dag.runtime.compute.placement import alone
     both = threading.Barrier(2)
     class Told(Handler[Text, str, str, Text]):
         def load(self, folder, settings, placement): pass

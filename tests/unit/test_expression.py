@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from torchserve_dag.engine.expression import Expression, ExpressionError, compile_expression, names_in
-from torchserve_dag.messages import Box, DetectedObject, Label, Labels, Objects, Skipped, Text
+from torchserve_dag.runtime.graph.expression import Expression, ExpressionError, compile_expression, names_in
+from torchserve_dag.runtime.messages import Box, DetectedObject, Label, Labels, Objects, Skipped, Text
 
 SCOPE: dict[str, Any] = {
     "request": Text,

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from torchserve_dag.folder_modules import FolderModules
+from torchserve_dag.runtime.compat.modules import FolderModules
 
 Make = Callable[..., FolderModules]
 

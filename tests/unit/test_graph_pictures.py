@@ -20,16 +20,16 @@ from typer.testing import CliRunner
 
 from tests.unit.conftest import Write
 from torchserve_dag.commands import app
-from torchserve_dag.engine.graph import Graph
-from torchserve_dag.engine.mermaid import mermaid
-from torchserve_dag.engine.picture import Rates
-from torchserve_dag.engine.workflow import read_graph
 from torchserve_dag.pictures.data import as_data
 from torchserve_dag.pictures.layout import Layout, Link, layout, spread
-from torchserve_dag.pictures.live import quantile, rates, read, watch
+from torchserve_dag.pictures.mermaid import mermaid
+from torchserve_dag.pictures.picture import Rates
 from torchserve_dag.pictures.svg import svg
-from torchserve_dag.project import Project
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.rates import quantile, rates, read, watch
 
 ROOT = Path(__file__).parents[2]
 FUNCTIONS = """

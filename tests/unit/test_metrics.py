@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchserve_dag.engine.counts import NodeCounts
-from torchserve_dag.metrics import Publisher, publish_every
+from torchserve_dag.runtime.engine.counts import NodeCounts
+from torchserve_dag.runtime.telemetry.metrics import Publisher, publish_every
 
 METRIC = re.compile(
     r"^(?:INFO > )?\[METRICS]"  # WorkerLifeCycle.java, then Metric.java, both of 0.12.0

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchserve_dag.openvino_model import OpenVinoModel
-from torchserve_dag.placement import Placement, Precision, alone, set_alone
+from torchserve_dag.runtime.compute.openvino import OpenVinoModel
+from torchserve_dag.runtime.compute.placement import Placement, Precision, alone, set_alone
 
 
 class Small(nn.Module):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchserve_dag import plain
-from torchserve_dag.plain import Wrong, WrongDataError, build, flatten
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.data.plain import Wrong, WrongDataError, build, flatten
 
 
 class Colour(enum.Enum):

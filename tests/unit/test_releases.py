@@ -30,7 +30,7 @@ from torchserve_dag.releases.gently import Gently, workers_of
 from torchserve_dag.releases.measures import Measures
 from torchserve_dag.releases.records import Request
 from torchserve_dag.releases.rollout import Desk, Plan, Progress
-from torchserve_dag.scores import score_in
+from torchserve_dag.runtime.telemetry.scores import score_in
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from tests.unit.conftest import Mar
-from torchserve_dag.messages import Failure, Label, Labels, Photo, Text
-from torchserve_dag.rows import Row, RowsRunner, as_bytes
-from torchserve_dag.rows_context import Context, RequestProcessor
+from torchserve_dag.runtime.compat.context import Context, RequestProcessor
+from torchserve_dag.runtime.compat.runner import Row, RowsRunner, as_bytes
+from torchserve_dag.runtime.messages import Failure, Label, Labels, Photo, Text
 
 MODULE = """
     STATE = {}

@@ -12,11 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.conftest import Write
-from torchserve_dag.engine.graph import Graph
-from torchserve_dag.engine.workflow import Workflow, read_graph
-from torchserve_dag.messages import Failure, Text
-from torchserve_dag.project import Project
-from torchserve_dag.segment import REQUEST_PART, Segment, pack, parents, segments, unpack, unseal
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.graph.torchserve.segment import (
+    REQUEST_PART,
+    Segment,
+    pack,
+    parents,
+    segments,
+    unpack,
+    unseal,
+)
+from torchserve_dag.runtime.messages import Failure, Text
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.workflow import Workflow
 
 CHAIN = """
     one: {handler: upper}
@@ -112,8 +121,8 @@ HANDLER = """
     from __future__ import annotations
     from dataclasses import dataclass
     from typing import Any
-    from torchserve_dag.handler import Handler
-    from torchserve_dag.messages import Photo, Text
+    from torchserve_dag.runtime.handler import Handler
+    from torchserve_dag.runtime.messages import Photo, Text
 
     @dataclass(frozen=True)
     class Found:

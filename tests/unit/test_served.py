@@ -21,13 +21,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from torchserve_dag import codec
-from torchserve_dag.engine.flow import FINAL, WORTH_RETRYING
-from torchserve_dag.engine.graph import Served
-from torchserve_dag.messages import Failure, Label, Labels, Photo, Text
-from torchserve_dag.options import TIMEOUT
-from torchserve_dag.served import ServedModel
-from torchserve_dag.torchserve.protos import inference_pb2, inference_pb2_grpc
+from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.data.options import TIMEOUT
+from torchserve_dag.runtime.engine.flow import FINAL, WORTH_RETRYING
+from torchserve_dag.runtime.graph.graph import Served
+from torchserve_dag.runtime.messages import Failure, Label, Labels, Photo, Text
+from torchserve_dag.runtime.models.remote import ServedModel
+from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc
 
 JAVA = "org.pytorch.serve"
 REFUSED = "Token Authorization failed. Token either incorrect, expired, or not provided correctly"
@@ -441,8 +441,8 @@ def test_a_worker_finds_the_tokens_in_the_folder_of_its_torchserve(serve: Serve,
     (tmp_path / "model").mkdir()
     worker = (
         "import sys, threading\n"
-        "from torchserve_dag.engine.graph import Served\n"
-        "from torchserve_dag.served import ServedModel\n"
+        "from torchserve_dag.runtime.graph.graph import Served\n"
+        "from torchserve_dag.runtime.models.remote import ServedModel\n"
         "ended = threading.Event()\n"
         "ServedModel(Served('echo', None, sys.argv[1], bytes, None))(b'1', 20, lambda answer: ended.set())\n"
         "assert ended.wait(20)\n"
@@ -457,8 +457,8 @@ def test_without_grpc_a_workflow_says_what_it_needs() -> None:
     code = (
         "import sys\n"
         "sys.modules['grpc'] = None\n"
-        "from torchserve_dag.engine.graph import Served\n"
-        "from torchserve_dag.served import ServedModel\n"
+        "from torchserve_dag.runtime.graph.graph import Served\n"
+        "from torchserve_dag.runtime.models.remote import ServedModel\n"
         "ServedModel(Served('echo', None, '127.0.0.1:7070', bytes, None))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

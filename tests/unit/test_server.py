@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from torchserve_dag import serving
 from torchserve_dag.server import defaults, java, ports, processes, properties, torchserve
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import Record, State
+from torchserve_dag.stack import start as stack
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,18 +131,18 @@ def test_the_projects_own_configuration_is_closed_and_explained() -> None:
 
 def test_a_project_without_a_configuration_or_archives_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"config\.properties cannot be read"):
-        serving.start(tmp_path)
+        stack.start(tmp_path)
 
     (tmp_path / "config.properties").write_text("job_queue_size=7\n")
     with pytest.raises(
         ServerError, match=r"There are no archives in .*model_store: build them with torchserve-dag build"
     ):
-        serving.start(tmp_path)
+        stack.start(tmp_path)
 
     (tmp_path / "model_store").mkdir()
     (tmp_path / "model_store" / "broken-1.0.mar").write_bytes(b"no zip")
     with pytest.raises(ServerError, match=r"broken-1\.0\.mar is not an archive"):
-        serving.start(tmp_path)
+        stack.start(tmp_path)
 
 
 def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> Non
         ours.kill()
     state.save(Record(psutil.Process().pid, Addresses()))  # alive, and none of ours
 
-    assert not serving.stop(tmp_path)
+    assert not stack.stop(tmp_path)
     with pytest.raises(ServerError, match=r"No server of this project is running: start it with torchserve-dag up"):
         client(state)
 
@@ -215,9 +215,9 @@ def test_behind_a_front_door_torchserve_stays_on_this_machine(tmp_path: Path) ->
     with pytest.raises(
         ServerError, match=r"config\.properties has TorchServe listen at 0\.0\.0\.0, beyond this machine"
     ):
-        serving._check_inside(replace(Addresses(), metrics="http://0.0.0.0:8082"))
+        stack._check_inside(replace(Addresses(), metrics="http://0.0.0.0:8082"))
 
-    serving._check_inside(Addresses())
+    stack._check_inside(Addresses())
 
 
 def test_what_is_kept_at_once_is_all_kept(tmp_path: Path) -> None:

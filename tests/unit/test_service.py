@@ -18,11 +18,11 @@ from ts.protocol.otf_message_handler import create_predict_response, retrieve_ms
 
 from tests.unit.conftest import Write
 from tests.unit.front_end import WAIT_S, FrontEnd
-from torchserve_dag import service
 from torchserve_dag.archives.build import build
-from torchserve_dag.project import Project
-from torchserve_dag.segment import pack, unpack
-from torchserve_dag.service import SegmentService, Service
+from torchserve_dag.runtime.graph.torchserve.segment import pack, unpack
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.worker import service
+from torchserve_dag.runtime.worker.service import SegmentService, Service
 
 Row = dict[str, Any]
 Request = tuple[Row, dict[str, Any]]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import Write
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure, Skipped, Text
-from torchserve_dag.options import Options
-from torchserve_dag.source import CheckError
+from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.messages import Failure, Skipped, Text
+from torchserve_dag.runtime.workflow import Workflow
 
 FUNCTIONS = """
 def words(text: Text) -> list[Text]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from torchserve_dag import source
-from torchserve_dag.source import CheckError, Problem, read
+from torchserve_dag.runtime.data import source
+from torchserve_dag.runtime.data.source import CheckError, Problem, read
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchserve_dag.handler import Handler
-from torchserve_dag.handler_file import MicroBatch
-from torchserve_dag.messages import Failure, InputError
-from torchserve_dag.placement import Placement
-from torchserve_dag.stages import Stages
+from torchserve_dag.runtime.compute.placement import Placement
+from torchserve_dag.runtime.handler import Handler
+from torchserve_dag.runtime.messages import Failure, InputError
+from torchserve_dag.runtime.models.stages import Stages
+from torchserve_dag.runtime.project.handler_file import MicroBatch
 
 CPU = Placement(torch.device("cpu"))
 WAIT_S = 10.0

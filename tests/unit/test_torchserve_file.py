@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from tests.unit.conftest import Mar
-from torchserve_dag.engine.graph import Policy
-from torchserve_dag.engine.torchserve_file import check_torchserve_file, is_torchserve_file
-from torchserve_dag.engine.torchserve_graph import takes_rows
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure
-from torchserve_dag.project import Project
-from torchserve_dag.rows import Row
-from torchserve_dag.source import CheckError, Problem
+from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.data.source import CheckError, Problem
+from torchserve_dag.runtime.graph.graph import Policy
+from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
+from torchserve_dag.runtime.graph.torchserve.spec import check_torchserve_file, is_torchserve_file
+from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.workflow import Workflow
 
 Put = Callable[..., Path]
 

@@ -17,11 +17,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from torchserve_dag import tracing
-from torchserve_dag.engine.span import Span
-from torchserve_dag.engine.workflow import Workflow
-from torchserve_dag.messages import Failure
-from torchserve_dag.options import Options
+from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.engine.span import Span
+from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.telemetry import tracing
+from torchserve_dag.runtime.workflow import Workflow
 
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"

@@ -13,8 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from torchserve_dag.commands import app
-from torchserve_dag.handler_file import Run
-from torchserve_dag.source import CheckError
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.project.handler_file import Run
 from torchserve_dag.tuning.search import TrialError, best, difference, search
 from torchserve_dag.tuning.trial import Measured, Task
 from torchserve_dag.tuning.write import write_settings

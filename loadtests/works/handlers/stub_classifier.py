@@ -8,8 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchserve_dag.handler import Handler, NoSettings
-from torchserve_dag.placement import Placement
+from torchserve_dag import Handler, NoSettings, Placement
 
 
 class StubClassifier(Handler[int, int, int, str]):

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchserve_dag.handler import Handler, NoSettings
-from torchserve_dag.placement import Placement
+from torchserve_dag import Handler, NoSettings, Placement
 
 
 @dataclass(frozen=True, slots=True)

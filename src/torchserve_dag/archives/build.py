@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchserve_dag import plain, source
 from torchserve_dag.archives import mar, war
 from torchserve_dag.archives.contents import Contents, contents
 from torchserve_dag.archives.store import Built, Target, place
 from torchserve_dag.archives.weights import MissingWeightsError
-from torchserve_dag.engine.torchserve_file import is_torchserve_file
-from torchserve_dag.engine.workflow import read_graph
-from torchserve_dag.handler_file import check_identity
-from torchserve_dag.project import Project
-from torchserve_dag.source import CheckError, Problem, Source
+from torchserve_dag.runtime.data import plain, source
+from torchserve_dag.runtime.data.source import CheckError, Problem, Source
+from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.graph.torchserve.spec import is_torchserve_file
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.handler_file import check_identity
 
 FOLDERS = ("handlers", "workflows")
 WORKFLOW_STORE = "workflow_store"

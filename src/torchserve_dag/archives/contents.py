@@ -11,21 +11,16 @@ from typing import Any
 import yaml
 
 import torchserve_dag
-from torchserve_dag import codec, plain
 from torchserve_dag.archives import mar, stamp, weights
 from torchserve_dag.archives.mar import BUILD
-from torchserve_dag.engine.graph import Graph
-from torchserve_dag.engine.mermaid import mermaid
-from torchserve_dag.handler_file import HandlerFile, Mode
-from torchserve_dag.project import Project
-from torchserve_dag.source import CheckError, Problem, Source
+from torchserve_dag.pictures.mermaid import mermaid
+from torchserve_dag.runtime.data import codec, plain
+from torchserve_dag.runtime.data.source import CheckError, Problem, Source
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.handler_file import HandlerFile, Mode
 
-RUNTIME = ("*.py", "engine/*.py", "torchserve/*.py", "torchserve/protos/inference*.py", "torchserve/protos/__init__.py")
-"""The part of this package that a worker needs. Each archive has its own copy, and keeps it."""
-
-_NOT_RUNTIME = {"__main__.py"}
-
-_ENTRY = '"""What a worker imports."""\n\nfrom torchserve_dag.{} import handle\n\n__all__ = ["handle"]\n'
+_ENTRY = '"""What a worker imports."""\n\nfrom torchserve_dag.runtime.worker.{} import handle\n\n__all__ = ["handle"]\n'
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,10 @@ def contents(project: Project, graph: Graph) -> Contents:
 
 
 def runtime() -> dict[str, bytes]:
-    """The runtime part of this package, by path inside an archive."""
+    """What of this package runs in a worker: `__init__.py` and all of `runtime/`, by path inside an archive."""
     package = Path(torchserve_dag.__file__).parent
-    paths = sorted(path for pattern in RUNTIME for path in package.glob(pattern) if path.name not in _NOT_RUNTIME)
+    files = [path for path in (package / "runtime").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    paths = [package / "__init__.py", *sorted(files)]
     return {f"{package.name}/{path.relative_to(package).as_posix()}": path.read_bytes() for path in paths}
 
 
@@ -90,7 +86,7 @@ def _archives(project: Project, graph: Graph) -> dict[str, Path]:
 
 def served_as(mode: Mode, graph: Graph) -> dict[str, bytes]:
     """The two files that TorchServe reads: the module that a worker imports, and `model-config.yaml`."""
-    entry = _ENTRY.format("asynchronous" if mode == "asynchronous" else "service")
+    entry = _ENTRY.format("torchserve.asynchronous" if mode == "asynchronous" else "service")
     settings = yaml.safe_dump(_settings(mode, graph), sort_keys=True)
     return {mar.ENTRY: entry.encode(), mar.SETTINGS: settings.encode()}
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torchserve_dag.archives import mar
 from torchserve_dag.archives.mar import BUILD
-from torchserve_dag.source import CheckError, Source
+from torchserve_dag.runtime.data.source import CheckError, Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,10 @@ from torchserve_dag.archives import mar
 from torchserve_dag.archives.contents import Contents, packed_weights, served_as, to_json
 from torchserve_dag.archives.mar import BUILD
 from torchserve_dag.archives.store import Built, Target, place
-from torchserve_dag.engine.graph import Graph
-from torchserve_dag.project import Project
-from torchserve_dag.segment import Segment, parents, segments
-from torchserve_dag.source import CheckError
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.torchserve.segment import Segment, parents, segments
+from torchserve_dag.runtime.project.folders import Project
 
 SPEC = "workflow.yaml"
 FUNCTIONS = "functions.py"

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from torchserve_dag.handler_file import HandlerFile
-from torchserve_dag.project import Project
-from torchserve_dag.source import CheckError, Problem, Source
+from torchserve_dag.runtime.data.source import CheckError, Problem, Source
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.handler_file import HandlerFile
 
 
 class MissingWeightsError(CheckError):

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchserve_dag import plain
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.plan import Arrangement, number
 from torchserve_dag.bench.systems import last_line
+from torchserve_dag.runtime.data import plain
 
 _START_S = 180.0
 

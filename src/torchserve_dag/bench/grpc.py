@@ -13,9 +13,9 @@ import grpc.aio
 from torchserve_dag.bench.sender import LOST, TOO_LATE, UNREACHABLE, Answer, Done, Sender
 from torchserve_dag.clients.grpc import OPTIONS
 from torchserve_dag.clients.tokens import bearer
-from torchserve_dag.codec import failure_in
-from torchserve_dag.torchserve.protos.inference_pb2 import PredictionsRequest
-from torchserve_dag.torchserve.protos.inference_pb2_grpc import InferenceAPIsServiceStub
+from torchserve_dag.runtime.data.codec import failure_in
+from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
+from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
 
 _OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)  # without it, equal channels share one connection
 _STATUS = {

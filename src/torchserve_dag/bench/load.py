@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchserve_dag import plain
 from torchserve_dag.bench.answers import Answers
 from torchserve_dag.bench.loops import ClosedLoop, Loop, OpenLoop
 from torchserve_dag.bench.rest import RestSender
 from torchserve_dag.bench.sender import Sender
 from torchserve_dag.bench.window import Counts, Window
+from torchserve_dag.runtime.data import plain
 
 _CONNECTIONS = 8
 """Over gRPC, which sends many requests over one, as many clients do who share a channel."""

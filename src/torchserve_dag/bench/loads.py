@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchserve_dag import plain
 from torchserve_dag.bench import batches
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.load import Grpc, Rest, Spec
@@ -18,6 +17,7 @@ from torchserve_dag.bench.programs import Program
 from torchserve_dag.bench.rows import LoadRow, Protocol
 from torchserve_dag.bench.systems import System, last_line
 from torchserve_dag.bench.window import Counts
+from torchserve_dag.runtime.data import plain
 
 _SPARE_S = 60.0
 """How much longer than planned a load generator may take."""

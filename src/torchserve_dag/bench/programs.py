@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchserve_dag import plain
 from torchserve_dag.bench import toml
 from torchserve_dag.bench.errors import BenchError
+from torchserve_dag.runtime.data import plain
 
 BARE = "bare"
 """The system without a server."""

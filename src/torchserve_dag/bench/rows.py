@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torchserve_dag import plain
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.window import Counts
+from torchserve_dag.runtime.data import plain
 
 Protocol = Literal["rest", "grpc"]
 

@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchserve_dag import plain
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.machine import Machine
 from torchserve_dag.bench.plan import Plan
 from torchserve_dag.bench.programs import Program
+from torchserve_dag.runtime.data import plain
 
 _FILE = "run.json"
 

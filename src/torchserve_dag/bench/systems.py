@@ -18,9 +18,9 @@ from typing import IO
 
 import psutil
 
-from torchserve_dag import plain
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.load import Grpc
+from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.processes import alive, kill, wait
 
 MARK = "TORCHSERVE_DAG_BENCH"

@@ -18,7 +18,7 @@ from torchserve_dag.clients.grpc import AsyncGrpcClient, GrpcClient
 from torchserve_dag.clients.models import ModelInfo, VersionInfo, WorkerInfo
 from torchserve_dag.clients.rest import AsyncRestClient, RestClient
 from torchserve_dag.clients.tokens import Tokens
-from torchserve_dag.options import Options
+from torchserve_dag.runtime.data.options import Options
 
 __all__ = [
     "AsyncClient",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torchserve_dag import codec, plain
 from torchserve_dag.clients.errors import unexpected_answer
-from torchserve_dag.messages import InputError, Photo, Text
+from torchserve_dag.runtime.data import codec, plain
+from torchserve_dag.runtime.messages import InputError, Photo, Text
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from torchserve_dag.clients.errors import ServingError, error_in
 from torchserve_dag.clients.flows import Call, Flow, Predict
 from torchserve_dag.clients.models import ModelInfo
 from torchserve_dag.clients.pieces import Pieces
-from torchserve_dag.options import Options
+from torchserve_dag.runtime.data.options import Options
 
 T = TypeVar("T")
 ClientType = TypeVar("ClientType", bound="Client")

@@ -22,7 +22,7 @@ import json
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
-from torchserve_dag import codec
+from torchserve_dag.runtime.data import codec
 
 NO_WORKER = "ServiceUnavailableException"
 """TorchServe's type for a request that it never queued: no worker, or a full queue."""

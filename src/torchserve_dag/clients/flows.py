@@ -16,7 +16,6 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from torchserve_dag import plain
 from torchserve_dag.clients.bodies import Body, answer_as, body_of
 from torchserve_dag.clients.errors import (
     ConnectionLost,
@@ -29,7 +28,8 @@ from torchserve_dag.clients.errors import (
     unexpected_answer,
 )
 from torchserve_dag.clients.models import ModelInfo, model_info, version_info
-from torchserve_dag.options import CANCEL, HEADERS, Options
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.data.options import CANCEL, HEADERS, Options
 
 T = TypeVar("T")
 _HEADER = re.compile(r"[a-z0-9-]+")

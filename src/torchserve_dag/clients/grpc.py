@@ -35,14 +35,10 @@ from torchserve_dag.clients.flows import (
     Unregister,
 )
 from torchserve_dag.clients.tokens import bearer
-from torchserve_dag.options import PIECES
-from torchserve_dag.torchserve.protos.inference_pb2 import (
-    PredictionResponse,
-    PredictionsRequest,
-    TorchServeHealthResponse,
-)
-from torchserve_dag.torchserve.protos.inference_pb2_grpc import InferenceAPIsServiceStub
-from torchserve_dag.torchserve.protos.management_pb2 import (
+from torchserve_dag.runtime.data.options import PIECES
+from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest, TorchServeHealthResponse
+from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
+from torchserve_dag.runtime.protos.management_pb2 import (
     DescribeModelRequest,
     ListModelsRequest,
     ManagementResponse,
@@ -50,7 +46,7 @@ from torchserve_dag.torchserve.protos.management_pb2 import (
     SetDefaultRequest,
     UnregisterModelRequest,
 )
-from torchserve_dag.torchserve.protos.management_pb2_grpc import ManagementAPIsServiceStub
+from torchserve_dag.runtime.protos.management_pb2_grpc import ManagementAPIsServiceStub
 
 INFERENCE = "127.0.0.1:7070"
 MANAGEMENT = "127.0.0.1:7071"

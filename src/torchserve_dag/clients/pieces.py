@@ -6,10 +6,10 @@ import codecs
 from collections.abc import Iterator
 from typing import Any
 
-from torchserve_dag import plain
 from torchserve_dag.clients.bodies import answer_as
 from torchserve_dag.clients.errors import error_in, unexpected_answer
-from torchserve_dag.messages import Photo, Text
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.messages import Photo, Text
 
 _FAILURE = b'{"code":'
 

@@ -14,7 +14,7 @@ import typer
 from torchserve_dag.clients import Options
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, project_root
 from torchserve_dag.server.state import State
-from torchserve_dag.serving import client
+from torchserve_dag.stack.start import client
 
 
 def call(

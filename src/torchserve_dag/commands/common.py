@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from torchserve_dag import plain
 from torchserve_dag.clients import ServingError
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.data.source import CheckError, Problem
 from torchserve_dag.server.errors import ServerError
-from torchserve_dag.source import CheckError, Problem
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.syntax import Syntax
 from rich.table import Table
 
-from torchserve_dag import plain, serving
 from torchserve_dag.commands.common import (
     JsonOption,
     ProjectOption,
@@ -24,12 +23,14 @@ from torchserve_dag.commands.common import (
     project_root,
 )
 from torchserve_dag.front_door.door import Door
+from torchserve_dag.runtime.data import plain
 from torchserve_dag.server import torchserve
 from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.ready import Readiness
 from torchserve_dag.server.state import State
 from torchserve_dag.server.status import Status, VersionStatus, WorkerStatus, about
 from torchserve_dag.server.status import status as status_of
+from torchserve_dag.stack import start as stack
 
 
 def up(
@@ -63,7 +64,7 @@ def up(
             bar.update(task, description=text, completed=len(found) - len(waiting), total=len(found))
 
         root = project_root(project)
-        started = serving.start(root, options, show, with_front_door=front_door)
+        started = stack.start(root, options, show, with_front_door=front_door)
         with torchserve_client(State(root)) as client:
             found = status_of(started.torchserve, client)
     where, door = started.torchserve.addresses, started.front_door
@@ -81,7 +82,7 @@ def up(
 def down(*, project: ProjectOption = None) -> None:
     """Stop the server that `up` started."""
     with failures():
-        stopped = serving.stop(project_root(project))
+        stopped = stack.stop(project_root(project))
     out.print("stopped" if stopped else "nothing was running")
 
 
@@ -122,7 +123,7 @@ def default(
     """Let VERSION answer where a call names none: now, and at each start from now on."""
     with failures():
         root = project_root(project)
-        serving.set_default(root, name, version)
+        stack.set_default(root, name, version)
     out.print(f"{name}: {version} is the default")
 
 

@@ -42,8 +42,8 @@ def tune(
 
     Only settings are taken whose answers are those of plain torch.
     """
-    from torchserve_dag.placement import cores  # noqa: PLC0415 (see check)
-    from torchserve_dag.project import Project  # noqa: PLC0415
+    from torchserve_dag.runtime.compute.placement import cores  # noqa: PLC0415 (see check)
+    from torchserve_dag.runtime.project.folders import Project  # noqa: PLC0415
     from torchserve_dag.tuning.search import TrialError, best, search  # noqa: PLC0415
     from torchserve_dag.tuning.trial import Task  # noqa: PLC0415
     from torchserve_dag.tuning.write import write_settings  # noqa: PLC0415

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag import plain
 from torchserve_dag.clients import Tokens as TorchServeTokens
 from torchserve_dag.front_door import resources
 from torchserve_dag.front_door.admin import Admin
@@ -20,6 +19,7 @@ from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.shares import Rolling, ServedVersion, Split, splits
 from torchserve_dag.front_door.tokens import Tokens, write_private
+from torchserve_dag.runtime.data import plain
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchserve_dag.front_door.shares import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
-from torchserve_dag.options import CANCEL, CANCEL_KEY
+from torchserve_dag.runtime.data.options import CANCEL, CANCEL_KEY
 from torchserve_dag.server.ports import Addresses, host_and_port
 
 Resource = dict[str, Any]

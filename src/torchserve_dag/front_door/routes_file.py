@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchserve_dag import plain, source
-from torchserve_dag.plain import WrongFieldError
-from torchserve_dag.source import CheckError, Problem, Source
+from torchserve_dag.runtime.data import plain, source
+from torchserve_dag.runtime.data.plain import WrongFieldError
+from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 
 FILE = "routes.yaml"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchserve_dag import source
-from torchserve_dag.plain import WrongFieldError
+from torchserve_dag.runtime.data import source
+from torchserve_dag.runtime.data.plain import WrongFieldError
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import host_and_port
 

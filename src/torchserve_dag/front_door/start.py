@@ -59,7 +59,7 @@ def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int)
     config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), max_body)
     write_private(door.folder / BOOTSTRAP, json.dumps(config))
     keeper = subprocess.Popen(  # noqa: S603 (our own arguments)
-        [sys.executable, "-m", "torchserve_dag.keeper", str(root.resolve())],
+        [sys.executable, "-m", "torchserve_dag.stack.keeper", str(root.resolve())],
         env={**os.environ, **processes.mark(state)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # it has a log of its own

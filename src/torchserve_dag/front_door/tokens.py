@@ -12,7 +12,7 @@ from typing import Any
 
 import jwt
 
-from torchserve_dag import plain
+from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.errors import ServerError
 
 ISSUER = "torchserve-dag"

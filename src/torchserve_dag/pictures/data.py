@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchserve_dag import plain
-from torchserve_dag.engine.graph import REQUEST, Code, Graph, Node
-from torchserve_dag.engine.picture import Live, function_name, picture
+from torchserve_dag.pictures.picture import Live, function_name, picture
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.graph.graph import REQUEST, Code, Graph, Node
 
 
 def as_data(graph: Graph, rates: Live | None = None, within: str = "") -> dict[str, Any]:

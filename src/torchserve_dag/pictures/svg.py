@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from xml.sax.saxutils import escape
 
-from torchserve_dag.engine.graph import Graph
-from torchserve_dag.engine.picture import Arrow, Live, Picture, Shape, picture
 from torchserve_dag.pictures.layout import PORT, Link, Route, layout
+from torchserve_dag.pictures.picture import Arrow, Live, Picture, Shape, picture
+from torchserve_dag.runtime.graph.graph import Graph
 
 _WIDTHS = {0.36: " '!ijl,./:;\\|IJf-", 0.43: '"()[]tr·', 0.59: "*_`cszk?xvyFL", 0.65: "", 0.86: "#+<=>^~wM&OQDGHNm%"}
 """Of characters, as shares of the font's size, in DejaVu Sans: the widest of those that the style may come to."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
 from torchserve_dag.releases.measures import LEFT
-from torchserve_dag.scores import FILE as SCORES_LOG
+from torchserve_dag.runtime.telemetry.scores import FILE as SCORES_LOG
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from torchserve_dag import plain
 from torchserve_dag.clients import ServingError
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.shares import Rolling
 from torchserve_dag.front_door.tokens import write_private
 from torchserve_dag.releases import measures, shares_written, stop_if, versions
 from torchserve_dag.releases.measures import Measures
+from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State

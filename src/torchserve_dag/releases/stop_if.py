@@ -6,8 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from torchserve_dag.plain import did_you_mean
 from torchserve_dag.releases.measures import Measures
+from torchserve_dag.runtime.data.plain import did_you_mean
 
 DEFAULT = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
 CHANCE = 0.001

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag import plain
+from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 

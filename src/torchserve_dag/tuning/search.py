@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torchserve_dag import plain
-from torchserve_dag.handler_file import Run
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.project.handler_file import Run
 from torchserve_dag.tuning.trial import Measured, Task
 
 BATCHES = (2, 4, 8, 16)

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag import codec, placement, plain
-from torchserve_dag.handler import types_of
-from torchserve_dag.handler_file import Run
-from torchserve_dag.messages import Failure
-from torchserve_dag.openvino_model import OpenVinoModel
-from torchserve_dag.project import Project
-from torchserve_dag.stages import Stages
+from torchserve_dag.runtime.compute import placement
+from torchserve_dag.runtime.compute.openvino import OpenVinoModel
+from torchserve_dag.runtime.data import codec, plain
+from torchserve_dag.runtime.handler import types_of
+from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.models.load import load_handler
+from torchserve_dag.runtime.models.stages import Stages
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.handler_file import Run
 
 MOST_ALONE = 200
 
@@ -62,7 +64,7 @@ def measure(task: Task) -> Measured:
     lanes = placement.cores()
     placement.share_cores(lanes)
     begin = time.perf_counter()
-    stages = project.load(file)
+    stages = load_handler(project, file)
     load_s = time.perf_counter() - begin
     if stages.placement.device.type != "cpu":
         lanes = 1

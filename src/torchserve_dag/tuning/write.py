@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.source import CheckError, Problem
+from torchserve_dag.runtime.data.source import CheckError, Problem
 
 
 def write_settings(path: Path, settings: Mapping[str, Any], why: str) -> list[str]:

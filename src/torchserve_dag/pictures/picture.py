@@ -1,0 +1,229 @@
+"""What a picture of a workflow shows, whoever draws it: shapes, what is written in them, and the arrows between."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.graph.graph import REQUEST, Code, Graph, Node
+from torchserve_dag.runtime.graph.types import without
+from torchserve_dag.runtime.messages import Skipped
+
+ANSWER = ""
+"""The name of the shape that stands for the answer; no node can have it."""
+_LONGEST_DEFAULT = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a node's code did on a server, over a few seconds."""
+
+    items_s: float
+    """Items a second; likewise below."""
+    failures_s: float
+    skipped_s: float
+    batch: float
+    """The mean number of items in a batch."""
+    run_s: float
+    """The mean time of a batch, in seconds; likewise below."""
+    run_p95_s: float
+    wait_s: float
+    """Of an item, in the queue."""
+    busy: float
+    """Seconds that it ran, a second; more than 1 where batches ran side by side."""
+
+
+Live = Mapping[str, Rates]
+"""What each code did, by its name; one that did nothing is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of text in a shape."""
+
+    kind: Literal["runs", "how", "when", "policy", "live"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    name: str
+    """The node's, `request`, or ANSWER."""
+    kind: Literal["client", "model", "function", "served", "workflow"]
+    column: int
+    rows: tuple[Row, ...] = ()
+    inner: tuple[Picture, ...] = ()
+    """The workflows that it runs."""
+    heat: float = 0.0
+    """How busy it was, from 0 to the busiest node's 1."""
+
+    @property
+    def title(self) -> str:
+        return self.name or "answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrow:
+    start: str
+    end: str
+    kind: Literal["value", "each", "when"]
+    """`when`: nothing of it is taken, but it decides whether the node runs, or when."""
+    says: tuple[str, ...]
+    """`each line in page.lines`, or `when`."""
+    types: tuple[str, ...]
+    """Of what goes along; with the outputs' names where it goes to the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    shapes: tuple[Shape, ...]
+    arrows: tuple[Arrow, ...]
+
+
+def picture(graph: Graph, live: Live | None = None) -> Picture:
+    """What to draw of a workflow; with `live`, also how each node did."""
+    busy = [live[name].busy for name, code in graph.codes.items() if name in live and not code.graph] if live else []
+    return _picture(graph, live, max(busy, default=0.0) or 1.0, "")
+
+
+def _picture(graph: Graph, live: Live | None, busiest: float, within: str) -> Picture:
+    def shape(node: Node) -> Shape:
+        inner = [(f"{within}{code.name}/", code.graph) for code in node.codes if code.graph]
+        busy = [live[name].busy for code in node.codes if (name := within + code.name) in live] if live else []
+        return Shape(
+            node.name,
+            _kind(node),
+            node.depth,
+            tuple(_rows(node, live, within)),
+            tuple(_picture(one, live, busiest, prefix) for prefix, one in inner),
+            0.0 if inner else min(1.0, max(busy, default=0.0) / busiest),
+        )
+
+    last = 1 + max((node.depth for node in graph.nodes.values()), default=0)
+    request = Shape(REQUEST, "client", 0, () if within else tuple(_live_rows(live, REQUEST)))
+    answer = Shape(ANSWER, "client", last, (Row("how", "in pieces"),) if graph.streams else ())
+    arrows = [_arrow(need, node) for node in graph.nodes.values() for need in sorted(node.needs)]
+    return Picture((request, *map(shape, graph.nodes.values()), answer), (*arrows, *_to_answer(graph)))
+
+
+def _kind(node: Node) -> Literal["model", "function", "served", "workflow"]:
+    codes = node.codes
+    if any(code.graph for code in codes):
+        return "workflow"
+    if any(code.served for code in codes):
+        return "served"
+    return "function" if all(code.function for code in codes) else "model"
+
+
+def _rows(node: Node, live: Live | None, within: str) -> Iterable[Row]:
+    if node.when:
+        yield Row("when", f"when {node.when.text}")
+    for branch in node.branches:
+        if len(node.branches) > 1:
+            yield Row("when", f"when {branch.when.text}" if branch.when else "else")
+        yield from _code_rows(branch.code, node, live, within)
+    policy = node.policy
+    if policy.timeout_s is not None or policy.retries:
+        limits = [f"timeout {policy.timeout_s:g} s"] if policy.timeout_s is not None else []
+        yield Row("policy", ", ".join([*limits, *([f"retry {policy.retries}"] if policy.retries else [])]))
+    if policy.fallback:
+        yield Row("when", "on error")
+        yield from _code_rows(policy.fallback, node, live, within)
+    elif policy.on_error != "fail":
+        text = json.dumps(plain.flatten(policy.default), ensure_ascii=False, default=str)
+        text = text if len(text) <= _LONGEST_DEFAULT else f"{text[:_LONGEST_DEFAULT]}…"
+        yield Row("when", "on error skip" if policy.on_error == "skip" else f"on error {text}")
+
+
+def _code_rows(code: Code, node: Node, live: Live | None, within: str) -> Iterable[Row]:
+    yield Row("runs", _what_runs(code, node))
+    how = [f"{code.batch} at a time" if code.graph or code.served else f"batch {code.batch}"] if code.batch > 1 else []
+    how += [code.device] if code.device not in {None, "auto"} else []
+    how += ["in pieces"] if code.yields else []
+    if how:
+        yield Row("how", ", ".join(how))
+    yield from _live_rows(live, within + code.name)
+
+
+def _what_runs(code: Code, node: Node) -> str:
+    """`yolo_detector 1.0`, `crop()`, `summariser @ 127.0.0.1:7070`."""
+    if code.handler:
+        return f"{code.handler.value.name} {code.handler.value.version}"
+    if code.graph:
+        return f"workflow {code.graph.name} {code.graph.version}"
+    if code.served:
+        version = f" {code.served.version}" if code.served.version else ""
+        return f"{code.served.name}{version} @ {code.served.address}"
+    if code.rows and code.rows.archive:
+        return code.rows.archive.name
+    name = function_name(code)
+    return "function" if name == node.name else f"{name}()"
+
+
+def function_name(code: Code) -> str:
+    """Of the function that it runs, TorchServe's or a workflow's."""
+    if code.rows:
+        return code.rows.function or ""
+    return getattr(code.function, "__name__", "")
+
+
+def _live_rows(live: Live | None, name: str) -> Iterable[Row]:
+    if live is None:
+        return
+    rates = live.get(name)
+    if rates is None:
+        yield Row("live", "idle")
+        return
+    batch = f", {_number(rates.batch)} a batch" if rates.batch else ""
+    yield Row("live", f"{_number(rates.items_s)} items/s{batch}")
+    if rates.run_s:
+        yield Row("live", f"run {_time(rates.run_s)}, p95 {_time(rates.run_p95_s)}")
+        yield Row("live", f"wait {_time(rates.wait_s)}")
+    lost = {"failures": rates.failures_s, "skipped": rates.skipped_s}
+    if any(lost.values()):
+        yield Row("live", ", ".join(f"{_number(rate)} {what}/s" for what, rate in lost.items() if rate))
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{round(value, 2):.3g}"  # noqa: PLR2004
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{_number(seconds * 1000)} ms"
+
+
+def _arrow(need: str, node: Node) -> Arrow:
+    read, says, element = {need}, [], None
+    for level in node.each:
+        if level.list.names & read:
+            read.add(level.name)
+            element = _element(level.list.type)
+            says.append(("each " if level.name == "item" else f"each {level.name} in ") + level.list.text)
+    if says and node.follows == need:
+        says.append("as it comes")
+    taken = [value.type for code in node.codes for value in code.takes.values() if need in value.names]
+    types = dict.fromkeys(plain.name_of(kind) for kind in [element, *taken] if kind not in {None, Any})
+    kind: Literal["value", "each", "when"] = "each" if says else "value" if taken else "when"
+    asked = [node.when, *(branch.when for branch in node.branches)]
+    if kind == "when" and any(one and need in one.names for one in asked):
+        says.append("when")
+    return Arrow(need, node.name, kind, tuple(says), tuple(types))
+
+
+def _element(kind: Any) -> Any:
+    """The type of a list's elements."""
+    arguments = typing.get_args(without(kind, Skipped))
+    return arguments[0] if arguments else Any
+
+
+def _to_answer(graph: Graph) -> list[Arrow]:
+    types: dict[str, list[str]] = {}
+    for name, value in graph.output.values.items():
+        kind = "" if value.type is Any else plain.name_of(value.type)
+        for need in sorted(value.names & {REQUEST, *graph.nodes}):
+            types.setdefault(need, []).append(": ".join(part for part in (name, kind) if part))
+    return [Arrow(need, ANSWER, "value", (), tuple(filter(None, lines))) for need, lines in types.items()]

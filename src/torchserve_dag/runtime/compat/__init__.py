@@ -1,0 +1,1 @@
+"""Unedited TorchServe handlers."""

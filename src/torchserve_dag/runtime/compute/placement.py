@@ -1,0 +1,119 @@
+"""Where and how a model computes: device, precision, memory layout, threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from torchserve_dag.runtime.compute.openvino import OpenVinoModel
+
+M = TypeVar("M", bound=nn.Module)
+Precision = Literal["float32", "bfloat16"]
+Runtime = Literal["torch", "compiled", "openvino"]
+"""What computes a model: torch as it is, what `torch.compile` makes of it, or, on a CPU, OpenVINO."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One handler's device and the way its model runs there."""
+
+    device: torch.device
+    precision: Precision = "float32"
+    channels_last: bool = False
+    runtime: Runtime = "torch"
+
+    def put(self, module: M) -> M:
+        """`module` ready to infer: on the device, without gradients, laid out and computed as set."""
+        module = module.eval().requires_grad_(requires_grad=False).to(self.device)
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.runtime == "compiled":
+            return torch.compile(module, dynamic=True)  # type: ignore[return-value]
+        if self.runtime == "openvino" and self.device.type == "cpu":
+            return OpenVinoModel(module, self.precision, _process.lanes, alone)  # type: ignore[return-value]
+        return module
+
+    def tensor(self, batch: torch.Tensor) -> torch.Tensor:
+        """`batch` on the device, in the layout that the model wants."""
+        if self.channels_last and batch.dim() == 4:  # noqa: PLR2004 ([batch, channel, height, width])
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
+
+    @contextlib.contextmanager
+    def inferring(self) -> Iterator[None]:
+        """The context in which `infer` runs: no gradients, and bf16 where it is set."""
+        with torch.inference_mode():
+            if self.precision == "bfloat16":
+                with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                    yield
+            else:
+                yield
+
+
+def find_device(name: str, gpu: int | None = None) -> torch.device:
+    """`auto`, `cpu` or `cuda:N` as a device.
+
+    `auto` takes the GPU that TorchServe gave the worker (`gpu`), else the first, else the CPU.
+    Raises ValueError where the named device is not there.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda", gpu or 0) if count else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'"{name}" is not a device; write auto, cpu or cuda:N') from None
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"{name} is asked for, and this machine has {count} GPUs")
+    if device.type not in {"cpu", "cuda"}:
+        raise ValueError(f'"{name}" is not a device that is served; write auto, cpu or cuda:N')
+    return device
+
+
+def cores() -> int:
+    """How many cores this process may use: those that it is bound to, or its container's share of them."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split()
+        return max(1, min(bound, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return bound
+
+
+def share_cores(lanes: int) -> None:
+    """Give each of `lanes` threads its share of the cores, in the models that are put in place next.
+
+    With as many lanes as cores that is one each, which was fastest for requests together; the figures are
+    in docs/decisions/0008-lanes.md.
+    """
+    torch.set_num_threads(max(1, cores() // lanes))
+    _process.lanes = lanes
+
+
+@dataclass
+class _Process:
+    lanes: int = 1
+
+
+_process = _Process()
+_here = threading.local()
+
+
+def set_alone(alone: bool) -> None:  # noqa: FBT001 (the engine calls it with one value)
+    """Say whether what this thread computes next may use every core, as nobody else has anything to do."""
+    _here.alone = alone
+
+
+def alone() -> bool:
+    """Whether this thread may use every core."""
+    return getattr(_here, "alone", False)

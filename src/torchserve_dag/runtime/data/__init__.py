@@ -1,0 +1,1 @@
+"""Bytes and files to typed values, and back."""

@@ -1,0 +1,228 @@
+"""Bytes to messages and back: the one place where a request's body is decoded and an answer encoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import re
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
+
+T = TypeVar("T")
+
+MAX_PIXELS = 50_000_000
+"""A photo with more is refused before it is decoded: 150 MB as RGB."""
+
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_TURNS: dict[Any, Image.Transpose] = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_16_BITS = ("I", "I;16", "I;16B", "I;16L")
+_FAILURE = re.compile(rb'\s*\{\s*"code"\s*:')
+_FAILURE_KEYS = {"code", "type", "message", "node", "request_id"}
+_ANY_CONTENT = {"", "application/octet-stream", "binary/octet-stream"}
+
+
+def decode(kind: type[T], body: bytes, content_type: str | None = None) -> T:
+    """A request's body as a `kind`. Raises InputError.
+
+    `content_type` is what the client declared; nothing or `application/octet-stream` means "look".
+    """
+    if not body:
+        raise InputError(f"The body is empty; send {describe(kind)}.")
+    media = (content_type or "").partition(";")[0].strip().lower()
+    value: Any
+    if kind is Photo:
+        _expect(media, "image/", kind)
+        value = _photo(body)
+    elif kind is Text:
+        value = _text(body, media)
+    elif kind is bytes:
+        value = bytes(body)
+    elif kind is Any:
+        value = _anything(body, media)
+    else:
+        _expect(media, "application/json", kind)
+        value = _plain(kind, body)
+    return value  # type: ignore[no-any-return]
+
+
+def encode(message: Any) -> tuple[bytes, str]:
+    """An answer as its body and content type.
+
+    A photo is written as PNG, bytes as they are, everything else as JSON.
+    """
+    if isinstance(message, Photo):
+        buffer = io.BytesIO()
+        message.image.save(buffer, "PNG")
+        return buffer.getvalue(), "image/png"
+    if isinstance(message, bytes | bytearray):
+        return bytes(message), "application/octet-stream"
+    if isinstance(message, Failure):
+        return json.dumps(failure_fields(message)).encode(), "application/json"
+    return json.dumps(plain.flatten(message), ensure_ascii=False, allow_nan=False).encode(), "application/json"
+
+
+def writes(kind: Any) -> bool:
+    """Whether `encode` can write every value of a type. A photo or bytes can be an answer, and no part of one."""
+    return kind in {Photo, bytes} or plain.fits_json(kind)
+
+
+def failure_fields(failure: Failure, request_id: str | None = None) -> dict[str, Any]:
+    """A failure as TorchServe writes its own: `code`, `type`, `message`; `node` and `request_id` where known."""
+    fields = {"code": failure.status, "type": failure.type, "message": failure.message}
+    return fields | {k: v for k, v in (("node", failure.node), ("request_id", request_id)) if v is not None}
+
+
+def failure_in(body: bytes) -> Failure | None:
+    """The failure that a body holds, if it is one.
+
+    Over gRPC TorchServe drops the status that a worker sets and delivers the body as an ordinary
+    answer, so a client has to look; no message of ours begins with a `code`.
+    """
+    if not _FAILURE.match(body):
+        return None
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not {"code", "type", "message"} <= fields.keys() <= _FAILURE_KEYS:
+        return None
+    code, kind, message, node = fields["code"], fields["type"], fields["message"], fields.get("node")
+    if type(code) is not int or code < HTTPStatus.BAD_REQUEST or not isinstance(kind, str):
+        return None
+    return Failure(code, str(message), kind, node)
+
+
+def describe(kind: Any) -> str:
+    """What a body of this kind is, for a person."""
+    if kind is Photo:
+        return f"a photo ({', '.join(PHOTO_FORMATS)})"
+    if kind is Text:
+        return 'text (text/plain, or JSON {"text": "…"})'
+    if kind in {bytes, Any}:
+        return "bytes"
+    if dataclasses.is_dataclass(kind):
+        return f"JSON with the keys {', '.join(plain.field_types(kind))}"  # type: ignore[arg-type]
+    return f"JSON ({plain.name_of(kind)})"
+
+
+def _expect(media: str, wanted: str, kind: type) -> None:
+    # curl and many clients call every body a form; TorchServe hands a form's parts over one by one,
+    # so what arrives here under that name is a part without a type of its own.
+    if media in _ANY_CONTENT or media.startswith(wanted):
+        return
+    raise InputError(
+        f"The content type {media} is not served here; send {describe(kind)}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    )
+
+
+def _photo(body: bytes) -> Photo:
+    """The first frame of an image, upright, as 8-bit RGB; transparent parts become white."""
+    try:
+        image = Image.open(io.BytesIO(body), formats=PHOTO_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the limit here is lower than Pillow's
+        raise InputError(
+            f"The photo has too many pixels; the limit is {MAX_PIXELS:,}.", HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        ) from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        raise InputError(
+            f"The body is not a photo; send {describe(Photo)}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+        ) from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"The photo is {width:,} x {height:,} = {width * height:,} pixels; the limit is {MAX_PIXELS:,}.",
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        )
+    if image.mode == "F":
+        raise InputError(
+            "The photo's pixels are floating-point numbers, and nothing says which is white; send 8 or 16 bits.",
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        )
+    try:
+        image.seek(0)
+        image.load()
+        return Photo(_rgb(_upright(image)))
+    except Exception as error:  # noqa: BLE001 (broken bytes make Pillow raise struct.error, TypeError and more)
+        raise InputError(f"The photo is damaged and cannot be decoded: {error}.") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose copies what is upright already, and fails where it cannot write the EXIF again.
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _16_BITS:  # Pillow's own conversion clips at 255; its `point` cuts off, so half is added
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _text(body: bytes, media: str) -> Text:
+    if media == "application/json":
+        return _plain(Text, body)
+    if media not in _ANY_CONTENT and not media.startswith("text/"):
+        _expect(media, "text/", Text)
+    try:
+        return Text(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"The text is not UTF-8 (byte {error.start}); send {describe(Text)}.") from None
+
+
+def _anything(body: bytes, media: str) -> Any:
+    """What TorchServe hands a handler: JSON decoded where it is declared, else the bytes."""
+    if media == "application/json":
+        try:
+            return _json(body)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"The body is not valid JSON: {error}.") from None
+    return bytes(body)
+
+
+def _plain(kind: type[T], body: bytes) -> T:
+    try:
+        data = _json(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"The body is not valid JSON: {error}; send {describe(kind)}.") from None
+    try:
+        return plain.build(kind, data)
+    except plain.WrongDataError as error:
+        raise InputError(f"The JSON does not fit: {error}.", HTTPStatus.UNPROCESSABLE_ENTITY) from None
+
+
+def _json(body: bytes) -> Any:
+    """What strict JSON holds. Python's own reader takes NaN and half a surrogate pair, which no answer could repeat."""
+    data = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
+    if b"\\u" in body:
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,109 @@
+"""What a client asks of its request beside its message: headers over REST, entries of the input map over gRPC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from torchserve_dag.runtime.messages import InputError
+
+T = TypeVar("T")
+
+Priority = Literal["interactive", "bulk"]
+
+OUTPUTS, TIMEOUT, PRIORITY, TRACE = "x-outputs", "x-timeout-ms", "x-priority", "traceparent"
+CANCEL_KEY, CANCEL = "x-cancel-key", "x-cancel"
+REQUEST_ID = "x-request-id"
+"""What a client, or the front door, calls the request: its name in logs, failures and feedback."""
+PIECES = "x-pieces"
+"""Over gRPC: that the call is StreamPredictions. TorchServe does not tell, and a second piece would end Predictions."""
+HEADERS = (OUTPUTS, TIMEOUT, PRIORITY, TRACE, CANCEL_KEY, CANCEL, REQUEST_ID, PIECES)
+
+MAX_REQUEST_ID = 128
+MAX_OUTPUTS = 4_000
+"""Characters of the header that names outputs; over gRPC it could be as long as a body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    outputs: tuple[str, ...] = ()
+    """Nodes whose results are the answer, instead of the workflow's own output."""
+    timeout_s: float | None = None
+    """How long the client waits; the workflow's own limit holds where that is shorter."""
+    priority: Priority = "interactive"
+    """`bulk` requests let `interactive` ones pass."""
+    trace: str | None = None
+    """The client's span, as W3C's `traceparent`."""
+    cancel_key: str | None = None
+    """The name under which the client may cancel the request."""
+    request_id: str | None = None
+    """What the request is called in logs and failures, and in feedback on its answer; made up unless given."""
+
+    route_by: Mapping[str, str] = field(default_factory=dict)
+    """Headers that the front door's `routes.yaml` asks for; over gRPC they are metadata."""
+
+    def headers(self) -> dict[str, str]:
+        """As a client sends them."""
+        fields = {
+            OUTPUTS: ",".join(self.outputs),
+            TIMEOUT: str(math.ceil(self.timeout_s * 1000)) if self.timeout_s else "",
+            PRIORITY: self.priority if self.priority != "interactive" else "",
+            TRACE: self.trace or "",
+            CANCEL_KEY: self.cancel_key or "",
+            REQUEST_ID: self.request_id or "",
+        }
+        return {name: value for name, value in fields.items() if value}
+
+    def metadata(self) -> dict[str, str]:
+        """What the front door has to see over gRPC, beside the message."""
+        own = {REQUEST_ID: self.request_id, CANCEL_KEY: self.cancel_key}
+        return {**self.route_by, **{name: value for name, value in own.items() if value}}
+
+
+NOTHING_ASKED = Options()
+
+
+def read_options(said: Mapping[str, str]) -> Options:
+    """The options in a request's headers, by their names in lower case. Raises InputError."""
+    if said.keys().isdisjoint(HEADERS):
+        return NOTHING_ASKED
+    get = said.get
+    asked = get(OUTPUTS) or ""
+    if len(asked) > MAX_OUTPUTS:
+        raise InputError(f"The header {OUTPUTS} has {len(asked):,} characters; the limit is {MAX_OUTPUTS:,}.")
+    outputs = tuple(sorted({name.strip() for name in asked.split(",") if name.strip()}))
+    timeout = get(TIMEOUT)
+    priority = (get(PRIORITY) or "interactive").strip().lower()
+    if priority not in {"interactive", "bulk"}:
+        raise InputError(f'The header {PRIORITY} is interactive or bulk, not "{priority[:50]}".')
+    return Options(
+        outputs,
+        None if timeout is None else _seconds(timeout),
+        priority,  # type: ignore[arg-type]
+        get(TRACE),
+        get(CANCEL_KEY),
+        get(REQUEST_ID),
+    )
+
+
+def without_options(parameters: Mapping[str, T]) -> dict[str, T]:
+    """A request's parameters without those that are options."""
+    return {name: value for name, value in parameters.items() if name.lower() not in HEADERS}
+
+
+def named(said: Mapping[str, str]) -> str | None:
+    """What a request is called, where that is fit for a line of a log."""
+    name = said.get(REQUEST_ID)
+    return name if name and len(name) <= MAX_REQUEST_ID and name.isascii() and name.isprintable() else None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text) / 1000
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InputError(f'The header {TIMEOUT} is a number of milliseconds, not "{text[:50]}".')
+    return seconds

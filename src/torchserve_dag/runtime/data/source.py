@@ -1,0 +1,120 @@
+"""A checked YAML file: read into a typed value, every mistake named by file and line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from torchserve_dag.runtime.data import plain
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake: where it is, what it is, and what to write instead."""
+
+    file: str
+    line: int
+    what: str
+    help: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.file}:{self.line}: {self.what}"
+        return f"{text}\n  help: {self.help}" if self.help else text
+
+
+class CheckError(Exception):
+    """A file that was refused before anything ran; `problems` holds every reason."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(map(str, problems)))
+
+
+@dataclass(frozen=True)
+class Source(Generic[T]):
+    """What a file says, and the line on which it says it."""
+
+    path: Path
+    value: T
+    lines: dict[plain.Path, int]
+
+    def line(self, *path: str | int) -> int:
+        """The line of the deepest part of `path` that the file has."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
+
+    def problem(self, path: plain.Path, what: str, help: str = "") -> Problem:  # noqa: A002 (the word that is printed)
+        return Problem(str(self.path), self.line(*path), what, help)
+
+
+def read(path: Path, kind: type[T]) -> Source[T]:
+    """The YAML file at `path` as a `kind`. Raises CheckError."""
+    data, lines = read_plain(path)
+    source = Source(path, data, lines)
+    try:
+        return Source(path, plain.build(kind, data), lines)
+    except plain.WrongDataError as error:
+        raise CheckError([source.problem(w.path, _sentence(w), w.help) for w in error.wrongs]) from None
+
+
+def read_plain(path: Path) -> tuple[Any, dict[plain.Path, int]]:
+    """The YAML file at `path` as plain data, with the line of every key and value."""
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise CheckError([Problem(str(path), 1, "there is no such file")]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckError([Problem(str(path), 1, f"the file cannot be read: {error}")]) from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[plain.Path, int] = {}
+        if root is None:
+            raise CheckError([Problem(str(path), 1, "the file is empty")])
+        repeats: list[Problem] = []
+        _lines(root, (), lines, repeats, str(path))
+        if repeats:
+            raise CheckError(repeats)
+        return yaml.safe_load(text), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise CheckError([Problem(str(path), mark.line + 1 if mark else 1, f"not valid YAML: {what}")]) from None
+    except ValueError as error:  # a date or a number that is none
+        raise CheckError([Problem(str(path), 1, f"not valid YAML: {error}")]) from None
+    except RecursionError:
+        raise CheckError([Problem(str(path), 1, "it contains itself, or is nested too deeply")]) from None
+
+
+def _sentence(wrong: plain.Wrong) -> str:
+    where = wrong.path[:-1] if wrong.at_key else wrong.path
+    return f"{plain.dotted(where)}: {wrong.what}" if where else wrong.what
+
+
+def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repeats: list[Problem], file: str) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen: set[Any] = set()
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *other` brings keys that are written elsewhere
+                continue
+            name = _key(key)
+            line = key.start_mark.line + 1
+            if name in seen:  # YAML keeps the last one silently
+                repeats.append(Problem(file, line, f'"{name}" is written twice', "keep one"))
+            seen.add(name)
+            lines[(*path, name)] = line
+            _lines(value, (*path, name), lines, repeats, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _lines(value, (*path, i), lines, repeats, file)
+
+
+def _key(node: yaml.Node) -> Any:
+    """A mapping's key as the data has it: `on:` is True there."""
+    return yaml.SafeLoader("").construct_object(node) if isinstance(node, yaml.ScalarNode) else str(node.value)

@@ -1,0 +1,1 @@
+"""Requests run through a graph; knows nothing of TorchServe."""

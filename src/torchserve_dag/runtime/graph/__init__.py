@@ -1,0 +1,1 @@
+"""A workflow as a graph: read, found, typed and checked before anything runs."""

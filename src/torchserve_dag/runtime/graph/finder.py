@@ -1,0 +1,206 @@
+"""What a node can run, found and typed: a handler, a function, another workflow, a served model, an archive."""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.data.source import CheckError, Source
+from torchserve_dag.runtime.graph.graph import Graph, RowsCode, Served
+from torchserve_dag.runtime.graph.problems import Place, Problems
+from torchserve_dag.runtime.graph.type_names import known_types, type_named
+from torchserve_dag.runtime.handler import streams, types_of
+from torchserve_dag.runtime.project.folders import Project, import_file
+from torchserve_dag.runtime.project.handler_file import HandlerFile
+from torchserve_dag.runtime.project.workflow_file import CodeFile, ServedFile, TorchServeFile, WorkflowFile
+
+_YIELDS = {collections.abc.Iterator, collections.abc.Generator}
+
+ONE = "item"
+"""What the one value is called that a model takes."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What runs: the types of its parameters, and of its answer for one item."""
+
+    called: str
+    """For a person."""
+    takes: Mapping[str, Any]
+    gives: Any
+    optional: frozenset[str] = frozenset()
+    handler: Source[HandlerFile] | None = None
+    function: Callable[..., Any] | None = None
+    graph: Graph | None = None
+    served: Served | None = None
+    rows: RowsCode | None = None
+    yields: bool = False
+
+
+class RunsItselfError(Exception):
+    """A workflow that is inside itself."""
+
+
+class Finder:
+    """Finds code for one workflow's file. `inner` gives the graph of another workflow's file."""
+
+    def __init__(
+        self, project: Project, file: WorkflowFile, path: Path, problems: Problems, inner: Callable[[Path], Graph]
+    ) -> None:
+        self.project = project
+        self.file = file
+        self.functions_path = path.parent / file.code_file
+        self.problems = problems
+        self.inner = inner
+
+    def find(self, place: Place, code: CodeFile) -> Found | None:
+        """The code at `place`; None, and a problem more, where it is not fit to run."""
+        if code.handler is not None:
+            return self._handler((*place, "handler"), code.handler)
+        if code.function is not None:
+            return self._function((*place, "function"), code.function)
+        if code.workflow is not None:
+            return self._workflow((*place, "workflow"), code.workflow)
+        if code.served is not None:
+            return self._served((*place, "served"), code.served)
+        if code.torchserve is not None:
+            return self._archive((*place, "torchserve"), code.torchserve)
+        raise TypeError("workflow_file.py lets no code through that has nothing to run")
+
+    def _handler(self, place: Place, reference: str) -> Found | None:
+        path = self.project.find("handlers", reference)
+        if path is None:
+            hint = plain.did_you_mean(reference, self.project.references("handlers"))
+            self.problems.add(place, f'there is no handler "{reference}"', hint)
+            return None
+        try:
+            file = self.project.read_handler(path)
+            kind = self.project.handler_class(file)
+            self.project.settings(file, kind)
+        except CheckError as error:
+            self.problems.add_all(error)
+            return None
+        takes, gives = types_of(kind)
+        return Found(reference, {ONE: takes}, gives, handler=file, yields=streams(kind))
+
+    def _function(self, place: Place, name: str) -> Found | None:
+        path = self.functions_path
+        if not path.is_file():
+            self.problems.add(place, f"there is no {path}", f"write the function {name} there")
+            return None
+        try:
+            module = import_file(path)
+        except CheckError as error:
+            self.problems.add_all(error)
+            return None
+        found = getattr(module, name, None)
+        if not inspect.isfunction(found):
+            known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+            self.problems.add(place, f'{path} has no function "{name}"', plain.did_you_mean(name, known))
+            return None
+        return self._signature(place, found)
+
+    def _signature(self, place: Place, function: Callable[..., Any]) -> Found | None:
+        called = function.__name__
+        try:
+            hints = typing.get_type_hints(function)
+        except Exception as error:  # noqa: BLE001 (annotations are the user's, and evaluated)
+            self.problems.add(place, f"the annotations of {called}: {error}")
+            return None
+        parameters = inspect.signature(function).parameters
+        before = len(self.problems)
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            self.problems.add(place, f"{called} is a coroutine", "write def, without async")
+        for one in parameters.values():
+            if one.kind not in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}:
+                what = f"{called}'s parameter {one.name} cannot be given by its name"
+                self.problems.add(place, what, "write it without * and /")
+        untyped = [p for p in (*parameters, "return") if p not in hints]
+        if untyped:
+            self.problems.add(place, f"{called} does not say the type of {', '.join(untyped)}", "annotate it")
+        gives = hints.get("return")
+        yields = (typing.get_origin(gives) or gives) in _YIELDS
+        if yields:
+            if not typing.get_args(gives):
+                self.problems.add(place, f"{called} does not say what it yields", "write like Iterator[Text]")
+            gives = (typing.get_args(gives) or (Any,))[0]
+        if len(self.problems) > before:
+            return None
+        optional = frozenset(p for p, v in parameters.items() if v.default is not inspect.Parameter.empty)
+        takes = {p: hints[p] for p in parameters}
+        return Found(called, takes, gives, optional, function=function, yields=yields)
+
+    def _workflow(self, place: Place, reference: str) -> Found | None:
+        path = self.project.find("workflows", reference)
+        if path is None:
+            hint = plain.did_you_mean(reference, self.project.references("workflows"))
+            self.problems.add(place, f'there is no workflow "{reference}"', hint)
+            return None
+        try:
+            graph = self.inner(path)
+        except RunsItselfError:
+            self.problems.add(place, f"{reference} runs this workflow, so it would never end", "run another")
+            return None
+        except CheckError as error:
+            self.problems.add_all(error)
+            return None
+        return Found(reference, {ONE: graph.request}, graph.answer, graph=graph)
+
+    def _served(self, place: Place, file: ServedFile) -> Found | None:
+        name, _, version = file.model.partition("/")
+        if name == self.file.name and version in {"", self.file.version}:
+            self.problems.add((*place, "model"), "it calls itself, so it would never end", "call another model")
+            return None
+        takes, gives, described = self._described(place, file)
+        takes = self._type((*place, "takes"), file.takes, takes)
+        gives = self._type((*place, "gives"), file.gives, gives)
+        served = Served(name, version or None, file.at, gives, file.token, described)
+        return Found(file.model, {ONE: takes}, gives, served=served)
+
+    def _described(self, place: Place, file: ServedFile) -> tuple[Any, Any, tuple[Path, ...]]:
+        """The types of a model that this project has the source of, and the files that say them."""
+        handler = self.project.find("handlers", file.model)
+        workflow = self.project.find("workflows", file.model)
+        try:
+            if workflow is not None:
+                graph = self.inner(workflow)  # also where the types are given: it must not call this one
+                return graph.request, graph.answer, tuple(sorted(graph.files))
+            if handler is not None and not (file.takes and file.gives):
+                source = self.project.read_handler(handler)
+                takes, gives = types_of(self.project.handler_class(source))
+                return takes, gives, (handler, handler.parent / source.value.code_file)
+        except RunsItselfError:
+            what = f"{file.model} calls this workflow, so each would wait for the other"
+            self.problems.add((*place, "model"), what, "call another model")
+        except CheckError as error:
+            self.problems.add_all(error)
+        return Any, Any, ()
+
+    def _archive(self, place: Place, file: TorchServeFile) -> Found | None:
+        folders = (self.functions_path.parent, self.project.root / "model_store", self.project.root)
+        found = next((path for folder in folders if (path := folder / file.archive).is_file()), None)
+        if found is None:
+            hint = "put it into model_store/"
+            self.problems.add((*place, "archive"), f"there is no archive {file.archive} in model_store/", hint)
+            return None
+        takes = self._type((*place, "takes"), file.takes, Any)
+        gives = self._type((*place, "gives"), file.gives, Any)
+        return Found(file.archive, {ONE: takes}, gives, rows=RowsCode(found, None))
+
+    def _type(self, place: Place, text: str | None, otherwise: Any) -> Any:
+        if text is None:
+            return otherwise
+        try:
+            module = import_file(self.functions_path) if self.functions_path.is_file() else None
+            return type_named(text, known_types(module))
+        except ValueError as error:
+            self.problems.add(place, str(error))
+        except CheckError as error:
+            self.problems.add_all(error)
+        return Any

@@ -1,0 +1,36 @@
+"""What is wrong with a workflow's file, gathered until there is enough to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchserve_dag.runtime.data.source import CheckError, Problem, Source
+
+Place = tuple[str | int, ...]
+"""A node's name, and the way from there to a key of its YAML."""
+
+
+class Problems:
+    def __init__(self, source: Source[Any]) -> None:
+        self.source = source
+        self.found: list[Problem] = []
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def add(self, place: Place, what: str, help: str = "") -> None:  # noqa: A002 (the word that is printed)
+        """Something that is wrong with a node."""
+        self.found.append(self.source.problem(("nodes", *place), f"{place[0]}: {what}", help))
+
+    def add_at(self, path: Place, what: str, help: str = "") -> None:  # noqa: A002
+        """Something that is wrong elsewhere in the file."""
+        self.found.append(self.source.problem(path, what, help))
+
+    def add_all(self, error: CheckError) -> None:
+        """What is wrong with another file, once."""
+        self.found += [problem for problem in error.problems if problem not in self.found]
+
+    def stop(self) -> None:
+        """Raises CheckError where there are any."""
+        if self.found:
+            raise CheckError(self.found)

@@ -1,0 +1,1 @@
+"""TorchServe's own workflow files, and the .war."""

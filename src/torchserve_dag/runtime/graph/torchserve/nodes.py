@@ -1,0 +1,136 @@
+"""The graph of a TorchServe workflow: what its nodes run and get, and what it answers with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.graph.expression import Expression
+from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node, Output, Policy, RowsCode, result_of
+from torchserve_dag.runtime.messages import Failure
+
+_RESERVED = {"", REQUEST, "parameters"}
+"""What has a meaning of its own among the names of a graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A node of the `dag`: a model, or a function."""
+
+    parents: list[str]
+    code: RowsCode
+    batch: int
+    retries: int
+    timeout_s: float
+    """Of each try, as TorchServe counts: the wait in the queue included."""
+
+
+def takes_rows(graph: Graph) -> bool:
+    """Whether requests go into the graph as TorchServe hands them to a handler: as a Row."""
+    return any(value.type is Row for node in graph.nodes.values() for value in node.code.takes.values())
+
+
+def longest(steps: Mapping[str, Step]) -> float:
+    """The seconds that a request may take: those of the nodes on its way, each answering at its last try."""
+    until: dict[str, float] = {}
+    for name, step in steps.items():
+        before = max((until[one] for one in step.parents), default=0.0)
+        until[name] = before + step.timeout_s * (1 + step.retries)
+    return max(until.values())
+
+
+def make_nodes(steps: Mapping[str, Step]) -> tuple[dict[str, Node], Output]:
+    """The nodes and the output of a graph. `steps` has each after its parents."""
+    inside = _names_inside(steps)
+    nodes: dict[str, Node] = {}
+    for name, step in steps.items():
+        code = Code(
+            name=inside[name],
+            takes={"item": _row_of({one: inside[one] for one in step.parents})},
+            sees_skipped=frozenset(),
+            gives=bytes,
+            rows=step.code,
+            batch=step.batch,
+        )
+        policy = Policy(timeout_s=step.timeout_s, retries=step.retries)
+        nodes[code.name] = _node(code, [inside[one] for one in step.parents], nodes, policy)
+    leaves = [name for name in steps if not any(name in step.parents for step in steps.values())]
+    if len(leaves) == 1:
+        return nodes, Output({"": result_of(nodes[inside[leaves[0]]])})
+    code = Code(
+        name=_free("answer", {*nodes, *_RESERVED}),
+        takes={leaf: result_of(nodes[inside[leaf]]) for leaf in leaves},
+        sees_skipped=frozenset(),
+        gives=dict[str, Any],
+        function=joined,
+    )
+    nodes[code.name] = _node(code, [inside[leaf] for leaf in leaves], nodes, Policy())
+    return nodes, Output({"": result_of(nodes[code.name])})
+
+
+def _node(code: Code, parents: list[str], nodes: Mapping[str, Node], policy: Policy) -> Node:
+    return Node(
+        name=code.name,
+        branches=(Branch(None, code),),
+        each=(),
+        when=None,
+        result=code.gives,
+        needs=frozenset(parents) or frozenset({REQUEST}),
+        depth=1 + max((nodes[one].depth for one in parents), default=0),
+        policy=policy,
+    )
+
+
+def _names_inside(names: Mapping[str, Any]) -> dict[str, str]:
+    """Each node's name in the graph: its own, unless that has a meaning there."""
+    taken = {*names, *_RESERVED}
+    return {name: _free(name, taken) if name in _RESERVED else name for name in names}
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _row_of(parents: Mapping[str, str]) -> Expression:
+    """What a node gets: the client's request, or its parents' answers, with the client's headers.
+
+    `parents`: the name of each in the file, and in the graph.
+    """
+    if not parents:
+        return Expression(REQUEST, Row, frozenset({REQUEST}), _first_row)
+    names = list(parents.values())
+    keys = parents if len(names) > 1 else {"body": names[0]}
+
+    def row(values: Mapping[str, Any]) -> Row:
+        request = values.get(REQUEST)
+        headers = request.headers if isinstance(request, Row) else {}
+        return Row({key: values[name] for key, name in keys.items()}, headers)
+
+    return Expression(", ".join(names), Row, frozenset(names), row)
+
+
+def _first_row(values: Mapping[str, Any]) -> Row:
+    request = values[REQUEST]
+    if isinstance(request, Row):
+        return request
+    return Row({**{key: text.encode() for key, text in values["parameters"].items()}, "body": request})
+
+
+def joined(**answers: bytes) -> dict[str, Any] | Failure:
+    """The answer of a workflow with several leaves, by their names; pictures show this name."""
+    found: dict[str, Any] = {}
+    for leaf, answer in answers.items():
+        try:
+            found[leaf] = json.loads(answer)
+        except ValueError:
+            found[leaf] = None
+        if not isinstance(found[leaf], dict):
+            message = f"{leaf} must give a JSON object, since the workflow has several leaves."
+            return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "HandlerError")
+    return found

@@ -1,0 +1,134 @@
+"""One node of a `.war` export: the part of a workflow that TorchServe's own engine runs in one worker.
+
+That engine hands bytes from node to node, gives only the first one the request, and drops every status
+that a node sets. So each edge carries an envelope: the request as it came, and each model's result so
+far; functions run again wherever they are read. A failure travels in the envelope to the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchserve_dag.runtime.data import codec, plain
+from torchserve_dag.runtime.graph.graph import Graph, Node, Output, result_of
+from torchserve_dag.runtime.messages import Failure
+
+_MAGIC = b"TSDAG1\n"
+REQUEST_PART = "request"
+ABOUT_PART = "!about"  # no node can have a name like this or the next
+FAILURE_PART = "!failure"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Which part of a workflow's graph a worker runs."""
+
+    graph: Graph
+    """The whole workflow's."""
+    node: str
+    """The model that this segment runs."""
+    known: frozenset[str]
+    """The models whose results come in the envelope."""
+    last: bool
+    """Whether this segment gives the workflow's answer."""
+
+    def part(self) -> Graph:
+        output = self.graph.output if self.last else Output({"": result_of(self.graph.nodes[self.node])})
+        return self.graph.segment(output, self.known)
+
+    def known_results(self, parts: Mapping[str, bytes]) -> dict[str, Any]:
+        return {name: plain.build(self.graph.nodes[name].result, json.loads(parts[name])) for name in self.known}
+
+    def seal(self, parts: Mapping[str, bytes], result: Any) -> bytes:
+        """What goes on: the envelope with this segment's result or failure, or the workflow's answer."""
+        if isinstance(result, Failure):
+            failure = json.dumps(codec.failure_fields(result)).encode()
+            return failure if self.last else pack({FAILURE_PART: failure})
+        if self.last:
+            return codec.encode(result)[0]
+        return pack({**parts, self.node: json.dumps(plain.flatten(result)).encode()})
+
+
+def unseal(row: Mapping[str, Any]) -> dict[str, bytes]:
+    """The parts that the row of a node with parents holds: one envelope a parent."""
+    parts: dict[str, bytes] = {}
+    for envelope in row.values():
+        parts |= unpack(bytes(envelope))
+    return parts
+
+
+def pack(parts: Mapping[str, bytes]) -> bytes:
+    """Named parts as one body: a line of JSON with their lengths, then the parts."""
+    sizes = json.dumps({name: len(part) for name, part in parts.items()}).encode()
+    return _MAGIC + sizes + b"\n" + b"".join(parts.values())
+
+
+def unpack(body: bytes) -> dict[str, bytes]:
+    end = body.index(b"\n", len(_MAGIC))
+    sizes: dict[str, int] = json.loads(body[len(_MAGIC) : end])
+    parts, at = {}, end + 1
+    for name, size in sizes.items():
+        parts[name] = body[at : at + size]
+        at += size
+    return parts
+
+
+def segments(graph: Graph) -> dict[str, Segment]:
+    """The segments that a workflow falls into, one a model, in order.
+
+    Raises ValueError, with the reason, for a graph that TorchServe's own engine cannot run.
+    """
+    for node in graph.nodes.values():
+        _refuse(node)
+    models = {name: _models_before(graph, name) for name, node in graph.nodes.items() if node.code.handler}
+    if not models:
+        raise ValueError("it has no model, and TorchServe 0.12.0 can lose the answer of a function node")
+    starts = [name for name, before in models.items() if not before]
+    if len(starts) > 1:
+        raise ValueError(f"it starts with several models ({', '.join(starts)}), and TorchServe's engine wants one")
+    for name in models:
+        if not plain.fits_json(graph.nodes[name].result):
+            raise ValueError(f"{name} gives {plain.name_of(graph.nodes[name].result)}, which does not fit an envelope")
+    ends = [name for name in models if not any(name in before for before in models.values())]
+    if len(ends) > 1:
+        raise ValueError(
+            f"it ends with several models ({', '.join(ends)}); what joins them would be a function node, "
+            "whose answer TorchServe 0.12.0 can lose"
+        )
+    return {name: Segment(graph, name, before, last=name == ends[0]) for name, before in models.items()}
+
+
+def _refuse(node: Node) -> None:
+    """Raises ValueError for what only our own engine does."""
+    beyond = {
+        "a workflow inside": any(code.graph for code in node.codes),
+        "a served model": any(code.served for code in node.codes),
+        "an archive of TorchServe's": any(code.rows for code in node.codes),
+        "an answer in pieces": node.streams,
+        "several models to choose from": sum(code.handler is not None for code in node.codes) > 1,
+        "functions and models to choose from": len({code.handler is None for code in node.codes}) > 1,
+    }
+    for what, there in beyond.items():
+        if there:
+            raise ValueError(f"{node.name} has {what}")
+
+
+def parents(found: Mapping[str, Segment], name: str) -> list[str]:
+    """The segments whose envelopes a segment needs: those known to it and to no other that is known to it."""
+    known = found[name].known
+    return [one for one in found if one in known and not any(one in found[other].known for other in known)]
+
+
+def _models_before(graph: Graph, name: str) -> frozenset[str]:
+    """Every model that a node's result depends on."""
+    before: set[str] = set()
+    todo = list(graph.nodes[name].needs)
+    while todo:
+        one = todo.pop()
+        if one in graph.nodes and one not in before:
+            before.add(one)
+            todo += graph.nodes[one].needs
+    return frozenset(one for one in before if graph.nodes[one].code.handler)

@@ -1,0 +1,49 @@
+"""A finished `.war` of TorchServe's, unpacked: which of its files is what."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchserve_dag.runtime.data.source import CheckError, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class War:
+    spec: Path
+    functions: Path
+
+
+def read_war(path: Path) -> War:
+    """The workflow in a `.war`. Raises CheckError."""
+    try:
+        folder = _unpacked(path, path.stat().st_mtime_ns)
+        workflow = json.loads((folder / "WAR-INF" / "MANIFEST.json").read_bytes())["workflow"]
+        war = War(folder / workflow["specFile"], folder / workflow["handler"])
+    except FileNotFoundError as error:
+        what = "there is no such file" if error.filename == str(path) else "it holds no WAR-INF/MANIFEST.json"
+        raise CheckError([Problem(str(path), 1, what)]) from None
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+        what = f"it is not an archive of torch-workflow-archiver's: {type(error).__name__}: {error}"
+        raise CheckError([Problem(str(path), 1, what)]) from None
+    for file in (war.spec, war.functions):
+        if not file.is_file():
+            raise CheckError([Problem(str(path), 1, f"it holds no {file.name}, which its manifest names")])
+    return war
+
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+"""Those of unpacked `.war` files: their functions may read what else is there, so they last as long as the process."""
+
+
+@functools.cache
+def _unpacked(path: Path, changed_ns: int) -> Path:  # noqa: ARG001 (a file that has changed is unpacked again)
+    with zipfile.ZipFile(path) as packed:
+        folder = tempfile.TemporaryDirectory(prefix=f"{path.stem}-")
+        _folders.append(folder)
+        packed.extractall(folder.name)
+    return Path(folder.name)

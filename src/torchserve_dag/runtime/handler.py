@@ -1,0 +1,100 @@
+"""The contract of a handler: one model's code, as its author writes it."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torchserve_dag.runtime.compute.placement import Placement
+
+Item = TypeVar("Item")
+"""What one item comes as: a message."""
+Prepared = TypeVar("Prepared")
+"""What `preprocess` makes of it, on the way to the model."""
+Output = TypeVar("Output")
+"""What the model gave for it."""
+Answer = TypeVar("Answer")
+"""What one item is answered with: a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoSettings:
+    """The settings of a handler that has none."""
+
+
+class Handler(Generic[Item, Prepared, Output, Answer]):
+    """One model's code. Subclass it in `handlers/NAME.py`, beside its card, `handlers/NAME.yaml`.
+
+        class Brightness(Handler[Photo, float, float, Label]):
+            def load(self, folder: Path, settings: NoSettings, placement: Placement) -> None:
+                self.limit = 127.5
+
+            def example(self) -> Photo:
+                return Photo(Image.new("RGB", (8, 8), "white"))
+
+            def preprocess(self, item: Photo) -> float:
+                return ImageStat.Stat(item.image.convert("L")).mean[0]
+
+            def infer(self, batch: Sequence[float]) -> list[float]:
+                return [value / 255 for value in batch]
+
+            def postprocess(self, output: float, item: Photo) -> Label:
+                return Label("bright" if output > 0.5 else "dark", output)
+
+    It is a plain object, with no server anywhere: `h = Brightness(); h.load(...); h.preprocess(photo)`.
+
+    The stages run in several threads at once. So a stage reads `self` and never writes it: what the
+    next stage needs, it returns. An item that cannot be served raises InputError, in any stage.
+    """
+
+    Settings: ClassVar[type] = NoSettings
+    """A frozen dataclass: the keys that `settings:` in the handler's YAML may have."""
+
+    def load(self, folder: Path, settings: Any, placement: Placement) -> None:
+        """Make the model ready. `folder` holds the weights; put modules in place with `placement.put`."""
+        raise NotImplementedError
+
+    def example(self) -> Item:
+        """One item like those to come: it warms the model up, and it is its test and documentation."""
+        raise NotImplementedError
+
+    def preprocess(self, item: Item) -> Prepared:
+        """One item as the model wants it."""
+        raise NotImplementedError
+
+    def infer(self, batch: Sequence[Prepared]) -> Sequence[Output]:
+        """The model's outputs for a batch, one an item, in order."""
+        raise NotImplementedError
+
+    def stream(self, prepared: Prepared) -> Iterator[Output]:
+        """Instead of `infer`: the outputs for one item, one after another; `postprocess` makes a piece of each.
+
+        The pieces of several items take turns, so they reach their clients side by side.
+        """
+        raise NotImplementedError
+
+    def postprocess(self, output: Output, item: Item) -> Answer:
+        """The answer for one item."""
+        raise NotImplementedError
+
+
+def streams(kind: type[Handler[Any, Any, Any, Any]]) -> bool:
+    """Whether a handler answers in pieces."""
+    return kind.stream is not Handler.stream
+
+
+def types_of(kind: type[Handler[Any, Any, Any, Any]]) -> tuple[Any, Any]:
+    """The messages that a handler takes and answers with, from its stages' own annotations.
+
+    Raises TypeError where they are not annotated.
+    """
+    takes = typing.get_type_hints(kind.preprocess).get("item")
+    gives = typing.get_type_hints(kind.postprocess).get("return")
+    if takes is None or isinstance(takes, TypeVar):
+        raise TypeError(f"{kind.__name__}.preprocess does not say what an item is; annotate its parameter `item`")
+    if gives is None or isinstance(gives, TypeVar):
+        raise TypeError(f"{kind.__name__}.postprocess does not say what it answers; annotate its result")
+    return takes, gives

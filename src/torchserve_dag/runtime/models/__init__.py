@@ -1,0 +1,1 @@
+"""Handlers, loaded; and models that are served elsewhere."""

@@ -1,0 +1,269 @@
+"""A node that another TorchServe serves: its model, on this host or another, called over gRPC."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.data.options import TIMEOUT
+from torchserve_dag.runtime.engine.runner import Done
+from torchserve_dag.runtime.graph.graph import Served
+from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # a proxy that is set for the web is not the way to a model server
+    ("grpc.max_receive_message_length", -1),  # the server's limit holds, not grpc's 4 MB
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # a server that comes back is found within a second
+    # TorchServe's netty breaks a connection off whose client asks more often than every five minutes. With any
+    # number here grpc also gives up a connection whose bytes nobody confirms for `keepalive_timeout_ms`.
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+MAX_PLAIN_PHOTO = 6_500_000
+"""Bytes of pixels; a photo with more goes compressed. TorchServe takes 6,553,500 unless it is told otherwise."""
+
+_TOO_LARGE = ("error code 8", "maximum size", "larger than max")
+"""What is said of a body that is too large. The first, RST_STREAM's CANCEL, is all that TorchServe says of it."""
+
+
+class ServedModel:
+    """Calls one model of a TorchServe; a Starter. Nothing is sent before the first call: the server may start later.
+
+    Answers are decoded, and `done` is called, on one thread for each address: `done` only passes on.
+    After `close`, and for a call that is called off, `done` is told so like any other failure.
+    """
+
+    def __init__(self, served: Served) -> None:
+        """Raises ImportError where grpc is not installed, ValueError where the token's variable is not set."""
+        if served.token and not os.environ.get(served.token):
+            what = f"the environment variable {served.token}, for the token of {served.address}, is not set"
+            raise ValueError(what)
+        self._served = served
+        self._calls: set[Any] = set()
+        self._closed = False
+        self._line = _Line.to(served.address)
+
+    def __call__(self, value: Any, timeout_s: float, done: Done) -> Callable[[], None]:
+        """Start one call. Gives back how to call it off."""
+        served = self._served
+        try:
+            body = _body_of(value)
+            # TorchServe does not tell its worker how long the client waits, so it is among the inputs as well.
+            limit = str(max(1, math.ceil(timeout_s * 1000))).encode()
+            request = self._line.request(
+                model_name=served.name, model_version=served.version or "", input={"body": body, TIMEOUT: limit}
+            )
+            token = self._token()
+            metadata = (("authorization", f"Bearer {token}"),) if token else ()
+            call = self._line.predictions(request, timeout=timeout_s, metadata=metadata)
+        except Exception:
+            logger.exception("%s cannot be called", self._name)
+            done(Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self._name} cannot be called.", "InternalError"))
+            return _nothing
+        self._calls.add(call)
+        call.add_done_callback(lambda call: self._ended(call, len(body), timeout_s, done))
+
+        def cancel() -> None:
+            call.cancel()
+
+        return cancel
+
+    def close(self) -> None:
+        """Call off what is under way."""
+        if self._closed:
+            return
+        self._closed = True
+        for call in self._calls.copy():
+            call.cancel()
+        self._line.leave()
+
+    @property
+    def _name(self) -> str:
+        version = f"/{self._served.version}" if self._served.version else ""
+        return f"{self._served.name}{version} at {self._served.address}"
+
+    def _token(self) -> str | None:
+        if self._served.token:
+            return os.environ[self._served.token]
+        return next(filter(None, map(_key_in, _key_files(self._served.address))), None)
+
+    def _ended(self, call: Any, size: int, timeout_s: float, done: Done) -> None:
+        self._calls.discard(call)
+        code = call.code().name
+        try:
+            if code == "OK":
+                answer = self._answer(call.result().prediction)
+            else:
+                answer = self._failed(code, call.details() or "", size, timeout_s)
+        except Exception:
+            logger.exception("the answer of %s cannot be read", self._name)
+            answer = Failure(HTTPStatus.BAD_GATEWAY, f"{self._name} gave what cannot be read.", "UnexpectedAnswer")
+        done(answer)
+
+    def _answer(self, body: bytes) -> Any:
+        failure = codec.failure_in(body)  # a status is lost over gRPC
+        if failure:
+            where = f"{failure.node} of {self._name}" if failure.node else self._name
+            return Failure(failure.status, f"{failure.message} ({where})", failure.type)
+        try:
+            return _answer_as(self._served.gives, body)
+        except InputError as error:
+            message = f"The answer of {self._name} is not {codec.describe(self._served.gives)}: {error.message}"
+            return Failure(HTTPStatus.BAD_GATEWAY, message, "UnexpectedAnswer")
+
+    def _failed(self, code: str, text: str, size: int, timeout_s: float) -> Failure:
+        """What became of a call without an answer. TorchServe's own errors end with a line that names a Java class."""
+        name, address = self._name, self._served.address
+        said, _, java = text.partition("\n")
+        said = said.rstrip(".")
+        match code:
+            case "DEADLINE_EXCEEDED":
+                status, kind = HTTPStatus.GATEWAY_TIMEOUT, "Timeout"
+                message = f"{name} gave no answer within {timeout_s:g} s."
+            case "PERMISSION_DENIED" | "UNAUTHENTICATED":
+                status, kind, message = HTTPStatus.BAD_GATEWAY, "Unauthorized", self._refused()
+            case "UNIMPLEMENTED":
+                status, kind = HTTPStatus.BAD_GATEWAY, "ModelNotFound"
+                message = f"{address} is not where a TorchServe answers gRPC calls for predictions: {said}."
+            case "INTERNAL" if "NotFoundException" in java:
+                status, kind = HTTPStatus.BAD_GATEWAY, "ModelNotFound"
+                message = f"{address} does not serve what the workflow calls: {said}."
+            case "INTERNAL" if "has no worker to serve" in said:
+                status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Overloaded"
+                message = f"{name} has no worker, or no room in its queue."
+            case "CANCELLED" | "RESOURCE_EXHAUSTED" if any(words in text for words in _TOO_LARGE):
+                status, kind = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge"
+                message = f"{name} takes no body of {size:,} bytes: send less, or raise its max_request_size."
+            case "RESOURCE_EXHAUSTED" if not java:  # with it, TorchServe means a worker that died
+                status, kind, message = HTTPStatus.SERVICE_UNAVAILABLE, "Overloaded", f"{name} is overloaded: {said}."
+            case "CANCELLED":
+                status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Cancelled"
+                message = f"The call of {name} was called off."
+            case "UNAVAILABLE" if not java:
+                status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Unreachable"
+                message = f"{address} cannot be reached: {said}. Is a TorchServe up, and is this its gRPC address?"
+            case _:
+                status, kind = HTTPStatus.BAD_GATEWAY, "ServedModelFailed"
+                message = f"{name} failed, and its server's log says why: {said}."
+        return Failure(status, message, kind)
+
+    def _refused(self) -> str:
+        address, variable = self._served.address, self._served.token
+        if variable:
+            return f"{address} refuses the token in the environment variable {variable}: it is wrong, or has expired."
+        found = next(filter(_key_in, _key_files(address)), None)
+        name_one = "name the environment variable that holds the right one as `token` of the node's `served`"
+        if found:
+            return f"{address} refuses the token in {found}: it is another server's, or has expired; {name_one}."
+        return f"{address} wants a token; {name_one}."
+
+
+class _Line:
+    """One channel to an address, for all in this process that call it: it ends when the last of them leaves."""
+
+    _open: dict[str, _Line] = {}  # noqa: RUF012 (every line that there is)
+    _changes = threading.Lock()
+
+    def __init__(self, address: str) -> None:
+        try:
+            import grpc  # noqa: PLC0415 (an archive without served nodes is served where grpc is not installed)
+
+            from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc  # noqa: PLC0415
+        except Exception as error:  # noqa: BLE001 (each checks versions, and raises what it likes)
+            what = (
+                f"a node that calls {address} over gRPC needs grpcio, protobuf and googleapis-common-protos in the "
+                f"Python of its worker: {error}"
+            )
+            raise ImportError(what) from None
+        self._address = address
+        self._users = 0
+        self._channel = grpc.insecure_channel(address, OPTIONS)
+        self.request = inference_pb2.PredictionsRequest
+        self.predictions = inference_pb2_grpc.InferenceAPIsServiceStub(self._channel).Predictions.future
+
+    @classmethod
+    def to(cls, address: str) -> _Line:
+        with cls._changes:
+            line = cls._open.get(address)
+            if line is None:
+                line = cls._open[address] = cls(address)
+            line._users += 1
+            return line
+
+    def leave(self) -> None:
+        with self._changes:
+            self._users -= 1
+            if self._users:
+                return
+            del self._open[self._address]
+        self._channel.close()
+
+
+def _body_of(value: Any) -> bytes:
+    if isinstance(value, Text):
+        # As it is: no content type goes over gRPC, and a server cannot tell JSON from a text that looks like it.
+        return value.text.encode()
+    if isinstance(value, Photo):
+        return _photo(value)
+    return codec.encode(value)[0]
+
+
+def _photo(photo: Photo) -> bytes:
+    # PNG, which `codec` writes, takes as long as a small model: 29 ms of a core for 224 x 224 pixels. BMP takes 0.1.
+    body = io.BytesIO()
+    if 3 * photo.width * photo.height < MAX_PLAIN_PHOTO:
+        photo.image.save(body, "BMP")
+    else:
+        photo.image.save(body, "PNG", compress_level=1)
+    return body.getvalue()
+
+
+def _answer_as(kind: Any, body: bytes) -> Any:
+    """An answer's body as a message. Raises InputError."""
+    if kind is bytes:
+        return body
+    if kind is Text or kind is Any:
+        try:
+            return codec.decode(kind, body, "application/json")
+        except InputError:  # not JSON of ours: the text itself, or the bytes
+            if kind is Any:
+                return body
+    return codec.decode(kind, body)
+
+
+def _key_files(address: str) -> list[Path]:
+    """Where the tokens of a TorchServe on this host may be, for one that has it.
+
+    TorchServe writes them into its working directory. A worker's parent process is its TorchServe, so models of
+    one server find each other; a program finds the server that `torchserve-dag up` started in its folder. They
+    are read for each call, as a server makes new ones whenever it starts.
+    """
+    host = address.rpartition(":")[0]
+    if host != "localhost" and not host.startswith("127."):
+        return []
+    return [Path(".torchserve-dag/key_file.json"), Path(f"/proc/{os.getppid()}/cwd/key_file.json")]
+
+
+def _key_in(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_bytes())["inference"]["key"])
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is being written
+        return None
+
+
+def _nothing() -> None:
+    """Call off what was never begun."""

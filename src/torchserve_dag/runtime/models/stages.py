@@ -1,0 +1,186 @@
+"""A loaded handler: batches through its three stages, whole or in micro-batches that overlap."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from http import HTTPStatus
+from typing import Any, Final
+
+from torchserve_dag.runtime.compute.placement import Placement
+from torchserve_dag.runtime.handler import Handler, streams
+from torchserve_dag.runtime.messages import Failure, InputError
+from torchserve_dag.runtime.project.handler_file import MicroBatch
+
+logger = logging.getLogger(__name__)
+
+END: Final = object()
+
+Piece = list[Any]
+"""Some items' values at one stage; a Failure stands where an item has ended."""
+
+
+class Stages:
+    """Runs batches through one handler. Safe to call from several threads at once.
+
+    Whatever a stage raises ends only its own item: an InputError with its status, anything else
+    with 500 and a line in the log. An `infer` that raises for a batch is tried again item by item,
+    so that one bad item does not take the rest with it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        handler: Handler[Any, Any, Any, Any],
+        placement: Placement,
+        micro_batch: MicroBatch | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.name = name
+        self.handler = handler
+        self.placement = placement
+        self.micro_batch = micro_batch
+        self.timeout_s = timeout_s
+        self.hangs = False
+        """Whether a micro-batch did not end in time: its thread cannot be ended, and others wait behind it."""
+        self._threads = (
+            {
+                stage: ThreadPoolExecutor(getattr(micro_batch, stage), thread_name_prefix=f"{name}-{stage}")
+                for stage in ("preprocess", "infer", "postprocess")
+            }
+            if micro_batch
+            else {}
+        )
+
+    def __call__(self, items: Sequence[Any]) -> list[Any]:
+        """The items' answers, in order; a Failure for each that has none."""
+        items = list(items)
+        if self.micro_batch is None or len(items) <= self.micro_batch.size:
+            return self._postprocess(self._infer(self._preprocess(items)), items)
+        return self._overlapped(items, self.micro_batch.size)
+
+    def pieces(self, item: Any) -> Iterator[Any]:
+        """The answer of a handler that streams, piece by piece. It raises what the handler raises."""
+        outputs = self.handler.stream(self.handler.preprocess(item))
+        while True:
+            with self.placement.inferring():  # it holds for a thread, and the next piece may be made in another
+                output = next(outputs, END)
+            if output is END:
+                return
+            yield self.handler.postprocess(output, item)
+
+    def warm_up(self, batch: int) -> None:
+        """Run the handler's own example, alone and as a full batch. Raises RuntimeError where it fails."""
+        example = self.handler.example()
+        if streams(type(self.handler)):
+            for _ in self.pieces(example):
+                pass
+            return
+        for size in dict.fromkeys((1, batch)):
+            for answer in self([example] * size):
+                if isinstance(answer, Failure):
+                    raise RuntimeError(  # noqa: TRY004 (a value, not a wrong type)
+                        f"{self.name} failed on its own example: {answer.message}"
+                    )
+
+    def close(self) -> None:
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _overlapped(self, items: Piece, size: int) -> list[Any]:
+        pieces = [items[i : i + size] for i in range(0, len(items), size)]
+        deadline = time.monotonic() + self.timeout_s
+        ends: list[Future[Piece]] = [Future() for _ in pieces]
+
+        def then(stage: str, work: Callable[[], Piece], after: Callable[[Piece], None], end: Future[Piece]) -> None:
+            def run() -> None:
+                try:
+                    after(work())
+                except BaseException as error:  # noqa: BLE001 (the waiting caller must hear of whatever it is)
+                    end.set_exception(error)
+
+            try:
+                job = self._threads[stage].submit(run)
+            except RuntimeError:  # closed meanwhile
+                end.cancel()
+            else:
+                job.add_done_callback(lambda job: end.cancel() if job.cancelled() else None)
+
+        for piece, end in zip(pieces, ends, strict=True):
+
+            def finish(outputs: Piece, piece: Piece = piece, end: Future[Piece] = end) -> None:
+                then("postprocess", lambda: self._postprocess(outputs, piece), end.set_result, end)
+
+            def infer(prepared: Piece, end: Future[Piece] = end, finish: Callable[[Piece], None] = finish) -> None:
+                then("infer", lambda: self._infer(prepared), finish, end)
+
+            then("preprocess", lambda piece=piece: self._preprocess(piece), infer, end)  # type: ignore[misc]
+
+        return [
+            answer
+            for piece, end in zip(pieces, ends, strict=True)
+            for answer in self._awaited(end, len(piece), deadline)
+        ]
+
+    def _awaited(self, end: Future[Piece], size: int, deadline: float) -> Piece:
+        """A piece's answers; where they do not come by the deadline, as many failures."""
+        try:
+            return end.result(max(0.0, deadline - time.monotonic()))
+        except FutureTimeoutError:
+            self.hangs = True
+            message = f"{self.name} took longer than {self.timeout_s:g} s."
+            return [Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout")] * size
+        except CancelledError:
+            return [Failure(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.name} is closing.", "Overloaded")] * size
+        except Exception as error:  # noqa: BLE001
+            return [self._surprise("a stage", error)] * size
+
+    def _preprocess(self, items: Piece) -> Piece:
+        return [self._one("preprocess", self.handler.preprocess, item) for item in items]
+
+    def _infer(self, prepared: Piece) -> Piece:
+        alive = [value for value in prepared if not isinstance(value, Failure)]
+        if not alive:
+            return prepared
+        with self.placement.inferring():
+            outputs = iter(self._infer_alive(alive))
+        return [value if isinstance(value, Failure) else next(outputs) for value in prepared]
+
+    def _infer_alive(self, batch: Piece) -> Piece:
+        try:
+            outputs = list(self.handler.infer(batch))
+            if len(outputs) == len(batch):
+                return outputs
+            raise ValueError(f"infer gave {len(outputs)} outputs for {len(batch)} items")  # noqa: TRY301
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 (libraries raise SystemExit, and Rust's panics are no Exception)
+            if len(batch) == 1:
+                return [self._failure("infer", error)]
+            return [output for value in batch for output in self._infer_alive([value])]
+
+    def _postprocess(self, outputs: Piece, items: Piece) -> Piece:
+        return [
+            output if isinstance(output, Failure) else self._one("postprocess", self.handler.postprocess, output, item)
+            for output, item in zip(outputs, items, strict=True)
+        ]
+
+    def _one(self, stage: str, function: Callable[..., Any], *values: Any) -> Any:
+        try:
+            return function(*values)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 (as above)
+            return self._failure(stage, error)
+
+    def _failure(self, stage: str, error: BaseException) -> Failure:
+        if isinstance(error, InputError):
+            return Failure(error.status, error.message)
+        return self._surprise(stage, error)
+
+    def _surprise(self, stage: str, error: BaseException) -> Failure:
+        logger.error("%s: %s raised", self.name, stage, exc_info=error)
+        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self.name} failed in {stage}.", "HandlerError")

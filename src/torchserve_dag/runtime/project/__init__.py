@@ -1,0 +1,1 @@
+"""A project's folders, and what its files may say."""

@@ -1,0 +1,1 @@
+"""What nodes have done: metrics, spans, scores."""

@@ -1,0 +1,114 @@
+"""What the nodes of a workflow have done, as Prometheus series on TorchServe's own `/metrics`.
+
+TorchServe reads metrics from what its workers print, adds the numbers of one name and labels up, and has histograms of
+its own only with fixed buckets and a line for each observation. So a worker prints, once a second, by how much each
+bucket has grown: as counters that are named as a histogram's series are. Several workers add up, and the numbers
+never fall when one of them is started anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+
+from torchserve_dag.runtime.engine.counts import Histogram, NodeCounts
+
+logger = logging.getLogger(__name__)
+
+Series = tuple[str, str, str | None]
+"""A node, a metric, and the upper bound of a bucket where it is one."""
+
+_SEPARATORS = str.maketrans(",:|", "___")
+"""What separates the parts of a line, and so cannot be in a name."""
+
+
+def publish_every(
+    period_s: float, workflow: str, version: str, counts: Callable[[], Mapping[str, NodeCounts]]
+) -> Publisher:
+    """Publish what `counts` gives from now on, in a thread that ends with the process or with `close`."""
+    publisher = Publisher(workflow, version, counts)
+    threading.Thread(target=publisher.run, args=(period_s,), name="metrics", daemon=True).start()
+    return publisher
+
+
+class Publisher:
+    """One worker's counts, on their way to TorchServe."""
+
+    def __init__(self, workflow: str, version: str, counts: Callable[[], Mapping[str, NodeCounts]]) -> None:
+        self._labels = f"workflow:{workflow.translate(_SEPARATORS)},version:{version.translate(_SEPARATORS)}"
+        self._host = socket.gethostname()
+        self._counts = counts
+        self._said: dict[Series, float] = {}
+        self._publishing = threading.Lock()
+        self._closed = threading.Event()
+
+    def run(self, period_s: float) -> None:
+        """Publish until it is closed, or cannot."""
+        try:
+            self.publish()
+            while not self._closed.wait(period_s):
+                self.publish()
+        except Exception:
+            logger.exception("the metrics of this worker stay as they are")
+
+    def publish(self) -> None:
+        """Print what has changed since the last time."""
+        with self._publishing:
+            if lines := self.lines():
+                # In one write, so that what other threads print does not come between.
+                sys.stdout.write("\n".join(lines) + "\n")
+                sys.stdout.flush()
+
+    def close(self) -> None:
+        """Publish for the last time."""
+        self._closed.set()
+        self.publish()
+
+    def lines(self) -> list[str]:
+        """The lines that add what has changed since the last call.
+
+        A series is there from the start, with 0: or Prometheus would not see the first increase. The first line adds
+        0 in any case, because it may be lost: `print` writes a text and its end one by one, and another thread's may
+        be under way.
+        """
+        now = {
+            (node, metric, bound): value
+            for node, counts in self._counts().items()
+            for metric, bound, value in _series(counts)
+        }
+        said, self._said = self._said, now
+        new = [series for series in now if series not in said]
+        grown = {series: value - said.get(series, 0) for series, value in now.items() if value > said.get(series, 0)}
+        zeros = new or list(grown)[:1]
+        return [*(self._line(series, 0) for series in zeros), *(self._line(*one) for one in grown.items())]
+
+    def _line(self, series: Series, increase: float) -> str:
+        node, metric, bound = series
+        labels = f"{self._labels},node:{node.translate(_SEPARATORS)}" + (f",le:{bound}" if bound else "")
+        return (
+            f"[METRICS]torchserve_dag_node_{metric}.Count:{increase!r}|#{labels}"
+            f"|#type:COUNTER|#hostname:{self._host},{time.time():.0f}"
+        )
+
+
+def _series(counts: NodeCounts) -> Iterator[tuple[str, str | None, float]]:
+    yield "items_total", None, counts.items
+    yield "failures_total", None, counts.failures
+    yield "skipped_total", None, counts.skipped
+    yield from _histogram("queue_seconds", counts.queue_s)
+    yield from _histogram("run_seconds", counts.run_s)
+    yield from _histogram("batch_size", counts.batch)
+
+
+def _histogram(name: str, histogram: Histogram) -> Iterator[tuple[str, str | None, float]]:
+    """Prometheus's buckets: each counts what the smaller ones count too."""
+    bounds = [*map(str, histogram.bounds), "+Inf"]
+    for bound, count in zip(bounds, accumulate(histogram.counts), strict=True):
+        yield f"{name}_bucket", bound, count
+    yield f"{name}_sum", None, histogram.sum
+    yield f"{name}_count", None, histogram.count

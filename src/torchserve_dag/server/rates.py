@@ -1,0 +1,101 @@
+"""How each node of a workflow does on a running server: two readings of its metrics, some seconds apart."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+
+import httpx
+
+from torchserve_dag.pictures.picture import Rates
+from torchserve_dag.server.errors import ServerError
+
+Reading = Mapping[str, Mapping[tuple[str, str], float]]
+"""By node, the sum of what all workers counted; by metric, and upper bound where it is a bucket's."""
+
+_SERIES = re.compile(r"torchserve_dag_node_(\w+)\{(.*)\} (\S+)")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_TIMEOUT_S = 10.0
+
+
+def watch(address: str, workflow: str, version: str, seconds: float) -> dict[str, Rates]:
+    """The rates of each node that had items; `address` is where the server's metrics are. Raises ServerError."""
+    before, start = read(_text(address), workflow, version), time.monotonic()
+    if not before:
+        raise ServerError(
+            f"The running server has counted nothing of {workflow} {version}: build it, and start the server again."
+        )
+    time.sleep(seconds)
+    after, elapsed = read(_text(address), workflow, version), time.monotonic() - start
+    found = rates(before, after, elapsed)
+    if not found:
+        raise ServerError(
+            f"No request came to {workflow} {version} within {seconds:g} s: send some meanwhile, or watch for longer."
+        )
+    return found
+
+
+def read(text: str, workflow: str, version: str) -> Reading:
+    """What Prometheus's text says of one version of a workflow."""
+    found: dict[str, dict[tuple[str, str], float]] = defaultdict(lambda: defaultdict(float))
+    for metric, inside, value in _SERIES.findall(text):
+        labels = dict(_LABEL.findall(inside))
+        if (labels.get("workflow"), labels.get("version")) == (workflow, version):
+            found[labels["node"]][metric, labels.get("le", "")] += float(value)
+    return found
+
+
+def rates(before: Reading, after: Reading, seconds: float) -> dict[str, Rates]:
+    """What happened between two readings, by node; those where nothing did are left out."""
+    found = {}
+    for node, now in after.items():
+        # A server that was started anew in between counts from 0.
+        grown = {series: max(0.0, value - before.get(node, {}).get(series, 0.0)) for series, value in now.items()}
+        if any(grown.values()):
+            found[node] = _rates(grown, seconds)
+    return found
+
+
+def _rates(grown: Mapping[tuple[str, str], float], seconds: float) -> Rates:
+    def total(metric: str) -> float:
+        return grown.get((metric, ""), 0.0)
+
+    def mean(metric: str) -> float:
+        return total(f"{metric}_sum") / (total(f"{metric}_count") or 1.0)
+
+    buckets = [(float(bound), count) for (metric, bound), count in grown.items() if metric == "run_seconds_bucket"]
+    return Rates(
+        items_s=total("items_total") / seconds,
+        failures_s=total("failures_total") / seconds,
+        skipped_s=total("skipped_total") / seconds,
+        batch=mean("batch_size"),
+        run_s=mean("run_seconds"),
+        run_p95_s=quantile(0.95, buckets),
+        wait_s=mean("queue_seconds"),
+        busy=total("run_seconds_sum") / seconds,
+    )
+
+
+def quantile(share: float, buckets: list[tuple[float, float]]) -> float:
+    """As Prometheus has it: even within a bucket, and the highest bound for what is beyond it.
+
+    A bucket is its upper bound, and how many are not above that.
+    """
+    low, below = 0.0, 0.0
+    wanted = share * max((count for _, count in buckets), default=0.0)
+    for bound, count in sorted(buckets):
+        if count >= wanted and count > below:
+            return low if math.isinf(bound) else low + (bound - low) * (wanted - below) / (count - below)
+        low, below = bound, count
+    return 0.0
+
+
+def _text(address: str) -> str:
+    try:
+        answer = httpx.get(f"{address}/metrics", timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
+    except httpx.HTTPError as error:
+        raise ServerError(f"{address}/metrics does not answer ({error}).") from None
+    return answer.text

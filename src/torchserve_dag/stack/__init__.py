@@ -1,0 +1,1 @@
+"""All that serves a project, started, watched and stopped together."""

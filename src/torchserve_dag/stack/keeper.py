@@ -1,0 +1,120 @@
+"""The process that keeps the front door: Envoy is started again if it ends, what keeps failing is left alone for a
+while, and rollouts go on when nobody looks.
+
+    python -m torchserve_dag.stack.keeper PROJECT
+
+A SIGTERM to it lets the front door drain, and then ends Envoy and TorchServe: no request that was accepted is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import FrameType
+
+from torchserve_dag.front_door.door import Door
+from torchserve_dag.front_door.envoy import Envoy
+from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name
+from torchserve_dag.releases.rollout import Rollouts
+from torchserve_dag.server import processes
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.state import State
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+LOG, LOG_BYTES = "front_door_keeper.log", 2 * 2**20
+PAUSES_S = (0, 1, 1, 2, 3, 5)
+"""Before Envoy is started again; the last one from then on."""
+
+
+class Keeper:
+    """Of one project."""
+
+    def __init__(self, root: Path) -> None:
+        self.state = State(root)
+        self.door = Door(self.state)
+        self.rollouts = Rollouts(root)
+        self._ending = threading.Event()
+        self._shown: tuple[bytes, bytes] | None = None
+
+    def run(self) -> None:
+        """Until it is told to end."""
+        envoy, ends = Envoy(self.state), 0
+        self.rollouts.desk.forget_running()
+        while not self._ending.wait(LOOK_S):
+            if envoy.ended() is not None:
+                logger.warning("Envoy ended with %s; it is started again", envoy.ended())
+                self._ending.wait(PAUSES_S[min(ends, len(PAUSES_S) - 1)])
+                ends += 1
+                _try(envoy.start)
+                continue
+            for step in (envoy.rotate_logs, self.renew, self.eject, self.rollouts.look):
+                _try(step)
+        self.rollouts.desk.forget_running()
+        envoy.end()
+        record = self.state.record()
+        java = processes.java(record, self.state) if record else None
+        if java:
+            java.terminate()
+
+    def end(self, _signal: int, _frame: FrameType | None) -> None:
+        """What a signal calls."""
+        self._ending.set()
+
+    def renew(self) -> None:
+        """A certificate that was renewed is shown, without a restart."""
+        record = self.door.record()
+        if record:
+            pems = (Path(record.certificate).read_bytes(), Path(record.key).read_bytes())
+            if pems != self._shown and self._shown:
+                self.door.show_certificate(Path(record.certificate), Path(record.key))
+            self._shown = pems
+
+    def eject(self) -> None:
+        """A version with a fallback that keeps failing gets no requests for a while."""
+        traffic = self.door.traffic()
+        failing = {
+            cluster["name"]
+            for cluster in self.door.admin.clusters()
+            for host in cluster.get("host_statuses", [])
+            if host["health_status"].get("failed_outlier_check")
+        }
+        ejected = tuple(
+            (one.model, one.version)
+            for one in traffic.served
+            if any(cluster_name(protocol, one) + GUARDED in failing for protocol in PROTOCOLS)
+        )
+        if ejected != traffic.ejected:
+            logger.warning("left alone: %s", ", ".join("/".join(one) for one in ejected) or "none")
+            self.door.change(lambda now: replace(now, ejected=ejected))
+
+
+def _try(step: Callable[[], None]) -> None:
+    """What does not succeed now may at the next look."""
+    try:
+        step()
+    except (ServerError, OSError) as error:
+        logger.warning("%s", error)
+    except Exception:  # the front door must not lose its keeper
+        logger.exception("the keeper goes on")
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    log = RotatingFileHandler(State(root).logs / LOG, maxBytes=LOG_BYTES, backupCount=1)
+    logging.basicConfig(format="%(asctime)s [%(levelname)s] %(name)s - %(message)s", handlers=[log])
+    keeper = Keeper(root)
+    signal.signal(signal.SIGTERM, keeper.end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in its terminal is not meant for it
+    keeper.run()
+
+
+if __name__ == "__main__":
+    main()

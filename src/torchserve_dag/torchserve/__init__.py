@@ -1,1 +1,0 @@
-"""What touches TorchServe itself: nothing else in the package knows that it is the server."""
