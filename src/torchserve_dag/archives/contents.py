@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-import torchserve_dag
+from torchserve_dag import runtime as carried
 from torchserve_dag.archives import mar, stamp, weights
 from torchserve_dag.archives.mar import BUILD
 from torchserve_dag.pictures.mermaid import mermaid
@@ -57,8 +57,9 @@ def contents(project: Project, graph: Graph) -> Contents:
 
 def runtime() -> dict[str, bytes]:
     """What of this package runs in a worker: `__init__.py` and all of `runtime/`, by path inside an archive."""
-    package = Path(torchserve_dag.__file__).parent
-    files = [path for path in (package / "runtime").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    folder = Path(carried.__path__[0])
+    package = folder.parent
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
     paths = [package / "__init__.py", *sorted(files)]
     return {f"{package.name}/{path.relative_to(package).as_posix()}": path.read_bytes() for path in paths}
 
