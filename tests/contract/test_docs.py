@@ -8,7 +8,6 @@ page instead.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 import os
 import re
@@ -29,8 +28,6 @@ from torchserve_dag.pictures.mermaid import mermaid
 from torchserve_dag.runtime.data.options import HEADERS
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.project.folders import Project
-from torchserve_dag.runtime.project.handler_file import Serve
-from torchserve_dag.runtime.project.workflow_file import NodeFile, ServedFile, TorchServeFile, WorkflowFile
 
 DOCS = ROOT / "docs"
 INDEX = DOCS / "workflows" / "README.md"
@@ -41,14 +38,6 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# ((?:workflows|handlers|sources)/[\w.-]+)\n")
 THEIRS = re.compile(r"# (Triton|KServe|TorchServe): ")
 """A block of another server's own; it is read, not run."""
-TABLES = {
-    "A workflow": WorkflowFile,
-    "A node": NodeFile,
-    "What a node serves elsewhere": ServedFile,
-    "A finished archive": TorchServeFile,
-    "How it is served": Serve,
-}
-"""The tables of keys in the index, by their headings."""
 
 
 class Play:
@@ -158,27 +147,3 @@ def test_the_index_has_every_page() -> None:
     rows = re.findall(r"^\| \[.*?\]\(([\w-]+\.md)\)", INDEX.read_text("utf-8"), re.MULTILINE)
 
     assert sorted(rows) == sorted(page.name for page in PAGES if page.parent == INDEX.parent and page != INDEX)
-
-
-@pytest.mark.parametrize("heading", TABLES)
-def test_the_index_has_every_key_with_its_default(heading: str) -> None:
-    part = re.search(rf"^### {heading}\n(.*?)(?=^##|\Z)", INDEX.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    assert part, f"there is no heading {heading}"
-    rows = dict(re.findall(r"^\| `(\w+)` \| *([^|]*?) *\|", part[1], re.MULTILINE))
-
-    assert rows == {field.name: written(field) for field in dataclasses.fields(TABLES[heading])}
-
-
-def written(field: dataclasses.Field[Any]) -> str:
-    """A field's default, as the table has it."""
-    if field.default is dataclasses.MISSING:
-        return "" if field.default_factory is not dataclasses.MISSING else "required"
-    return f"`{field.default}`" if field.default not in {None, ""} else ""
-
-
-def test_the_index_has_every_option() -> None:
-    rows = re.findall(
-        r"^\| `([\w-]+)` \|", INDEX.read_text("utf-8").partition("## What a request may ask")[2], re.MULTILINE
-    )
-
-    assert sorted(rows) == sorted(HEADERS)

@@ -1,8 +1,7 @@
-"""The pages on releases, experiments and what is exposed say what there is: keys, defaults, commands, files."""
+"""The pages on releases, experiments and what is exposed say what there is: commands, files, fields of the log."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -14,8 +13,8 @@ import yaml
 from tests.contract.conftest import ROOT
 from tests.contract.test_docs import parse
 from torchserve_dag.front_door.bootstrap import bootstrap
-from torchserve_dag.front_door.routes_file import RouteFile, Routes
-from torchserve_dag.front_door.settings import FrontDoor, Limits
+from torchserve_dag.front_door.routes_file import Routes
+from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.releases import stop_if
 from torchserve_dag.runtime.data import plain
 
@@ -42,24 +41,6 @@ def test_it_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
 
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
-
-
-@pytest.mark.parametrize(("page", "kinds"), [("releasing", [RouteFile]), ("exposed", [FrontDoor, Limits])])
-def test_every_key_is_there_with_its_default(page: str, kinds: list[type]) -> None:
-    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| *([^|]*?) *\|", text, re.MULTILINE)
-    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
-
-    assert dict(rows) == {field.name: written(field) for field in fields}
-
-
-def written(field: dataclasses.Field[Any]) -> str:
-    """A field's default, as a table has it."""
-    if field.name == "limits":
-        return ""
-    if field.default is dataclasses.MISSING:
-        return "" if field.default_factory is not dataclasses.MISSING else "required"
-    return f"`{field.default}`" if field.default is not None else ""
 
 
 def test_the_default_reason_is_the_one_that_is_shown() -> None:

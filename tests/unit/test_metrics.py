@@ -175,12 +175,13 @@ def test_counts_that_cannot_be_had_end_the_thread_and_say_so_once(caplog: pytest
     assert [record.message for record in caplog.records] == ["the metrics of this worker stay as they are"]
 
 
-def test_the_page_names_what_is_published_and_nothing_else() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")
+def test_the_pages_name_what_is_published_and_nothing_else() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    table = (docs / "reference" / "metrics.md").read_text("utf-8")
     published = {name for name, _ in told(Publisher("flow", "1.0", lambda: {"a": NodeCounts()})).totals}
     histograms = {name.removesuffix("_bucket") for name in published if name.endswith("_bucket")}
     counters = {name for name in published if not name.startswith(tuple(histograms))}
 
-    rows = dict(re.findall(rf"^\| `({PREFIX}\w+)` \| (\w+) \|", page, re.MULTILINE))
+    rows = dict(re.findall(rf"^\| `({PREFIX}\w+)` \| (\w+) \|", table, re.MULTILINE))
     assert rows == dict.fromkeys(counters, "counter") | dict.fromkeys(histograms, "histogram")
-    assert set(re.findall(rf"{PREFIX}\w+", page)) <= published | histograms
+    assert set(re.findall(rf"{PREFIX}\w+", (docs / "metrics.md").read_text("utf-8"))) <= published | histograms

@@ -29,7 +29,7 @@ _ENVIRONMENTS = ".venv-bench"
 def bench(
     plan: Annotated[
         Path | None,
-        typer.Argument(metavar="[PLAN]", help=f"What to measure; {_PLAN} unless given.", show_default=False),
+        typer.Argument(metavar="PLAN", help=f"What to measure; {_PLAN} unless given.", show_default=False),
     ] = None,
     *,
     only: Annotated[

@@ -23,7 +23,7 @@ from torchserve_dag.commands.common import (
 
 
 def build(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[/VERSION]]...", help="All unless given.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME[/VERSION]", help="All unless given.")] = None,
     *,
     store: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the archives go; model_store unless given.")

@@ -42,7 +42,7 @@ def _served_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
 
 
 def check(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[/VERSION]]...", help="All unless given.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME[/VERSION]", help="All unless given.")] = None,
     *,
     json: JsonOption = False,
     project: ProjectOption = None,

@@ -88,7 +88,7 @@ def down(*, project: ProjectOption = None) -> None:
 
 def status(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME[/VERSION]]", help="Why this model is there: its card, inputs, graph.")
+        str | None, typer.Argument(metavar="NAME[/VERSION]", help="Why this model is there: its card, inputs, graph.")
     ] = None,
     *,
     json: JsonOption = False,
@@ -115,8 +115,8 @@ def status(
 
 
 def default(
-    name: Annotated[str, typer.Argument()],
-    version: Annotated[str, typer.Argument()],
+    name: Annotated[str, typer.Argument(help="A model that is served.")],
+    version: Annotated[str, typer.Argument(help="One of its versions.")],
     *,
     project: ProjectOption = None,
 ) -> None:

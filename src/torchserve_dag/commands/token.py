@@ -57,7 +57,7 @@ def list_all(*, json: JsonOption = False, project: ProjectOption = None) -> None
 
 
 @token.command("revoke")
-def revoke(name: Annotated[str, typer.Argument()], *, project: ProjectOption = None) -> None:
+def revoke(name: Annotated[str, typer.Argument(help="The token's name.")], *, project: ProjectOption = None) -> None:
     """Let a token in no more, from now on."""
     with failures():
         Door(State(project_root(project))).revoke_token(name)

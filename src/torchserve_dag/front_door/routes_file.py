@@ -19,21 +19,22 @@ _RULE = re.compile(r"header (?P<name>[A-Za-z0-9-]+)=(?P<value>[\x21-\x7e]+)")
 
 @dataclass(frozen=True, slots=True)
 class RouteFile:
-    """How the requests for one model that name no version are shared."""
+    """How a model's requests are shared between its versions. A request that names a version gets that version."""
 
     versions: dict[str, float]
-    """By weight; one with 0 is served to those who name it, and to rules."""
+    """The weight of each version. A version with weight 0 answers only requests that name it, and those of `always`."""
     sticky: str | None = None
-    """`header NAME`: requests with the same value of it always see the same version."""
+    """`header NAME`: requests with the same value in this header go to the same version."""
     always: dict[str, str] = field(default_factory=dict)
-    """`header NAME=VALUE` → version; the first that fits wins, before all weights."""
+    """`header NAME=VALUE` and a version: requests with that header go to that version, before all weights. The first
+    rule that matches wins."""
     shadow: dict[str, float] = field(default_factory=dict)
-    """Version → the percentage of requests of which it gets a copy, whose answers nobody sees."""
+    """A version, and the percentage of requests of which it gets a copy. Its answers are dropped."""
     fallback: str | None = None
-    """Answers where another version fails (5xx) or is slow."""
+    """The version that answers where another version fails (5xx), cannot be reached, or is slow."""
     slow_s: float = 10.0
-    """With a fallback: how long another version may take for its answer before the fallback is asked; one that answers
-    in pieces may take its time."""
+    """With a `fallback`: seconds after which it is asked, where another version has not begun to answer. Streamed
+    answers have no such limit."""
 
     def __post_init__(self) -> None:
         for version, weight in self.versions.items():

@@ -15,22 +15,22 @@ FILE = "front_door.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one client may ask of the front door; one more is refused with a status of its own."""
+    """What the front door accepts."""
 
     connections: int = 15_000
-    """Open at once, of all clients; fewer where the process may open fewer files."""
+    """Open connections of all clients. Where the process may open fewer files, that limit less 1,000."""
     streams: int = 100
-    """Requests at once over one HTTP/2 connection."""
+    """Concurrent requests over one HTTP/2 connection."""
     headers_kib: int = 32
-    """Of one request."""
+    """Size of a request's headers, in KiB; at most 100 headers. Beyond it, 431."""
     headers_s: float = 10.0
-    """From a request's first byte to the last of its headers."""
+    """Seconds from a request's first byte to its last header, and for the TLS handshake. Then 408."""
     body_s: float = 60.0
-    """From a request's first byte to its last."""
+    """Seconds from a request's first byte to its last. Then 408."""
     idle_s: float = 60.0
-    """For a connection without a request."""
+    """Seconds after which a connection without a request is closed."""
     requests_per_second: int = 1000
-    """For a token that does not say; over them a request is answered 429."""
+    """Rate limit of a token that was made without `--rate`. Beyond it, 429 with `Retry-After`."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -43,14 +43,16 @@ class FrontDoor:
     """Where and how the front door listens; REST and gRPC share its one port."""
 
     listen: str = "127.0.0.1:8443"
-    """`0.0.0.0:8443` faces the network."""
+    """The address of REST and gRPC, `HOST:PORT`. `0.0.0.0:8443` faces the network."""
     metrics: str = "127.0.0.1:8444"
-    """Prometheus's page, without a token: for this machine alone."""
+    """The address of Envoy's own metrics, at `/metrics`. Loopback only, because they need no token."""
     certificate: str | None = None
-    """A file of PEM certificates; without one, a development certificate is made. Read again when it changes."""
+    """A PEM file with the certificate chain. Without it, `up` makes a development certificate. New connections use a
+    renewed file within a second."""
     key: str | None = None
-    """Its private key, a file of PEM."""
+    """A PEM file with the certificate's private key."""
     limits: Limits = Limits()
+    """What the front door accepts."""
 
     def __post_init__(self) -> None:
         for name in ("listen", "metrics"):

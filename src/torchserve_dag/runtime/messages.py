@@ -27,10 +27,10 @@ class InputError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request or an item got no answer: a value, which travels where the answer would have."""
+    """Why a request or an item has no answer. It is a value, and takes the place of the answer."""
 
     status: int
-    """The HTTP status; 4xx is for the sender to mend, 5xx for the server's owner."""
+    """The HTTP status. 4xx is for the sender to mend, 5xx for the server's owner."""
     message: str
     """One sentence: what, where, what to do."""
     type: str = "InputError"
@@ -44,10 +44,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """The answer of a node or an item that its `when` left out."""
+    """The result of a node, or of an item, that did not run because its `when` was false."""
 
     by: str
-    """The node whose `when` said no."""
+    """The node whose `when` was false."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Photo:
     """A decoded photo: 8-bit RGB, upright (EXIF rotation applied)."""
 
     image: Image.Image
+    """The pixels, as Pillow's image."""
 
     @property
     def width(self) -> int:
@@ -75,44 +76,58 @@ class Photo:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle in pixels of the upright photo; the origin is its top left corner."""
+    """A rectangle in pixels of the upright photo. The origin is the photo's top left corner."""
 
     left: float
+    """Distance of the left side from the photo's left side."""
     top: float
+    """Distance of the upper side from the photo's upper side."""
     right: float
+    """Distance of the right side from the photo's left side."""
     bottom: float
+    """Distance of the lower side from the photo's upper side."""
 
 
 @dataclass(frozen=True, slots=True)
 class DetectedObject:
+    """An object in a photo."""
+
     label: str
+    """The object's class."""
     score: float
-    """0 to 1."""
+    """The detector's confidence, 0 to 1."""
     box: Box
+    """Where the object is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """What a detector found, best score first; finding nothing is an ordinary answer."""
+    """A detector's answer. An empty list is an ordinary answer."""
 
     width: int
-    """Of the photo, in pixels."""
+    """The photo's width in pixels."""
     height: int
+    """The photo's height in pixels."""
     objects: list[DetectedObject] = field(default_factory=list)
+    """The detected objects, highest score first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
+    """A class, and how probable it is."""
+
     name: str
+    """The class."""
     score: float
-    """0 to 1."""
+    """The classifier's confidence, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What a classifier thinks, best score first, never empty."""
+    """A classifier's answer."""
 
     labels: list[Label]
+    """The most probable classes, highest score first; never empty."""
 
     @property
     def best(self) -> Label:
@@ -121,4 +136,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Text:
+    """A text."""
+
     text: str
+    """The characters."""

@@ -15,11 +15,24 @@ Priority = Literal["interactive", "bulk"]
 
 OUTPUTS, TIMEOUT, PRIORITY, TRACE = "x-outputs", "x-timeout-ms", "x-priority", "traceparent"
 CANCEL_KEY, CANCEL = "x-cancel-key", "x-cancel"
-REQUEST_ID = "x-request-id"
-"""What a client, or the front door, calls the request: its name in logs, failures and feedback."""
-PIECES = "x-pieces"
-"""Over gRPC: that the call is StreamPredictions. TorchServe does not tell, and a second piece would end Predictions."""
-HEADERS = (OUTPUTS, TIMEOUT, PRIORITY, TRACE, CANCEL_KEY, CANCEL, REQUEST_ID, PIECES)
+REQUEST_ID, PIECES = "x-request-id", "x-pieces"
+
+HEADERS = {
+    OUTPUTS: "Nodes, separated by commas. Their results are the answer, and only the nodes that they need run.",
+    TIMEOUT: "How long the client waits, in milliseconds. `serve.timeout_s` of the workflow applies where it is "
+    "shorter. The clients of this package send this option with every call.",
+    PRIORITY: "`interactive` (the default) or `bulk`. Interactive requests overtake bulk requests, which still make "
+    "progress.",
+    TRACE: "The client's span, in W3C's format. The spans of the request become its children.",
+    REQUEST_ID: "The request's id in logs, in failures and in feedback on its answer. Generated where the client sends "
+    "none.",
+    CANCEL_KEY: "A key that the client makes up, with which it can cancel this request.",
+    CANCEL: "Cancels the request that was sent with this key, if it is in the worker that receives the cancellation. "
+    "The body is `{}`.",
+    PIECES: "Over gRPC: that the call is `StreamPredictions`, so that the answer may come in chunks. TorchServe does "
+    "not tell a worker which of its calls was used, and a second chunk would end `Predictions`.",
+}
+"""All options, with their meaning."""
 
 MAX_REQUEST_ID = 128
 MAX_OUTPUTS = 4_000

@@ -14,33 +14,40 @@ CODE = re.compile(r"[A-Za-z0-9_]+\.py\Z")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*\Z")
 
 Mode = Literal["batched", "asynchronous"]
-"""How requests reach a worker: in batches that are answered together, or each by itself."""
+"""How requests reach a worker: in batches whose answers leave together, or each request by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where a model's weights came from. Nobody should have to ask why a model is running."""
+    """Where the weights of a model come from."""
 
     file: str
     """A file or a folder below the project's `weights/`."""
     source: str
-    """The address, or the package and its version, that they were taken from."""
+    """The address, or the package and its version, that the weights were downloaded from."""
     licence: str
+    """The licence of the weights."""
     sha256: str | None = None
-    """Of the file; of a folder, that of its sorted `sha256sum` lines. `build` refuses weights without one."""
+    """The SHA-256 of the file; of a folder, the SHA-256 of its sorted `sha256sum` lines. `build` refuses weights
+    without a SHA-256."""
     get: str = ""
-    """The command that brings them."""
+    """The command that downloads the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a person must know before relying on a model."""
+    """What a person must know of a model before relying on it."""
 
     does: str
+    """What the model is for, in a sentence."""
     input: str
+    """What a client sends."""
     output: str
+    """What a client gets back."""
     limits: str
+    """Where the model is known to fail, and what it must not be used for."""
     weights: list[Weights]
+    """The files that the model loads, with their sources; an empty list for a model without weights."""
 
     def __post_init__(self) -> None:
         for name in ("does", "input", "output", "limits"):
@@ -50,14 +57,18 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Pieces of a batch whose stages overlap: while one is inferred, the next is being prepared."""
+    """A batch is cut into micro-batches, whose stages overlap: while `infer` runs for a micro-batch, `preprocess` runs
+    for the next.
+    """
 
     size: int
-    """Items a piece."""
+    """Items in a micro-batch."""
     preprocess: int = 1
-    """Threads for the stage; likewise below."""
+    """Threads that run `preprocess`."""
     infer: int = 1
+    """Threads that run `infer`."""
     postprocess: int = 1
+    """Threads that run `postprocess`."""
 
     def __post_init__(self) -> None:
         if min(self.size, self.preprocess, self.infer, self.postprocess) < 1:
@@ -66,16 +77,20 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How a handler computes, in whatever process."""
+    """How a handler computes, in any process."""
 
     batch: int = 1
-    """The most items that one `infer` takes. Photos on a CPU run fastest at 1, side by side on the cores."""
+    """The largest batch that `infer` gets. On a CPU, photos run fastest at 1: one photo on each core."""
     micro_batch: MicroBatch | None = None
+    """Cut each batch into micro-batches whose stages overlap."""
     device: str = "auto"
+    """`auto` (a GPU where there is one, else the CPU), `cpu`, or `cuda:N`."""
     precision: Precision = "float32"
+    """The number format of the model's weights and arithmetic."""
     channels_last: bool = False
+    """Store images with the channels as the last dimension, which makes convolutions faster on a CPU."""
     runtime: Runtime = "torch"
-    """Where it cannot compute the model, torch does."""
+    """What computes the model. Where `compiled` or `openvino` cannot compute it, torch does."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -87,25 +102,30 @@ class Serve:
     """How TorchServe serves an archive: what `build` writes into its `model-config.yaml`."""
 
     workers: int = 1
-    """Processes with the model. One uses every core: its lanes run side by side over one copy of the weights."""
+    """Worker processes, each with a copy of the weights. One process already uses every core."""
     batch: int = 64
-    """The most requests that one worker takes at a time."""
+    """The largest batch of requests that TorchServe sends to a worker."""
     batches: int = 1
-    """How many such batches it may have at a time: with two, none waits for the last request of another."""
+    """Batches of requests that a worker process computes at the same time. With 2, a request does not wait for the
+    slowest request of an earlier batch."""
     queue: int = 200
-    """Requests that may wait for a worker; one more is answered 503 at once. A small one keeps overload from making
-    everybody late."""
+    """Requests that may wait in TorchServe's queue for a worker. One more is answered 503 at once. A short queue bounds
+    the waiting time under overload."""
     delay_ms: int = 1
-    """How long TorchServe waits for a batch to fill. Zero would mean its default, 100 ms."""
+    """How long TorchServe waits for a batch to fill, in milliseconds. At least 1, because TorchServe reads 0 as its
+    default of 100 ms."""
     mode: Mode | None = None
-    """`batched` unless the answer comes in pieces; in batched mode they leave as a whole. See docs/decisions."""
+    """`batched` or `asynchronous`. Without it, `asynchronous` where the answer streams, else `batched`. In batched mode
+    the chunks of a streamed answer leave together."""
     timeout_s: int = 30
-    """The longest that a request may take in the worker, before it is answered 504."""
+    """The longest time that a request may take in the worker, in seconds. Then it is answered 504."""
     startup_timeout_s: int = 300
+    """The longest time that a worker may take to load the model, in seconds."""
     max_inside: int = 1_000
-    """Requests that may be inside one worker; one more is answered 503 at once."""
+    """Requests in progress that a worker accepts. One more is answered 503 at once."""
     score: str | None = None
-    """A field of the answer that holds a number: how good the answer is, for experiments."""
+    """A field of the answer that holds a number, how good the answer is, for experiments. Dots lead into nested fields:
+    `best.score`."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -129,13 +149,19 @@ class HandlerFile:
     """What `handlers/NAME.yaml` says."""
 
     name: str
+    """The model's name on the server: lower-case letters, digits and underscores, a letter first."""
     version: str
+    """Numbers with dots, in quotes: `"1.0"`."""
     card: Card
+    """What a person must know of the model before relying on it."""
     code: str = ""
-    """The Python file beside it; NAME.py unless it says otherwise."""
+    """The Python file in `handlers/` that holds the class. Without it, `NAME.py`."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Values for the fields of the class's `Settings`."""
     run: Run = field(default_factory=Run)
+    """How the handler computes."""
     serve: Serve = field(default_factory=Serve)
+    """How TorchServe serves the handler as a model of its own."""
 
     def __post_init__(self) -> None:
         check_identity(self.name, self.version, self.code)

@@ -18,17 +18,20 @@ _NOTHING: dict[str, Any] = {}
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """A model of a TorchServe, here or on another host, which is called over gRPC."""
+    """A model that a TorchServe serves, on this host or another, called over gRPC."""
 
     model: str
-    """NAME, or NAME/VERSION."""
+    """The model's name on that server: `NAME` or `NAME/VERSION`."""
     at: str = "127.0.0.1:7070"
-    """Its gRPC address, HOST:PORT."""
+    """The server's gRPC address, `HOST:PORT`."""
     takes: str | None = None
-    """The type of what it takes. A handler or workflow of this project's that is called `model` says it by itself."""
+    """The type of the model's input. Without it, the type of this project's handler or workflow of that name, else any
+    type."""
     gives: str | None = None
+    """The type of the model's answer. Without it, as for `takes`."""
     token: str | None = None
-    """The environment variable that holds the server's inference token; a server here has it in key_file.json."""
+    """The environment variable that holds the server's inference token. Without it, the token in `key_file.json` of a
+    server on this host."""
 
     def __post_init__(self) -> None:
         if not _ADDRESS.match(self.at):
@@ -37,31 +40,35 @@ class ServedFile:
 
 @dataclass(frozen=True, slots=True)
 class TorchServeFile:
-    """A finished `.mar` of TorchServe's, run in this process with its own handler, unedited."""
+    """An existing TorchServe archive, run in the workflow's process with its own, unedited handler."""
 
     archive: str
-    """A file in `model_store/`, or a path from the project's root."""
+    """A `.mar` file in `model_store/`, or its path from the project's root."""
     takes: str | None = None
-    """The type of what it takes; anything, unless it is said."""
+    """The type of the archive's input. Without it, any type."""
     gives: str | None = None
+    """The type of the archive's answer. Without it, any type."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodeFile:
-    """What runs a node's items: exactly one of the first five."""
+    """What a node runs: exactly one of the first five."""
 
     handler: str | None = None
-    """A handler of the project: NAME, or NAME/VERSION."""
+    """A handler of the project: `NAME` or `NAME/VERSION`."""
     function: str | None = None
-    """A function in the Python file beside the workflow."""
+    """A function of the workflow's Python file, with types for its parameters and its result."""
     workflow: str | None = None
-    """A workflow of the project, as one step of this one: NAME, or NAME/VERSION."""
+    """Another workflow of the project: `NAME` or `NAME/VERSION`."""
     served: ServedFile | None = None
+    """A model that a TorchServe serves, on this host or another."""
     torchserve: TorchServeFile | None = None
+    """An existing TorchServe archive (`.mar`)."""
     batch: int | None = None
-    """The most items that go through at a time; the handler's own `run.batch` unless it is given."""
+    """The largest number of items at a time. Without it: `run.batch` of a handler, 1 of an archive, 64 calls
+    in progress of a served model or a workflow."""
     device: str | None = None
-    """`auto`, `cpu` or `cuda:N`; the handler's own `run.device` unless it is given."""
+    """For a handler: `auto`, `cpu` or `cuda:N`. Without it, the handler's `run.device`."""
 
     def __post_init__(self) -> None:
         _check_code(self)
@@ -69,18 +76,20 @@ class CodeFile:
 
 @dataclass(frozen=True, slots=True)
 class BranchFile(CodeFile):
-    """One branch of a switch: the first whose `when` is true runs."""
+    """A branch of a `switch`. The first branch whose `when` is true runs. A branch names what runs as a node does."""
 
     when: str | None = None
-    """Only the last branch has none: it runs where no other did."""
+    """The condition, an expression. Only the last branch may be without: it runs where no other branch does."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherwiseFile:
-    """What stands in for an item that failed: a value, or the answer of other code that takes the same."""
+    """What replaces the answer of an item that failed: one of the two."""
 
     default: Any = field(default_factory=lambda: _NOTHING)
+    """A value."""
     fallback: CodeFile | None = None
+    """What runs instead, with the same input: written as a node's, with `handler`, `function`, …"""
 
     def __post_init__(self) -> None:
         if self.has_default == (self.fallback is not None):
@@ -93,25 +102,28 @@ class OtherwiseFile:
 
 @dataclass(frozen=True, slots=True)
 class NodeFile(CodeFile):
-    """One node: what runs, what it reads, when, and what becomes of a failure."""
+    """A node: what it runs, its input, its condition, and its policy for failures. It has exactly one of the first five
+    keys, or a `switch`.
+    """
 
     switch: list[BranchFile] | None = None
-    """Instead of one thing to run: several, of which each item takes one."""
+    """Branches, of which each item takes the first whose condition is true."""
     each: str | dict[str, str] | None = None
-    """A list: the node runs once for each `item` of it, and its result is the list of answers, in order.
-    Several lists, each named, are loops inside each other: `{page: scan.pages, line: page.lines}`."""
+    """An expression for a list. The node runs once for each element (`item`), and its result is the list of answers in
+    the same order. Several lists, each under a name, are nested loops: `{page: scan.pages, line: page.lines}`."""
     input: str | None = None
-    """What it takes; without it, `item` (or the innermost name) where there is an `each`, else `request`."""
+    """An expression for the node's input. Without it, the element where there is an `each`, else `request`."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """For a function of several parameters: each one's value."""
+    """For a function with several parameters: an expression for each parameter."""
     when: str | None = None
-    """Where this is false, the item or the node is skipped."""
+    """A condition, an expression. Where it is false, the item or the node is skipped."""
     timeout_s: float | None = None
-    """The longest that one try of an item may take, its wait in the queue included."""
+    """The longest time that one attempt of an item may take, in seconds, its time in the queue included."""
     retry: int = 0
-    """How often an item is tried again after a failure that may pass: never after what its sender must mend."""
+    """How often a failed item is tried again, at most 10. Failures that the sender must mend (4xx) are not retried."""
     on_error: Literal["fail", "skip"] | OtherwiseFile = "fail"
-    """What a failed item does: fail its request, be skipped, or be stood in for."""
+    """What a failed item does: `fail` fails its request, `skip` skips the item, `{default: VALUE}` or `{fallback: …}`
+    replaces its answer."""
 
     def __post_init__(self) -> None:
         if self.switch is None:
@@ -146,15 +158,19 @@ class WorkflowFile:
     """What `workflows/NAME.yaml` says."""
 
     name: str
+    """The model's name on the server: lower-case letters, digits and underscores, a letter first."""
     version: str
+    """Numbers with dots, in quotes: `"1.0"`."""
     does: str
-    """What it is for, in a sentence or two."""
+    """What the workflow is for, in a sentence or two."""
     nodes: dict[str, NodeFile]
+    """The nodes, by name."""
     output: str | dict[str, str]
-    """What it answers with: a node, or a part of its result; or several, each under a name of its own."""
+    """The answer: an expression for a node or a part of its result; or several expressions, each under a name."""
     code: str = ""
-    """The Python file with its functions; NAME.py unless it says otherwise."""
+    """The Python file in `workflows/` that holds the functions. Without it, `NAME.py`."""
     serve: Serve = field(default_factory=Serve)
+    """How TorchServe serves the workflow."""
 
     def __post_init__(self) -> None:
         check_identity(self.name, self.version, self.code)

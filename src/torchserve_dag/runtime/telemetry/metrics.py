@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 from torchserve_dag.runtime.engine.counts import Histogram, NodeCounts
@@ -22,6 +23,49 @@ logger = logging.getLogger(__name__)
 
 Series = tuple[str, str, str | None]
 """A node, a metric, and the upper bound of a bucket where it is one."""
+
+PREFIX = "torchserve_dag_node_"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number of a node, and its name on `/metrics` behind the prefix."""
+
+    name: str
+    unit: str
+    meaning: str
+    value: Callable[[NodeCounts], int | Histogram]
+    """A counter's number, or a histogram."""
+
+
+METRICS = (
+    Metric(
+        "items_total",
+        "items",
+        "Items that ran. A retry counts again, and so does each chunk of a node that streams.",
+        lambda counts: counts.items,
+    ),
+    Metric(
+        "failures_total",
+        "items",
+        "Items that failed, each retry included, whatever `retry` or `on_error` made of the failure.",
+        lambda counts: counts.failures,
+    ),
+    Metric(
+        "skipped_total",
+        "items",
+        "Items that did not run, because of a `when`, a skipped input or `on_error: skip`.",
+        lambda counts: counts.skipped,
+    ),
+    Metric(
+        "queue_seconds",
+        "seconds",
+        "Time that an item waited in the node's queue until a batch took it.",
+        lambda counts: counts.queue_s,
+    ),
+    Metric("run_seconds", "seconds", "Time that a batch ran.", lambda counts: counts.run_s),
+    Metric("batch_size", "items", "Items in a batch.", lambda counts: counts.batch),
+)
 
 _SEPARATORS = str.maketrans(",:|", "___")
 """What separates the parts of a line, and so cannot be in a name."""
@@ -91,18 +135,18 @@ class Publisher:
         node, metric, bound = series
         labels = f"{self._labels},node:{node.translate(_SEPARATORS)}" + (f",le:{bound}" if bound else "")
         return (
-            f"[METRICS]torchserve_dag_node_{metric}.Count:{increase!r}|#{labels}"
+            f"[METRICS]{PREFIX}{metric}.Count:{increase!r}|#{labels}"
             f"|#type:COUNTER|#hostname:{self._host},{time.time():.0f}"
         )
 
 
 def _series(counts: NodeCounts) -> Iterator[tuple[str, str | None, float]]:
-    yield "items_total", None, counts.items
-    yield "failures_total", None, counts.failures
-    yield "skipped_total", None, counts.skipped
-    yield from _histogram("queue_seconds", counts.queue_s)
-    yield from _histogram("run_seconds", counts.run_s)
-    yield from _histogram("batch_size", counts.batch)
+    for metric in METRICS:
+        value = metric.value(counts)
+        if isinstance(value, Histogram):
+            yield from _histogram(metric.name, value)
+        else:
+            yield metric.name, None, value
 
 
 def _histogram(name: str, histogram: Histogram) -> Iterator[tuple[str, str | None, float]]:
