@@ -38,6 +38,7 @@ from torchserve_dag.releases import hand, versions  # noqa: E402
 from torchserve_dag.server import torchserve  # noqa: E402
 from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens  # noqa: E402
 from torchserve_dag.server.state import State  # noqa: E402
+from torchserve_dag.stack import connect  # noqa: E402
 from torchserve_dag.stack import start as stack  # noqa: E402
 
 ECHO = """
@@ -103,7 +104,7 @@ def split(old: int, new: int | None) -> str:
 def cost(state: State) -> dict[str, Any]:
     """A request of 1 KB to a model that does nothing: past the front door, and through it, in turns."""
     found = {}
-    with torchserve_client(state, "grpc") as straight, stack.client(state, "grpc") as through:
+    with torchserve_client(state, "grpc") as straight, connect.client(state, "grpc") as through:
         calls = {"straight": grpc_call(straight), "through": grpc_call(through)}
         found["gRPC"] = in_turns(calls)
     where, door = running(state).addresses, Door(state).record()
@@ -111,7 +112,7 @@ def cost(state: State) -> dict[str, Any]:
     host, port = where.inference.removeprefix("http://").split(":")
     straight_http = http.client.HTTPConnection(host, int(port))
     context = certificate.trust(Path(door.certificate))
-    host, port = stack.here(door.settings).split(":")
+    host, port = connect.local_address(door.settings).split(":")
     through_http = http.client.HTTPSConnection(host, int(port), context=context)
     calls = {
         "straight": http_call(straight_http, torchserve_tokens(state).inference),
@@ -160,7 +161,7 @@ class Load:
         self.times: list[tuple[float, float]] = []
         """When a request was due, and how many milliseconds later it was answered."""
         self.failed: list[str] = []
-        self._client = stack.client(state)
+        self._client = connect.client(state)
         self._photo = (ROOT / PHOTO).read_bytes()
         self._pause, self._stop = 1 / per_second, threading.Event()
 
@@ -262,7 +263,7 @@ def rate_of(state: State, clients: int = 8, seconds: float = 12.0) -> float:
 
     def work(_: int) -> int:
         done = 0
-        with stack.client(state) as client:
+        with connect.client(state) as client:
             while time.monotonic() < end:
                 client.predict(WORKFLOW, photo)
                 done += 1
@@ -279,7 +280,7 @@ def under_attack(state: State) -> dict[str, Any]:
     """A good client's times while others are hostile."""
     door = Door(state).record()
     assert door  # noqa: S101 (it was started)
-    host, port = stack.here(door.settings).split(":")
+    host, port = connect.local_address(door.settings).split(":")
     where = (host, int(port), own_token(state))
     found: dict[str, Any] = {"nobody hostile": good_times(state)}
     ways: dict[str, Callable[..., None]] = {
@@ -305,7 +306,7 @@ def under_attack(state: State) -> dict[str, Any]:
 def good_times(state: State, seconds: float = 10.0) -> dict[str, float]:
     """Of the echo, fifty times a second."""
     times, failed, end = [], 0, time.monotonic() + seconds
-    with stack.client(state) as client:
+    with connect.client(state) as client:
         while time.monotonic() < end:
             began = time.monotonic()
             try:

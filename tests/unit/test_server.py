@@ -19,7 +19,7 @@ from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.state import Record, State
+from torchserve_dag.server.state import State, TorchServeProcess
 from torchserve_dag.stack import start as stack
 
 ROOT = Path(__file__).parents[2]
@@ -149,12 +149,12 @@ def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> Non
     state = State(tmp_path)
     state.prepare()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=processes.mark(state)) as ours:
-        record = Record(ours.pid, Addresses())
+        record = TorchServeProcess(ours.pid, Addresses())
         state.save(record)
         assert state.record() == record
         assert processes.java(record, state) == psutil.Process(ours.pid)
         ours.kill()
-    state.save(Record(psutil.Process().pid, Addresses()))  # alive, and none of ours
+    state.save(TorchServeProcess(psutil.Process().pid, Addresses()))  # alive, and none of ours
 
     assert not stack.stop(tmp_path)
     with pytest.raises(ServerError, match=r"No server of this project is running: start it with torchserve-dag up"):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torchserve_dag.archives import mar
+from torchserve_dag.archives import atomic, mar
 from torchserve_dag.archives.mar import BUILD
 from torchserve_dag.runtime.data.source import CheckError, Source
 
@@ -41,7 +39,7 @@ class Built:
 def place(target: Target, path: Path, write: Callable[[Path], None], *, force: bool) -> Built:
     """Put what `write` writes at `path`, unless it is there already. Raises CheckError for other content there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _part(path) as part:
+    with atomic.part_of(path) as part:
         write(part)
         state: Literal["built", "unchanged", "replaced"] = "built"
         if path.exists():
@@ -54,16 +52,6 @@ def place(target: Target, path: Path, write: Callable[[Path], None], *, force: b
             state = "replaced"
         part.replace(path)
     return Built(target.name, target.version, path, path.stat().st_size, state)
-
-
-@contextmanager
-def _part(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path` to write to: TorchServe skips it when it loads all that is in the folder."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two builds at once do not share it
-    try:
-        yield part
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _same(part: Path, path: Path) -> bool:

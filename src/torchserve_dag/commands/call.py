@@ -14,7 +14,7 @@ import typer
 from torchserve_dag.clients import Options
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, project_root
 from torchserve_dag.server.state import State
-from torchserve_dag.stack.start import client
+from torchserve_dag.stack.connect import client
 
 
 def call(

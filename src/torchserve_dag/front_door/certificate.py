@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.front_door.tokens import write_private
 from torchserve_dag.server.errors import ServerError
 
 LIFE = dt.timedelta(days=365)
@@ -84,5 +84,5 @@ def _make(certificate: Path, key_file: Path) -> None:
         .sign(key, hashes.SHA256())
     )
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    write_private(key_file, key.private_bytes(pem, pkcs8, serialization.NoEncryption()).decode())
-    certificate.write_bytes(made.public_bytes(pem))
+    atomic.write_private(key_file, key.private_bytes(pem, pkcs8, serialization.NoEncryption()).decode())
+    atomic.write_text(certificate, made.public_bytes(pem).decode())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.clients import Tokens as TorchServeTokens
 from torchserve_dag.front_door import resources
 from torchserve_dag.front_door.admin import Admin
@@ -18,7 +19,7 @@ from torchserve_dag.front_door.resources import TYPES, Resource
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.shares import Rolling, ServedVersion, Split, splits
-from torchserve_dag.front_door.tokens import Tokens, write_private
+from torchserve_dag.front_door.tokens import Tokens
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
@@ -31,7 +32,7 @@ LOCK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class FrontDoorProcess:
     """A front door that was started."""
 
     pid: int
@@ -79,16 +80,16 @@ class Door:
         self._traffic = self.folder / "traffic.json"
         self._record = self.folder / "door.json"
 
-    def record(self) -> Record | None:
+    def record(self) -> FrontDoorProcess | None:
         """The front door that runs; nothing where none does."""
         try:
-            found = plain.build(Record, json.loads(self._record.read_text("utf-8")))
+            found = plain.build(FrontDoorProcess, json.loads(self._record.read_text("utf-8")))
         except (OSError, ValueError, plain.WrongDataError):
             return None
         return found if processes.ours(found.pid, self.state) else None
 
-    def save(self, record: Record) -> None:
-        write_private(self._record, json.dumps(plain.flatten(record)))
+    def save(self, record: FrontDoorProcess) -> None:
+        atomic.write_private(self._record, json.dumps(plain.flatten(record)))
 
     def traffic(self) -> Traffic:
         """What was decided last."""
@@ -102,11 +103,11 @@ class Door:
         with self._lock():
             before = self.traffic()
             after = change(before)
-            write_private(self._traffic, json.dumps(plain.flatten(after)))
+            atomic.write_private(self._traffic, json.dumps(plain.flatten(after)))
             try:
                 self._tell(after)
             except ServerError:
-                write_private(self._traffic, json.dumps(plain.flatten(before)))
+                atomic.write_private(self._traffic, json.dumps(plain.flatten(before)))
                 for name, kind, found in self._files(before):  # for an Envoy that takes them later
                     self._write(name, kind, found)
                 raise
@@ -114,7 +115,7 @@ class Door:
 
     def begin(self, where: Addresses) -> None:
         """Forget what was decided, and write what Envoy reads when it starts."""
-        write_private(self._traffic, json.dumps(plain.flatten(Traffic(where))))
+        atomic.write_private(self._traffic, json.dumps(plain.flatten(Traffic(where))))
         for name, kind, found in self._files(Traffic(where)):
             self._write(name, kind, found)
 
@@ -175,7 +176,7 @@ class Door:
     def _write(self, name: str, kind: str, found: list[Resource]) -> str:
         version = str(time.time_ns())
         said: dict[str, Any] = {"version_info": version, "type_url": f"type.googleapis.com/envoy.{kind}"}
-        write_private(self.folder / name, json.dumps({**said, "resources": found}))
+        atomic.write_private(self.folder / name, json.dumps({**said, "resources": found}))
         return version
 
     def _torchserve_token(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchserve_dag.runtime.data import source
+from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.runtime.data.plain import WrongFieldError
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import host_and_port
@@ -61,7 +62,7 @@ class FrontDoor:
             except ServerError:
                 raise WrongFieldError(f'"{getattr(self, name)}" is not HOST:PORT', name) from None
         host, _ = host_and_port(self.metrics)
-        if not (host == "localhost" or host.startswith("127.") or host == "::1"):
+        if not is_loopback(host):
             raise WrongFieldError(f"{host} is not this machine's loopback, and metrics need no token", "metrics")
         if (self.certificate is None) != (self.key is None):
             raise WrongFieldError("certificate and key are files that come together", "certificate")

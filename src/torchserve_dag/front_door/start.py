@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.front_door import bootstrap, certificate
-from torchserve_dag.front_door.door import Door, Record
+from torchserve_dag.front_door.door import Door, FrontDoorProcess
 from torchserve_dag.front_door.envoy import BOOTSTRAP, DRAIN_S, END_S, LAST_S, LOG, LONGEST_DRAIN_S
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.front_door.tokens import OWN, write_private
+from torchserve_dag.front_door.tokens import OWN
 from torchserve_dag.server import ports, processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
@@ -47,8 +48,13 @@ def check_free(settings: FrontDoor) -> None:
             )
 
 
-def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int) -> Record:
-    """Start it before TorchServe: it answers 404 until it is told of models. Raises ServerError."""
+def start(
+    root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int, keeper: Sequence[str]
+) -> FrontDoorProcess:
+    """Start the front door, before TorchServe: it answers 404 until it is told of models. Raises ServerError.
+
+    `keeper` is the command of the process that starts Envoy and watches it; the project's folder is added to it.
+    """
     state = State(root)
     door = Door(state)
     door.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -57,20 +63,20 @@ def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int)
     door.begin(torchserve)
     door.show_certificate(shown, key)
     config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), max_body)
-    write_private(door.folder / BOOTSTRAP, json.dumps(config))
-    keeper = subprocess.Popen(  # noqa: S603 (our own arguments)
-        [sys.executable, "-m", "torchserve_dag.stack.keeper", str(root.resolve())],
+    atomic.write_private(door.folder / BOOTSTRAP, json.dumps(config))
+    process = subprocess.Popen(  # noqa: S603 (our own arguments)
+        [*keeper, str(root.resolve())],
         env={**os.environ, **processes.mark(state)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # it has a log of its own
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    record = Record(keeper.pid, settings, str(shown), str(key))
+    record = FrontDoorProcess(process.pid, settings, str(shown), str(key))
     door.save(record)
     deadline = time.monotonic() + START_S
     while not door.admin.listens():
-        if keeper.poll() is not None or time.monotonic() > deadline:
+        if process.poll() is not None or time.monotonic() > deadline:
             raise ServerError(f"The front door did not start: {_why(state)}.")
         time.sleep(0.05)
     return record
@@ -99,7 +105,7 @@ def _own_token(door: Door) -> None:
     """A new one at each start."""
     if any(token.name == OWN for token in door.tokens.issued()):
         door.tokens.revoke(OWN)
-    write_private(door.folder / OWN_TOKEN, door.tokens.issue(OWN, OWN_LIFE_S, OWN_REQUESTS_PER_SECOND))
+    atomic.write_private(door.folder / OWN_TOKEN, door.tokens.issue(OWN, OWN_LIFE_S, OWN_REQUESTS_PER_SECOND))
 
 
 def _why(state: State) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jwt
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.errors import ServerError
 
@@ -82,20 +83,8 @@ class Tokens:
             return bytes.fromhex(self._key_file.read_text("utf-8"))
         except FileNotFoundError:
             key = secrets.token_bytes(32)
-            write_private(self._key_file, key.hex())
+            atomic.write_private(self._key_file, key.hex())
             return key
 
     def _save(self, tokens: list[Token]) -> None:
-        write_private(self._file, json.dumps(plain.flatten(tokens), indent=2))
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, whole or not at all."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.touch(mode=0o600)
-        part.write_text(text, "utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        atomic.write_private(self._file, json.dumps(plain.flatten(tokens), indent=2))

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.clients import ServingError
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.shares import Rolling
-from torchserve_dag.front_door.tokens import write_private
 from torchserve_dag.releases import measures, shares_written, stop_if, versions
 from torchserve_dag.releases.measures import Measures
 from torchserve_dag.runtime.data import plain
@@ -114,7 +114,7 @@ class Desk:
 
     def order(self, model: str, order: Order | None) -> None:
         path = self.folder / f"{model}.order"
-        write_private(path, order) if order else path.unlink(missing_ok=True)
+        atomic.write_private(path, order) if order else path.unlink(missing_ok=True)
 
     def ordered(self, model: str) -> Order | None:
         try:
@@ -124,7 +124,7 @@ class Desk:
         return "promote" if text == "promote" else "rollback"
 
     def note(self, progress: Progress) -> None:
-        write_private(self.folder / f"{progress.plan.model}.json", json.dumps(plain.flatten(progress), indent=2))
+        atomic.write_private(self.folder / f"{progress.plan.model}.json", json.dumps(plain.flatten(progress), indent=2))
 
     def progress(self, model: str) -> Progress | None:
         """Of a model's last rollout."""

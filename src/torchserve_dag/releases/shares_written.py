@@ -8,19 +8,15 @@ from pathlib import Path
 
 import yaml
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.front_door.routes_file import FILE
 from torchserve_dag.server.errors import ServerError
 
 
 def write(root: Path, model: str, weights: Mapping[str, float]) -> None:
     """Raises ServerError where the file does not say the same but for these weights afterwards."""
-    path = (root / FILE).resolve()  # a link stays one
-    before = path.read_text("utf-8")
-    after = changed(before, model, weights)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(after, "utf-8")
-    part.chmod(path.stat().st_mode)
-    part.replace(path)
+    path = root / FILE
+    atomic.write_text(path, changed(path.read_text("utf-8"), model, weights))
 
 
 def check(root: Path, model: str) -> None:

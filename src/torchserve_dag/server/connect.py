@@ -7,12 +7,12 @@ from typing import Literal
 from torchserve_dag.clients import GrpcClient, RestClient, Tokens
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
-from torchserve_dag.server.state import Record, State
+from torchserve_dag.server.state import State, TorchServeProcess
 
 Protocol = Literal["rest", "grpc"]
 
 
-def running(state: State) -> Record:
+def running(state: State) -> TorchServeProcess:
     """The server that runs. Raises ServerError where none does."""
     record = state.record()
     if record is None or processes.java(record, state) is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from torchserve_dag.server.state import Record, State
+from torchserve_dag.server.state import State, TorchServeProcess
 
 MARK = "TORCHSERVE_DAG_STATE"
 """The environment variable that a server and all of its children have: its state folder."""
@@ -18,7 +18,7 @@ def mark(state: State) -> dict[str, str]:
     return {MARK: str(state.folder)}
 
 
-def java(record: Record, state: State) -> psutil.Process | None:
+def java(record: TorchServeProcess, state: State) -> psutil.Process | None:
     """TorchServe's process, if it still runs."""
     return ours(record.pid, state)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
@@ -22,8 +23,8 @@ KEPT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """The server that was started, so that it is found again, and nothing else is taken for it."""
+class TorchServeProcess:
+    """The TorchServe that was started: what a later command needs to find it again, and to take no other for it."""
 
     pid: int
     """Of its Java process."""
@@ -68,14 +69,14 @@ class State:
         with locked(self.folder / "lock", 0.0, busy):
             yield
 
-    def record(self) -> Record | None:
+    def record(self) -> TorchServeProcess | None:
         """The server that was started last, whether it still runs or not."""
         try:
-            return plain.build(Record, _read(self._server))
+            return plain.build(TorchServeProcess, _read(self._server))
         except plain.WrongDataError:  # there is none, or another version's
             return None
 
-    def save(self, record: Record) -> None:
+    def save(self, record: TorchServeProcess) -> None:
         _write(self._server, plain.flatten(record))
 
     def defaults(self) -> dict[str, str]:
@@ -134,6 +135,4 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-    part.replace(path)
+    atomic.write_text(path, json.dumps(data, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from torchserve_dag.clients import Client, VersionInfo, WorkerInfo
-from torchserve_dag.server.state import Record
+from torchserve_dag.server.state import TorchServeProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Status:
     versions: list[VersionStatus]
 
 
-def status(record: Record, client: Client) -> Status:
+def status(record: TorchServeProcess, client: Client) -> Status:
     """The server and all that it serves. Raises ServingError."""
     where = record.addresses
     versions = [_version(model.name, version) for model in client.models() for version in model.versions]

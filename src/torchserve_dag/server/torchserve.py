@@ -19,7 +19,7 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.ready import ModelVersion, Progress, Waiting
-from torchserve_dag.server.state import Record, State
+from torchserve_dag.server.state import State, TorchServeProcess
 
 LONGEST_SOCKET = 103
 """Bytes that the path of a Unix socket may have: 103 on a Mac, 107 on Linux."""
@@ -72,7 +72,7 @@ def start(
     progress: Progress | None = None,
     *,
     changes: Mapping[str, str] | None = None,
-) -> Record:
+) -> TorchServeProcess:
     """Start it, wait until it serves every archive, and set the default versions. Raises ServerError.
 
     `changes` are to its properties.
@@ -146,7 +146,7 @@ def _sockets(state: State, where: Addresses) -> dict[str, str]:
     return {"use_native_io": "false", "initial_worker_port": str(ports.free_run(host, 50))}
 
 
-def _launch(state: State, planned: Plan, logs: Logs, *, access_log: bool) -> Record:
+def _launch(state: State, planned: Plan, logs: Logs, *, access_log: bool) -> TorchServeProcess:
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--ts-config", state.config.name, "--model-store", str(planned.store)]
     begun = time.time()
@@ -163,7 +163,7 @@ def _launch(state: State, planned: Plan, logs: Logs, *, access_log: bool) -> Rec
         starter.wait()
     try:  # TorchServe's own command ends as soon as Java runs, and leaves its pid here
         pid = int((state.tmp / ".model_server.pid").read_text("utf-8"))
-        record = Record(pid, planned.where, str(planned.store))
+        record = TorchServeProcess(pid, planned.where, str(planned.store))
     except (OSError, ValueError):
         raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'it does not say why'}.") from None
     while not _has_keys(state):

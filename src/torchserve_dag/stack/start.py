@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import httpx
-from grpc import ssl_channel_credentials as grpc_credentials
-
 from torchserve_dag.archives import mar
-from torchserve_dag.clients import Client, GrpcClient, RestClient
+from torchserve_dag.clients import Client
 from torchserve_dag.clients.models import version_key
-from torchserve_dag.clients.rest import LIMITS
-from torchserve_dag.front_door import certificate, routes_file, settings
+from torchserve_dag.front_door import routes_file, settings
 from torchserve_dag.front_door import start as front_door
-from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.front_door.door import Record as DoorRecord
+from torchserve_dag.front_door.door import Door, FrontDoorProcess, Traffic
 from torchserve_dag.front_door.routes_file import RouteFile
-from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.shares import ServedVersion
+from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.server import defaults, processes, torchserve
-from torchserve_dag.server.connect import Protocol, running, torchserve_client, torchserve_tokens
+from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
 from torchserve_dag.server.ready import ModelVersion, Progress
-from torchserve_dag.server.state import Record, State
+from torchserve_dag.server.state import State, TorchServeProcess
+
+KEEPER = (sys.executable, "-m", "torchserve_dag.stack.keeper")
+"""The command of the front door's keeper; the project's folder follows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
-    """What runs."""
+class Running:
+    """What `start` started."""
 
-    torchserve: Record
-    front_door: DoorRecord | None
+    torchserve: TorchServeProcess
+    front_door: FrontDoorProcess | None
 
 
 def start(
@@ -42,7 +41,7 @@ def start(
     progress: Progress | None = None,
     *,
     with_front_door: bool = True,
-) -> Serving:
+) -> Running:
     """Start the front door and TorchServe, and wait until every archive is served.
 
     Raises ServerError or CheckError; then nothing of it runs any more, and its logs are there to read.
@@ -64,7 +63,7 @@ def start(
             door = None
             if with_front_door:
                 max_body = int(planned.said.get("max_request_size", front_door.MAX_BODY))
-                door = front_door.start(root, door_settings, planned.where, max_body)
+                door = front_door.start(root, door_settings, planned.where, max_body, KEEPER)
             # A rollout registers versions while it serves: with TorchServe's management token, on this machine.
             changes = {"enable_model_api": "true"} if door else {}
             record = torchserve.start(state, planned, options, progress, changes=changes)
@@ -74,7 +73,7 @@ def start(
         except BaseException:  # an interrupt as well: what is not served is not left behind
             torchserve.end(state)
             raise
-    return Serving(record, door)
+    return Running(record, door)
 
 
 def stop(root: Path) -> bool:
@@ -95,49 +94,11 @@ def _check_inside(where: Addresses) -> None:
     """Raises ServerError where TorchServe would listen beyond this machine."""
     for name in where.__slots__:
         host, _ = host_and_port(getattr(where, name))
-        if not (host in {"localhost", "::1"} or host.startswith("127.")):
+        if not is_loopback(host):
             raise ServerError(
                 f"config.properties has TorchServe listen at {host}, beyond this machine: that is the front door's "
                 "(front_door.yaml); write 127.0.0.1 there."
             )
-
-
-def client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> RestClient | GrpcClient:
-    """A client with the server's addresses and tokens, through its front door where it has one.
-
-    Close it, or use it in a `with`. Raises ServerError.
-    """
-    door = Door(state).record()
-    if door is None:
-        return torchserve_client(state, protocol, timeout)
-    where, management_token = running(state).addresses, torchserve_tokens(state).management
-    address, token = here(door.settings), front_door.own_token(state)
-    if protocol == "grpc":
-        shown = Path(door.certificate)
-        credentials, name = grpc_credentials(shown.read_bytes()), certificate.a_name(shown)
-        return GrpcClient(
-            address,
-            where.grpc_management,
-            token=token,
-            management_token=management_token,
-            timeout=timeout,
-            credentials=credentials,
-            server_name=name,
-        )
-    return RestClient(
-        f"https://{address}",
-        where.management,
-        token=token,
-        management_token=management_token,
-        timeout=timeout,
-        transport=httpx.HTTPTransport(verify=certificate.trust(Path(door.certificate)), limits=LIMITS, trust_env=False),
-    )
-
-
-def here(settings: FrontDoor) -> str:
-    """The front door's address for this machine."""
-    host, port = host_and_port(settings.listen)
-    return f"{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{port}"  # noqa: S104 (it is compared)
 
 
 def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) -> Traffic:

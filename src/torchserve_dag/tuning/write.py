@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.runtime.data.source import CheckError, Problem
 
 
@@ -38,5 +39,5 @@ def write_settings(path: Path, settings: Mapping[str, Any], why: str) -> list[st
         else:
             lines[at] = line
         changed.append(line)
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    atomic.write_text(path, "\n".join(lines) + "\n")
     return changed

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.runtime.data.options import TIMEOUT
 from torchserve_dag.runtime.engine.runner import Done
 from torchserve_dag.runtime.graph.graph import Served
@@ -252,8 +253,7 @@ def _key_files(address: str) -> list[Path]:
     one server find each other; a program finds the server that `torchserve-dag up` started in its folder. They
     are read for each call, as a server makes new ones whenever it starts.
     """
-    host = address.rpartition(":")[0]
-    if host != "localhost" and not host.startswith("127."):
+    if not is_loopback(address.rpartition(":")[0]):
         return []
     return [Path(".torchserve-dag/key_file.json"), Path(f"/proc/{os.getppid()}/cwd/key_file.json")]
 
