@@ -269,7 +269,7 @@ def test_nodes_that_run_one_handler_share_its_weights(write: Write) -> None:
         answer: {handler: upper, input: one}
     """)
     with Workflow.load(path) as workflow:
-        assert workflow._stages["one"] is workflow._stages["answer"]
+        assert workflow._loaded["one"].runner is workflow._loaded["answer"].runner
 
 
 def test_an_answered_request_is_let_go_of_at_once(write: Write) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.options import TIMEOUT
 from torchserve_dag.runtime.engine.flow import FINAL, WORTH_RETRYING
-from torchserve_dag.runtime.graph.graph import Served
+from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, Label, Labels, Photo, Text
 from torchserve_dag.runtime.models.remote import ServedModel
 from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc
@@ -120,7 +120,7 @@ def call() -> Iterator[Callable[..., ServedModel]]:
     models: list[ServedModel] = []
 
     def model(address: str, name: str = "echo", gives: Any = Any, version: str | None = None, token: str | None = None):
-        models.append(ServedModel(Served(name, version, address, gives, token)))
+        models.append(ServedModel(ServedCode(name, version, address, token), gives))
         return models[-1]
 
     yield model
@@ -441,10 +441,10 @@ def test_a_worker_finds_the_tokens_in_the_folder_of_its_torchserve(serve: Serve,
     (tmp_path / "model").mkdir()
     worker = (
         "import sys, threading\n"
-        "from torchserve_dag.runtime.graph.graph import Served\n"
+        "from torchserve_dag.runtime.graph.kinds import ServedCode\n"
         "from torchserve_dag.runtime.models.remote import ServedModel\n"
         "ended = threading.Event()\n"
-        "ServedModel(Served('echo', None, sys.argv[1], bytes, None))(b'1', 20, lambda answer: ended.set())\n"
+        "ServedModel(ServedCode('echo', None, sys.argv[1], None), bytes)(b'1', 20, lambda answer: ended.set())\n"
         "assert ended.wait(20)\n"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, sys.argv[1]], cwd='model', check=True)"
@@ -457,9 +457,9 @@ def test_without_grpc_a_workflow_says_what_it_needs() -> None:
     code = (
         "import sys\n"
         "sys.modules['grpc'] = None\n"
-        "from torchserve_dag.runtime.graph.graph import Served\n"
+        "from torchserve_dag.runtime.graph.kinds import ServedCode\n"
         "from torchserve_dag.runtime.models.remote import ServedModel\n"
-        "ServedModel(Served('echo', None, '127.0.0.1:7070', bytes, None))\n"
+        "ServedModel(ServedCode('echo', None, '127.0.0.1:7070', None), bytes)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
 

@@ -429,7 +429,7 @@ def forever(text: Text) -> Iterator[int]:
             cancelled.append(workflow.engine.cancel("not there"))
             left.set()
 
-        sys.modules[workflow.graph.nodes["answer"].code.function.__module__].LEFT.append(leave)
+        sys.modules[workflow.graph.nodes["answer"].code.kind.function.__module__].LEFT.append(leave)
         for _ in range(20):  # it may wait in the queue when it is cancelled, or be in a lane
             left.clear()
             begun = threading.Event()

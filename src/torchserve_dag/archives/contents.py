@@ -17,6 +17,7 @@ from torchserve_dag.pictures.mermaid import mermaid
 from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile, Mode
 
@@ -77,8 +78,8 @@ def _archives(project: Project, graph: Graph) -> dict[str, Path]:
     folders = (project.root / "workflows", project.root / "model_store", project.root)
     found: dict[str, Path] = {}
     for code in graph.codes.values():
-        archive = code.rows.archive if code.rows else None
-        if archive:
+        if isinstance(code.kind, ArchiveCode):
+            archive = code.kind.archive
             folder = next(folder for folder in folders if archive.is_relative_to(folder))
             files = [path for path in archive.rglob("*") if path.is_file()] if archive.is_dir() else [archive]
             found |= {f"workflows/{path.relative_to(folder).as_posix()}": path for path in files}

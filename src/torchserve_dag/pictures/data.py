@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchserve_dag.pictures.picture import Live, function_name, picture
+from torchserve_dag.pictures.picture import Live, picture
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.graph.graph import REQUEST, Code, Graph, Node
 
@@ -50,16 +50,13 @@ def _node(node: Node, rates: Live | None, within: str) -> dict[str, Any]:
 
 def _code(code: Code, rates: Live | None, within: str) -> dict[str, Any]:
     name = within + code.name
-    found: dict[str, Any] = {"name": name}
-    if code.handler:
-        found["handler"] = f"{code.handler.value.name}/{code.handler.value.version}"
-    elif code.graph:
-        found["workflow"] = as_data(code.graph, rates, f"{name}/")
-    elif code.served:
-        found["served"] = {"model": code.served.name, "version": code.served.version, "at": code.served.address}
-    elif code.rows and code.rows.archive:
-        found["torchserve"] = code.rows.archive.name
-    else:
-        found["function"] = function_name(code)
-    found |= {"gives": plain.name_of(code.gives), "batch": code.batch, "device": code.device, "streams": code.yields}
+    kind = code.kind
+    found = {
+        "name": name,
+        kind.key: as_data(code.inner, rates, f"{name}/") if code.inner else kind.reference,
+        "gives": plain.name_of(code.gives),
+        "batch": code.batch,
+        "device": kind.device,
+        "streams": code.yields,
+    }
     return found | ({"live": rates.get(name)} if rates else {})

@@ -10,12 +10,20 @@ from typing import Any, Literal
 
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.graph.graph import REQUEST, Code, Graph, Node
+from torchserve_dag.runtime.graph.kinds import DrawnAs
 from torchserve_dag.runtime.graph.types import without
 from torchserve_dag.runtime.messages import Skipped
 
 ANSWER = ""
 """The name of the shape that stands for the answer; no node can have it."""
 _LONGEST_DEFAULT = 60
+_DRAWN_FIRST: tuple[DrawnAs, ...] = (
+    "workflow",
+    "served",
+    "model",
+    "function",
+)
+"""How a node is drawn that may run code of several kinds: as the first of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class Row:
 class Shape:
     name: str
     """The node's, `request`, or ANSWER."""
-    kind: Literal["client", "model", "function", "served", "workflow"]
+    kind: Literal["client"] | DrawnAs
     column: int
     rows: tuple[Row, ...] = ()
     inner: tuple[Picture, ...] = ()
@@ -86,13 +94,13 @@ class Picture:
 
 def picture(graph: Graph, live: Live | None = None) -> Picture:
     """What to draw of a workflow; with `live`, also how each node did."""
-    busy = [live[name].busy for name, code in graph.codes.items() if name in live and not code.graph] if live else []
+    busy = [live[name].busy for name, code in graph.codes.items() if name in live and not code.inner] if live else []
     return _picture(graph, live, max(busy, default=0.0) or 1.0, "")
 
 
 def _picture(graph: Graph, live: Live | None, busiest: float, within: str) -> Picture:
     def shape(node: Node) -> Shape:
-        inner = [(f"{within}{code.name}/", code.graph) for code in node.codes if code.graph]
+        inner = [(f"{within}{code.name}/", code.inner) for code in node.codes if code.inner]
         busy = [live[name].busy for code in node.codes if (name := within + code.name) in live] if live else []
         return Shape(
             node.name,
@@ -110,13 +118,9 @@ def _picture(graph: Graph, live: Live | None, busiest: float, within: str) -> Pi
     return Picture((request, *map(shape, graph.nodes.values()), answer), (*arrows, *_to_answer(graph)))
 
 
-def _kind(node: Node) -> Literal["model", "function", "served", "workflow"]:
-    codes = node.codes
-    if any(code.graph for code in codes):
-        return "workflow"
-    if any(code.served for code in codes):
-        return "served"
-    return "function" if all(code.function for code in codes) else "model"
+def _kind(node: Node) -> DrawnAs:
+    drawn = {code.kind.drawn_as for code in node.codes}
+    return next(kind for kind in _DRAWN_FIRST if kind in drawn)
 
 
 def _rows(node: Node, live: Live | None, within: str) -> Iterable[Row]:
@@ -141,8 +145,8 @@ def _rows(node: Node, live: Live | None, within: str) -> Iterable[Row]:
 
 def _code_rows(code: Code, node: Node, live: Live | None, within: str) -> Iterable[Row]:
     yield Row("runs", _what_runs(code, node))
-    how = [f"{code.batch} at a time" if code.graph or code.served else f"batch {code.batch}"] if code.batch > 1 else []
-    how += [code.device] if code.device not in {None, "auto"} else []
+    how = [f"{code.batch} at a time" if code.kind.elsewhere else f"batch {code.batch}"] if code.batch > 1 else []
+    how += [code.kind.device] if code.kind.device not in {None, "auto"} else []
     how += ["in pieces"] if code.yields else []
     if how:
         yield Row("how", ", ".join(how))
@@ -151,24 +155,10 @@ def _code_rows(code: Code, node: Node, live: Live | None, within: str) -> Iterab
 
 def _what_runs(code: Code, node: Node) -> str:
     """`yolo_detector 1.0`, `crop()`, `summariser @ 127.0.0.1:7070`."""
-    if code.handler:
-        return f"{code.handler.value.name} {code.handler.value.version}"
-    if code.graph:
-        return f"workflow {code.graph.name} {code.graph.version}"
-    if code.served:
-        version = f" {code.served.version}" if code.served.version else ""
-        return f"{code.served.name}{version} @ {code.served.address}"
-    if code.rows and code.rows.archive:
-        return code.rows.archive.name
-    name = function_name(code)
-    return "function" if name == node.name else f"{name}()"
-
-
-def function_name(code: Code) -> str:
-    """Of the function that it runs, TorchServe's or a workflow's."""
-    if code.rows:
-        return code.rows.function or ""
-    return getattr(code.function, "__name__", "")
+    title = code.kind.title
+    if code.kind.key != "function":
+        return title
+    return "function" if title == node.name else f"{title}()"
 
 
 def _live_rows(live: Live | None, name: str) -> Iterable[Row]:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.runtime.compat.runner import RowsRunner
 from torchserve_dag.runtime.compute import placement
-from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.engine import Engine
 from torchserve_dag.runtime.engine.request import Request
-from torchserve_dag.runtime.engine.runner import Runner, function_runner, piece_runner
-from torchserve_dag.runtime.graph.graph import REQUEST, Code, Graph, RowsCode
+from torchserve_dag.runtime.graph.graph import REQUEST, Graph
 from torchserve_dag.runtime.graph.read import read_graph
-from torchserve_dag.runtime.models.load import load_handler
-from torchserve_dag.runtime.models.remote import ServedModel
-from torchserve_dag.runtime.models.stages import Stages
+from torchserve_dag.runtime.models.load import Loader, decoder
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.telemetry import tracing
 
@@ -46,33 +40,18 @@ class Workflow:
         self.graph = graph
         lanes = max(1, placement.cores() // workers)
         placement.share_cores(lanes * workers)
-        loaded: dict[tuple[Path, str | None], Stages] = {}  # nodes that run one handler share its weights
-        self._stages: dict[str, Stages] = {}
-        runners: dict[str, Runner] = {REQUEST: function_runner("decode", _decoder(graph.request))}
-        self._served: dict[str, ServedModel] = {}
-        for name, code in graph.codes.items():
-            if code.handler:
-                key = (code.handler.path, device or code.device)
-                loaded[key] = loaded.get(key) or load_handler(
-                    project, code.handler, device=key[1], gpu=gpu, batch=code.batch
-                )
-                self._stages[name] = loaded[key]
-                runners[name] = piece_runner(name, loaded[key].pieces) if code.yields else loaded[key]
-            elif code.function:
-                runner = piece_runner if code.yields else function_runner
-                runners[name] = runner(code.function.__name__, partial(_by_name, code.function))
-            elif code.rows:
-                runners[name] = _rows_runner(code, code.rows, gpu)
-            elif code.served:
-                self._served[name] = ServedModel(code.served)
-        devices = {name: str(stages.placement.device) for name, stages in self._stages.items()}
+        self._loaded = Loader(project, device, gpu).load_graph(graph)
+        devices = {name: loaded.device for name, loaded in self._loaded.items() if loaded.runner}
         self._most_at_once = lanes + max(code.batch for code in graph.codes.values())
         self.engine = Engine(
             graph,
-            runners,
+            {
+                REQUEST: decoder(graph.request),
+                **{name: loaded.runner for name, loaded in self._loaded.items() if loaded.runner},
+            },
             lanes={d: lanes if d == "cpu" else GPU_LANES for d in {"cpu", *devices.values()}},
             devices=devices,
-            starters=self._served,
+            starters={name: loaded.starter for name, loaded in self._loaded.items() if loaded.starter},
             observer=tracing.observer(),
             set_alone=placement.set_alone,
         )
@@ -99,7 +78,7 @@ class Workflow:
 
     def stuck(self) -> bool:
         """Whether a model hangs. A thread cannot be ended in Python, so only ending the process helps."""
-        return self.engine.stuck() or any(stages.hangs for stages in self._stages.values())
+        return self.engine.stuck() or any(loaded.hangs() for loaded in self._loaded.values())
 
     def submit(
         self,
@@ -128,36 +107,11 @@ class Workflow:
 
     def close(self) -> None:
         self.engine.close()
-        for stages in self._stages.values():
-            stages.close()
-        for served in self._served.values():
-            served.close()
+        for loaded in self._loaded.values():
+            loaded.close()
 
     def __enter__(self) -> Workflow:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _by_name(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-    return function(**values)
-
-
-def _decoder(kind: Any) -> Callable[[Any], Any]:
-    """From a request's body and content type to the message; a message passes as it is."""
-
-    def decode(request: tuple[Any, str | None]) -> Any:
-        body, content_type = request
-        if isinstance(body, bytes | bytearray | memoryview):
-            return codec.decode(kind, bytes(body), content_type)
-        return body
-
-    return decode
-
-
-def _rows_runner(code: Code, rows: RowsCode, gpu: int | None) -> RowsRunner:
-    """A TorchServe handler, or a function of a TorchServe workflow."""
-    if rows.function is None:
-        return RowsRunner.of_archive(code.name, rows.file, gpu, code.batch, gives=code.gives)
-    return RowsRunner.of_function(code.name, rows.file, rows.function)

@@ -37,6 +37,7 @@ from torchserve_dag.runtime.engine.span import Observer, Span
 from torchserve_dag.runtime.engine.station import CPU, ELSEWHERE, Station
 from torchserve_dag.runtime.engine.timers import Timers
 from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node
+from torchserve_dag.runtime.graph.kinds import DecodeCode
 from torchserve_dag.runtime.messages import Failure, InputError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Engine:
     """Runs one graph.
 
     `runners` has one for each code that runs in this process, by its name in `graph.codes`, and one called
-    `request` that decodes; `starters` one for each served model.
+    `request` that decodes; `starters` one for each code that runs elsewhere.
     """
 
     def __init__(
@@ -103,14 +104,14 @@ class Engine:
 
     def _make_station(self, code: Code, name: str, depth: tuple[int, ...]) -> Station:
         start = None
-        if code.graph:
-            start = partial(self._start_inner, self._make_plan(code.graph, f"{name}/", depth))
-        elif code.served:
+        if code.inner:
+            start = partial(self._start_inner, self._make_plan(code.inner, f"{name}/", depth))
+        elif code.kind.elsewhere:
             start = partial(self._start_served, self._starters[name])
         station = Station(
             name,
             batch=code.batch,
-            bundle=code.function is not None or code is _DECODE,
+            bundle=code.kind.one_by_one,
             depth=depth,
             runner=self._runners.get(name),
             device=self._devices.get(name, CPU),
@@ -548,7 +549,7 @@ class _Here(threading.local):
         """New requests, which it submits together."""
 
 
-_DECODE = Code(REQUEST, {}, frozenset(), Any)
+_DECODE = Code(REQUEST, {}, frozenset(), Any, DecodeCode())
 _DECODING = Node(
     name=REQUEST, branches=(Branch(None, _DECODE),), each=(), when=None, result=Any, needs=frozenset(), depth=0
 )

@@ -286,7 +286,7 @@ def _taken(code: Code, values: Mapping[str, Any]) -> Any:
     for parameter, value in taken.items():
         if isinstance(value, Skipped) and parameter not in code.sees_skipped:
             return value
-    return taken if code.takes_by_name else taken["item"]
+    return taken if code.kind.by_name else taken["item"]
 
 
 def too_many(what: str, count: int) -> InputError:

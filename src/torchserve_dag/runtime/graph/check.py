@@ -12,8 +12,9 @@ from typing import Any
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.source import Source
 from torchserve_dag.runtime.graph.expression import Expression, ExpressionError, compile_expression, names_in
-from torchserve_dag.runtime.graph.finder import ONE, Finder, Found
+from torchserve_dag.runtime.graph.finder import ONE, Finder, Signature
 from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Level, Node, Output, Policy
+from torchserve_dag.runtime.graph.kinds import FunctionCode
 from torchserve_dag.runtime.graph.problems import Place, Problems
 from torchserve_dag.runtime.graph.types import fits, includes, union, without
 from torchserve_dag.runtime.messages import Skipped
@@ -39,7 +40,7 @@ class _Run:
     name: str
     file: CodeFile
     when: str | None
-    found: Found
+    found: Signature
     inputs: dict[str, str] = field(default_factory=dict)
     """Each parameter's expression, as text."""
 
@@ -93,7 +94,9 @@ class _Check:
         self.problems.stop()
         output = self._output(outputs, scope)
         self.problems.stop()
-        uses_functions = any(run.found.function for reading in readings.values() for run in reading.all)
+        uses_functions = any(
+            isinstance(run.found.kind, FunctionCode) for reading in readings.values() for run in reading.all
+        )
         return Graph(
             self.file.name,
             self.file.version,
@@ -145,7 +148,7 @@ class _Check:
     def _inputs(self, run: _Run, node: NodeFile) -> dict[str, str]:
         found, name = run.found, str(run.place[0])
         if node.inputs:
-            if found.function is None:
+            if not found.kind.by_name:
                 self.problems.add((name, "inputs"), f"{found.called} takes one input", "write input")
                 return {}
             for unknown in node.inputs.keys() - found.takes.keys():
@@ -366,20 +369,13 @@ class _Check:
             if fits(Skipped, want) and want is not Any:
                 sees_skipped.add(parameter)
             self._edge(place, text, value.type, want)
-        run_settings = found.handler.value.run if found.handler else None
-        elsewhere = 1 if found.served is None and found.graph is None else MOST_ELSEWHERE
         return Code(
             name=run.name,
             takes=takes,
             sees_skipped=frozenset(sees_skipped),
             gives=found.gives,
-            handler=found.handler,
-            function=found.function,
-            rows=found.rows,
-            served=found.served,
-            graph=found.graph,
-            batch=run.file.batch or (run_settings.batch if run_settings else elsewhere),
-            device=run.file.device or (run_settings.device if run_settings else None),
+            kind=found.kind,
+            batch=run.file.batch or found.kind.batch,
             yields=found.yields,
         )
 
@@ -436,10 +432,6 @@ class _Check:
             except ExpressionError as error:
                 self.problems.add_at(path, f"output: {error.what}", error.help)
         return Output(values)
-
-
-MOST_ELSEWHERE = 64
-"""Items of one node that may be under way elsewhere, unless the node says how many."""
 
 
 def _branch_name(branch: CodeFile, index: int) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from torchserve_dag.runtime.data import plain
-from torchserve_dag.runtime.data.source import CheckError, Source
-from torchserve_dag.runtime.graph.graph import Graph, RowsCode, Served
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.graph.graph import Graph, WorkflowCode
+from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, Kind, ServedCode
 from torchserve_dag.runtime.graph.problems import Place, Problems
+from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode
 from torchserve_dag.runtime.graph.type_names import known_types, type_named
 from torchserve_dag.runtime.handler import streams, types_of
 from torchserve_dag.runtime.project.folders import Project, import_file
-from torchserve_dag.runtime.project.handler_file import HandlerFile
 from torchserve_dag.runtime.project.workflow_file import CodeFile, ServedFile, TorchServeFile, WorkflowFile
 
 _YIELDS = {collections.abc.Iterator, collections.abc.Generator}
@@ -27,19 +28,15 @@ ONE = "item"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What runs: the types of its parameters, and of its answer for one item."""
+class Signature:
+    """What can run, with the types of its parameters and of its answer for one item."""
 
     called: str
-    """For a person."""
+    """Its name in messages."""
+    kind: Kind
     takes: Mapping[str, Any]
     gives: Any
     optional: frozenset[str] = frozenset()
-    handler: Source[HandlerFile] | None = None
-    function: Callable[..., Any] | None = None
-    graph: Graph | None = None
-    served: Served | None = None
-    rows: RowsCode | None = None
     yields: bool = False
 
 
@@ -59,10 +56,10 @@ class Finder:
         self.problems = problems
         self.inner = inner
 
-    def find(self, place: Place, code: CodeFile) -> Found | None:
+    def find(self, place: Place, code: CodeFile) -> Signature | None:
         """The code at `place`; None, and a problem more, where it is not fit to run."""
         if code.handler is not None:
-            return self._handler((*place, "handler"), code.handler)
+            return self._handler((*place, "handler"), code.handler, code.device)
         if code.function is not None:
             return self._function((*place, "function"), code.function)
         if code.workflow is not None:
@@ -73,7 +70,7 @@ class Finder:
             return self._archive((*place, "torchserve"), code.torchserve)
         raise TypeError("workflow_file.py lets no code through that has nothing to run")
 
-    def _handler(self, place: Place, reference: str) -> Found | None:
+    def _handler(self, place: Place, reference: str, device: str | None) -> Signature | None:
         path = self.project.find("handlers", reference)
         if path is None:
             hint = plain.did_you_mean(reference, self.project.references("handlers"))
@@ -87,9 +84,10 @@ class Finder:
             self.problems.add_all(error)
             return None
         takes, gives = types_of(kind)
-        return Found(reference, {ONE: takes}, gives, handler=file, yields=streams(kind))
+        code = HandlerCode(file, device or file.value.run.device)
+        return Signature(reference, code, {ONE: takes}, gives, yields=streams(kind))
 
-    def _function(self, place: Place, name: str) -> Found | None:
+    def _function(self, place: Place, name: str) -> Signature | None:
         path = self.functions_path
         if not path.is_file():
             self.problems.add(place, f"there is no {path}", f"write the function {name} there")
@@ -106,7 +104,7 @@ class Finder:
             return None
         return self._signature(place, found)
 
-    def _signature(self, place: Place, function: Callable[..., Any]) -> Found | None:
+    def _signature(self, place: Place, function: Callable[..., Any]) -> Signature | None:
         called = function.__name__
         try:
             hints = typing.get_type_hints(function)
@@ -134,9 +132,9 @@ class Finder:
             return None
         optional = frozenset(p for p, v in parameters.items() if v.default is not inspect.Parameter.empty)
         takes = {p: hints[p] for p in parameters}
-        return Found(called, takes, gives, optional, function=function, yields=yields)
+        return Signature(called, FunctionCode(function), takes, gives, optional, yields)
 
-    def _workflow(self, place: Place, reference: str) -> Found | None:
+    def _workflow(self, place: Place, reference: str) -> Signature | None:
         path = self.project.find("workflows", reference)
         if path is None:
             hint = plain.did_you_mean(reference, self.project.references("workflows"))
@@ -150,9 +148,9 @@ class Finder:
         except CheckError as error:
             self.problems.add_all(error)
             return None
-        return Found(reference, {ONE: graph.request}, graph.answer, graph=graph)
+        return Signature(reference, WorkflowCode(graph), {ONE: graph.request}, graph.answer)
 
-    def _served(self, place: Place, file: ServedFile) -> Found | None:
+    def _served(self, place: Place, file: ServedFile) -> Signature | None:
         name, _, version = file.model.partition("/")
         if name == self.file.name and version in {"", self.file.version}:
             self.problems.add((*place, "model"), "it calls itself, so it would never end", "call another model")
@@ -160,8 +158,8 @@ class Finder:
         takes, gives, described = self._described(place, file)
         takes = self._type((*place, "takes"), file.takes, takes)
         gives = self._type((*place, "gives"), file.gives, gives)
-        served = Served(name, version or None, file.at, gives, file.token, described)
-        return Found(file.model, {ONE: takes}, gives, served=served)
+        served = ServedCode(name, version or None, file.at, file.token, described)
+        return Signature(file.model, served, {ONE: takes}, gives)
 
     def _described(self, place: Place, file: ServedFile) -> tuple[Any, Any, tuple[Path, ...]]:
         """The types of a model that this project has the source of, and the files that say them."""
@@ -182,7 +180,7 @@ class Finder:
             self.problems.add_all(error)
         return Any, Any, ()
 
-    def _archive(self, place: Place, file: TorchServeFile) -> Found | None:
+    def _archive(self, place: Place, file: TorchServeFile) -> Signature | None:
         folders = (self.functions_path.parent, self.project.root / "model_store", self.project.root)
         found = next((path for folder in folders if (path := folder / file.archive).is_file()), None)
         if found is None:
@@ -191,7 +189,7 @@ class Finder:
             return None
         takes = self._type((*place, "takes"), file.takes, Any)
         gives = self._type((*place, "gives"), file.gives, Any)
-        return Found(file.archive, {ONE: takes}, gives, rows=RowsCode(found, None))
+        return Signature(file.archive, ArchiveCode(found), {ONE: takes}, gives)
 
     def _type(self, place: Place, text: str | None, otherwise: Any) -> Any:
         if text is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torchserve_dag.runtime.data.source import Source
 from torchserve_dag.runtime.graph.expression import Expression
+from torchserve_dag.runtime.graph.kinds import HandlerCode, Kind
 from torchserve_dag.runtime.project.handler_file import HandlerFile, Serve
 
 REQUEST = "request"
@@ -17,64 +18,27 @@ REQUEST = "request"
 
 
 @dataclass(frozen=True, slots=True)
-class RowsCode:
-    """A TorchServe handler: that of a model's archive, or a function of rows and a context."""
-
-    file: Path
-    """The archive, or a folder with what is in one; or the function's Python file."""
-    function: str | None = None
-
-    @property
-    def archive(self) -> Path | None:
-        return None if self.function else self.file
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A model of another TorchServe, called over gRPC."""
-
-    name: str
-    version: str | None
-    address: str
-    """HOST:PORT."""
-    gives: Any
-    """The message to make of its answer's body; where it is Any, its JSON's data, or its bytes."""
-    token: str | None
-    """The environment variable that holds the server's token."""
-    described_by: tuple[Path, ...] = ()
-    """The project's files that say its types."""
-
-
-@dataclass(frozen=True, slots=True)
 class Code:
-    """What runs items, one of the five kinds, and what it takes of each."""
+    """What runs items, and what it gets for each of them."""
 
     name: str
     """The node's own; `NODE.BRANCH` in a switch, and `NODE.fallback`. Metrics and spans carry it."""
     takes: Mapping[str, Expression]
     """Each parameter's value."""
     sees_skipped: frozenset[str]
-    """The parameters that take a Skipped; any other skipped input skips the item."""
+    """The parameters that accept a Skipped; any other skipped input skips the item."""
     gives: Any
-    """The type of its answer for one item; of one piece of it where it yields."""
-    handler: Source[HandlerFile] | None = None
-    function: Callable[..., Any] | None = None
-    """It is called with the node's values by name."""
-    rows: RowsCode | None = None
-    """A TorchServe handler, in this process."""
-    served: Served | None = None
-    graph: Graph | None = None
-    """A workflow as a step of another."""
+    """The type of its answer for one item; of one chunk of the answer where it streams."""
+    kind: Kind
     batch: int = 1
-    """Items that one call takes; of what runs elsewhere, how many may be under way at a time."""
-    device: str | None = None
+    """The most items of one call; of what runs elsewhere, the most items under way."""
     yields: bool = False
-    """Whether its answer comes in pieces."""
+    """Whether its answer comes in chunks."""
 
     @property
-    def takes_by_name(self) -> bool:
-        """Whether it is called with several values by their names, and not with one."""
-        return self.function is not None or self.takes.keys() != {"item"}
+    def inner(self) -> Graph | None:
+        """The workflow that it runs, where it runs one."""
+        return self.kind.graph if isinstance(self.kind, WorkflowCode) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,33 +151,26 @@ class Graph:
         for node in self.nodes.values():
             for code in node.codes:
                 found[code.name] = code
-                if code.graph:
-                    found |= {f"{code.name}/{name}": inner for name, inner in code.graph.codes.items()}
+                if code.inner:
+                    found |= {f"{code.name}/{name}": inner for name, inner in code.inner.codes.items()}
         return found
 
     @property
     def handlers(self) -> dict[str, Source[HandlerFile]]:
         """The handler files that run, by the name of their code."""
-        return {name: code.handler for name, code in self.codes.items() if code.handler}
+        return {name: code.kind.file for name, code in self.codes.items() if isinstance(code.kind, HandlerCode)}
 
     @property
     def graphs(self) -> list[Graph]:
         """This one, and those of the workflows inside."""
-        inner = [code.graph for node in self.nodes.values() for code in node.codes if code.graph]
-        return [self, *(graph for one in inner for graph in one.graphs)]
+        inner = [code.inner for node in self.nodes.values() for code in node.codes if code.inner]
+        return [self, *(graph for workflow in inner for graph in workflow.graphs)]
 
     @property
     def files(self) -> set[Path]:
         """The files of the project that it is made of: workflows and handlers, and the code of both."""
-        found = {self.path, *([self.functions_path] if self.functions_path else [])}
-        for code in self.codes.values():
-            if code.handler:
-                found |= {code.handler.path, code.handler.path.parent / code.handler.value.code_file}
-            if code.served:
-                found |= {*code.served.described_by}
-            if code.graph:
-                found |= code.graph.files
-        return found
+        own = {self.path, *([self.functions_path] if self.functions_path else [])}
+        return own.union(*(code.kind.files for code in self.codes.values()))
 
     @property
     def streaming(self) -> str | None:
@@ -242,3 +199,23 @@ class Graph:
             if name in used
         }
         return replace(self, nodes=nodes, output=output)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowCode(Kind):
+    """A workflow as a step of another."""
+
+    key = "workflow"
+    noun = "a workflow inside"
+    drawn_as = "workflow"
+    elsewhere = True
+
+    graph: Graph
+
+    @property
+    def title(self) -> str:
+        return f"workflow {self.graph.name} {self.graph.version}"
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset(self.graph.files)

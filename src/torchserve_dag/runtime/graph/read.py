@@ -11,6 +11,7 @@ from torchserve_dag.runtime.graph.check import check
 from torchserve_dag.runtime.graph.expression import compile_expression
 from torchserve_dag.runtime.graph.finder import RunsItselfError
 from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node, Output, result_of
+from torchserve_dag.runtime.graph.kinds import HandlerCode
 from torchserve_dag.runtime.graph.score import check_score
 from torchserve_dag.runtime.graph.torchserve.spec import check_torchserve_file, is_torchserve_file
 from torchserve_dag.runtime.handler import streams, types_of
@@ -47,9 +48,8 @@ def handler_graph(project: Project, path: Path) -> Graph:
         takes={"item": request},
         sees_skipped=frozenset(),
         gives=gives,
-        handler=file,
+        kind=HandlerCode(file, model.run.device),
         batch=model.run.batch,
-        device=model.run.device,
         yields=streams(kind),
     )
     node = Node(

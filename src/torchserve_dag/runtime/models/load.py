@@ -1,12 +1,82 @@
-"""A handler, loaded and warm."""
+"""From the code of a graph's nodes to what runs it: handlers loaded and warm, functions, models served elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchserve_dag.runtime.compat.runner import RowsRunner
 from torchserve_dag.runtime.compute.placement import Placement, find_device
+from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.source import Source
+from torchserve_dag.runtime.engine.runner import Runner, Starter, function_runner, piece_runner
+from torchserve_dag.runtime.graph.graph import Code, Graph
+from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, ServedCode
+from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
+from torchserve_dag.runtime.models.remote import ServedModel
 from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A node's code, ready to run: exactly one of a runner and a starter."""
+
+    runner: Runner | None = None
+    starter: Starter | None = None
+    device: str = "cpu"
+    hangs: Callable[[], bool] = lambda: False
+    """Whether a call never came back: its thread cannot be ended."""
+    close: Callable[[], None] = lambda: None
+
+
+class Loader:
+    """Loads the code of one graph's nodes. Nodes that run one handler on one device share its weights."""
+
+    def __init__(self, project: Project, device: str | None, gpu: int | None) -> None:
+        """`device` overrides every node's; `gpu`: the number of the GPU that `auto` means."""
+        self._project = project
+        self._device = device
+        self._gpu = gpu
+        self._handlers: dict[tuple[Path, str], Stages] = {}
+
+    def load_graph(self, graph: Graph) -> dict[str, Loaded]:
+        """By the name in `graph.codes`; the engine itself runs a workflow inside, so that has no entry.
+
+        Raises CheckError, or ValueError for a device that is not there.
+        """
+        return {name: self.load_code(name, code) for name, code in graph.codes.items() if not code.inner}
+
+    def load_code(self, name: str, code: Code) -> Loaded:
+        """What runs one code. A kind of code to come has its case here."""
+        match code.kind:
+            case HandlerCode(file, device):
+                stages = self._stages(file, self._device or device, code.batch)
+                runner = piece_runner(name, stages.pieces) if code.yields else stages
+                return Loaded(
+                    runner, device=str(stages.placement.device), hangs=lambda: stages.hangs, close=stages.close
+                )
+            case FunctionCode(function):
+                make = piece_runner if code.yields else function_runner
+                return Loaded(make(function.__name__, partial(_by_name, function)))
+            case ArchiveCode(archive):
+                return Loaded(RowsRunner.of_archive(code.name, archive, self._gpu, code.batch, gives=code.gives))
+            case RowsFunctionCode(path, function_name):
+                return Loaded(RowsRunner.of_function(code.name, path, function_name))
+            case ServedCode() as served:
+                model = ServedModel(served, code.gives)
+                return Loaded(starter=model, close=model.close)
+        raise TypeError(f"nothing loads {code.kind.noun}")
+
+    def _stages(self, file: Source[HandlerFile], device: str, batch: int) -> Stages:
+        key = (file.path, device)
+        if key not in self._handlers:
+            self._handlers[key] = load_handler(self._project, file, device=device, gpu=self._gpu, batch=batch)
+        return self._handlers[key]
 
 
 def load_handler(
@@ -30,3 +100,19 @@ def load_handler(
     stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s)
     stages.warm_up(batch or run.batch)
     return stages
+
+
+def decoder(kind: Any) -> Runner:
+    """What decodes requests: from a body and its content type to a message; a message passes as it is."""
+
+    def decode(request: tuple[Any, str | None]) -> Any:
+        body, content_type = request
+        if isinstance(body, bytes | bytearray | memoryview):
+            return codec.decode(kind, bytes(body), content_type)
+        return body
+
+    return function_runner("decode", decode)
+
+
+def _by_name(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    return function(**values)

@@ -17,7 +17,7 @@ from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.runtime.data.options import TIMEOUT
 from torchserve_dag.runtime.engine.runner import Done
-from torchserve_dag.runtime.graph.graph import Served
+from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,16 @@ class ServedModel:
     After `close`, and for a call that is called off, `done` is told so like any other failure.
     """
 
-    def __init__(self, served: Served) -> None:
-        """Raises ImportError where grpc is not installed, ValueError where the token's variable is not set."""
+    def __init__(self, served: ServedCode, gives: Any) -> None:
+        """`gives`: the message to make of each answer's body; Any for its JSON's data, or its bytes.
+
+        Raises ImportError where grpc is not installed, ValueError where the token's variable is not set.
+        """
         if served.token and not os.environ.get(served.token):
             what = f"the environment variable {served.token}, for the token of {served.address}, is not set"
             raise ValueError(what)
         self._served = served
+        self._gives = gives
         self._calls: set[Any] = set()
         self._closed = False
         self._line = _Line.to(served.address)
@@ -121,9 +125,9 @@ class ServedModel:
             where = f"{failure.node} of {self._name}" if failure.node else self._name
             return Failure(failure.status, f"{failure.message} ({where})", failure.type)
         try:
-            return _answer_as(self._served.gives, body)
+            return _answer_as(self._gives, body)
         except InputError as error:
-            message = f"The answer of {self._name} is not {codec.describe(self._served.gives)}: {error.message}"
+            message = f"The answer of {self._name} is not {codec.describe(self._gives)}: {error.message}"
             return Failure(HTTPStatus.BAD_GATEWAY, message, "UnexpectedAnswer")
 
     def _failed(self, code: str, text: str, size: int, timeout_s: float) -> Failure:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torchserve_dag.runtime.compat.runner import Row
 from torchserve_dag.runtime.graph.expression import Expression
-from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node, Output, Policy, RowsCode, result_of
+from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node, Output, Policy, result_of
+from torchserve_dag.runtime.graph.kinds import FunctionCode, Kind
 from torchserve_dag.runtime.messages import Failure
 
 _RESERVED = {"", REQUEST, "parameters"}
@@ -22,7 +23,7 @@ class Step:
     """A node of the `dag`: a model, or a function."""
 
     parents: list[str]
-    code: RowsCode
+    kind: Kind
     batch: int
     retries: int
     timeout_s: float
@@ -53,7 +54,7 @@ def make_nodes(steps: Mapping[str, Step]) -> tuple[dict[str, Node], Output]:
             takes={"item": _row_of({one: inside[one] for one in step.parents})},
             sees_skipped=frozenset(),
             gives=bytes,
-            rows=step.code,
+            kind=step.kind,
             batch=step.batch,
         )
         policy = Policy(timeout_s=step.timeout_s, retries=step.retries)
@@ -66,7 +67,7 @@ def make_nodes(steps: Mapping[str, Step]) -> tuple[dict[str, Node], Output]:
         takes={leaf: result_of(nodes[inside[leaf]]) for leaf in leaves},
         sees_skipped=frozenset(),
         gives=dict[str, Any],
-        function=joined,
+        kind=FunctionCode(joined),
     )
     nodes[code.name] = _node(code, [inside[leaf] for leaf in leaves], nodes, Policy())
     return nodes, Output({"": result_of(nodes[code.name])})

@@ -14,6 +14,7 @@ from typing import Any
 
 from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.graph.graph import Graph, Node, Output, result_of
+from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode
 from torchserve_dag.runtime.messages import Failure
 
 _MAGIC = b"TSDAG1\n"
@@ -83,7 +84,7 @@ def segments(graph: Graph) -> dict[str, Segment]:
     """
     for node in graph.nodes.values():
         _refuse(node)
-    models = {name: _models_before(graph, name) for name, node in graph.nodes.items() if node.code.handler}
+    models = {name: _models_before(graph, name) for name, node in graph.nodes.items() if _is_model(node)}
     if not models:
         raise ValueError("it has no model, and TorchServe 0.12.0 can lose the answer of a function node")
     starts = [name for name, before in models.items() if not before]
@@ -103,17 +104,21 @@ def segments(graph: Graph) -> dict[str, Segment]:
 
 def _refuse(node: Node) -> None:
     """Raises ValueError for what only our own engine does."""
+    others = [code.kind.noun for code in node.codes if not isinstance(code.kind, HandlerCode | FunctionCode)]
+    models = [isinstance(code.kind, HandlerCode) for code in node.codes]
     beyond = {
-        "a workflow inside": any(code.graph for code in node.codes),
-        "a served model": any(code.served for code in node.codes),
-        "an archive of TorchServe's": any(code.rows for code in node.codes),
+        **dict.fromkeys(others, True),
         "an answer in pieces": node.streams,
-        "several models to choose from": sum(code.handler is not None for code in node.codes) > 1,
-        "functions and models to choose from": len({code.handler is None for code in node.codes}) > 1,
+        "several models to choose from": sum(models) > 1,
+        "functions and models to choose from": len(set(models)) > 1,
     }
     for what, there in beyond.items():
         if there:
             raise ValueError(f"{node.name} has {what}")
+
+
+def _is_model(node: Node) -> bool:
+    return isinstance(node.code.kind, HandlerCode)
 
 
 def parents(found: Mapping[str, Segment], name: str) -> list[str]:
@@ -131,4 +136,4 @@ def _models_before(graph: Graph, name: str) -> frozenset[str]:
         if one in graph.nodes and one not in before:
             before.add(one)
             todo += graph.nodes[one].needs
-    return frozenset(one for one in before if graph.nodes[one].code.handler)
+    return frozenset(one for one in before if _is_model(graph.nodes[one]))

@@ -24,7 +24,9 @@ from typing import Any
 from torchserve_dag.runtime.compat.runner import entry_class, modules_of
 from torchserve_dag.runtime.data import plain, source
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
-from torchserve_dag.runtime.graph.graph import Graph, RowsCode
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.kinds import Kind
+from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
 from torchserve_dag.runtime.graph.torchserve.nodes import Step, longest, make_nodes
 from torchserve_dag.runtime.graph.torchserve.war import read_war
 from torchserve_dag.runtime.project.folders import Project
@@ -103,11 +105,11 @@ class _Check:
         for name, before in parents.items():
             model = models.get(name)
             archive = self._archive(name, model.url) if model else None
-            code = RowsCode(archive) if archive else RowsCode(file, name) if file else None
+            kind: Kind | None = ArchiveCode(archive) if archive else RowsFunctionCode(file, name) if file else None
             numbers = model.numbers if model else {**last, "batch-size": 1, "max-workers": 1}
             self._check_numbers(name, numbers, ("models", name) if model else ("models",))
-            if code:
-                steps[name] = _step(before, code, numbers)
+            if kind:
+                steps[name] = _step(before, kind, numbers)
         self._stop()
         nodes, output = make_nodes(steps)
         return Graph(
@@ -284,9 +286,9 @@ class _Check:
             modules.close()
 
 
-def _step(parents: list[str], code: RowsCode, numbers: Mapping[str, int]) -> Step:
+def _step(parents: list[str], kind: Kind, numbers: Mapping[str, int]) -> Step:
     retries, timeout_s = max(0, numbers["retry-attempts"]), numbers["timeout-ms"] / 1000
-    return Step(parents, code, max(1, numbers["batch-size"]), retries, timeout_s)
+    return Step(parents, kind, max(1, numbers["batch-size"]), retries, timeout_s)
 
 
 def _defined(file: Path) -> set[str]:

@@ -1,0 +1,149 @@
+"""The kinds of code that a node can run, one class each; a workflow inside another is in graph.py.
+
+A kind to come adds its class, the line of finder.py that makes it, and a case of `load_code` in models/load.py.
+Everything else asks the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torchserve_dag.runtime.data.source import Source
+from torchserve_dag.runtime.project.handler_file import HandlerFile
+
+DrawnAs = Literal["model", "function", "served", "workflow"]
+
+MOST_ELSEWHERE = 64
+"""Items of one node that may be under way elsewhere, unless the node says how many."""
+
+
+class Kind:
+    """What runs the items of a node, and how its kind differs from the others."""
+
+    key: ClassVar[str]
+    """The key of a workflow file that names such code."""
+    noun: ClassVar[str]
+    """What it is, in a sentence."""
+    drawn_as: ClassVar[DrawnAs]
+    by_name: ClassVar[bool] = False
+    """Whether it is called with several values by the names of its parameters, and not with one value."""
+    one_by_one: ClassVar[bool] = False
+    """Whether the items of a batch run one after the other, so that batching them saves no computation."""
+    elsewhere: ClassVar[bool] = False
+    """Whether its items are only started, and answer later: they occupy none of the engine's threads."""
+    device: str | None = None
+    """Where it computes, where that can be chosen: `auto`, `cpu` or `cuda:N`."""
+
+    @property
+    def title(self) -> str:
+        """What runs, in a picture: `yolo_detector 1.0`."""
+        raise NotImplementedError
+
+    @property
+    def reference(self) -> Any:
+        """What runs, as plain data under `key`."""
+        return self.title
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The project's files that it is made of."""
+        return frozenset()
+
+    @property
+    def batch(self) -> int:
+        """The batch size where the node gives none; of what runs elsewhere, the most items under way."""
+        return MOST_ELSEWHERE if self.elsewhere else 1
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerCode(Kind):
+    """A handler of the project."""
+
+    key = "handler"
+    noun = "a handler"
+    drawn_as = "model"
+
+    file: Source[HandlerFile]
+    device: str = "auto"
+
+    @property
+    def title(self) -> str:
+        return f"{self.file.value.name} {self.file.value.version}"
+
+    @property
+    def reference(self) -> str:
+        return f"{self.file.value.name}/{self.file.value.version}"
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset({self.file.path, self.file.path.parent / self.file.value.code_file})
+
+    @property
+    def batch(self) -> int:
+        return self.file.value.run.batch
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCode(Kind):
+    """A function, called with the node's values by name, one item at a time."""
+
+    key = "function"
+    noun = "a function"
+    drawn_as = "function"
+    by_name = True
+    one_by_one = True
+
+    function: Callable[..., Any]
+
+    @property
+    def title(self) -> str:
+        return self.function.__name__
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCode(Kind):
+    """The decoding of a request, which an engine runs before the graph's own nodes."""
+
+    key = "function"
+    noun = "the decoding of requests"
+    drawn_as = "function"
+    one_by_one = True
+
+    @property
+    def title(self) -> str:
+        return "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedCode(Kind):
+    """A model of another server, called over gRPC."""
+
+    key = "served"
+    noun = "a served model"
+    drawn_as = "served"
+    elsewhere = True
+
+    name: str
+    version: str | None
+    address: str
+    """HOST:PORT."""
+    token: str | None
+    """The environment variable that holds the server's token."""
+    described_by: tuple[Path, ...] = ()
+    """The project's files that say its types."""
+
+    @property
+    def title(self) -> str:
+        version = f" {self.version}" if self.version else ""
+        return f"{self.name}{version} @ {self.address}"
+
+    @property
+    def reference(self) -> dict[str, str | None]:
+        return {"model": self.name, "version": self.version, "at": self.address}
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset(self.described_by)
