@@ -9,6 +9,7 @@ from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.options import OUTPUTS
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.graph.graph import REQUEST, Graph, Node, Output, result_of
+from torchserve_dag.runtime.graph.upstream import upstream
 from torchserve_dag.runtime.messages import InputError
 
 ANSWER = ""
@@ -37,13 +38,7 @@ class Plan:
 
 def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station], prefix: str = "") -> Plan:
     """The plan of requests that want `output`."""
-    used: set[str] = set()
-    todo = list(output.needs)
-    while todo:
-        name = todo.pop()
-        if name != REQUEST and name not in used and name in graph.nodes:
-            used.add(name)
-            todo += graph.nodes[name].needs
+    used = upstream(output.needs, {name: node.needs for name, node in graph.nodes.items()})
     nodes = {name: node for name, node in graph.nodes.items() if name in used}
     needs = {name: node.needs - {node.follows} for name, node in nodes.items()}
     needs = {name: some or frozenset({REQUEST}) for name, some in needs.items()}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torchserve_dag.runtime.data.source import Source
 from torchserve_dag.runtime.graph.expression import Expression
 from torchserve_dag.runtime.graph.kinds import HandlerCode, Kind
+from torchserve_dag.runtime.graph.upstream import upstream
 from torchserve_dag.runtime.project.handler_file import HandlerFile, Serve
 
 REQUEST = "request"
@@ -186,13 +187,8 @@ class Graph:
 
     def segment(self, output: Output, known: frozenset[str]) -> Graph:
         """The part of the graph that gives `output` where the results of the nodes `known` come with the request."""
-        used: set[str] = set()
-        todo = list(output.needs)
-        while todo:
-            name = todo.pop()
-            if name not in used | known | {REQUEST}:
-                used.add(name)
-                todo += self.nodes[name].needs
+        needs = {name: node.needs for name, node in self.nodes.items() if name not in known}
+        used = upstream(output.needs, needs)
         nodes = {
             name: replace(node, needs=(node.needs - known) or frozenset({REQUEST}))
             for name, node in self.nodes.items()

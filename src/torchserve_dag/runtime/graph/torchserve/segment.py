@@ -15,6 +15,7 @@ from typing import Any
 from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.graph.graph import Graph, Node, Output, result_of
 from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode
+from torchserve_dag.runtime.graph.upstream import upstream
 from torchserve_dag.runtime.messages import Failure
 
 _MAGIC = b"TSDAG1\n"
@@ -129,11 +130,5 @@ def parents(found: Mapping[str, Segment], name: str) -> list[str]:
 
 def _models_before(graph: Graph, name: str) -> frozenset[str]:
     """Every model that a node's result depends on."""
-    before: set[str] = set()
-    todo = list(graph.nodes[name].needs)
-    while todo:
-        one = todo.pop()
-        if one in graph.nodes and one not in before:
-            before.add(one)
-            todo += graph.nodes[one].needs
-    return frozenset(one for one in before if _is_model(graph.nodes[one]))
+    before = upstream(graph.nodes[name].needs, {other: node.needs for other, node in graph.nodes.items()})
+    return frozenset(other for other in before if _is_model(graph.nodes[other]))
