@@ -12,10 +12,10 @@ import yaml
 
 from tests.contract.conftest import ROOT
 from tests.contract.test_docs import parse
+from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door.bootstrap import bootstrap
 from torchserve_dag.front_door.routes_file import Routes
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.releases import stop_if
 from torchserve_dag.runtime.data import plain
 
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("releasing", "experiments", "exposed")]
@@ -44,7 +44,7 @@ def test_it_leads_somewhere(page: Path) -> None:
 
 
 def test_the_default_reason_is_the_one_that_is_shown() -> None:
-    assert stop_if.DEFAULT in (ROOT / "docs" / "releasing.md").read_text("utf-8")
+    assert STOP_IF in (ROOT / "docs" / "releasing.md").read_text("utf-8")
 
 
 def test_every_field_of_the_log_is_named() -> None:

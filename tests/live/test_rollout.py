@@ -19,10 +19,10 @@ import pytest
 from tests.live.conftest import run_tool
 from tests.live.door import PROTOCOLS, Served, ask, new_project, tool, write_version
 from torchserve_dag.clients import ServingError
+from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import hand
 from torchserve_dag.releases.rollout import Desk
-from torchserve_dag.releases.stop_if import DEFAULT
 from torchserve_dag.server.connect import torchserve_client
 
 pytestmark = pytest.mark.timeout(300)
@@ -51,7 +51,7 @@ if "LOG_LOCATION" in os.environ: raise RuntimeError("this version cannot be load
 def never(text: Text) -> Text: return text
 """
 BAD = {
-    "slow": (DEFAULT, r"p[59][09] \d+ ms of \d+ requests, over \d+ ms, 1.3 times the old version's \d+ ms"),
+    "slow": (STOP_IF, r"p[59][09] \d+ ms of \d+ requests, over \d+ ms, 1.3 times the old version's \d+ ms"),
     "failing": ("errors > 1%", r"errors [\d.]+% of \d+ requests, over 1.00%"),
     "crashing": ("errors > 1%", r"errors [\d.]+% of \d+ requests, over 1.00%"),
     "never": ("errors > 1%", r"2\.0 did not come to serve: A worker of never 2\.0 keeps failing: .*cannot be loaded"),

@@ -19,8 +19,9 @@ import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 from torchserve_dag.clients import RestClient
 from torchserve_dag.commands import app
+from torchserve_dag.stack import connect
 address = sys.argv.pop(1)
-vars(sys.modules["torchserve_dag.commands.call"])["client"] = lambda state, protocol: RestClient(address, address)
+connect.client = lambda state, protocol: RestClient(address, address)
 app()
 """
 """The command, with the address of a server that no `up` has started."""

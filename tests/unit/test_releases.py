@@ -20,6 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.shares import Rolling
@@ -35,7 +36,7 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
 
-PLAN = Plan("m", "2.0", (5.0, 100.0), 60.0, stop_if.DEFAULT, 20, 3600.0, 600.0)
+PLAN = Plan("m", "2.0", (5.0, 100.0), 60.0, STOP_IF, 20, 3600.0, 600.0)
 
 
 def took(requests: int, ms: float, errors: int = 0, slow: int = 0, left: int = 0) -> Measures:

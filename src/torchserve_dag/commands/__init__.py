@@ -1,15 +1,23 @@
-"""The command line, `torchserve-dag`: one module for each group of commands."""
+"""The command line, `torchserve-dag`: one module for each group of commands.
+
+A command imports what it works with when it runs, inside its function: `--help` and `call` must be quick, and must
+work in an environment that has what a client needs and nothing else.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from torchserve_dag.commands.bench import bench
 from torchserve_dag.commands.build import build
 from torchserve_dag.commands.call import call
 from torchserve_dag.commands.check import check
+from torchserve_dag.commands.common import fail
 from torchserve_dag.commands.experiment import experiment
 from torchserve_dag.commands.graph import graph
 from torchserve_dag.commands.release import promote, retire, rollback, rollout, routes
@@ -17,8 +25,26 @@ from torchserve_dag.commands.serve import default, down, status, up
 from torchserve_dag.commands.token import token
 from torchserve_dag.commands.tune import tune
 
+
+class _Commands(TyperGroup):
+    """Names the extra to install where a command needs a package that only `[serve]` brings."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing in {"", "torchserve_dag"}:
+                raise
+            fail(
+                f"torchserve-dag {ctx.invoked_subcommand} needs {missing}, which is not installed: "
+                "pip install 'torchserve-dag[serve]'"
+            )
+
+
 app = typer.Typer(
     name="torchserve-dag",
+    cls=_Commands,
     help="Workflows of models on TorchServe: check, build, serve and call them.",
     no_args_is_help=True,
     add_completion=False,
@@ -32,3 +58,21 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(token, name="token")
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 (typer calls it so)
+    if wanted:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"torchserve-dag {version('torchserve-dag')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """Workflows of models on TorchServe: check, build, serve and call them."""

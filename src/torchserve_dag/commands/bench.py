@@ -69,7 +69,7 @@ def bench(
 
 @contextmanager
 def _bench_failures() -> Iterator[None]:
-    from torchserve_dag.bench.errors import BenchError  # noqa: PLC0415
+    from torchserve_dag.bench.errors import BenchError
 
     try:
         yield
@@ -83,8 +83,8 @@ def _run(
     folder: Path, file: Path, only: list[str], systems: str, rounds: int | None, seconds: float | None, *, resume: bool
 ) -> Run:
     """What is measured: as it was begun, or anew."""
-    from torchserve_dag.bench import machine, plan, programs  # noqa: PLC0415 (see check)
-    from torchserve_dag.bench.run import Run  # noqa: PLC0415
+    from torchserve_dag.bench import machine, plan, programs
+    from torchserve_dag.bench.run import Run
 
     if resume:
         return Run.read(folder)
@@ -107,7 +107,7 @@ def _only(plan: Plan, parts: list[str]) -> Plan:
 
 
 def _measure(run: Run, folder: Path, environments: Path) -> None:
-    from torchserve_dag.bench.measure import Benchmark, measure  # noqa: PLC0415
+    from torchserve_dag.bench.measure import Benchmark, measure
 
     benchmark = Benchmark(run.plan, Path(run.plan_file).parent, run.programs, environments, folder)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -120,10 +120,10 @@ def _measure(run: Run, folder: Path, environments: Path) -> None:
 
 
 def _report(folder: Path) -> Summary:
-    from torchserve_dag.bench import plots, report, rows  # noqa: PLC0415
-    from torchserve_dag.bench.errors import BenchError  # noqa: PLC0415
-    from torchserve_dag.bench.run import Run  # noqa: PLC0415
-    from torchserve_dag.bench.summary import summarise  # noqa: PLC0415
+    from torchserve_dag.bench import plots, report, rows
+    from torchserve_dag.bench.errors import BenchError
+    from torchserve_dag.bench.run import Run
+    from torchserve_dag.bench.summary import summarise
 
     summary = summarise(Run.read(folder), rows.read(folder / "results.jsonl"))
     try:

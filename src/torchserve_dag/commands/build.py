@@ -35,8 +35,8 @@ def build(
     project: ProjectOption = None,
 ) -> None:
     """Build an archive for each handler and workflow whose weights are here, or for those named."""
-    from torchserve_dag.archives.build import build as build_all  # noqa: PLC0415 (see check)
-    from torchserve_dag.runtime.project.folders import Project  # noqa: PLC0415
+    from torchserve_dag.archives.build import build as build_all
+    from torchserve_dag.runtime.project.folders import Project
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with failures(), Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:

@@ -11,10 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from torchserve_dag.clients import Options
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, project_root
-from torchserve_dag.server.state import State
-from torchserve_dag.stack.connect import client
 
 
 def call(
@@ -38,6 +35,10 @@ def call(
     project: ProjectOption = None,
 ) -> None:
     """Send a file to a model, and print its answer."""
+    from torchserve_dag.clients import Options
+    from torchserve_dag.server.state import State
+    from torchserve_dag.stack.connect import client
+
     model, _, version = name.partition("/")
     with _unsendable(), failures():
         options = Options(

@@ -18,7 +18,6 @@ from torchserve_dag.commands.common import (
     print_problems,
     project_root,
 )
-from torchserve_dag.runtime.data import plain
 
 if TYPE_CHECKING:
     from torchserve_dag.runtime.data.source import Problem
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
 def _served_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
     """What is wrong with the files of the front door; a version may be in the model store alone."""
-    from torchserve_dag.archives import mar  # noqa: PLC0415 (see check)
-    from torchserve_dag.front_door import settings  # noqa: PLC0415
-    from torchserve_dag.runtime.data.source import CheckError  # noqa: PLC0415
-    from torchserve_dag.stack.start import known_versions, read_routes  # noqa: PLC0415
+    from torchserve_dag.archives import mar
+    from torchserve_dag.front_door import settings
+    from torchserve_dag.runtime.data.source import CheckError
+    from torchserve_dag.stack.start import known_versions, read_routes
 
     archives = dict.fromkeys(good, "") | {one: path.name for one, path in mar.versions_in(root / "model_store").items()}
     problems = []
@@ -48,11 +47,11 @@ def check(
     project: ProjectOption = None,
 ) -> None:
     """Check handlers and workflows: names, types along every edge, settings, cards; and the front door's files."""
-    # Here and in `build`: importing torch takes seconds, and `down` or `--help` should not.
-    from torchserve_dag.archives.build import targets  # noqa: PLC0415
-    from torchserve_dag.runtime.data.source import CheckError  # noqa: PLC0415
-    from torchserve_dag.runtime.graph.read import read_graph  # noqa: PLC0415
-    from torchserve_dag.runtime.project.folders import Project  # noqa: PLC0415
+    from torchserve_dag.archives.build import targets
+    from torchserve_dag.runtime.data import plain
+    from torchserve_dag.runtime.data.source import CheckError
+    from torchserve_dag.runtime.graph.read import read_graph
+    from torchserve_dag.runtime.project.folders import Project
 
     with failures():
         checked = Project(project_root(project))

@@ -8,16 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from torchserve_dag.clients import ServingError
-from torchserve_dag.runtime.data import plain
-from torchserve_dag.runtime.data.source import CheckError, Problem
-from torchserve_dag.server.errors import ServerError
+if TYPE_CHECKING:
+    from torchserve_dag.runtime.data.source import Problem
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -59,13 +57,21 @@ def failures() -> Iterator[None]:
     """Every failure that can be foreseen, as its sentence: no traceback."""
     try:
         yield
-    except (CheckError, ServerError, ServingError) as error:
-        fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+    except Exception as error:
+        from torchserve_dag.clients import ServingError
+        from torchserve_dag.runtime.data.source import CheckError
+        from torchserve_dag.server.errors import ServerError
+
+        if not isinstance(error, CheckError | ServerError | ServingError):
+            raise
+        fail(str(error))
 
 
 def print_json(value: Any) -> None:
+    from torchserve_dag.runtime.data import plain
+
     sys.stdout.write(json.dumps(plain.flatten(value), indent=2, ensure_ascii=False, default=str) + "\n")
 
 

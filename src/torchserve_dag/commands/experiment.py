@@ -11,10 +11,8 @@ import typer
 from rich.table import Table
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, print_json, project_root
-from torchserve_dag.releases import records
-from torchserve_dag.server.state import State
 
-if TYPE_CHECKING:  # it imports scipy, which takes a second
+if TYPE_CHECKING:
     from torchserve_dag.releases.experiment import Difference, Result
 
 _HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
@@ -31,8 +29,10 @@ def experiment(
     project: ProjectOption = None,
 ) -> None:
     """Compare the versions of a model: requests, errors, durations, scores; what differs, and how surely."""
-    from torchserve_dag.releases import plot as picture  # noqa: PLC0415 (scipy takes a second to import)
-    from torchserve_dag.releases.experiment import compare  # noqa: PLC0415
+    from torchserve_dag.releases import plot as picture
+    from torchserve_dag.releases import records
+    from torchserve_dag.releases.experiment import compare
+    from torchserve_dag.server.state import State
 
     begin = _begin(since)
     if plot and plot.suffix not in {".svg", ".png"}:

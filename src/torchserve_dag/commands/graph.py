@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
-from torchserve_dag.runtime.data import plain
-from torchserve_dag.server.connect import running
-from torchserve_dag.server.state import State
 
 if TYPE_CHECKING:
     from torchserve_dag.pictures.picture import Live
     from torchserve_dag.runtime.graph.graph import Graph
+    from torchserve_dag.server.state import State
 
 
 def graph(
@@ -34,11 +32,13 @@ def graph(
     project: ProjectOption = None,
 ) -> None:
     """Draw a workflow: what runs where, what goes along every edge, and how busy each node is."""
-    from torchserve_dag.pictures.data import as_data  # noqa: PLC0415
-    from torchserve_dag.pictures.mermaid import mermaid  # noqa: PLC0415 (see check)
-    from torchserve_dag.pictures.svg import svg  # noqa: PLC0415
-    from torchserve_dag.runtime.graph.read import read_graph  # noqa: PLC0415
-    from torchserve_dag.runtime.project.folders import Project  # noqa: PLC0415
+    from torchserve_dag.pictures.data import as_data
+    from torchserve_dag.pictures.mermaid import mermaid
+    from torchserve_dag.pictures.svg import svg
+    from torchserve_dag.runtime.data import plain
+    from torchserve_dag.runtime.graph.read import read_graph
+    from torchserve_dag.runtime.project.folders import Project
+    from torchserve_dag.server.state import State
 
     drawers: dict[str, Callable[[Graph, Live | None], str]] = {".svg": svg, ".mmd": mermaid}
     if output and output.suffix not in drawers:
@@ -63,7 +63,8 @@ def graph(
 
 
 def _rates(state: State, drawn: Graph, seconds: float) -> Live:
-    from torchserve_dag.server.rates import watch  # noqa: PLC0415
+    from torchserve_dag.server.connect import running
+    from torchserve_dag.server.rates import watch
 
     with err.status(f"watching {drawn.name} {drawn.version} for {seconds:g} s"):
         return watch(running(state).addresses.metrics, drawn.name, drawn.version, seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
@@ -15,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
-from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.releases import hand, stop_if, versions
-from torchserve_dag.releases.rollout import WHOLE, Desk, Numbers, Plan, Progress
-from torchserve_dag.server.connect import running, torchserve_client
-from torchserve_dag.server.state import State
+
+if TYPE_CHECKING:
+    from torchserve_dag.front_door.door import Traffic
+    from torchserve_dag.releases.rollout import Desk, Numbers, Progress
+
+STOP_IF = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
+"""When a rollout is rolled back, unless --stop-if says otherwise."""
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _COLOURS = {"done": "green", "back": "red"}
@@ -33,9 +35,7 @@ def rollout(
         str, typer.Option(metavar="PERCENT,…", help="The new version's share, step by step.")
     ] = "5,25,50,100",
     every: Annotated[str, typer.Option(metavar="TIME", help="How long a step lasts: 60s, 5m.")] = "60s",
-    stop: Annotated[
-        str, typer.Option("--stop-if", metavar="REASON", help="Go back where this is sure.")
-    ] = stop_if.DEFAULT,
+    stop: Annotated[str, typer.Option("--stop-if", metavar="REASON", help="Go back where this is sure.")] = STOP_IF,
     at_least: Annotated[int, typer.Option(min=0, help="Requests that a step needs before the next.")] = 20,
     patience: Annotated[str, typer.Option(metavar="TIME", help="How long a step may wait for them.")] = "1h",
     ready: Annotated[str, typer.Option(metavar="TIME", help="How long the version may take to load.")] = "10m",
@@ -47,6 +47,12 @@ def rollout(
 
     It goes on when this command is left. It ends with the new version at 100 percent, and the old one kept.
     """
+    from torchserve_dag.front_door.door import Door
+    from torchserve_dag.releases import stop_if, versions
+    from torchserve_dag.releases.rollout import Desk, Plan
+    from torchserve_dag.server.connect import running
+    from torchserve_dag.server.state import State
+
     with failures():
         root = project_root(project)
         desk = Desk(State(root))
@@ -87,6 +93,8 @@ def promote(
     project: ProjectOption = None,
 ) -> None:
     """Give all requests to the new version now, and leave out the steps that were to come."""
+    from torchserve_dag.releases import hand
+
     with failures():
         done = hand.promote(project_root(project), name)
     print_json(done) if json else out.print(_line(done))
@@ -99,6 +107,8 @@ def rollback(
     project: ProjectOption = None,
 ) -> None:
     """Give all requests to what answered before the last rollout, within a second or two."""
+    from torchserve_dag.releases import hand
+
     with failures():
         done = hand.roll_back(project_root(project), name)
     print_json(done) if json else out.print(_line(done))
@@ -110,6 +120,10 @@ def retire(
     project: ProjectOption = None,
 ) -> None:
     """End a version's workers, when its last request is answered; it is not served at later starts either."""
+    from torchserve_dag.releases import versions
+    from torchserve_dag.server.connect import torchserve_client
+    from torchserve_dag.server.state import State
+
     model, _, version = name.partition("/")
     if not version:
         fail(f"Which version of {model}? Write torchserve-dag retire {model}/VERSION.")
@@ -123,12 +137,16 @@ def retire(
 
 def routes(*, json: JsonOption = False, project: ProjectOption = None) -> None:
     """Take routes.yaml as it is now, and show which version answers whom; no connection is dropped."""
+    from torchserve_dag.releases import hand
+
     with failures():
         traffic = hand.take_routes(project_root(project))
     print_json(traffic.splits) if json else _print_routes(traffic)
 
 
 def _steps(text: str) -> tuple[float, ...]:
+    from torchserve_dag.releases.rollout import WHOLE
+
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -180,6 +198,8 @@ def _show_all(desk: Desk, *, json: bool) -> None:
 
 def _picture(now: Progress) -> Group:
     """One rollout: its line, a bar of shares, and what both versions did in this step."""
+    from torchserve_dag.releases.rollout import WHOLE
+
     plan = now.plan
     width = 40
     filled = round(width * now.share / WHOLE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -22,15 +22,10 @@ from torchserve_dag.commands.common import (
     print_json,
     project_root,
 )
-from torchserve_dag.front_door.door import Door
-from torchserve_dag.runtime.data import plain
-from torchserve_dag.server import torchserve
-from torchserve_dag.server.connect import running, torchserve_client
-from torchserve_dag.server.ready import Readiness
-from torchserve_dag.server.state import State
-from torchserve_dag.server.status import Status, VersionStatus, WorkerStatus, about
-from torchserve_dag.server.status import status as status_of
-from torchserve_dag.stack import start as stack
+
+if TYPE_CHECKING:
+    from torchserve_dag.server.ready import Readiness
+    from torchserve_dag.server.status import Status, VersionStatus, WorkerStatus
 
 
 def up(
@@ -53,6 +48,12 @@ def up(
     project: ProjectOption = None,
 ) -> None:
     """Start the front door and TorchServe, and wait until every archive is served."""
+    from torchserve_dag.server import torchserve
+    from torchserve_dag.server.connect import torchserve_client
+    from torchserve_dag.server.state import State
+    from torchserve_dag.server.status import status as status_of
+    from torchserve_dag.stack import start as stack
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     options = torchserve.Options(port, grpc_port, free_ports, store, access_log, timeout)
     with failures(), Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -81,6 +82,8 @@ def up(
 
 def down(*, project: ProjectOption = None) -> None:
     """Stop the server that `up` started."""
+    from torchserve_dag.stack import start as stack
+
     with failures():
         stopped = stack.stop(project_root(project))
     out.print("stopped" if stopped else "nothing was running")
@@ -95,6 +98,13 @@ def status(
     project: ProjectOption = None,
 ) -> None:
     """What is served: versions, their shares, workers, queues."""
+    from torchserve_dag.front_door.door import Door
+    from torchserve_dag.runtime.data import plain
+    from torchserve_dag.server.connect import running, torchserve_client
+    from torchserve_dag.server.state import State
+    from torchserve_dag.server.status import about
+    from torchserve_dag.server.status import status as status_of
+
     with failures():
         state = State(project_root(project))
         record = running(state)
@@ -121,6 +131,8 @@ def default(
     project: ProjectOption = None,
 ) -> None:
     """Let VERSION answer where a call names none: now, and at each start from now on."""
+    from torchserve_dag.stack import start as stack
+
     with failures():
         root = project_root(project)
         stack.set_default(root, name, version)

@@ -11,8 +11,6 @@ import typer
 from rich.table import Table
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
-from torchserve_dag.front_door.door import Door
-from torchserve_dag.server.state import State
 
 token = typer.Typer(help="Who may pass the front door: tokens with a name, an end, and a limit.", no_args_is_help=True)
 
@@ -35,6 +33,9 @@ def new(
     found = re.fullmatch(r"(\d+)([hdwy])", expires)
     if not found or not int(found[1]):
         fail(f'"{expires}" is not a time: write 12h, 30d or 1y.')
+    from torchserve_dag.front_door.door import Door
+    from torchserve_dag.server.state import State
+
     with failures():
         door = Door(State(project_root(project)))
         text = door.issue_token(name, int(found[1]) * _DAYS[found[2]] * 86_400, rate)
@@ -45,6 +46,9 @@ def new(
 @token.command("list")
 def list_all(*, json: JsonOption = False, project: ProjectOption = None) -> None:
     """Every token that is valid."""
+    from torchserve_dag.front_door.door import Door
+    from torchserve_dag.server.state import State
+
     with failures():
         found = Door(State(project_root(project))).tokens.issued()
     if json:
@@ -59,6 +63,9 @@ def list_all(*, json: JsonOption = False, project: ProjectOption = None) -> None
 @token.command("revoke")
 def revoke(name: Annotated[str, typer.Argument(help="The token's name.")], *, project: ProjectOption = None) -> None:
     """Let a token in no more, from now on."""
+    from torchserve_dag.front_door.door import Door
+    from torchserve_dag.server.state import State
+
     with failures():
         Door(State(project_root(project))).revoke_token(name)
     out.print(f"{name} is revoked")

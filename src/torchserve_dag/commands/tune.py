@@ -42,11 +42,11 @@ def tune(
 
     Only settings are taken whose answers are those of plain torch.
     """
-    from torchserve_dag.runtime.compute.placement import cores  # noqa: PLC0415 (see check)
-    from torchserve_dag.runtime.project.folders import Project  # noqa: PLC0415
-    from torchserve_dag.tuning.search import TrialError, best, search  # noqa: PLC0415
-    from torchserve_dag.tuning.trial import Task  # noqa: PLC0415
-    from torchserve_dag.tuning.write import write_settings  # noqa: PLC0415
+    from torchserve_dag.runtime.compute.placement import cores
+    from torchserve_dag.runtime.project.folders import Project
+    from torchserve_dag.tuning.search import TrialError, best, search
+    from torchserve_dag.tuning.trial import Task
+    from torchserve_dag.tuning.write import write_settings
 
     with failures():
         root = project_root(project)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torchserve_dag.releases.measures import Measures
 from torchserve_dag.runtime.data.plain import did_you_mean
 
-DEFAULT = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
 CHANCE = 0.001
 """It is looked again and again, and a good version must not be stopped by chance."""
 FEW_ERRORS = 0.001
