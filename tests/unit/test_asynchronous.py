@@ -20,17 +20,18 @@ from ts.protocol.otf_message_handler import create_predict_response, retrieve_ms
 
 from tests.unit.conftest import Write
 from tests.unit.front_end import REST, WAIT_S, FrontEnd, request
-from torchserve_dag.runtime.worker.incoming import read_incoming
-from torchserve_dag.runtime.worker.service import Service
-from torchserve_dag.runtime.worker.torchserve.asynchronous import Answering
+from torchserve_dag.runtime.data.options import read_options
+from torchserve_dag.runtime.worker.service import load
+from torchserve_dag.runtime.worker.torchserve.asynchronous import AsynchronousLoop
 from torchserve_dag.runtime.worker.torchserve.guard import LOADED
+from torchserve_dag.runtime.worker.torchserve.rows import read_request
 from torchserve_dag.runtime.worker.torchserve.wire import (
-    Asked,
-    Messages,
-    Told,
-    read_answers,
+    MessageReader,
+    WireRequest,
+    WireResponse,
     read_requests,
-    write_answers,
+    read_response_heads,
+    write_responses,
 )
 
 # The socket's protocol, held against TorchServe's own.
@@ -50,14 +51,18 @@ def test_torchserves_own_worker_reads_what_the_front_end_of_these_tests_writes()
 def test_a_request_is_read_however_its_bytes_arrive() -> None:
     data = request("id-1", {"body": b"abc"}, REST) + request("id-2", {"body": b"d" * 1000, "by": b"me"}, {})
     expected = [
-        [Asked("id-1", {"body": b"abc"}, {"body": {"content-type": ""}, **REST})],
-        [Asked("id-2", {"body": b"d" * 1000, "by": b"me"}, {"body": {"content-type": ""}, "by": {"content-type": ""}})],
+        [WireRequest("id-1", {"body": b"abc"}, {"body": {"content-type": ""}, **REST})],
+        [
+            WireRequest(
+                "id-2", {"body": b"d" * 1000, "by": b"me"}, {"body": {"content-type": ""}, "by": {"content-type": ""}}
+            )
+        ],
     ]
 
     for size in (1, 7, 500, len(data)):
-        messages = Messages(read_requests)
-        found = [one for i in range(0, len(data), size) for one in messages.of(data[i : i + size])]
-        assert [asked for asked, _ in found] == expected
+        messages = MessageReader(read_requests)
+        found = [message for i in range(0, len(data), size) for message in messages.feed(data[i : i + size])]
+        assert [requests for requests, _ in found] == expected
         assert b"".join(whole for _, whole in found) == data
 
 
@@ -70,10 +75,10 @@ def test_an_answer_is_written_as_torchserves_own_worker_does() -> None:
     theirs = create_predict_response([b"body"], context.request_ids, "", 200, context=context)
 
     headers = {"ts_stream_next": "false", "content-type": "text/plain"}
-    ours = write_answers([Told("id-1", 422, "Unprocessable Entity", "text/plain", headers, b"body")])
+    ours = write_responses([WireResponse("id-1", 422, "Unprocessable Entity", "text/plain", headers, b"body")])
 
     assert ours == bytes(theirs)
-    answers, end = read_answers(bytearray(ours))
+    answers, end = read_response_heads(bytearray(ours))
     assert (answers.code, answers.more, end) == (200, [("id-1", False)], len(ours))
 
 
@@ -89,12 +94,12 @@ def serve(project: Path) -> Iterator[Serve]:
 
     def of(file: str) -> FrontEnd:
         (project / "build.json").write_text(json.dumps({"file": file, "name": "flow"}))
-        service = Service(project, None)
+        service = load(project, None)
         ours, theirs = socket.socketpair()
-        thread = threading.Thread(target=Answering(service, theirs).run)
+        thread = threading.Thread(target=AsynchronousLoop(service, theirs).run)
         thread.start()
         front = FrontEnd(ours)
-        ends.extend([front.close, thread.join, service.workflow.close])
+        ends.extend([front.close, thread.join, service.close])
         return front
 
     yield of
@@ -288,10 +293,12 @@ def test_a_stream_may_be_cancelled_in_the_middle(serve: Serve, tell: Callable[..
 
 
 def test_what_a_client_asks_does_not_reach_the_workflow_as_a_parameter() -> None:
-    one = read_incoming("id-1", {"body": b"a", "by": b"me", "X-Priority": b"bulk"}, {"x-timeout-ms": "1500"})
+    row, headers = {"body": b"a", "by": b"me", "X-Priority": b"bulk"}, {"x-timeout-ms": "1500"}
+    request = read_request(WireRequest("id-1", row, headers))
+    options = read_options(request.options)
 
-    assert one.parameters == {"by": "me"}
-    assert (one.options().priority, one.options().timeout_s) == ("bulk", 1.5)
+    assert request.parameters == {"by": "me"}
+    assert (options.priority, options.timeout_s) == ("bulk", 1.5)
 
 
 # The whole worker: the guard, and the process that computes.
@@ -427,4 +434,4 @@ def wait_for(true: Callable[[], bool]) -> None:
 
 
 def test_a_loaded_worker_says_so_as_torchserve_expects_it() -> None:
-    assert read_answers(bytearray(LOADED))[0].more == []
+    assert read_response_heads(bytearray(LOADED))[0].more == []

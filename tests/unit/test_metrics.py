@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchserve_dag.runtime.engine.counts import NodeCounts
-from torchserve_dag.runtime.telemetry.metrics import Publisher, publish_every
+from torchserve_dag.runtime.telemetry.metrics import Publisher, Series, publish_every, series_of
 
 METRIC = re.compile(
     r"^(?:INFO > )?\[METRICS]"  # WorkerLifeCycle.java, then Metric.java, both of 0.12.0
@@ -57,7 +57,7 @@ def test_a_histogram_has_the_series_that_prometheus_gives_one() -> None:
     counts = NodeCounts()
     counts.ran([0.003, 0.003, 20.0, 60.0], 0.7, 1)
 
-    server = told(Publisher("flow", "1.0", lambda: {"detect": counts}))
+    server = told(Publisher("flow", "1.0", lambda: series_of({"detect": counts})))
 
     where = ("flow", "1.0", "detect")
     assert server.names[PREFIX + "queue_seconds_bucket"] == ["workflow", "version", "node", "le"]
@@ -76,7 +76,7 @@ def test_a_histogram_has_the_series_that_prometheus_gives_one() -> None:
 
 
 def test_a_series_is_there_before_anything_has_happened() -> None:
-    server = told(Publisher("flow", "1.0", lambda: {"detect": NodeCounts()}))
+    server = told(Publisher("flow", "1.0", lambda: series_of({"detect": NodeCounts()})))
 
     assert set(server.totals.values()) == {0}
     assert server.value("failures_total", "flow", "1.0", "detect") == 0
@@ -85,7 +85,7 @@ def test_a_series_is_there_before_anything_has_happened() -> None:
 
 def test_nothing_is_printed_where_nothing_changed(capsys: pytest.CaptureFixture[str]) -> None:
     counts = NodeCounts()
-    publisher = Publisher("flow", "1.0", lambda: {"detect": counts})
+    publisher = Publisher("flow", "1.0", lambda: series_of({"detect": counts}))
     publisher.publish()
     capsys.readouterr()
 
@@ -103,7 +103,7 @@ def test_nothing_is_printed_where_nothing_changed(capsys: pytest.CaptureFixture[
 
 def test_the_first_line_may_be_lost() -> None:
     counts = NodeCounts()
-    publisher = Publisher("flow", "1.0", lambda: {"detect": counts})
+    publisher = Publisher("flow", "1.0", lambda: series_of({"detect": counts}))
     server = TorchServe()
     for _ in range(2):
         counts.ran([0.1], 0.1, 0)
@@ -118,14 +118,14 @@ def test_what_is_published_step_by_step_adds_up_to_what_was_counted(
     batches: list[tuple[list[float], float, bool]],
 ) -> None:
     counts, server = NodeCounts(), TorchServe()
-    publisher = Publisher("flow", "1.0", lambda: {"a": counts})
+    publisher = Publisher("flow", "1.0", lambda: series_of({"a": counts}))
     for waits, run_s, published in batches:
         counts.ran(waits, run_s, 0)
         if published:
             told(publisher, server)
     told(publisher, server)
 
-    at_once = told(Publisher("flow", "1.0", lambda: {"a": counts}))
+    at_once = told(Publisher("flow", "1.0", lambda: series_of({"a": counts})))
     assert server.totals.keys() == at_once.totals.keys()
     assert list(server.totals.values()) == pytest.approx([at_once.totals[key] for key in server.totals])
 
@@ -134,13 +134,13 @@ def test_two_workers_add_up_and_a_worker_that_is_started_anew_takes_nothing_away
     counts, server = NodeCounts(), TorchServe()
     counts.ran([0.1], 0.1, 0)
     for _ in range(3):
-        told(Publisher("flow", "1.0", lambda: {"a": counts}), server)
+        told(Publisher("flow", "1.0", lambda: series_of({"a": counts})), server)
 
     assert server.value("items_total", "flow", "1.0", "a") == 3
 
 
 def test_a_name_cannot_break_a_line() -> None:
-    server = told(Publisher("a|b", "1.0", lambda: {"c:d,e": NodeCounts()}))
+    server = told(Publisher("a|b", "1.0", lambda: series_of({"c:d,e": NodeCounts()})))
 
     assert server.value("items_total", "a_b", "1.0", "c_d_e") == 0
 
@@ -150,9 +150,9 @@ def test_the_thread_publishes_and_the_last_counts_are_published_when_it_is_close
 ) -> None:
     counts, looked = NodeCounts(), threading.Semaphore(0)
 
-    def count() -> Mapping[str, NodeCounts]:
+    def count() -> Mapping[Series, float]:
         looked.release()
-        return {"a": counts}
+        return series_of({"a": counts})
 
     publisher = publish_every(0.01, "flow", "1.0", count)
     for _ in range(3):
@@ -167,7 +167,7 @@ def test_the_thread_publishes_and_the_last_counts_are_published_when_it_is_close
 
 
 def test_counts_that_cannot_be_had_end_the_thread_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    def broken() -> Mapping[str, NodeCounts]:
+    def broken() -> Mapping[Series, float]:
         raise RuntimeError("no counts")
 
     Publisher("flow", "1.0", broken).run(0)
@@ -178,7 +178,7 @@ def test_counts_that_cannot_be_had_end_the_thread_and_say_so_once(caplog: pytest
 def test_the_pages_name_what_is_published_and_nothing_else() -> None:
     docs = Path(__file__).parents[2] / "docs"
     table = (docs / "reference" / "metrics.md").read_text("utf-8")
-    published = {name for name, _ in told(Publisher("flow", "1.0", lambda: {"a": NodeCounts()})).totals}
+    published = {name for name, _ in told(Publisher("flow", "1.0", lambda: series_of({"a": NodeCounts()}))).totals}
     histograms = {name.removesuffix("_bucket") for name in published if name.endswith("_bucket")}
     counters = {name for name in published if not name.startswith(tuple(histograms))}
 

@@ -21,12 +21,15 @@ from tests.unit.front_end import WAIT_S, FrontEnd
 from torchserve_dag.archives.build import build
 from torchserve_dag.runtime.graph.torchserve.segment import pack, unpack
 from torchserve_dag.runtime.project.folders import Project
-from torchserve_dag.runtime.worker import service
-from torchserve_dag.runtime.worker.service import SegmentService, Service
+from torchserve_dag.runtime.worker.protocol import Load
+from torchserve_dag.runtime.worker.service import WorkflowService, load
+from torchserve_dag.runtime.worker.torchserve import batched, segments
+from torchserve_dag.runtime.worker.torchserve.batched import BatchedLoop
+from torchserve_dag.runtime.worker.torchserve.segments import SegmentService
 
 Row = dict[str, Any]
 Request = tuple[Row, dict[str, Any]]
-Make = Callable[..., Service]
+Make = Callable[..., BatchedLoop]
 
 
 def context(folder: Path, *headers: dict[str, Any]) -> Context:
@@ -39,24 +42,24 @@ def context(folder: Path, *headers: dict[str, Any]) -> Context:
 
 @pytest.fixture
 def make(project: Path) -> Iterator[Make]:
-    made: list[Service] = []
+    made: list[BatchedLoop] = []
 
-    def of(file: str, kind: type[Service] = Service, **build: Any) -> Service:
+    def of(file: str, load: Load = load, **build: Any) -> BatchedLoop:
         (project / "build.json").write_text(json.dumps({"file": file, "kind": "handler", **build}))
-        made.append(kind(project, None))
+        made.append(BatchedLoop(load(project, None), controls=load is not segments.load))
         return made[-1]
 
     yield of
-    for one in made:
-        one.workflow.close()
+    for loop in made:
+        loop.close()
 
 
 def answers(
-    served: Service, folder: Path, *rows: Row, headers: list[dict[str, Any]] | None = None
+    loop: BatchedLoop, folder: Path, *rows: Row, headers: list[dict[str, Any]] | None = None
 ) -> list[tuple[int, str | None, Any]]:
     """Each request's status, content type and body; the bodies have gone through TorchServe's own encoder."""
     ctx = context(folder, *(headers or [{} for _ in rows]))
-    found = served.handle(list(rows), ctx)
+    found = loop.handle(list(rows), ctx)
     create_predict_response(found, ctx.request_ids, "Prediction success", 200, context=ctx)
     return [
         (ctx.get_response_status(i)[0], ctx.get_response_content_type(i), json.loads(body))
@@ -205,31 +208,31 @@ def test_bytes_have_their_own_content_type(make: Make, project: Path, write: Wri
 
 @pytest.fixture
 def entry(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(service, "_services", {})
+    monkeypatch.setattr(batched, "_loops", {})
     (project / "build.json").write_text(json.dumps({"file": "handlers/upper.yaml", "name": "upper", "version": "1.0"}))
     yield project
-    for one in service._services.values():
-        one.workflow.close()
+    for loop in batched._loops.values():
+        loop.close()
 
 
 def test_torchserve_loads_with_no_rows_and_then_asks(entry: Path) -> None:
-    assert service.handle(None, context(entry)) == []
-    loaded = service._services[entry]
-    assert isinstance(loaded, Service)
+    assert batched.handle(None, context(entry)) == []
+    loaded = batched._loops[entry]
+    assert isinstance(loaded._service, WorkflowService)
 
-    assert service.handle([{"body": b"a"}], context(entry, {})) == [b'{"text": "A"}']
-    assert list(service._services.values()) == [loaded]
+    assert batched.handle([{"body": b"a"}], context(entry, {})) == [b'{"text": "A"}']
+    assert list(batched._loops.values()) == [loaded]
 
 
 def test_a_request_to_describe_is_answered_with_what_the_archive_says(entry: Path) -> None:
-    (body,) = service.handle([{}], context(entry, {"describe": "True"}))
+    (body,) = batched.handle([{}], context(entry, {"describe": "True"}))
 
     assert json.loads(body) == {"file": "handlers/upper.yaml", "name": "upper", "version": "1.0"}
 
 
 def test_a_client_that_asks_to_describe_does_not_touch_its_neighbours(entry: Path) -> None:
     """TorchServe hands every header of every client on."""
-    mine, asked = service.handle([{"body": b"a"}, {}], context(entry, {}, {"describe": "True"}))
+    mine, asked = batched.handle([{"body": b"a"}, {}], context(entry, {}, {"describe": "True"}))
 
     assert mine == b'{"text": "A"}'
     assert json.loads(asked)["name"] == "upper"
@@ -238,7 +241,7 @@ def test_a_client_that_asks_to_describe_does_not_touch_its_neighbours(entry: Pat
 def test_a_whole_answer_ends_a_stream_over_grpc_only(entry: Path) -> None:
     """Or TorchServe ends the worker; over REST it would be a header that nobody asked for."""
     found = context(entry, {}, {"explain": "False"})
-    service.handle([{"body": b"a"}, {"body": b"b"}], found)
+    batched.handle([{"body": b"a"}, {"body": b"b"}], found)
 
     assert found.get_response_headers(0)["ts_stream_next"] == "false"
     assert "ts_stream_next" not in found.get_response_headers(1)
@@ -247,10 +250,10 @@ def test_a_whole_answer_ends_a_stream_over_grpc_only(entry: Path) -> None:
 def test_an_archive_of_a_segment_is_served_as_one(entry: Path, write: Write) -> None:
     write(SIGNED, SIGN)
     (entry / "build.json").write_text(json.dumps({"file": "workflows/flow.yaml", "segment": "upper"}))
-    service.handle(None, context(entry))
+    batched.handle(None, context(entry))
 
-    assert isinstance(service._services[entry], SegmentService)
-    assert service.handle([{"body": b"a", "by": b"me"}], context(entry, {})) == [b'{"text": "A (me)"}']
+    assert isinstance(batched._loops[entry]._service, SegmentService)
+    assert batched.handle([{"body": b"a", "by": b"me"}], context(entry, {})) == [b'{"text": "A (me)"}']
 
 
 def test_an_archive_of_ours_may_be_a_node_of_another(project: Path, tmp_path: Path) -> None:
@@ -263,10 +266,10 @@ def test_an_archive_of_ours_may_be_a_node_of_another(project: Path, tmp_path: Pa
     folder = tmp_path / "unpacked"
     with zipfile.ZipFile(built.path) as archive:
         archive.extractall(folder)
-    service.handle(None, context(folder))
+    batched.handle(None, context(folder))
 
     found = context(folder, {}, {})
-    good, bad = service.handle([{"body": b"a bc"}, {"body": b"bad"}], found)
+    good, bad = batched.handle([{"body": b"a bc"}, {"body": b"bad"}], found)
     assert b"A" in good
     assert (found.get_response_status(1)[0], json.loads(bad)["message"]) == (422, "That text is bad.")
 
@@ -284,7 +287,7 @@ CHAIN = """
 def war(make: Make, write: Write) -> Callable[..., list[Any]]:
     """Sends requests through a chain of two segments, as TorchServe's engine would."""
     write(CHAIN, SIGN)
-    first, second = (make("workflows/flow.yaml", SegmentService, segment=name) for name in ("first", "second"))
+    first, second = (make("workflows/flow.yaml", segments.load, segment=name) for name in ("first", "second"))
 
     def send(folder: Path, *requests: Request) -> list[Any]:
         rows, headers = [row for row, _ in requests], [header for _, header in requests]
@@ -326,7 +329,7 @@ def test_a_client_cannot_send_an_envelope_of_its_own(war: Callable[..., list[Any
 
 def test_an_envelope_that_is_too_large_for_torchserve_is_a_failure(make: Make, project: Path, write: Write) -> None:
     write(CHAIN, SIGN)
-    first = make("workflows/flow.yaml", SegmentService, segment="first")
+    first = make("workflows/flow.yaml", segments.load, segment="first")
 
     (sealed,) = first.handle([{"body": b"x" * 4_000_000}], context(project, {}))
 
@@ -336,11 +339,11 @@ def test_an_envelope_that_is_too_large_for_torchserve_is_a_failure(make: Make, p
 def test_batches_are_read_from_the_socket_and_answered(make: Make) -> None:
     """As TorchServe's own worker reads and answers them: tests/live has the real one."""
     ours, theirs = socket.socketpair()
-    served = make("handlers/upper.yaml")
-    worker = threading.Thread(target=served.run, args=(theirs,))
+    loop = make("handlers/upper.yaml")
+    worker = threading.Thread(target=loop.run, args=(theirs,))
     worker.start()
     front = FrontEnd(ours)
-    large = b"x" * 700_000  # in several pieces
+    large = b"x" * 700_000  # arrives in several parts
     front.ask_together({"id-1": b"a", "id-2": b"bad", "id-3": large})
     found = {name: front.part(name) for name in ("id-1", "id-2", "id-3")}
     assert {name: part.status for name, part in found.items()} == {"id-1": 200, "id-2": 422, "id-3": 200}
@@ -359,11 +362,11 @@ def test_batches_are_read_from_the_socket_and_answered(make: Make) -> None:
 def test_only_the_workers_own_archive_takes_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", worker)
-    assert service._Loop.take_over() is None, "no worker of TorchServe's"
+    assert batched._SocketReader.take_over() is None, "no worker of TorchServe's"
 
     vars(worker)["retrieve_msg"] = retrieve_msg
-    loop = service._Loop.take_over()
-    assert vars(worker)["retrieve_msg"] is loop
-    assert service._Loop.take_over() is None, "an archive that is a node of the worker's"
+    reader = batched._SocketReader.take_over()
+    assert vars(worker)["retrieve_msg"] is reader
+    assert batched._SocketReader.take_over() is None, "an archive that is a node of the worker's"
     with pytest.raises(RuntimeError, match="not loaded"):
-        loop(socket.socket())
+        reader(socket.socket())

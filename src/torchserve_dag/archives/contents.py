@@ -20,8 +20,14 @@ from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile, Mode
+from torchserve_dag.runtime.worker.protocol import PROTOCOL
 
-_ENTRY = '"""What a worker imports."""\n\nfrom torchserve_dag.runtime.worker.{} import handle\n\n__all__ = ["handle"]\n'
+_ENTRY = '''"""What TorchServe's worker imports."""
+
+from torchserve_dag.runtime.worker.torchserve.{} import handle
+
+__all__ = ["handle"]
+'''
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def _archives(project: Project, graph: Graph) -> dict[str, Path]:
 
 def served_as(mode: Mode, graph: Graph) -> dict[str, bytes]:
     """The two files that TorchServe reads: the module that a worker imports, and `model-config.yaml`."""
-    entry = _ENTRY.format("torchserve.asynchronous" if mode == "asynchronous" else "service")
+    entry = _ENTRY.format(mode)
     settings = yaml.safe_dump(_settings(mode, graph), sort_keys=True)
     return {mar.ENTRY: entry.encode(), mar.SETTINGS: settings.encode()}
 
@@ -121,6 +127,7 @@ def _description(
 ) -> dict[str, Any]:
     is_handler = _is_handler(graph)
     fields: dict[str, Any] = {
+        "protocol": PROTOCOL,
         "kind": "handler" if is_handler else "workflow",
         "name": graph.name,
         "version": graph.version,

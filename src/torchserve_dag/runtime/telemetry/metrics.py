@@ -72,22 +72,22 @@ _SEPARATORS = str.maketrans(",:|", "___")
 
 
 def publish_every(
-    period_s: float, workflow: str, version: str, counts: Callable[[], Mapping[str, NodeCounts]]
+    period_s: float, workflow: str, version: str, metrics: Callable[[], Mapping[Series, float]]
 ) -> Publisher:
-    """Publish what `counts` gives from now on, in a thread that ends with the process or with `close`."""
-    publisher = Publisher(workflow, version, counts)
+    """Publish the numbers that `metrics` gives from now on, in a thread that ends with the process or with `close`."""
+    publisher = Publisher(workflow, version, metrics)
     threading.Thread(target=publisher.run, args=(period_s,), name="metrics", daemon=True).start()
     return publisher
 
 
 class Publisher:
-    """One worker's counts, on their way to TorchServe."""
+    """A worker's metrics, on their way to TorchServe."""
 
-    def __init__(self, workflow: str, version: str, counts: Callable[[], Mapping[str, NodeCounts]]) -> None:
+    def __init__(self, workflow: str, version: str, metrics: Callable[[], Mapping[Series, float]]) -> None:
         self._labels = f"workflow:{workflow.translate(_SEPARATORS)},version:{version.translate(_SEPARATORS)}"
         self._host = socket.gethostname()
-        self._counts = counts
-        self._said: dict[Series, float] = {}
+        self._metrics = metrics
+        self._published: Mapping[Series, float] = {}
         self._publishing = threading.Lock()
         self._closed = threading.Event()
 
@@ -120,14 +120,12 @@ class Publisher:
         0 in any case, because it may be lost: `print` writes a text and its end one by one, and another thread's may
         be under way.
         """
-        now = {
-            (node, metric, bound): value
-            for node, counts in self._counts().items()
-            for metric, bound, value in _series(counts)
+        now, before = self._metrics(), self._published
+        self._published = now
+        new = [series for series in now if series not in before]
+        grown = {
+            series: value - before.get(series, 0) for series, value in now.items() if value > before.get(series, 0)
         }
-        said, self._said = self._said, now
-        new = [series for series in now if series not in said]
-        grown = {series: value - said.get(series, 0) for series, value in now.items() if value > said.get(series, 0)}
         zeros = new or list(grown)[:1]
         return [*(self._line(series, 0) for series in zeros), *(self._line(*one) for one in grown.items())]
 
@@ -138,6 +136,15 @@ class Publisher:
             f"[METRICS]{PREFIX}{metric}.Count:{increase!r}|#{labels}"
             f"|#type:COUNTER|#hostname:{self._host},{time.time():.0f}"
         )
+
+
+def series_of(counts: Mapping[str, NodeCounts]) -> dict[Series, float]:
+    """Every node's counts as numbers that only grow."""
+    return {
+        (node, metric, bound): value
+        for node, node_counts in counts.items()
+        for metric, bound, value in _series(node_counts)
+    }
 
 
 def _series(counts: NodeCounts) -> Iterator[tuple[str, str | None, float]]:

@@ -1,8 +1,8 @@
-"""Asynchronous mode: every request is answered when it is ready, in pieces where its answer has pieces.
+"""Asynchronous mode: every request is answered when its answer is ready, in chunks where the answer streams.
 
-TorchServe starts such a worker with `--async`, and there reads and writes its socket with `ts/async_service.py`, which
-writes from two threads without a lock, and prints a line and copies its whole context for each request. Here
-`guard.py` stands in its place; what this file does runs in the process that the guard starts.
+TorchServe starts such a worker with `--async`. Its own loop there (`ts/async_service.py`) writes to the socket from two
+threads without a lock, and prints a line and copies its whole context for each request. `guard.py` takes its place, and
+starts the process in which this file loads the model and answers.
 """
 
 from __future__ import annotations
@@ -14,38 +14,39 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torchserve_dag.runtime.messages import Failure
-from torchserve_dag.runtime.worker import service
-from torchserve_dag.runtime.worker.incoming import Incoming, read_incoming
-from torchserve_dag.runtime.worker.reply import piece
-from torchserve_dag.runtime.worker.service import STUCK, Context, Service
-from torchserve_dag.runtime.worker.torchserve.call import Call
+from torchserve_dag.runtime.telemetry import metrics
+from torchserve_dag.runtime.worker.protocol import Service, ServiceResponse
+from torchserve_dag.runtime.worker.service import load
+from torchserve_dag.runtime.worker.torchserve import batched
+from torchserve_dag.runtime.worker.torchserve.batched import EXIT_HANGS, PUBLISH_S, Context, hangs_before
+from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
 from torchserve_dag.runtime.worker.torchserve.guard import DIED, HOLD, LOADED, Guard
-from torchserve_dag.runtime.worker.torchserve.wire import CHUNK, Asked, Messages, read_requests
+from torchserve_dag.runtime.worker.torchserve.rows import control, read_request
+from torchserve_dag.runtime.worker.torchserve.wire import READ_BYTES, MessageReader, WireRequest, read_requests
 
 logger = logging.getLogger(__name__)
 
 LOG = "workers_without_guard.log"
 
 GIVE_UP_S = 5
-"""How long TorchServe may take to read the failures of what was inside."""
+"""How long TorchServe may take to read the failures of the requests that were inside."""
 
 _BROKEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The worker failed; its log says why.", "InternalError")
 
 
 def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
-    """TorchServe's entry point. In asynchronous mode it calls it once, with no rows, to load."""
+    """TorchServe's entry point. In asynchronous mode TorchServe calls it once, without rows, to load."""
     main = sys.modules["__main__"]
     if rows is not None or "--async" not in sys.argv or not hasattr(main, "AsyncService"):
-        return service.handle(rows, context)  # in batched mode after all, or as a node of another archive
+        return batched.handle(rows, context)  # in batched mode after all, or as a node of another archive
     folder, gpu = Path(context.system_properties["model_dir"]), context.system_properties.get("gpu_id")
-    vars(main).pop("AsyncService")  # so that an archive that is a node of this one is not taken for it
+    vars(main).pop("AsyncService")  # so that an archive that is a node of this archive does not take its place
     vars(main)["AsyncService"] = _StandIn(_guard(folder, gpu, context.model_yaml_config["startupTimeout"]))
     return []
 
@@ -56,8 +57,8 @@ class _StandIn:
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
 
-    def __call__(self, served: Any) -> _StandIn:
-        self._connection = served.cl_socket
+    def __call__(self, torchserve_service: Any) -> _StandIn:
+        self._connection = torchserve_service.cl_socket
         return self
 
     def run(self) -> NoReturn:
@@ -70,32 +71,33 @@ def _guard(folder: Path, gpu: int | None, startup_s: float) -> Guard:
 
 
 def _serve(folder: Path, gpu: int | None, startup_s: float, link: socket.socket) -> NoReturn:
-    """Load, and answer what comes over the link; when the guard has ended, take its place."""
+    """Load the model, and answer the requests that come over the link; when the guard has ended, take its place."""
     loaded = threading.Event()
     threading.Thread(target=_end_with_guard, args=(link, loaded), daemon=True).start()
-    served = Service(folder, gpu)
+    service = load(folder, gpu)
     loaded.set()
     link.sendall(LOADED)
     print(f"[PID]{os.getpid()}", flush=True)  # noqa: T201 (how TorchServe learns which process to show)
-    served.publish()  # after that line, which a line of another thread would tear
+    # After that line, which a line of another thread would tear.
+    metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics)
     _, (connection, *_), *_ = socket.recv_fds(link, 1, 1)
-    answering = Answering(served, link)
-    threading.Thread(target=answering.end_when_stuck, name="end when stuck", daemon=True).start()
-    answering.run()
-    if answering.holding:
-        answering.drain()
-        os._exit(STUCK)
+    loop = AsynchronousLoop(service, link)
+    threading.Thread(target=loop.end_when_it_hangs, name="end when it hangs", daemon=True).start()
+    loop.run()
+    if loop.holding:
+        loop.drain()
+        os._exit(EXIT_HANGS)
     torchserve = socket.socket(fileno=connection)
     if _hung_up(torchserve, 0):
         os._exit(0)
-    answering.give_up(torchserve)
+    loop.give_up(torchserve)
     torchserve.set_inheritable(True)
     _start_afresh(str(folder), "" if gpu is None else str(gpu), str(startup_s), str(connection))
 
 
 def _start_afresh(*arguments: str) -> NoReturn:
     """Become a guard, as a program without threads, which may start processes of its own."""
-    # TorchServe reads what a worker prints no longer than the process that it started lives.
+    # TorchServe reads what a worker prints only as long as the process lives that TorchServe started.
     log = os.open(Path(os.environ.get("LOG_LOCATION", ".")) / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -105,7 +107,7 @@ def _start_afresh(*arguments: str) -> NoReturn:
 
 
 def _end_with_guard(link: socket.socket, loaded: threading.Event) -> None:
-    """A model that is still being loaded is of no use to anybody when the guard has ended."""
+    """Nobody waits any longer for a model that is still being loaded when the guard ends."""
     while not loaded.is_set():
         if _hung_up(link, 1000) and not loaded.is_set():
             os._exit(1)
@@ -117,88 +119,82 @@ def _hung_up(side: socket.socket, wait_ms: int) -> bool:
     return bool(poll.poll(wait_ms))
 
 
-class Answering:
-    """Answers what comes over a socket with a service."""
+class AsynchronousLoop:
+    """Answers the requests that come over a socket with a service."""
 
-    def __init__(self, served: Service, link: socket.socket) -> None:
-        self._service = served
+    def __init__(self, service: Service, link: socket.socket) -> None:
+        self._service = service
         self._link = link
         self._sending = threading.Lock()
-        self._inside: dict[str, Call] = {}
+        self._inside: dict[str, Exchange] = {}
+        """The requests that are not answered yet, by TorchServe's id."""
         self.holding = False
-        """Whether it has asked for no more requests: the other side then ends after the last."""
+        """Whether this process has asked for no more requests: the guard then ends the link after the last one."""
 
     def run(self) -> None:
         """Until the other side ends."""
-        messages: Messages[list[Asked]] = Messages(read_requests)
+        messages: MessageReader[list[WireRequest]] = MessageReader(read_requests)
         while data := _receive(self._link):
-            for asked, _ in messages.of(data):
-                for one in asked:
-                    self._begin(one)
+            for requests, _ in messages.feed(data):
+                for wire in requests:
+                    self._begin(wire)
 
-    def end_when_stuck(self) -> None:
-        """As in batched mode. New requests are kept away first; what is inside is answered at its time limit."""
-        if self._service.gets_stuck():
+    def end_when_it_hangs(self) -> None:
+        """As in batched mode. New requests are kept away first; those inside are answered at their time limit."""
+        if hangs_before(threading.Event(), self._service):
             self.holding = True
             with self._sending:
                 self._link.sendall(HOLD)
 
     def drain(self) -> None:
-        """Wait until what is inside is answered."""
-        deadline = time.monotonic() + self._service.workflow.graph.serve.timeout_s + 1
+        """Wait until the requests inside are answered."""
+        deadline = time.monotonic() + self._service.timeout_s + 1
         while self._inside and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def give_up(self, connection: socket.socket) -> None:
-        """Fail what is inside, over TorchServe's own connection."""
+        """Fail the requests inside, over TorchServe's own connection."""
         connection.settimeout(GIVE_UP_S)
         with self._sending:
-            calls, self._inside = self._inside, {}
-            for call in calls.values():
-                connection.sendall(call.failure(DIED))
+            exchanges, self._inside = self._inside, {}
+            for exchange in exchanges.values():
+                connection.sendall(exchange.failure(DIED))
 
-    def _begin(self, asked: Asked) -> None:
-        one = read_incoming(asked.id, asked.row, asked.headers)
-        call = self._inside[asked.id] = Call(asked.id, one.rest, one.id or asked.id)
-        in_pieces = self._service.workflow.graph.streams and one.takes_pieces
+    def _begin(self, wire: WireRequest) -> None:
+        request = read_request(wire)
+        exchange = self._inside[wire.id] = Exchange(wire.id, request.rest, request.id)
         try:
-            future = self._service.ask(one, partial(self._piece, call) if in_pieces else None)
+            if response := control(self._service, request):
+                self._end(exchange, response)
+            else:
+                in_chunks = self._service.streams and request.accepts_chunks
+                pending = self._service.submit(request, partial(self._send_chunk, exchange) if in_chunks else None)
+                pending.add_done_callback(partial(self._end, exchange))
         except Exception:
-            logger.exception("request %s: it could not be put in", one.id)
-            self._send(call, call.failure(_BROKEN))
-        else:
-            future.add_done_callback(partial(self._end, one, call))
+            logger.exception("request %s: the service raised", request.id)
+            self._send(exchange, exchange.failure(_BROKEN))
 
-    def _piece(self, call: Call, message: Any) -> None:
-        found = piece(message)
-        if found.body:  # over gRPC an empty message ends the answer
-            self._send(call, call.piece(found), last=False)
+    def _send_chunk(self, exchange: Exchange, body: bytes, content_type: str) -> None:
+        self._send(exchange, exchange.chunk(body, content_type), last=False)
 
-    def _end(self, one: Incoming, call: Call, future: Future[Any]) -> None:
-        answer = future.result()
-        if not call.began:
-            message = call.last(self._service.reply(one, answer))
-        elif isinstance(answer, Failure):
-            message = call.failure(answer)
-        else:
-            message = call.end()
-        self._send(call, message)
+    def _end(self, exchange: Exchange, response: ServiceResponse) -> None:
+        self._send(exchange, exchange.last(response))
 
-    def _send(self, call: Call, message: bytes, *, last: bool = True) -> None:
+    def _send(self, exchange: Exchange, message: bytes, *, last: bool = True) -> None:
         with self._sending:
-            if call.id not in self._inside:
+            if exchange.id not in self._inside:
                 return
             try:
                 self._link.sendall(message)
-            except OSError:  # the guard has ended, and the call is given up
+            except OSError:  # the guard has ended: `give_up` answers
                 return
             if last:
-                del self._inside[call.id]
+                del self._inside[exchange.id]
 
 
 def _receive(link: socket.socket) -> bytes:
     try:
-        return link.recv(CHUNK)
+        return link.recv(READ_BYTES)
     except ConnectionError:
         return b""
 

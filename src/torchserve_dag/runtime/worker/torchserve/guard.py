@@ -1,10 +1,11 @@
-"""The process that holds TorchServe's socket while another one computes, and lives through that one's end.
+"""The guard: a process that holds TorchServe's socket, and outlives the process that has the model.
 
 TorchServe (0.12.0) does not survive the end of a worker in asynchronous mode: it answers none of the requests inside,
-sends the next one before the new worker's model is loaded and so ends that one too, loses that request, and never
-calls the worker ready again. So the process that it started does nothing that can fail. It starts the one that
-computes, passes messages between the two, and when that one ends, answers for it and starts another. Meanwhile it
-reads nothing, and requests wait with TorchServe.
+sends the next request before the new worker's model is loaded, which ends the new worker too, loses that request, and
+never calls the worker ready again. So the process that TorchServe started does nothing that can fail. It starts a
+**computing process**, passes messages between TorchServe and that process, and when that process ends, fails its
+requests and starts another one. Until the model is loaded again the guard reads nothing, and requests wait in
+TorchServe's queue.
 """
 
 from __future__ import annotations
@@ -21,50 +22,50 @@ from http import HTTPStatus
 from typing import NoReturn
 
 from torchserve_dag.runtime.messages import Failure
-from torchserve_dag.runtime.worker.incoming import over_rest
-from torchserve_dag.runtime.worker.torchserve.call import Call
+from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
+from torchserve_dag.runtime.worker.torchserve.rows import over_rest
 from torchserve_dag.runtime.worker.torchserve.wire import (
-    CHUNK,
-    Answers,
-    Asked,
-    Messages,
-    read_answers,
+    READ_BYTES,
+    MessageReader,
+    ResponseHeads,
+    WireRequest,
     read_requests,
-    write_answers,
+    read_response_heads,
+    write_responses,
 )
 
 logger = logging.getLogger(__name__)
 
-LOADED = write_answers([])
-"""What the one that computes says first, as a worker does to TorchServe."""
-HOLD = write_answers([], HTTPStatus.SERVICE_UNAVAILABLE)
-"""What it says before it ends by itself: no more requests, please. Its link is ended after the last."""
+LOADED = write_responses([])
+"""The computing process's first message: its model is loaded. A worker says the same to TorchServe."""
+HOLD = write_responses([], HTTPStatus.SERVICE_UNAVAILABLE)
+"""Its message before it ends by itself: send no more requests. The guard then ends the link after the last one."""
 
 DIED = Failure(
-    HTTPStatus.INSUFFICIENT_STORAGE,  # as TorchServe says in batched mode
+    HTTPStatus.INSUFFICIENT_STORAGE,  # TorchServe's status in batched mode
     "The worker ended with this request inside; another is being started. Try again.",
     "WorkerDied",
 )
 
 STARTS = 3
-"""How often one that ends before its model is loaded is started."""
+"""How often in a row a computing process is started that ends before its model is loaded."""
 
-FULL = 1 << 24
-"""Bytes that may wait to be written to one side before the other is no longer read."""
+MAX_BUFFERED = 1 << 24
+"""Bytes that may wait to be written to one side before the other side is no longer read."""
 
 
 class Guard:
     """Raises RuntimeError where the model cannot be loaded."""
 
     def __init__(self, compute: Callable[[socket.socket], None], startup_s: float) -> None:
-        """`compute` runs in a process of its own, and speaks on a socket as TorchServe's workers do."""
+        """`compute` runs in the computing process, and speaks on a socket as TorchServe's workers do."""
         self._compute = compute
         self._startup_s = startup_s
         self._connection: socket.socket | None = None
-        self._asked: Messages[list[Asked]] = Messages(read_requests)
+        self._requests: MessageReader[list[WireRequest]] = MessageReader(read_requests)
         self._to_torchserve = bytearray()
-        self._calls: dict[str, Call] = {}
-        """What is inside."""
+        self._inside: dict[str, Exchange] = {}
+        """The requests that are not answered yet, by TorchServe's id."""
         self._start()
         while not self._loaded:
             if self._step():
@@ -80,20 +81,20 @@ class Guard:
             if not self._step():
                 continue
             tries = 1 if self._loaded else tries + 1
-            self._answer_for_it()
+            self._fail_requests()
             if tries > STARTS:
                 logger.error("the worker ends: its model cannot be loaded any more")
                 self._flush()
                 self._finish(1)
             self._start()
 
-    # The process that computes.
+    # The computing process.
 
     def _start(self) -> None:
         self._link, theirs = socket.socketpair()
         self._link.settimeout(0)
         self._to_compute = bytearray()
-        self._answers: Messages[Answers] = Messages(read_answers)
+        self._responses: MessageReader[ResponseHeads] = MessageReader(read_response_heads)
         self._loaded = self._open = self._held = False
         self._why = "the process ended"
         self._deadline = time.monotonic() + self._startup_s
@@ -111,37 +112,37 @@ class Guard:
             self._compute(link)
         except BaseException as error:
             logger.exception("the worker's process ends")
-            link.sendall(write_answers([], HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}"))
+            link.sendall(write_responses([], HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}"))
         finally:
             sys.stdout.flush()
             os._exit(1)  # never back into TorchServe's own code
 
     def _hand_over(self, connection: socket.socket) -> None:
-        """The other process keeps the connection open, should this one end."""
+        """The computing process keeps the connection open, should the guard end."""
         socket.send_fds(self._link, [b"\0"], [connection.fileno()])
         self._open = True
 
-    def _answer_for_it(self) -> None:
-        """The process has ended: what it has said still counts, and the rest is answered here."""
-        while self._receive_answers():
+    def _fail_requests(self) -> None:
+        """The computing process has ended: the responses that it wrote still count, its other requests fail."""
+        while self._receive_responses():
             pass
-        for call in self._calls.values():
-            self._to_torchserve += call.failure(DIED)
-        logger.error("the worker's process ended with %d requests inside", len(self._calls))
-        self._calls.clear()
+        for exchange in self._inside.values():
+            self._to_torchserve += exchange.failure(DIED)
+        logger.error("the worker's process ended with %d requests inside", len(self._inside))
+        self._inside.clear()
         os.waitpid(self._pid, 0)
         os.close(self._end)
         self._link.close()
 
-    # Between the two.
+    # Between TorchServe and the computing process.
 
     def _step(self) -> bool:
-        """Wait, and pass on what there is; whether the process has ended."""
+        """Wait for messages, and pass them on; whether the computing process has ended."""
         poll = select.poll()
         poll.register(self._end, select.POLLIN)
-        poll.register(self._link, self._wanted(self._to_compute, len(self._to_torchserve) < FULL))
+        poll.register(self._link, self._wanted(self._to_compute, len(self._to_torchserve) < MAX_BUFFERED))
         if self._connection:
-            readable = self._open and len(self._to_compute) < FULL
+            readable = self._open and len(self._to_compute) < MAX_BUFFERED
             poll.register(self._connection, self._wanted(self._to_torchserve, readable) | select.POLLRDHUP)
         if not self._loaded and time.monotonic() > self._deadline:
             self._why = f"the model was not loaded within {self._startup_s:g} s"
@@ -150,7 +151,7 @@ class Guard:
         if self._end in events:
             return True
         if events.get(self._link.fileno(), 0) & select.POLLIN:
-            self._receive_answers()
+            self._receive_responses()
         if self._connection:
             happened = events.get(self._connection.fileno(), 0)
             if happened & (select.POLLRDHUP | select.POLLHUP | select.POLLERR):
@@ -169,29 +170,29 @@ class Guard:
         return (select.POLLIN if readable else 0) | (select.POLLOUT if outgoing else 0)
 
     def _receive_requests(self, connection: socket.socket) -> None:
-        for asked, message in self._asked.of(_read(connection)):
-            for one in asked:
-                self._calls[one.id] = Call(one.id, over_rest(one.headers), one.id)
+        for requests, message in self._requests.feed(_read(connection)):
+            for request in requests:
+                self._inside[request.id] = Exchange(request.id, over_rest(request.headers), request.id)
             self._to_compute += message
 
-    def _receive_answers(self) -> bool:
+    def _receive_responses(self) -> bool:
         """Whether there were any."""
         data = _read(self._link)
-        for answers, message in self._answers.of(data):
-            if answers.more:
+        for heads, message in self._responses.feed(data):
+            if heads.more:
                 self._to_torchserve += message
-                for name, more in answers.more:
-                    self._calls[name].began = True
+                for name, more in heads.more:
+                    self._inside[name].began = True
                     if not more:
-                        del self._calls[name]
-            elif answers.code == HTTPStatus.OK:
+                        del self._inside[name]
+            elif heads.code == HTTPStatus.OK:
                 self._loaded = True
                 if self._connection:
                     self._hand_over(self._connection)
-            elif answers.code == HTTPStatus.SERVICE_UNAVAILABLE:
+            elif heads.code == HTTPStatus.SERVICE_UNAVAILABLE:
                 self._open, self._held = False, True
             else:
-                self._why = answers.message
+                self._why = heads.message
         return bool(data)
 
     def _flush(self) -> None:
@@ -206,7 +207,7 @@ class Guard:
 
 def _read(side: socket.socket) -> bytes:
     try:
-        return side.recv(CHUNK)
+        return side.recv(READ_BYTES)
     except (BlockingIOError, ConnectionError):
         return b""
 
@@ -217,5 +218,5 @@ def _write(side: socket.socket, outgoing: bytearray) -> None:
             del outgoing[: side.send(outgoing)]
         except BlockingIOError:
             return
-        except ConnectionError:  # what is at the other side has ended, and is noticed where it is waited for
+        except ConnectionError:  # the process at the other side has ended, which `_step` notices
             outgoing.clear()

@@ -1,10 +1,10 @@
 """One process computes for several of TorchServe's workers, so that it has several batches at a time.
 
-TorchServe (0.12.0) hands a worker the next batch when the last request of the one before is answered; until then
-requests wait, and cores that have nothing left of that batch idle. So an archive may ask for more workers than it
-wants processes with a model (`serve.batches`). The first that comes loads the model and is the **host**. Each other is
-a **guest**: it hands its connection with TorchServe to the host, and then is a process of a few MB that waits for the
-host to end. Where either ends, TorchServe finds its connections closed, and starts what ended again.
+TorchServe (0.12.0) hands a worker the next batch when the last request of the previous batch is answered. Until then
+requests wait, and cores that have nothing left to do for that batch idle. So an archive may ask for more workers than
+processes with a model (`serve.batches`). The first worker that starts loads the model, and is the **host**. Every other
+worker is a **guest**: it hands its connection with TorchServe to the host, and becomes a process of a few MB that waits
+for the host to end. When a host or a guest ends, TorchServe finds its connections closed, and starts it again.
 """
 
 from __future__ import annotations
@@ -21,40 +21,42 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-LOOK_EVERY_S = 0.1
-_WAIT = "import os, sys; os.read(int(sys.argv[1]), 1)"
+from torchserve_dag.runtime.worker.torchserve import guest as guest_program
+
+RETRY_S = 0.1
+"""How long a worker waits before it looks for a host again."""
 
 
 class Host:
     """The process with the model."""
 
-    def __init__(self, folder: Path, place: int, lock: int) -> None:
-        self._folder, self._place, self._lock = folder, place, lock
+    def __init__(self, folder: Path, place: int) -> None:
+        self._folder, self._place = folder, place
         self._guests = 0
 
     def open(self, serve: Callable[[socket.socket], None]) -> None:
-        """The model is loaded: take guests in from now on. `serve` answers one's connection until it ends."""
+        """Accept guests from now on: the model is loaded. `serve` answers a guest's connection until it ends."""
         listener = socket.socket(socket.AF_UNIX)
         with _address(self._folder, self._place) as address:
-            Path(address).unlink(missing_ok=True)  # of one that has ended
+            Path(address).unlink(missing_ok=True)  # a host that has ended left it
             listener.bind(address)
         listener.listen()
-        threading.Thread(target=self._take_in, args=(listener, serve), name="guests", daemon=True).start()
+        threading.Thread(target=self._accept_guests, args=(listener, serve), name="guests", daemon=True).start()
 
-    def _take_in(self, listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+    def _accept_guests(self, listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         while True:
             link, _ = listener.accept()
-            threading.Thread(target=self._look_after, args=(link, serve), name="guest", daemon=True).start()
+            threading.Thread(target=self._serve_guest, args=(link, serve), name="guest", daemon=True).start()
 
-    def _look_after(self, link: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+    def _serve_guest(self, link: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         with link, contextlib.suppress(OSError):
             link.sendall(bytes([min(self._guests, 255)]))
             _, fds, *_ = socket.recv_fds(link, 1, 1)
-            if not fds:  # it has found a host with fewer
+            if not fds:  # the worker has chosen a host with fewer guests
                 return
             self._guests += 1
             with socket.socket(fileno=fds[0]) as connection:
-                watch = threading.Thread(target=_close_at_end, args=(link, connection), daemon=True)
+                watch = threading.Thread(target=_close_with_guest, args=(link, connection), daemon=True)
                 watch.start()
                 try:
                     serve(connection)
@@ -63,41 +65,51 @@ class Host:
 
 
 class Guest:
-    """A process that has no model."""
+    """A process without a model."""
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
 
     def hand_over(self, connection: socket.socket) -> NoReturn:
-        """Give TorchServe's connection to the host, and end with it."""
+        """Give TorchServe's connection to the host, and end when the host ends."""
         socket.send_fds(self._link, [b"\0"], [connection.fileno()])
         self._link.set_inheritable(True)
-        os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _WAIT, str(self._link.fileno())])  # noqa: S606
+        program = [sys.executable, "-I", "-S", str(guest_program.__file__), str(self._link.fileno())]
+        os.execv(sys.executable, program)  # noqa: S606
 
 
 def join(folder: Path, hosts: int, within_s: float) -> Host | Guest:
-    """Become one of so many hosts, or the guest of the one with the fewest, when it is ready.
+    """Become one of `hosts` hosts, or a guest of the host with the fewest guests, as soon as a host is ready.
 
-    `folder` is one that all workers of the archive have. Raises TimeoutError.
+    `folder` is the same for all workers of the archive. Raises TimeoutError.
     """
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         for place in range(hosts):
-            lock = os.open(folder / f"host-{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-            except BlockingIOError:
-                os.close(lock)
-            else:
-                return Host(folder, place, lock)
-        guest = _guest(folder, hosts)
-        if guest:
+            if _take_place(folder, place):
+                return Host(folder, place)
+        if guest := _find_host(folder, hosts):
             return guest
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(RETRY_S)
     raise TimeoutError(f"no worker of {folder} was ready within {within_s:g} s")
 
 
-def _guest(folder: Path, hosts: int) -> Guest | None:
+def _take_place(folder: Path, place: int) -> bool:
+    """Lock a host's place; false where another process holds it.
+
+    Nothing unlocks it: the descriptor stays open, and the kernel drops the lock when this process ends, however it
+    ends. So a place is free exactly when its host is gone.
+    """
+    lock = os.open(folder / f"host-{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return False
+    return True
+
+
+def _find_host(folder: Path, hosts: int) -> Guest | None:
     links: list[tuple[int, int, socket.socket]] = []
     for place in range(hosts):
         link = socket.socket(socket.AF_UNIX)
@@ -126,7 +138,7 @@ def _address(folder: Path, place: int) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _close_at_end(link: socket.socket, connection: socket.socket) -> None:
+def _close_with_guest(link: socket.socket, connection: socket.socket) -> None:
     """A guest that is ended takes its connection with it, as any worker does."""
     with contextlib.suppress(OSError):
         link.recv(1)

@@ -1,4 +1,4 @@
-"""TorchServe's socket to a worker: requests and answers, out of bytes and into them.
+"""TorchServe's socket to a worker: requests read from bytes, responses written to bytes.
 
 The form is that of TorchServe's own `ts/protocol/otf_message_handler.py` (0.12.0, its last release).
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import responses as PHRASES  # noqa: N812 (a table)
 from typing import Any, Generic, TypeVar
 
-NEXT = "ts_stream_next"
-"""The header that tells TorchServe whether more of an answer will come: `true` or `false`."""
+from torchserve_dag.runtime.worker.protocol import ServiceResponse
 
-CHUNK = 1 << 18
-"""Bytes that are read at a time."""
+NEXT = "ts_stream_next"
+"""The header that tells TorchServe whether more of a response will come: `true` or `false`."""
+
+READ_BYTES = 1 << 18
+"""How many bytes are read from a socket at a time."""
 
 _INT = struct.Struct("!i")
 _END = -1
@@ -33,18 +36,19 @@ class ProtocolError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One request, as TorchServe's own service hands it to a handler."""
+class WireRequest:
+    """A request, as TorchServe's own service hands it to a handler."""
 
     id: str
-    row: dict[str, bytes]
+    row: dict[str, Any]
+    """Its body as `body`, or a form's parts by their names: bytes from the socket."""
     headers: dict[str, Any]
     """The request's, and under each part's name its content type."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """One request's answer, or a piece of it."""
+class WireResponse:
+    """A request's response, or a chunk of it."""
 
     id: str
     status: int = 200
@@ -54,13 +58,22 @@ class Told:
     body: bytes = b""
 
 
-def read_requests(data: bytearray) -> tuple[list[Asked], int]:
+def wire_response(wire_id: str, response: ServiceResponse, *, more: bool | None) -> WireResponse:
+    """A service's response for the wire; `more` says whether more of it will come, None leaves that unsaid."""
+    headers = {"content-type": response.content_type, **response.headers}
+    if more is not None:
+        headers[NEXT] = "true" if more else "false"
+    phrase = PHRASES.get(response.status, "Failed")
+    return WireResponse(wire_id, response.status, phrase, response.content_type, headers, response.body)
+
+
+def read_requests(data: bytearray) -> tuple[list[WireRequest], int]:
     """The first message of `data`, and where it ends. Raises NotAllThereError, ProtocolError."""
     if data[:1] != b"I":
         if not data:
             raise NotAllThereError(1)
         raise ProtocolError(f"a message begins with {bytes(data[:1])!r}")
-    reader, asked = _Reader(data, 1), []
+    reader, requests = _Cursor(data, 1), []
     places: list[dict[str, tuple[int, int]]] = []  # bodies may be large: none is copied before all are there
     while (size := reader.size()) != _END:
         name = reader.text(size)
@@ -75,38 +88,38 @@ def read_requests(data: bytearray) -> tuple[list[Asked], int]:
             types[key] = {"content-type": reader.text(reader.size())}
             place[key] = (reader.skip(reader.size()), reader.at)
         places.append(place)
-        asked.append(Asked(name, {}, types | headers))
+        requests.append(WireRequest(name, {}, types | headers))
     with memoryview(data) as view:
-        for one, place in zip(asked, places, strict=True):
-            one.row.update((key, bytes(view[start:end])) for key, (start, end) in place.items())
-    return asked, reader.at
+        for request, place in zip(requests, places, strict=True):
+            request.row.update((key, bytes(view[start:end])) for key, (start, end) in place.items())
+    return requests, reader.at
 
 
-def write_answers(told: Sequence[Told], code: int = 200, message: str = "") -> bytes:
-    """One message with these answers. A `code` other than 200 would fail every request of the worker."""
+def write_responses(responses: Sequence[WireResponse], code: int = 200, message: str = "") -> bytes:
+    """One message with these responses. A `code` other than 200 would fail every request of the worker."""
     parts = [_INT.pack(code), *_text(message)]
-    for one in told:
-        parts += [*_text(one.id), *_text(one.content_type), _INT.pack(one.status), *_text(one.phrase)]
-        parts.append(_INT.pack(len(one.headers)))
-        for name, value in one.headers.items():
+    for response in responses:
+        parts += [*_text(response.id), *_text(response.content_type)]
+        parts += [_INT.pack(response.status), *_text(response.phrase), _INT.pack(len(response.headers))]
+        for name, value in response.headers.items():
             parts += [*_text(name), *_text(value)]
-        parts += [_INT.pack(len(one.body)), one.body]
+        parts += [_INT.pack(len(response.body)), response.body]
     return b"".join([*parts, _INT.pack(_END)])
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """A message of answers: of each, what has to be known to pass it on."""
+class ResponseHeads:
+    """Of a message of responses, what has to be known to pass it on."""
 
     code: int
     message: str
     more: list[tuple[str, bool]]
-    """Each answer's request, and whether more of it will come."""
+    """Each response's request, and whether more of the response will come."""
 
 
-def read_answers(data: bytearray) -> tuple[Answers, int]:
-    """The first message of `data`, and where it ends. Raises NotAllThereError."""
-    reader = _Reader(data, 0)
+def read_response_heads(data: bytearray) -> tuple[ResponseHeads, int]:
+    """Of the first message of `data`, and where it ends. Raises NotAllThereError."""
+    reader = _Cursor(data, 0)
     code, message = reader.size(), reader.text(reader.size())
     more = []
     while (size := reader.size()) != _END:
@@ -120,21 +133,21 @@ def read_answers(data: bytearray) -> tuple[Answers, int]:
             headers[key] = reader.text(reader.size())
         reader.skip(reader.size())
         more.append((name, headers.get(NEXT) != "false"))
-    return Answers(code, message, more), reader.at
+    return ResponseHeads(code, message, more), reader.at
 
 
 M = TypeVar("M")
 
 
-class Messages(Generic[M]):
-    """Cuts a stream into its messages."""
+class MessageReader(Generic[M]):
+    """Cuts a stream of bytes into its messages."""
 
     def __init__(self, read: Callable[[bytearray], tuple[M, int]]) -> None:
         self._read = read
         self._data = bytearray()
         self._needed = 0
 
-    def of(self, data: bytes) -> Iterator[tuple[M, bytes]]:
+    def feed(self, data: bytes) -> Iterator[tuple[M, bytes]]:
         """The messages that `data` completes, each with its bytes."""
         self._data += data
         while len(self._data) >= self._needed:
@@ -149,7 +162,7 @@ class Messages(Generic[M]):
             yield message, whole
 
 
-class _Reader:
+class _Cursor:
     """Walks through a message."""
 
     def __init__(self, data: bytearray, at: int) -> None:

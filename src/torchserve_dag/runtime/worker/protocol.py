@@ -1,0 +1,116 @@
+"""The line between a host and an archive: what a server may ask of the model that it serves.
+
+A **host** receives requests and sends responses; its loop belongs to the installed package. The handlers, the engine
+and the codec belong to the **archive**, which runs with the copy of this package that it was built with. The versions
+of the two may differ, so a host uses what this file names and nothing else of an archive: it imports `load` from the
+archive's own `torchserve_dag.runtime.worker.service`, and calls the methods of `Service`. The values are strings,
+bytes, numbers, mappings of these, and the two dataclasses below.
+
+An archive's `build.json` says which `protocol` it speaks; `archives/protocol.py` reads it. Whoever changes the
+meaning of anything here raises PROTOCOL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+PROTOCOL = 1
+
+Metrics = Mapping[tuple[str, str, str | None], float]
+"""By node, metric, and the upper bound of a histogram's bucket (None for other metrics): a number that only grows."""
+
+OnChunk = Callable[[bytes, str], None]
+"""Receives each chunk of an answer, and its content type. It may block: the other requests go on meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRequest:
+    """A client's request, whatever server received it."""
+
+    id: str
+    """Its name in logs, failures and feedback."""
+    body: bytes
+    content_type: str | None = None
+    """None: the service looks at the body itself."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """What came beside the body: the other parts of a form, or a URL's query."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Headers by their names in lower case: the time limit, the cancel key and the other options (see options.py)."""
+    parts: Mapping[str, Any] | None = None
+    """All parts of a form by their names, for TorchServe handlers, which read them by name. None: the body alone."""
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    """For TorchServe handlers: the headers, and by each part's name a mapping with its `content-type`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceResponse:
+    """A whole answer, or a failure in JSON; after chunks, what is left of the answer: often nothing."""
+
+    body: bytes
+    content_type: str = "application/json"
+    status: int = 200
+    """As in HTTP. After chunks it is 200, for a client has seen the status by then: the body says what failed."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class PendingResponse(Protocol):
+    """A response that is being computed. It always comes, at the request's time limit at the latest."""
+
+    def result(self, timeout_s: float) -> ServiceResponse:
+        """Waits for the response. Raises TimeoutError."""
+
+    def add_done_callback(self, callback: Callable[[ServiceResponse], None]) -> None:
+        """Call `callback` with the response, on the thread that finishes it: it must not wait for other requests."""
+
+    def cancel(self) -> None:
+        """Stop computing, for a client that has hung up. The response is then a failure with status 499."""
+
+
+class Service(Protocol):
+    """A loaded model. Every method may be called from every thread."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def timeout_s(self) -> float:
+        """The longest time limit that a request may have, in seconds."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether answers come in chunks for a client that accepts them."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """What the archive's `build.json` says."""
+
+    def submit(self, request: ServiceRequest, on_chunk: OnChunk | None = None) -> PendingResponse:
+        """Start a request, and return at once. With `on_chunk`, an answer that streams leaves in chunks.
+
+        `on_chunk` is called with one chunk after the other, none of them empty, and never after the response is done.
+        """
+
+    def together(self) -> AbstractContextManager[None]:
+        """The requests that this thread submits inside start when it is left: cheaper than one after the other."""
+
+    def cancel(self, key: str) -> bool:
+        """Cancel the request that came with this `x-cancel-key`; whether there was one."""
+
+    def metrics(self) -> Metrics: ...
+
+    def hangs(self) -> bool:
+        """Whether a model does not return: only ending the process ends its thread."""
+
+    def close(self) -> None:
+        """Fail the requests inside, and end the threads."""
+
+
+class Load(Protocol):
+    """`load` of `torchserve_dag.runtime.worker.service`."""
+
+    def __call__(self, folder: Path, gpu: int | None) -> Service:
+        """Load the model of an unpacked archive, onto this GPU where it wants one. Raises what loading it raises."""

@@ -1,0 +1,82 @@
+"""Answers in the form in which they leave a worker: a body, a status and headers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Any
+
+from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.messages import Failure, Text
+from torchserve_dag.runtime.worker.protocol import ServiceResponse
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES = 6_553_500
+"""TorchServe's default `max_response_size`: a larger answer ends the worker, and all requests inside it."""
+
+JSON_LINES = "application/x-ndjson"
+PLAIN_TEXT = "text/plain; charset=utf-8"
+
+CANNOT_BE_WRITTEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The answer cannot be written.", "InternalError")
+
+
+def write_answer(answer: Any, request_id: str) -> ServiceResponse:
+    """A whole answer, or a failure."""
+    if isinstance(answer, Failure):
+        return write_failure(answer, request_id)
+    try:
+        body, content_type = codec.encode(answer)
+    except Exception:
+        logger.exception("request %s: the answer cannot be written", request_id)
+        return write_failure(CANNOT_BE_WRITTEN, request_id)
+    if len(body) > MAX_BYTES:
+        return write_failure(too_large(len(body)), request_id)
+    return ServiceResponse(body, content_type)
+
+
+def write_failure(failure: Failure, request_id: str) -> ServiceResponse:
+    body = json.dumps(codec.failure_fields(failure, request_id)).encode()
+    headers = {"Retry-After": "1"} if failure.type == "Overloaded" else {}
+    return ServiceResponse(body, status=failure.status, headers=headers)
+
+
+def write_chunk(message: Any) -> tuple[bytes, str]:
+    """A chunk's body and content type: text, bytes and photos as they are, everything else as a line of JSON.
+
+    Raises what its encoding raises, and ValueError for a chunk that is too large.
+    """
+    if isinstance(message, Text):
+        body, content_type = message.text.encode(), PLAIN_TEXT
+    else:
+        body, content_type = codec.encode(message)
+        if content_type == "application/json":
+            body, content_type = body + b"\n", JSON_LINES
+    if len(body) > MAX_BYTES:
+        raise ValueError(too_large(len(body)).message)
+    return body, content_type
+
+
+def write_joined(messages: Iterable[Any], request_id: str) -> ServiceResponse:
+    """All chunks of an answer as one response, for a client that does not accept chunks."""
+    try:
+        chunks = [write_chunk(message) for message in messages]
+    except Exception:
+        logger.exception("request %s: a chunk cannot be written", request_id)
+        return write_failure(CANNOT_BE_WRITTEN, request_id)
+    body = b"".join(chunk for chunk, _ in chunks)
+    if len(body) > MAX_BYTES:
+        return write_failure(too_large(len(body)), request_id)
+    return ServiceResponse(body, chunks[0][1] if chunks else JSON_LINES)
+
+
+def write_failure_after_chunks(failure: Failure, request_id: str) -> ServiceResponse:
+    """The end of an answer that fails after its first chunks: the failure, on a line of its own."""
+    return ServiceResponse(b"\n" + json.dumps(codec.failure_fields(failure, request_id)).encode() + b"\n")
+
+
+def too_large(size: int) -> Failure:
+    message = f"The answer is {size:,} bytes; the limit is {MAX_BYTES:,}."
+    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "AnswerTooLarge")

@@ -1,0 +1,192 @@
+"""Batched mode: TorchServe's batches are read from its socket, and each is answered as one message.
+
+TorchServe's own loop (`ts/model_service_worker.py`) makes about forty system calls to read one request, which was half
+of what a small request cost a worker. `BatchedLoop` takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from torchserve_dag.runtime.telemetry import metrics
+from torchserve_dag.runtime.worker import service as services
+from torchserve_dag.runtime.worker.protocol import PendingResponse, Service, ServiceResponse
+from torchserve_dag.runtime.worker.torchserve import segments, sharing
+from torchserve_dag.runtime.worker.torchserve.rows import TorchServeRequest, control, read_request
+from torchserve_dag.runtime.worker.torchserve.wire import (
+    READ_BYTES,
+    MessageReader,
+    WireRequest,
+    WireResponse,
+    read_requests,
+    wire_response,
+    write_responses,
+)
+
+logger = logging.getLogger(__name__)
+
+PUBLISH_S = 1.0
+"""How often a worker publishes its metrics."""
+EXIT_HANGS = 70
+"""The exit status of a worker in which a model hangs."""
+
+
+class Context(Protocol):
+    """The part of TorchServe's context that is used here."""
+
+    system_properties: dict[str, Any]
+    model_yaml_config: dict[str, Any]
+
+    def get_request_id(self, idx: int = 0) -> str | None: ...
+    def get_all_request_header(self, idx: int) -> dict[str, Any]: ...
+    def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None: ...
+    def set_response_header(self, idx: int, key: str, value: str) -> None: ...
+
+
+_loops: dict[Path, BatchedLoop] = {}
+"""By folder: a worker serves one archive, and an archive may hold others of ours as its nodes."""
+
+
+def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
+    """TorchServe's entry point. TorchServe calls it once without rows, to load."""
+    folder = Path(context.system_properties["model_dir"])
+    loop = _loops.get(folder) or _start(folder, context)
+    return loop.handle(rows, context) if loop and rows is not None else []
+
+
+def _start(folder: Path, context: Context) -> BatchedLoop | None:
+    """Load the model, and serve TorchServe's socket from now on; None for a guest of a process that has the model."""
+    socket_reader = _SocketReader.take_over()
+    build = json.loads((folder / "build.json").read_text("utf-8"))
+    host: sharing.Host | None = None
+    if socket_reader and "hosts" in build:
+        role = sharing.join(folder, build["hosts"], context.model_yaml_config["startupTimeout"])
+        if isinstance(role, sharing.Guest):
+            socket_reader.serve = role.hand_over
+            return None
+        host = role
+    is_segment = "segment" in build
+    service = (segments.load if is_segment else services.load)(folder, context.system_properties.get("gpu_id"))
+    loop = _loops[folder] = BatchedLoop(service, controls=not is_segment)
+    if socket_reader:
+        socket_reader.serve = loop.run
+    if host:
+        host.open(loop.run)
+    metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics)
+    threading.Thread(target=loop.end_when_it_hangs, name="end when it hangs", daemon=True).start()
+    return loop
+
+
+class BatchedLoop:
+    """Answers batches with a service. Several connections may be answered at a time."""
+
+    def __init__(self, service: Service, *, controls: bool = True) -> None:
+        """`controls`: whether a request may cancel another one, or ask for a description; not so in a `.war`."""
+        self._service = service
+        self._controls = controls
+        self._closed = threading.Event()
+        self._handling = threading.Lock()
+        self._answering = [self._handling]
+        """For `handle`, and one for each of TorchServe's connections; held while a batch is answered."""
+
+    def run(self, connection: socket.socket) -> None:
+        """Answer the batches that TorchServe sends, until TorchServe ends the connection."""
+        batches: MessageReader[list[WireRequest]] = MessageReader(read_requests)
+        answering = threading.Lock()
+        self._answering.append(answering)
+        with suppress(ConnectionError):
+            while data := connection.recv(READ_BYTES):
+                for batch, _ in batches.feed(data):
+                    with answering:
+                        connection.sendall(write_responses(self.answer(batch)))
+        self._answering.remove(answering)
+
+    def handle(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
+        """A body for each row, for a caller that has TorchServe's context instead of its socket."""
+        batch = [
+            WireRequest(context.get_request_id(i) or "", row, context.get_all_request_header(i))
+            for i, row in enumerate(rows)
+        ]
+        with self._handling:
+            responses = self.answer(batch)
+        for i, response in enumerate(responses):
+            context.set_response_status(response.status, response.phrase, i)
+            for name, value in response.headers.items():
+                context.set_response_header(i, name, value)
+        return [response.body for response in responses]
+
+    def answer(self, batch: Sequence[WireRequest]) -> list[WireResponse]:
+        """Every request of the batch is inside the service before the first response is awaited."""
+        requests = [read_request(wire) for wire in batch]
+        with self._service.together():
+            started = [self._start(request) for request in requests]
+        patience_s = self._service.timeout_s + 5  # a service always answers, at the time limit at the latest
+        # StreamPredictions ends a worker whose whole answer does not say that no more of it will come.
+        return [
+            wire_response(
+                wire.id,
+                response if isinstance(response, ServiceResponse) else response.result(patience_s),
+                more=None if request.rest else False,
+            )
+            for wire, request, response in zip(batch, requests, started, strict=True)
+        ]
+
+    def _start(self, request: TorchServeRequest) -> ServiceResponse | PendingResponse:
+        response = control(self._service, request) if self._controls else None
+        return response or self._service.submit(request)
+
+    def end_when_it_hangs(self) -> None:
+        """A thread that hangs in a model cannot be ended; its process can, and TorchServe starts another."""
+        if not hangs_before(self._closed, self._service):
+            return
+        for answering in tuple(self._answering):  # the requests inside are answered, at their time limit at the latest
+            answering.acquire()
+        time.sleep(0.2)  # for the responses to leave
+        os._exit(EXIT_HANGS)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._service.close()
+
+
+def hangs_before(closed: threading.Event, service: Service) -> bool:
+    """Waits until a model hangs, and is true; false when `closed` is set before."""
+    while not service.hangs():
+        if closed.wait(1):
+            return False
+    logger.error("a node of %s hangs: this worker ends", service.name)
+    return True
+
+
+class _SocketReader:
+    """Stands in for the function that TorchServe's worker reads its socket with, and never returns to it."""
+
+    serve: Callable[[socket.socket], None] | None = None
+    """Answers on a connection until it ends."""
+
+    @classmethod
+    def take_over(cls) -> _SocketReader | None:
+        """In the worker's own archive. None in an archive that is a node of it, and where TorchServe is another one."""
+        main = sys.modules["__main__"]
+        read = getattr(main, "retrieve_msg", None)
+        if read is None or isinstance(read, cls) or "--async" in sys.argv:
+            return None
+        reader = cls()
+        vars(main)["retrieve_msg"] = reader
+        return reader
+
+    def __call__(self, connection: socket.socket) -> NoReturn:
+        if self.serve is None:
+            raise RuntimeError("the model is not loaded")
+        self.serve(connection)
+        sys.exit(0)
