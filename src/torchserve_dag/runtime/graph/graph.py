@@ -16,6 +16,8 @@ from torchserve_dag.runtime.project.handler_file import HandlerFile, Serve
 
 REQUEST = "request"
 """The name of what the client sent, decoded: the graph's one start."""
+PARAMETERS = "parameters"
+"""The name of the request's parameters in expressions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class Output:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset(name for value in self.values.values() for name in value.names) - {"parameters"}
+        return frozenset(name for value in self.values.values() for name in value.names) - {PARAMETERS}
 
     @property
     def type(self) -> Any:

@@ -20,7 +20,13 @@ class Problems:
 
     def add(self, place: Place, what: str, help: str = "") -> None:  # noqa: A002 (the word that is printed)
         """Something that is wrong with a node."""
-        self.found.append(self.source.problem(("nodes", *place), f"{place[0]}: {what}", help))
+        self.found.append(self._problem(place, what, help))
+
+    def add_once(self, place: Place, what: str, help: str) -> None:  # noqa: A002
+        """Something that is wrong with a node, and that several expressions of the node may have in common."""
+        problem = self._problem(place, what, help)
+        if problem not in self.found:
+            self.found.append(problem)
 
     def add_at(self, path: Place, what: str, help: str = "") -> None:  # noqa: A002
         """Something that is wrong elsewhere in the file."""
@@ -29,6 +35,9 @@ class Problems:
     def add_all(self, error: CheckError) -> None:
         """What is wrong with another file, once."""
         self.found += [problem for problem in error.problems if problem not in self.found]
+
+    def _problem(self, place: Place, what: str, help: str) -> Problem:  # noqa: A002
+        return self.source.problem(("nodes", *place), f"{place[0]}: {what}", help)
 
     def stop(self) -> None:
         """Raises CheckError where there are any."""

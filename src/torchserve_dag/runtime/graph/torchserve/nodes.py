@@ -10,11 +10,11 @@ from typing import Any
 
 from torchserve_dag.runtime.compat.runner import Row
 from torchserve_dag.runtime.graph.expression import Expression
-from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node, Output, Policy, result_of
+from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST, Branch, Code, Graph, Node, Output, Policy, result_of
 from torchserve_dag.runtime.graph.kinds import FunctionCode, Kind
 from torchserve_dag.runtime.messages import Failure
 
-_RESERVED = {"", REQUEST, "parameters"}
+_RESERVED = {"", REQUEST, PARAMETERS}
 """What has a meaning of its own among the names of a graph."""
 
 
@@ -120,7 +120,7 @@ def _first_row(values: Mapping[str, Any]) -> Row:
     request = values[REQUEST]
     if isinstance(request, Row):
         return request
-    return Row({**{key: text.encode() for key, text in values["parameters"].items()}, "body": request})
+    return Row({**{key: text.encode() for key, text in values[PARAMETERS].items()}, "body": request})
 
 
 def joined(**answers: bytes) -> dict[str, Any] | Failure:
