@@ -14,8 +14,9 @@ from tests.property.functions import NUM, OPS, Op
 from tests.property.trial import load, write
 from tests.property.workflows import Flow, Run, Step
 from tests.property.workflows import Path as PathTo
+from torchserve_dag.runtime.engine.gather import PENDING
 from torchserve_dag.runtime.engine.queue import FairQueue
-from torchserve_dag.runtime.engine.request import PENDING, Item, Request
+from torchserve_dag.runtime.engine.request import Item, Request
 
 ONE_STEP = Flow(
     "flow",
@@ -31,7 +32,7 @@ Asker = Any
 @pytest.fixture(scope="module")
 def asker(project: Path) -> Asker:
     with load(project, write(project, ONE_STEP)) as workflow:
-        plan = workflow.engine._plan
+        plan = workflow.engine._plans.default
     OPS.clear()
 
     def ask(parent: Item | None = None) -> Request:
@@ -72,7 +73,7 @@ def test_nothing_is_lost_and_each_request_keeps_its_order(
     def check(items: Sequence[Item]) -> None:
         for item in items:
             which = requests.index(item.request.root)
-            assert not item.over
+            assert not item.finished
             assert waiting[which].pop(0) == item.value
 
     for what, number, count in actions:
@@ -81,20 +82,20 @@ def test_nothing_is_lost_and_each_request_keeps_its_order(
             for _ in range(count):
                 value = next(numbers)
                 inside = asker(item_of(request, 0)) if value % 3 == 0 else request
-                queue.put(item_of(inside, value))
+                queue.push(item_of(inside, value))
                 if not request.ended:
                     waiting[number].append(value)
         elif what == "take":
             check(queue.take(number))
         elif what == "head":
-            head = queue.head()
+            head = queue.peek()
             assert (head is None) == (not any(waiting))
-            assert head is None or not head.over
+            assert head is None or not head.finished
         elif what == "end":
             request.cancel()
             waiting[number] = []
         else:
-            queue.drop_ended()
+            queue.drop_finished()
             assert len(queue.heap) == sum(map(len, waiting))
     check(queue.take(10_000))
     assert waiting == [[], [], [], []]
@@ -114,12 +115,12 @@ def test_a_single_item_waits_for_two_of_each_long_request_at_most(
     for count in long:
         request = asker()
         for value in range(count):
-            queue.put(item_of(request, value))
+            queue.push(item_of(request, value))
     queue.take(before)
     if dropped:
-        queue.drop_ended()
+        queue.drop_finished()
 
     single = item_of(asker(), 0)
-    queue.put(single)
+    queue.push(single)
 
     assert single in queue.take(2 * len(long) + 1)

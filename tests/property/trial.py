@@ -78,7 +78,7 @@ def ask_all(workflow: Workflow, flow: Flow, chosen: Sequence[Ask]) -> list[Asked
                 timeout_s=ask.after_s + 0.001 if ask.end == "deadline" else None,
                 priority="bulk" if ask.bulk else "interactive",
             ),
-            on_piece=pieces.append,
+            on_chunk=pieces.append,
         )
         asked.append(Asked(ask, tag, expected, request, pieces))
     began = time.monotonic()
@@ -180,7 +180,7 @@ def left_behind(workflow: Workflow) -> list[str]:
         left = [
             f"{station.name}: {len(station)} wait" for station in workflow.engine._stations.values() if len(station)
         ]
-        left += [f"{s.name}: {s.under_way} under way" for s in workflow.engine._stations.values() if s.under_way]
+        left += [f"{s.name}: {s.in_flight} in flight" for s in workflow.engine._stations.values() if s.in_flight]
         left += [f"{workflow.engine.inside} requests"] if workflow.engine.inside else []
         left += [f"{shared.under_way} calls"] if shared.under_way else []
         if not left or time.monotonic() > deadline:

@@ -231,7 +231,7 @@ def test_a_skipped_node_is_the_answer_of_what_needs_it(write: Write) -> None:
 
 
 def test_a_fan_out_over_too_many_elements_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchserve_dag.runtime.engine.request.MAX_ELEMENTS", 5)
+    monkeypatch.setattr("torchserve_dag.runtime.engine.fan_out.MAX_ELEMENTS", 5)
     with Workflow.load(write(EACH, EACH_FUNCTIONS)) as workflow:
         many, few = workflow([b"a b c d e f", b"a b"])
 

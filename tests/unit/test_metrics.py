@@ -55,7 +55,7 @@ def told(publisher: Publisher, server: TorchServe | None = None) -> TorchServe:
 
 def test_a_histogram_has_the_series_that_prometheus_gives_one() -> None:
     counts = NodeCounts()
-    counts.ran([0.003, 0.003, 20.0, 60.0], 0.7, 1)
+    counts.record_batch([0.003, 0.003, 20.0, 60.0], 0.7, 1)
 
     server = told(Publisher("flow", "1.0", lambda: series_of({"detect": counts})))
 
@@ -106,7 +106,7 @@ def test_the_first_line_may_be_lost() -> None:
     publisher = Publisher("flow", "1.0", lambda: series_of({"detect": counts}))
     server = TorchServe()
     for _ in range(2):
-        counts.ran([0.1], 0.1, 0)
+        counts.record_batch([0.1], 0.1, 0)
         for line in publisher.lines()[1:]:
             server.read(line)
 
@@ -120,7 +120,7 @@ def test_what_is_published_step_by_step_adds_up_to_what_was_counted(
     counts, server = NodeCounts(), TorchServe()
     publisher = Publisher("flow", "1.0", lambda: series_of({"a": counts}))
     for waits, run_s, published in batches:
-        counts.ran(waits, run_s, 0)
+        counts.record_batch(waits, run_s, 0)
         if published:
             told(publisher, server)
     told(publisher, server)
@@ -132,7 +132,7 @@ def test_what_is_published_step_by_step_adds_up_to_what_was_counted(
 
 def test_two_workers_add_up_and_a_worker_that_is_started_anew_takes_nothing_away() -> None:
     counts, server = NodeCounts(), TorchServe()
-    counts.ran([0.1], 0.1, 0)
+    counts.record_batch([0.1], 0.1, 0)
     for _ in range(3):
         told(Publisher("flow", "1.0", lambda: series_of({"a": counts})), server)
 
@@ -157,7 +157,7 @@ def test_the_thread_publishes_and_the_last_counts_are_published_when_it_is_close
     publisher = publish_every(0.01, "flow", "1.0", count)
     for _ in range(3):
         assert looked.acquire(timeout=10)
-    counts.ran([0.1, 0.1], 0.1, 0)
+    counts.record_batch([0.1, 0.1], 0.1, 0)
     publisher.close()
 
     server = TorchServe()

@@ -292,7 +292,7 @@ def test_pieces_reach_the_client_in_order_and_the_answer_is_all_of_them(write: W
     pieces: list[Text] = []
     text = " ".join(f"w{i}" for i in range(200))
     with Workflow.load(path) as workflow:
-        answer = workflow.submit(text.encode(), on_piece=pieces.append).future.result()
+        answer = workflow.submit(text.encode(), on_chunk=pieces.append).future.result()
 
         assert workflow.graph.streams
         assert [piece.text.lower() for piece in pieces] == text.split()
@@ -341,7 +341,7 @@ def test_a_failure_in_mid_stream_comes_after_the_pieces_before_it(write: Write) 
     path = write("answer: {function: tell}", STREAM)
     pieces: list[Text] = []
     with Workflow.load(path) as workflow:
-        failure = workflow.submit(b"a b bad c", on_piece=pieces.append).future.result()
+        failure = workflow.submit(b"a b bad c", on_chunk=pieces.append).future.result()
 
     assert (failure, pieces) == (Failure(400, "It is bad.", "InputError", "answer"), [Text("a"), Text("b")])
 
@@ -363,7 +363,7 @@ def forever(text: Text) -> Iterator[int]:
 """,
     )
     with Workflow.load(path) as workflow:
-        request = workflow.submit(b"x", options=Options(cancel_key="k"), on_piece=lambda _: workflow.engine.cancel("k"))
+        request = workflow.submit(b"x", options=Options(cancel_key="k"), on_chunk=lambda _: workflow.engine.cancel("k"))
 
         assert request.future.result(5).status == 499
         assert not workflow.engine.cancel("k")
@@ -433,7 +433,7 @@ def forever(text: Text) -> Iterator[int]:
         for _ in range(20):  # it may wait in the queue when it is cancelled, or be in a lane
             left.clear()
             begun = threading.Event()
-            request = workflow.submit(b"x", on_piece=lambda _, begun=begun: begun.set())
+            request = workflow.submit(b"x", on_chunk=lambda _, begun=begun: begun.set())
             assert begun.wait(5)
             request.cancel()
             assert left.wait(5)
@@ -455,7 +455,7 @@ def test_a_piece_that_cannot_be_given_fails_the_stream_and_ends_it(write: Write)
             raise raised
 
         with Workflow.load(path) as workflow:
-            request = workflow.submit(b"a b c", on_piece=give)
+            request = workflow.submit(b"a b c", on_chunk=give)
             wait_for(lambda workflow=workflow: not workflow.engine.inside)
             hold.set()
             failure = request.future.result(5)
@@ -484,7 +484,7 @@ def first(text: Text | Skipped, others: list[Text | Skipped]) -> Text | Skipped:
         assert workflow([b" ", b"a b", b" "]) == [[], [Text("a"), Text("b")], []]
         # A lane counts what it has done when it looks for more, which may be after the answer has left.
         deadline = time.monotonic() + 5
-        while any(station.under_way for station in workflow.engine._stations.values()):
+        while any(station.in_flight for station in workflow.engine._stations.values()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 

@@ -89,7 +89,7 @@ class Workflow:
         request_id: str | None = None,
         known: Mapping[str, Any] | None = None,
         options: Options | None = None,
-        on_piece: Callable[[Any], None] | None = None,
+        on_chunk: Callable[[Any], None] | None = None,
     ) -> Request:
         """One request; see Engine.submit. `body` is a message, or its bytes, which `content_type` says more about."""
         return self.engine.submit(
@@ -98,7 +98,7 @@ class Workflow:
             request_id=request_id,
             known=known,
             options=options,
-            on_piece=on_piece,
+            on_chunk=on_chunk,
         )
 
     def counts(self) -> dict[str, NodeCounts]:

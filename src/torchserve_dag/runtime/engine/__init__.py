@@ -1,1 +1,1 @@
-"""Requests run through a graph; knows nothing of TorchServe."""
+"""Requests run through a graph; nothing here knows TorchServe."""

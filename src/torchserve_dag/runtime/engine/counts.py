@@ -1,4 +1,4 @@
-"""What a node has done so far: how long items waited and ran, in batches of what size, and what became of them."""
+"""What a node has done so far: how long items waited and ran, in batches of what size, failures, skipped items."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of the buckets that times are counted in; the last bucket has none."""
+"""Upper bounds of the buckets of durations; the last bucket has none."""
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 
 @dataclass
 class Histogram:
-    """Counts by bucket, as Prometheus has them, though not added up yet."""
+    """Counts by bucket, like a Prometheus histogram, but not cumulative."""
 
     bounds: tuple[float, ...]
     counts: list[int] = field(default_factory=list)
@@ -37,15 +37,15 @@ class Histogram:
 @dataclass
 class NodeCounts:
     queue_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    """Of each item: the time from when it was ready to when a batch took it."""
+    """By item: the time from when it was ready until a batch took it."""
     run_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    """Of each batch."""
+    """By batch."""
     batch: Histogram = field(default_factory=lambda: Histogram(SIZES))
-    """Of each batch: how many items it had."""
+    """By batch: how many items it had."""
     failures: int = 0
-    """Tries that failed; an item that is tried again may still succeed."""
+    """Failed tries; an item that is retried may still succeed."""
     skipped: int = 0
-    """Items that a `when`, or a skipped input, or `on_error: skip` left out."""
+    """Items that a `when`, a skipped input or `on_error: skip` left out."""
 
     @property
     def batches(self) -> int:
@@ -55,8 +55,8 @@ class NodeCounts:
     def items(self) -> int:
         return self.queue_s.count
 
-    def ran(self, waits_s: Iterable[float], run_s: float, failures: int) -> None:
-        """One batch: each item's wait, how long it ran, and how many of the items failed."""
+    def record_batch(self, waits_s: Iterable[float], run_s: float, failures: int) -> None:
+        """A batch has run: the wait of each of its items, its run time, and how many of its items failed."""
         size = 0
         for wait in waits_s:
             self.queue_s.observe(wait)

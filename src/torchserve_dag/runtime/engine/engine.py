@@ -1,16 +1,20 @@
-"""The executor: requests flow through a graph, and items of all of them share each node's batches.
+"""The engine: requests flow through a graph, and items of all of them share each node's batches.
 
     submit ─► request ─► ready node ─► its items queue at a station ─► a lane takes a batch ─► answers ─► next nodes
 
-    plan.py      which nodes a request runs, and what each waits for
-    request.py   a request on its way, and the items that it becomes at a node
-    queue.py     in which order items of several requests are taken
-    station.py   a node's code at work, with its queue
-    lanes.py     the threads of a device, and which batch each takes next
-    timers.py    deadlines, and pauses between tries
+    admission.py   which requests may enter, and how long they may stay
+    plan.py        which nodes a request runs, and what each waits for
+    request.py     a request on its way, and its items; fan_out.py: from a ready node to its items
+    queue.py       in which order the items of several requests are taken
+    station.py     a node's code at work, with its queue
+    lanes.py       the threads of a device, and which batch each takes next
+    elsewhere.py   items that take no lane: in served models and workflows inside; cancelling them
+    flow.py        what an answer changes: results, retries, failures, the nodes that are ready next
+    streaming.py   the chunks of an answer, to the client
+    timers.py      deadlines, and the pauses before retries
 
-A failed item is tried again, skipped or stood in for, as its node's policy says; else it ends its own request,
-and nothing else.
+A failed item is retried, skipped or replaced, as its node's policy says; else it ends its own request, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -26,15 +30,19 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from torchserve_dag.runtime.data.options import Options, Priority
+from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.engine.admission import CLOSING, Admission
 from torchserve_dag.runtime.engine.counts import NodeCounts
-from torchserve_dag.runtime.engine.flow import Changes, make, record, settle, start, values_of
-from torchserve_dag.runtime.engine.lanes import BULK_TURN, Lanes, SetAlone
-from torchserve_dag.runtime.engine.plan import ANSWER, Plan, make_plan, outputs_asked
-from torchserve_dag.runtime.engine.request import PENDING, Item, Request
-from torchserve_dag.runtime.engine.runner import Rest, Runner, Starter, internal_error
+from torchserve_dag.runtime.engine.elsewhere import Elsewhere
+from torchserve_dag.runtime.engine.flow import Changes, make_items, read_inputs, record_result, settle, start_node
+from torchserve_dag.runtime.engine.gather import PENDING
+from torchserve_dag.runtime.engine.lanes import Lanes, SetAlone
+from torchserve_dag.runtime.engine.plan import ANSWER, Plan, Plans, make_plan
+from torchserve_dag.runtime.engine.request import Item, Request
+from torchserve_dag.runtime.engine.runner import Runner, Starter, Stream, internal_error
 from torchserve_dag.runtime.engine.span import Observer, Span
 from torchserve_dag.runtime.engine.station import CPU, ELSEWHERE, Station
+from torchserve_dag.runtime.engine.streaming import AnswerStream
 from torchserve_dag.runtime.engine.timers import Timers
 from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node
 from torchserve_dag.runtime.graph.kinds import DecodeCode
@@ -42,18 +50,12 @@ from torchserve_dag.runtime.messages import Failure, InputError
 
 logger = logging.getLogger(__name__)
 
-SWEEP_S = 0.5
-"""After a request that ran out of time, until what it left behind in the queues is let go of."""
-
-MAX_PLANS = 256
-"""Sets of outputs whose plans are kept; clients choose them."""
-
 
 class Engine:
     """Runs one graph.
 
-    `runners` has one for each code that runs in this process, by its name in `graph.codes`, and one called
-    `request` that decodes; `starters` one for each code that runs elsewhere.
+    `runners` has a runner for each code that runs in this process, by its name in `graph.codes`, and one called
+    `request` that decodes; `starters` has a starter for each code that runs elsewhere.
     """
 
     def __init__(
@@ -67,25 +69,21 @@ class Engine:
         observer: Observer | None = None,
         set_alone: SetAlone = lambda _: None,
     ) -> None:
-        """`lanes`: how many a device has; `devices`: where each code runs, `cpu` where it is not said."""
+        """`lanes`: how many each device has; `devices`: where each code runs, by default on `cpu`."""
         self.graph = graph
-        self.timeout_s = float(graph.serve.timeout_s)
-        self.max_inside = graph.serve.max_inside
         self._observer = observer
         self._lock = threading.Lock()
-        self._closed = False
-        self._inside: dict[Request, None] = {}
-        self._keys: dict[str, Request] = {}
-        """The requests that their clients may cancel, by the key that the client gave."""
         self._runners, self._devices, self._starters = runners, devices or {}, starters or {}
-        self._stations: dict[str, Station] = {}
         self._dropped: list[Item] = []
-        """Queued items that nobody waited for any more, to be let go of without the lock: see queue.py."""
-        self._here = _Here()
-        self._sweeping = False
-        self._plan = self._make_plan(graph, "", ())
-        self._plans: dict[tuple[str, ...], Plan] = {(): self._plan}
+        """Finished items that were taken from the queues; cleared without the lock: see FairQueue."""
+        self._entering = _Entering()
+        self._elsewhere = Elsewhere(self._lock, self._dropped, self._deliver, self._begin)
+        self._stations: dict[str, Station[Item]] = {}
+        self._plans = Plans(self._make_plan(graph, "", ()))
         self._timers = Timers(f"{graph.name}-timers")
+        self._admission = Admission(
+            graph.serve.max_inside, float(graph.serve.timeout_s), self._lock, self._timers, self._sweep
+        )
         stations = list(self._stations.values())
         self._lanes = {
             device: Lanes(graph.name, device, count, stations, self._lock, self._run, set_alone, self._dropped)
@@ -94,7 +92,7 @@ class Engine:
 
     # The graph's codes, as stations; a workflow inside has a plan of its own.
 
-    def _make_plan(self, graph: Graph, prefix: str, depth: tuple[int, ...]) -> Plan:
+    def _make_plan(self, graph: Graph, prefix: str, depth: tuple[int, ...]) -> Plan[Item]:
         stations = {
             code.name: self._make_station(code, f"{prefix}{code.name}", (*depth, node.depth))
             for node in (*([] if prefix else [_DECODING]), *graph.nodes.values())
@@ -102,12 +100,12 @@ class Engine:
         }
         return make_plan(graph, graph.output, stations, prefix)
 
-    def _make_station(self, code: Code, name: str, depth: tuple[int, ...]) -> Station:
-        start = None
+    def _make_station(self, code: Code, name: str, depth: tuple[int, ...]) -> Station[Item]:
+        start: Callable[[Item], None] | None = None
         if code.inner:
-            start = partial(self._start_inner, self._make_plan(code.inner, f"{name}/", depth))
+            start = partial(self._elsewhere.start_inner, self._make_plan(code.inner, f"{name}/", depth))
         elif code.kind.elsewhere:
-            start = partial(self._start_served, self._starters[name])
+            start = partial(self._elsewhere.start_served, self._starters[name])
         station = Station(
             name,
             batch=code.batch,
@@ -121,7 +119,7 @@ class Engine:
         self._stations[name] = station
         return station
 
-    # In, and out.
+    # A request enters.
 
     def submit(
         self,
@@ -131,130 +129,133 @@ class Engine:
         request_id: str | None = None,
         known: Mapping[str, Any] | None = None,
         options: Options | None = None,
-        on_piece: Callable[[Any], None] | None = None,
+        on_chunk: Callable[[Any], None] | None = None,
     ) -> Request:
-        """Put a request in. Its `future` gives the answer or a Failure, at the time limit at the latest.
+        """Submit a request. Its `future` gives the answer or a Failure, at the time limit at the latest.
 
-        `known` holds results that come with the request, for the nodes that a segment leaves out. Where the
-        answer comes in pieces, `on_piece` is called with each, in order, before the future ends; the future then
-        gives them all.
+        `known` holds results that come with the request, for the nodes that a segment leaves out. Where the answer
+        streams, `on_chunk` is called with each chunk, in order, before the future ends; the future's answer is the
+        list of all chunks.
         """
         options = options or Options()
-        future: Future[Any] = Future()
-        now = time.monotonic()
-        refusal = None
-        plan = self._plan
+        deadline = time.monotonic() + self._admission.limit_s(options)
+        refusal, plan = None, self._plans.default
         try:
-            plan = self._plan_for(options.outputs)
+            plan = self._plans.for_outputs(options.outputs)
         except InputError as error:
             refusal = Failure(error.status, error.message)
+        future: Future[Any] = Future()
         request = Request(
             request_id or uuid.uuid4().hex,
             plan,
-            now + min(self.timeout_s, options.timeout_s or self.timeout_s),
+            deadline,
             {**(known or {}), "parameters": dict(parameters or {})},
             partial(_finish, future),
             self._end,
             options,
-            on_piece=on_piece,
+            stream=AnswerStream(plan.streaming, on_chunk, self._lock) if on_chunk and plan.streaming else None,
             future=future,
             began_ns=time.time_ns() if self._observer else 0,
         )
-        with self._lock:
-            if self._closed:
-                refusal = _CLOSING
-            elif len(self._inside) >= self.max_inside:
-                message = f"{self.max_inside:,} requests are inside; try again in a second."
-                refusal = Failure(HTTPStatus.SERVICE_UNAVAILABLE, message, "Overloaded")
-            if refusal is None:
-                self._inside[request] = None
-                if options.cancel_key:
-                    self._keys[options.cancel_key] = request
-                self._timers.at(request.deadline, request, self._too_late)
-        if refusal is None:
-            item = Item(request, _DECODING, _DECODE, body, [PENDING], 0)
-            if self._here.entering is None:
-                self._enqueue(Changes(queued=[item]))
-            else:
-                self._here.entering.append(item)
-        else:
+        refusal = refusal or self._admission.admit(request)
+        if refusal:
             request.ended = True
             future.set_result(refusal)
+        else:
+            self._enter(Item(request, _DECODING, _DECODE, body, [PENDING], 0))
         return request
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What this thread submits inside reaches the lanes at its end: once for all costs less than once for each."""
+        """Queue what this thread submits inside the block at the block's end: once for all costs less."""
         entering: list[Item] = []
-        self._here.entering = entering
+        self._entering.items = entering
         try:
             yield
         finally:
-            self._here.entering = None
+            self._entering.items = None
             if entering:
                 self._enqueue(Changes(queued=entering))
 
+    def _enter(self, item: Item) -> None:
+        if self._entering.items is None:
+            self._enqueue(Changes(queued=[item]))
+        else:
+            self._entering.items.append(item)
+
     def cancel(self, key: str) -> bool:
         """Cancel the request that came with this `cancel_key`; whether there was one."""
-        with self._lock:
-            request = self._keys.get(key)
+        request = self._admission.with_cancel_key(key)
         if request is None:
             return False
         request.cancel()
         return True
 
-    @property
-    def over(self) -> bool:
-        """Whether it is closed."""
-        return self._closed
+    # Its nodes become items, and these queue.
 
-    @property
-    def inside(self) -> int:
-        """How many requests are inside."""
-        return len(self._inside)
+    def _begin(self, request: Request, message: Any) -> None:
+        """Start the nodes that need nothing but the request's message."""
+        self._apply(Changes(ended=[(request, REQUEST, message)]))
 
-    def counts(self) -> dict[str, NodeCounts]:
-        """What each code has done so far, by its name; `request` is the decoding."""
+    def _start_nodes(self, ready: list[tuple[Request, Node]], changes: Changes) -> None:
+        """Start nodes that are ready, or feed nodes that follow a stream."""
         with self._lock:
-            return {name: station.counts.copy() for name, station in self._stations.items()}
+            inputs = [(request, node, *read_inputs(request, node)) for request, node in ready if not request.finished]
+        started = []
+        for request, node, values, chunks in inputs:
+            try:
+                started.append((request, node, make_items(request, node, values, chunks), len(chunks)))
+            except InputError as error:
+                self._end(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
+            except Exception:
+                logger.exception("request %s: the expressions of %s raised", request.id, node.name)
+                self._end(request, internal_error(request.plan.prefix + node.name))
+        with self._lock:
+            for request, node, made, chunk_count in started:
+                start_node(request, node, made, chunk_count, changes)
 
-    def stuck(self) -> bool:
-        """Whether a lane hangs: in one node for half of what a request may take, with nobody waiting for it."""
+    def _enqueue(self, changes: Changes) -> None:
+        queued: dict[Station[Item], list[Item]] = {}
         now = time.monotonic()
         with self._lock:
-            return any(
-                items and now - since > self.timeout_s / 2 and all(item.over for item in items)
-                for lanes in self._lanes.values()
-                for since, items in lanes.busy.values()
-            )
+            for pause, item in changes.retries:
+                self._timers.schedule(now + pause, item.request, partial(self._retry, item))
+            for item in changes.queued:
+                queued.setdefault(item.station, []).append(item)
+                limit = item.node.policy.timeout_s
+                if limit and not isinstance(item.value, Stream):  # the limit holds for all chunks together
+                    self._timers.schedule(item.since + limit, item, partial(self._time_out, limit))
+            for station, items in queued.items():
+                if station.device == ELSEWHERE:
+                    station.push(items)
+                else:
+                    self._lanes[station.device].push(station, items, only=len(queued) == 1)
+        for station in queued:
+            if station.device == ELSEWHERE:
+                self._elsewhere.start_items(station)
 
-    def close(self) -> None:
-        """Refuse what is inside, and end the lanes. One that hangs in a node is left behind."""
+    def _retry(self, item: Item, _: Request) -> None:
+        item.since = time.monotonic()
+        self._enqueue(Changes(queued=[item]))
+
+    def _time_out(self, limit: float, item: Item) -> None:
+        """Fail a try that has reached its node's own time limit; its late answer will be dropped."""
+        failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, f"{item.station.name} took longer than {limit:g} s.", "Timeout")
+        changes = Changes()
         with self._lock:
-            self._closed = True
-            inside = list(self._inside)
-            for lanes in self._lanes.values():
-                lanes.close()
-        self._timers.close()
-        for request in inside:
-            self._end(request, _CLOSING)
-        deadline = time.monotonic() + 1
-        for thread in [self._timers.thread, *(thread for lanes in self._lanes.values() for thread in lanes.threads)]:
-            if thread is not threading.current_thread():  # a future's callback may close the engine
-                thread.join(timeout=max(0.0, deadline - time.monotonic()))
+            if item.finished:
+                return
+            cancel = item.request.elsewhere.get(item)
+            item.station.counts.failures += 1
+            settle(item, failure, changes)
+        if cancel:
+            cancel()
+        self._apply(changes)
 
-    def _plan_for(self, outputs: tuple[str, ...]) -> Plan:
-        plan = self._plans.get(outputs)
-        if plan is None:
-            plan = make_plan(self.graph, outputs_asked(self.graph, outputs), self._plan.stations)
-            if len(self._plans) < MAX_PLANS:
-                self._plans[outputs] = plan
-        return plan
+    # A lane takes a batch of them.
 
-    # Work.
-
-    def _run(self, station: Station, items: list[Item]) -> None:
-        """One batch, in a lane."""
+    def _run(self, station: Station[Item], items: list[Item]) -> None:
+        """Run one batch, in a lane."""
         began = time.monotonic()
         answers: Sequence[Any] = ()
         try:
@@ -268,89 +269,19 @@ class Engine:
             answers = [internal_error(station.name)] * len(items)
         self._deliver(station, items, answers, began)
 
-    def _start_elsewhere(self, station: Station) -> None:
-        """Start the items that wait for what runs elsewhere, as many as may be under way."""
-        stations = self._here.stations
-        stations.append(station)
-        if len(stations) > 1:  # this thread is at it, further out: what ends at once must not pile up its stack
-            return
-        try:
-            while stations:
-                self._start_at(stations[0])
-                del stations[0]
-        finally:
-            stations.clear()  # else this thread would start nothing any more
+    # The answers have their effects; flow.py decides which.
 
-    def _start_at(self, station: Station) -> None:
-        while True:
-            with self._lock:
-                station.turn += 1
-                first: Priority = "bulk" if station.turn % BULK_TURN == 0 else "interactive"
-                items = station.take(station.batch - station.under_way, first)
-                station.under_way += len(items)
-            self._dropped.clear()
-            if not items:
-                return
-            for item in items:
-                try:
-                    station.start(item)
-                except BaseException:
-                    logger.exception("request %s: %s could not be started", item.request.id, station.name)
-                    self._came_back(item, internal_error(station.name), time.monotonic())
-
-    def _start_served(self, starter: Starter, item: Item) -> None:
-        request, began = item.request, time.monotonic()
-        limit = request.root.deadline
-        if item.node.policy.timeout_s:
-            limit = min(limit, item.since + item.node.policy.timeout_s)
-
-        def done(answer: Any) -> None:
-            self._came_back(item, answer, began)
-
-        call_off = starter(item.value, max(0.001, limit - began), done)
-        self._away(item, call_off)
-
-    def _start_inner(self, plan: Plan, item: Item) -> None:
-        outer, began = item.request, time.monotonic()
-        values = {"parameters": outer.values.get("parameters", {}), REQUEST: item.value}
-
-        def finish(answer: Any) -> None:
-            self._came_back(item, answer, began)
-
-        inner = Request(outer.id, plan, outer.deadline, values, finish, self._end, outer.options, parent=item)
-        self._away(item, inner.cancel)
-        self._apply(Changes(ended=[(inner, REQUEST, item.value)]))
-
-    def _away(self, item: Item, call_off: Callable[[], None]) -> None:
-        """An item runs elsewhere now; if its request has ended meanwhile, nobody else will call it off."""
-        with self._lock:
-            over = item.over
-            if not over:
-                item.request.away[item] = call_off
-        if over:
-            call_off()
-
-    def _came_back(self, item: Item, answer: Any, began: float) -> None:
-        station = item.station
-        with self._lock:
-            station.under_way -= 1
-            item.request.away.pop(item, None)
-        self._deliver(station, [item], [answer], began)
-        self._start_elsewhere(station)
-
-    # What becomes of the answers; flow.py says what they change.
-
-    def _deliver(self, station: Station, items: Sequence[Item], answers: Sequence[Any], began: float) -> None:
+    def _deliver(self, station: Station[Item], items: Sequence[Item], answers: Sequence[Any], began: float) -> None:
         now = time.monotonic()
         changes = Changes()
         with self._lock:
-            station.ran(len(items), now - began)
+            station.record_run(len(items), now - began)
             failures = sum(isinstance(answer, Failure) for answer in answers)
-            station.counts.ran((began - item.since for item in items), now - began, failures)
+            station.counts.record_batch((began - item.since for item in items), now - began, failures)
             for item, answer in zip(items, answers, strict=True):
                 if self._observer:
-                    _note(item, answer, began, now, len(items))
-                if not item.over:
+                    _add_span(item, answer, began, now, len(items))
+                if not item.finished:
                     settle(item, answer, changes)
         if failures:
             for item, answer in zip(items, answers, strict=True):
@@ -359,88 +290,32 @@ class Engine:
         self._apply(changes)
 
     def _apply(self, changes: Changes) -> None:
-        """Let what has happened have its effect, and what that makes happen, until all of it waits for a station."""
-        while changes.failed or changes.grown or changes.ended:
+        """Carry out changes and the changes that follow from them, until all that is left are items to queue."""
+        while changes.failed or changes.streamed or changes.ended:
             failed, changes.failed = changes.failed, []
             for request, failure in failed:
                 self._end(request, failure)
             ready: list[tuple[Request, Node]] = []
-            for request, node in changes.take_grown():
+            for request, node in changes.take_streamed():
                 followers = request.plan.followers.get(node.name, ())
                 ready += [(request, follower) for follower in followers if follower.name in request.gathers]
-                if node.name == request.plan.streaming:
-                    self._send(request)
+                if node.name == request.plan.streaming and request.stream:
+                    request.stream.send(request)
             with self._lock:
-                after = [(r, name) for r, node, value in changes.take_ended() for name in record(r, node, value)]
+                after = [(r, name) for r, node, value in changes.take_ended() for name in record_result(r, node, value)]
             ready += [(request, request.plan.nodes[name]) for request, name in after if name != ANSWER]
             for request, name in after:
                 if name == ANSWER:
                     self._answer(request)
             if ready:
-                self._start(ready, changes)
-        if changes.queued or changes.later:
+                self._start_nodes(ready, changes)
+        if changes.queued or changes.retries:
             self._enqueue(changes)
 
-    def _start(self, ready: list[tuple[Request, Node]], changes: Changes) -> None:
-        """Start nodes that are ready, or feed those that follow others."""
-        with self._lock:
-            read = [(request, node, *values_of(request, node)) for request, node in ready if not request.over]
-        made = []
-        for request, node, values, new in read:
-            try:
-                made.append((request, node, make(request, node, values, new), len(new)))
-            except InputError as error:
-                self._end(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
-            except Exception:
-                logger.exception("request %s: the expressions of %s raised", request.id, node.name)
-                self._end(request, internal_error(request.plan.prefix + node.name))
-        with self._lock:
-            for request, node, one, new_pieces in made:
-                start(request, node, one, new_pieces, changes)
-
-    def _enqueue(self, changes: Changes) -> None:
-        queued: dict[Station, list[Item]] = {}
-        now = time.monotonic()
-        with self._lock:
-            for pause, item in changes.later:
-                self._timers.at(now + pause, item.request, partial(self._again, item))
-            for item in changes.queued:
-                queued.setdefault(item.station, []).append(item)
-                limit = item.node.policy.timeout_s
-                if limit and not isinstance(item.value, Rest):  # it holds for all pieces together
-                    self._timers.at(item.since + limit, item, partial(self._out_of_time, limit))
-            for station, items in queued.items():
-                if station.device == ELSEWHERE:
-                    station.put(items)
-                else:
-                    self._lanes[station.device].put(station, items, only=len(queued) == 1)
-        for station in queued:
-            if station.device == ELSEWHERE:
-                self._start_elsewhere(station)
-
-    def _again(self, item: Item, _: Request) -> None:
-        item.since = time.monotonic()
-        self._enqueue(Changes(queued=[item]))
-
-    def _out_of_time(self, limit: float, item: Item) -> None:
-        """An item has reached its node's own deadline; its late answer will be dropped."""
-        failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, f"{item.station.name} took longer than {limit:g} s.", "Timeout")
-        changes = Changes()
-        with self._lock:
-            if item.over:
-                return
-            call_off = item.request.away.get(item)
-            item.station.counts.failures += 1
-            settle(item, failure, changes)
-        if call_off:
-            call_off()
-        self._apply(changes)
-
-    # Ends.
-
     def _answer(self, request: Request) -> None:
+        """End a request whose output has everything that it reads."""
         with self._lock:
-            if request.over:
+            if request.finished:
                 return
             known = request.values
         try:
@@ -451,73 +326,34 @@ class Engine:
         else:
             self._end(request, values.get("", values))
 
-    def _send(self, request: Request) -> None:
-        """Give the client the pieces that are ready, in order, one thread at a time; and after the last, the end."""
-        pieces, on_piece = request.pieces, request.on_piece
-        if pieces is None or on_piece is None:
-            return
-        while True:
-            with self._lock:
-                if pieces.sending:
-                    return
-                ready = pieces.take()
-                pieces.sending = bool(ready)
-                end = None if ready else pieces.take_end()
-            if end:
-                request.finish(end[0])
-            if not ready:
-                return
-            try:
-                for piece in ready:
-                    on_piece(piece)
-                failure = None
-            except BaseException:  # a lane must not end
-                logger.exception("request %s: a piece could not be given to the client", request.id)
-                failure = internal_error(request.plan.streaming or "")
-                self._end(request, failure)
-            with self._lock:
-                pieces.sending = False
-                if failure:
-                    pieces.break_off(failure)
+    # The request ends: answered, failed, cancelled, at its deadline, or because the engine is closed.
 
     def _end(self, request: Request, answer: Any) -> None:
         with self._lock:
             if request.ended:
                 return
             request.ended = True
-            away = list(request.away.values())
-            held = request.values, request.gathers, request.away  # and not let go of under the lock
-            request.values, request.gathers, request.away = {}, {}, {}  # photos are large, and a client may keep it
-            self._inside.pop(request, None)
-            if request.options.cancel_key and self._keys.get(request.options.cancel_key) is request:
-                del self._keys[request.options.cancel_key]
-            if request.pieces:
-                request.pieces.end = (answer,)
-        del held
-        for call_off in away:
-            call_off()
-        if request.pieces:
-            self._send(request)
+            cancels = list(request.elsewhere.values())
+            released = request.values, request.gathers, request.elsewhere  # kept until the lock is free
+            request.values, request.gathers, request.elsewhere = {}, {}, {}  # images are large; a client may keep it
+            self._admission.remove(request)
+            if request.stream:
+                request.stream.close(answer)
+        del released
+        for cancel in cancels:
+            cancel()
+        if request.stream:
+            request.stream.send(request)
         else:
             request.finish(answer)
         if self._observer and request.parent is None:
             self._observe(self._observer, request, answer)
 
-    def _too_late(self, request: Request) -> None:
-        """Answer a request that is still inside at its deadline."""
-        waiting = next((name for name in request.plan.nodes if name not in request.values), None)
-        limit = min(self.timeout_s, request.options.timeout_s or self.timeout_s)
-        self._end(request, Failure(HTTPStatus.GATEWAY_TIMEOUT, f"No answer within {limit:g} s.", "Timeout", waiting))
-        if not self._sweeping:
-            self._sweeping = True
-            self._timers.at(time.monotonic() + SWEEP_S, self, Engine._sweep)
-
     def _sweep(self) -> None:
-        """Let go of what waits and has ended: where every lane hangs, no lane takes it out."""
-        self._sweeping = False
+        """Drop finished items from the queues."""
         with self._lock:
             for station in self._stations.values():
-                station.drop_ended()
+                station.drop_finished()
         self._dropped.clear()
 
     def _observe(self, observer: Observer, request: Request, answer: Any) -> None:
@@ -528,32 +364,58 @@ class Engine:
         except Exception:
             logger.exception("request %s: its spans could not be kept", request.id)
 
+    # The engine as a whole.
 
-def _note(item: Item, answer: Any, began: float, now: float, batch: int) -> None:
-    """Keep a try's span."""
-    end = time.time_ns()
-    root = item.request.root
-    attributes = {"queue_s": began - item.since, "batch": batch, "tries": item.tries}
-    failure = answer if isinstance(answer, Failure) else None
-    start_ns = end - int((now - began) * 1e9)
-    root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))
+    @property
+    def closed(self) -> bool:
+        return self._admission.closed
+
+    @property
+    def inside(self) -> int:
+        """How many requests are inside."""
+        return len(self._admission)
+
+    def counts(self) -> dict[str, NodeCounts]:
+        """What each code has done so far, by its name; `request` is the decoding."""
+        with self._lock:
+            return {name: station.counts.copy() for name, station in self._stations.items()}
+
+    def stuck(self) -> bool:
+        """Whether a lane hangs: in one batch for half of the time limit, when nobody waits for its items any more."""
+        now = time.monotonic()
+        with self._lock:
+            return any(
+                items and now - since > self._admission.timeout_s / 2 and all(item.finished for item in items)
+                for lanes in self._lanes.values()
+                for since, items in lanes.busy.values()
+            )
+
+    def close(self) -> None:
+        """Fail the requests inside, and end the threads; a lane that hangs in a node is left behind."""
+        with self._lock:
+            inside = self._admission.close()
+            for lanes in self._lanes.values():
+                lanes.close()
+        self._timers.close()
+        for request in inside:
+            self._end(request, CLOSING)
+        deadline = time.monotonic() + 1
+        for thread in [self._timers.thread, *(thread for lanes in self._lanes.values() for thread in lanes.threads)]:
+            if thread is not threading.current_thread():  # a future's callback may close the engine
+                thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
 
-class _Here(threading.local):
-    """What one thread is at."""
+class _Entering(threading.local):
+    """Inside `together`: the first items of the requests that the current thread has submitted."""
 
     def __init__(self) -> None:
-        self.stations: list[Station] = []
-        """Where it is starting items."""
-        self.entering: list[Item] | None = None
-        """New requests, which it submits together."""
+        self.items: list[Item] | None = None
 
 
 _DECODE = Code(REQUEST, {}, frozenset(), Any, DecodeCode())
 _DECODING = Node(
     name=REQUEST, branches=(Branch(None, _DECODE),), each=(), when=None, result=Any, needs=frozenset(), depth=0
 )
-_CLOSING = Failure(HTTPStatus.SERVICE_UNAVAILABLE, "The workflow is closing.", "Overloaded")
 
 
 def _finish(future: Future[Any], answer: Any) -> None:
@@ -562,3 +424,13 @@ def _finish(future: Future[Any], answer: Any) -> None:
             future.set_result(answer)
     except BaseException:  # a future's callback must not end a lane
         logger.exception("what waited for an answer raised")
+
+
+def _add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> None:
+    """Keep the span of an item's try."""
+    end = time.time_ns()
+    root = item.request.root
+    attributes = {"queue_s": began - item.since, "batch": batch, "tries": item.failed_tries}
+    failure = answer if isinstance(answer, Failure) else None
+    start_ns = end - int((now - began) * 1e9)
+    root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))

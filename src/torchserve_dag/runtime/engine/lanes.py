@@ -1,8 +1,8 @@
-"""The threads of one device, and which batch each takes next.
+"""The worker threads of one device (its lanes), and which batch each takes next.
 
-On a CPU there is one lane a core: it takes items side by side with its neighbours, and never so many that one
-of them idles. A lane that finds no full batch does the work that may fill one, and only then takes what
-there is: a lone request never waits for company, and under load batches fill by themselves.
+On a CPU there is one lane a core. A lane never takes so many items at once that another lane idles. A lane that finds
+no full batch does the work that may fill one, and only then takes what there is: a lone request never waits for
+others to fill its batch, and under load batches fill by themselves.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torchserve_dag.runtime.data.options import Priority
 from torchserve_dag.runtime.engine.request import Item
 from torchserve_dag.runtime.engine.station import CPU, Station, shallow_first
 
-PATIENCE_S = 0.05
+MAX_FILL_WAIT_S = 0.05
 """How long an item may wait for its batch to fill while a lane has other work to do."""
 
-BULK_TURN = 8
-"""Every so many batches a bulk request goes before the interactive ones, so that it is not starved."""
+BULK_EVERY = 8
+"""Every so many batches, a bulk request goes before the interactive ones, so that it is not starved."""
 
-FAIR_TURN = 5
-"""Every so many batches the node goes first that has waited the most turns, so that one with thousands of items does
-not keep the others' from theirs."""
+FAIR_EVERY = 5
+"""Every so many batches, the station goes first that was served least recently, so that a node with thousands of items
+does not starve the others."""
 
-Run = Callable[[Station, list[Item]], None]
+Run = Callable[[Station[Item], list[Item]], None]
 
 SetAlone = Callable[[bool], None]
 """Told in a lane's thread, before each batch, whether no other lane had anything to do when it was taken."""
@@ -39,7 +39,7 @@ class Lanes:
         name: str,
         device: str,
         count: int,
-        stations: Sequence[Station],
+        stations: Sequence[Station[Item]],
         lock: threading.Lock,
         run: Run,
         set_alone: SetAlone,
@@ -56,45 +56,47 @@ class Lanes:
         self._idle = 0
         self._turn = 0
         self.busy: dict[int, tuple[float, list[Item]]] = {}
-        """By lane: since when it is in a node, and with which items; none when it has just left it."""
-        self._kept: dict[int, tuple[Station, list[Item]]] = {}
-        """By lane: what it goes on with."""
+        """By lane: since when it runs a batch, and the batch's items; an empty list when it has just ended the batch.
+        """
+        self._next: dict[int, tuple[Station[Item], list[Item]]] = {}
+        """By lane: a batch that it takes next, past the queue."""
         self.threads = [
             threading.Thread(target=self._lane, name=f"{name}-{device}-{i}", daemon=True) for i in range(count)
         ]
         for thread in self.threads:
             thread.start()
 
-    def put(self, station: Station, items: list[Item], *, only: bool) -> None:
-        """New work, and whether it is all that there is at the moment. Under the lock."""
+    def push(self, station: Station[Item], items: list[Item], *, only: bool) -> None:
+        """Queue items for a station; `only`: no other station gets any at the moment. Under the lock."""
         me = threading.get_ident()
-        one_turn = self._one_turn(station, len(items))
-        if only and one_turn and self._goes_on(me, station):
-            self._kept[me] = (station, items)
+        one_turn = self._fits_one_turn(station, len(items))
+        if only and one_turn and self._may_go_on(me, station):
+            self._next[me] = (station, items)
             return
-        station.put(items)
+        station.push(items)
         if self._idle:
             turns = 1 if one_turn else len(items)
-            # A lane that has just ended a batch takes the next one itself: waking another for it costs more.
+            # A lane that has just ended a batch takes the next one itself: waking another lane for it costs more.
             self._work.notify(turns - 1 if me in self.busy else turns)
 
-    def _goes_on(self, me: int, station: Station) -> bool:
-        """Whether the calling thread is a lane that may go on with this itself, without a queue in between.
+    def _may_go_on(self, me: int, station: Station[Item]) -> bool:
+        """Whether the calling thread is a lane that may run this batch next itself, past the queue.
 
-        Nothing that waits would go before it.
+        That is so where nothing that waits would be taken before it.
         """
         return (
             me in self.busy
-            and me not in self._kept
+            and me not in self._next
             and not any(len(other) and other.depth >= station.depth for other in self._stations)
         )
 
-    def _one_turn(self, station: Station, items: int) -> bool:
-        """Whether one lane does them, as quick functions, in a turn.
+    def _fits_one_turn(self, station: Station[Item], items: int) -> bool:
+        """Whether one lane runs the items at once, because they are calls of a quick function.
 
-        Not where there is an idle lane for each of them: then none waits for another, should that not be quick.
+        Not so where there is an idle lane for each of them: then no item waits for another, should it be slow after
+        all.
         """
-        return station.bundle and items <= station.size and not 1 < items <= 1 + self._idle
+        return station.bundle and items <= station.max_items and not 1 < items <= 1 + self._idle
 
     def close(self) -> None:
         """Under the lock."""
@@ -103,15 +105,15 @@ class Lanes:
 
     def _lane(self) -> None:
         me = threading.get_ident()
-        left: Station | None = None
+        ran: Station[Item] | None = None
         while True:
             with self._lock:
-                if left is not None:
+                if ran is not None:
                     del self.busy[me]
-                    left.under_way -= 1
-                    if left.one_at_a_time and len(left):
-                        self._work.notify()  # it was passed over meanwhile, and this lane may take something else
-                    left = None
+                    ran.in_flight -= 1
+                    if ran.one_at_a_time and len(ran):
+                        self._work.notify()  # lanes passed it over meanwhile, and this lane may take something else
+                    ran = None
                 while not self._closed and (taken := self._take()) is None and not self._dropped:
                     self._idle += 1
                     self._work.wait()
@@ -120,54 +122,55 @@ class Lanes:
                     return
                 if taken:
                     station, items = taken
-                    station.under_way += 1
+                    station.in_flight += 1
                     more = bool(self._idle or not self.busy) and any(map(len, self._stations))
                     alone = not self.busy and not more
                     if self._idle and more:
-                        self._work.notify()  # what one batch has set free may be more than it woke lanes for
+                        self._work.notify()  # one batch may have made more items ready than lanes were woken for
                     self.busy[me] = (time.monotonic(), items)
             self._dropped.clear()
             if taken:
                 self._set_alone(alone)
                 self._run(station, items)
-                items.clear()  # not under the lock; and an idle lane holds nobody's photo
-                left = station
+                items.clear()  # not under the lock; and an idle lane keeps no request's image alive
+                ran = station
 
-    def _take(self) -> tuple[Station, list[Item]] | None:
+    def _take(self) -> tuple[Station[Item], list[Item]] | None:
         """The next batch, under the lock."""
-        kept = self._kept.pop(threading.get_ident(), None)
-        if kept:
-            return kept
+        batch = self._next.pop(threading.get_ident(), None)
+        if batch:
+            return batch
         self._turn += 1
         order: tuple[Priority, Priority] = ("interactive", "bulk")
-        if self._turn % BULK_TURN == 0:
+        if self._turn % BULK_EVERY == 0:
             order = ("bulk", "interactive")
         for priority in order:
-            station = self._chosen(priority)
+            station = self._choose(priority)
             if station is not None:
-                size = station.size
-                # Share with the idle; not what one turn does, and a GPU's lanes are not cores, and want it whole.
-                if self.device == CPU and not self._one_turn(station, len(station)):
-                    size = min(size, -(-len(station) // (1 + self._idle)))
+                most = station.max_items
+                # Share with idle lanes. Not so what one turn runs; nor on a GPU, whose lanes are not cores, and which
+                # wants the batch whole.
+                if self.device == CPU and not self._fits_one_turn(station, len(station)):
+                    most = min(most, -(-len(station) // (1 + self._idle)))
                 station.turn = self._turn
-                return station, station.take(size, priority)
+                return station, station.take(most, priority)
         return None
 
-    def _chosen(self, priority: Priority) -> Station | None:
+    def _choose(self, priority: Priority) -> Station[Item] | None:
         # The stations come shallowest first. Of those that are due the last, so the deepest, is taken: a request
         # that is nearly done leaves before another is begun. Where none is due, the first: its results may fill
-        # the batch of one behind it.
-        first: Station | None = None
-        due: list[Station] = []
-        patience = time.monotonic() - PATIENCE_S
+        # the batch of a station behind it.
+        first: Station[Item] | None = None
+        due: list[Station[Item]] = []
+        overdue = time.monotonic() - MAX_FILL_WAIT_S
         for station in self._stations:
-            if station.one_at_a_time and station.under_way:
+            if station.one_at_a_time and station.in_flight:
                 continue
-            head = station.head(priority)
+            head = station.peek(priority)
             if head is not None:
                 first = first or station
-                if len(station) >= station.batch or head.since < patience:
+                if len(station) >= station.batch or head.since < overdue:
                     due.append(station)
         if not due:
             return first
-        return due[-1] if self._turn % FAIR_TURN else min(due, key=lambda station: station.turn)
+        return due[-1] if self._turn % FAIR_EVERY else min(due, key=lambda station: station.turn)

@@ -4,39 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.options import OUTPUTS
+from torchserve_dag.runtime.engine.queue import ItemT
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.graph.graph import REQUEST, Graph, Node, Output, result_of
 from torchserve_dag.runtime.graph.upstream import upstream
 from torchserve_dag.runtime.messages import InputError
 
 ANSWER = ""
-"""Stands among the nodes for the answer: it is ready when all that it reads has ended."""
+"""Stands for the answer among the names of nodes: it is ready when everything that the output reads has ended."""
+
+MAX_PLANS = 256
+"""Plans that are kept, one for each set of outputs that clients have asked for."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[ItemT]):
     graph: Graph
     output: Output
     nodes: Mapping[str, Node]
-    """Those that the output needs."""
-    stations: Mapping[str, Station]
+    """The nodes that the output needs."""
+    stations: Mapping[str, Station[ItemT]]
     """By the name of the code."""
     waits: Mapping[str, int]
-    """By node: how many that it needs; a yielding node that it follows does not count."""
+    """By node: how many nodes it needs; a streaming node that it follows does not count."""
     after: Mapping[str, Sequence[str]]
-    """By node: those that wait for it."""
+    """By node: the nodes that wait for it."""
     followers: Mapping[str, Sequence[Node]]
-    """By yielding node: those that take its pieces as they come."""
+    """By streaming node: the nodes that take its chunks as they come."""
     streaming: str | None
-    """The node whose pieces are the answer's, where it streams."""
+    """The node whose chunks the answer consists of, where the answer streams."""
     prefix: str = ""
-    """Of a workflow inside another: where it is, like `sub/`."""
+    """Path of a workflow inside another, like `sub/`."""
 
 
-def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station], prefix: str = "") -> Plan:
+def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station[ItemT]], prefix: str = "") -> Plan[ItemT]:
     """The plan of requests that want `output`."""
     used = upstream(output.needs, {name: node.needs for name, node in graph.nodes.items()})
     nodes = {name: node for name, node in graph.nodes.items() if name in used}
@@ -64,8 +69,27 @@ def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station], pre
     )
 
 
-def outputs_asked(graph: Graph, names: Sequence[str]) -> Output:
-    """The nodes that a request asks for, as its output. Raises InputError."""
+class Plans(Generic[ItemT]):
+    """A graph's plans, by the outputs that clients ask for."""
+
+    def __init__(self, default: Plan[ItemT]) -> None:
+        """`default` is the plan for the workflow's own output."""
+        self.default = default
+        self._plans: dict[tuple[str, ...], Plan[ItemT]] = {(): default}
+
+    def for_outputs(self, names: tuple[str, ...]) -> Plan[ItemT]:
+        """The plan for nodes named by a client; none for the workflow's own output. Raises InputError."""
+        plan = self._plans.get(names)
+        if plan is None:
+            graph = self.default.graph
+            plan = make_plan(graph, _output_of(graph, names), self.default.stations)
+            if len(self._plans) < MAX_PLANS:
+                self._plans[names] = plan
+        return plan
+
+
+def _output_of(graph: Graph, names: Sequence[str]) -> Output:
+    """The output that consists of the named nodes' results. Raises InputError."""
     for name in names:
         if name not in graph.nodes:
             hint = plain.did_you_mean(name[:50], list(graph.nodes))

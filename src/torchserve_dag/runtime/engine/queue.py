@@ -5,65 +5,99 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterable
+from typing import Any, Generic, Protocol, TypeVar
 
-from torchserve_dag.runtime.engine.request import Item, Request
+from torchserve_dag.runtime.data.options import Options
 
 
-class FairQueue:
-    """Items of one node, of requests of one priority. Not locked: the engine's lock holds while it is used.
+class Client(Protocol):
+    """The client's request, among which a queue is fair."""
 
-    The rank of a request's next item is one more than that of its last, and at least that of what was taken
-    last: so of two requests that wait, one with a thousand items and one with a single one, the second is
-    next but one. (Start-time fair queueing, Goyal et al., 1997, with every item the same length.)
+    @property
+    def options(self) -> Options: ...
+
+
+class Owner(Protocol):
+    """The request that an item belongs to: the client's, or that of a workflow inside it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def root(self) -> Client: ...
+
+
+class Queued(Protocol):
+    """What a queue needs to know of an item."""
+
+    value: Any
+    since: float
+    """When it was queued, on time.monotonic()'s clock."""
+
+    @property
+    def request(self) -> Owner: ...
+    @property
+    def finished(self) -> bool:
+        """Whether nobody waits for its answer any more."""
+
+
+ItemT = TypeVar("ItemT", bound=Queued)
+
+
+class FairQueue(Generic[ItemT]):
+    """Items of one node, of requests of one priority. Not locked: the engine's lock is held while it is used.
+
+    The rank of a request's next item is one more than that of its last, and more than the rank of the item taken
+    last. So if a request with a thousand items and a request with a single item wait, the single item is second
+    in line at the latest. (Start-time fair queueing, Goyal et al., 1997, with every item the same length.)
     """
 
-    def __init__(self, dropped: list[Item]) -> None:
-        """Items that nobody waits for any more go to `dropped`, to be let go of without the lock.
+    def __init__(self, dropped: list[ItemT]) -> None:
+        """Finished items go to `dropped`, which the caller clears without the lock.
 
-        Letting go of the last reference to a stream runs its `finally`.
+        Dropping the last reference to a stream runs the `finally` of a user's generator.
         """
         self._dropped = dropped
-        self.heap: list[tuple[int, int, Item]] = []
+        self.heap: list[tuple[int, int, ItemT]] = []
         """What waits, by rank."""
         self._order = itertools.count()
-        self._ranks: dict[Request, int] = {}
-        """Of the last item of each request that waits."""
+        self._ranks: dict[Client, int] = {}
+        """For each request that waits: the rank of its last item."""
         self._now = 0
 
-    def put(self, item: Item) -> None:
-        owner = item.request.root
-        rank = max(self._ranks.get(owner, 0), self._now) + 1
-        self._ranks[owner] = rank
+    def push(self, item: ItemT) -> None:
+        client = item.request.root
+        rank = max(self._ranks.get(client, 0), self._now) + 1
+        self._ranks[client] = rank
         heapq.heappush(self.heap, (rank, next(self._order), item))
 
-    def head(self) -> Item | None:
-        """The next item, which stays. Items that nobody waits for any more are dropped on the way."""
-        while self.heap and self.heap[0][2].over:
+    def peek(self) -> ItemT | None:
+        """The next item, which stays. Finished items before it are dropped."""
+        while self.heap and self.heap[0][2].finished:
             self._dropped.append(self._pop())
         return self.heap[0][2] if self.heap else None
 
-    def take(self, most: int) -> list[Item]:
+    def take(self, most: int) -> list[ItemT]:
         """The next items, at most `most`."""
-        items: list[Item] = []
+        items: list[ItemT] = []
         while self.heap and len(items) < most:
             item = self._pop()
-            (self._dropped if item.over else items).append(item)
+            (self._dropped if item.finished else items).append(item)
         return items
 
-    def drop_ended(self) -> None:
-        """Let go of the items that nobody waits for any more."""
-        alive: Iterable[Item] = [item for _, _, item in sorted(self.heap, key=lambda entry: entry[:2])]
+    def drop_finished(self) -> None:
+        """Drop the finished items, wherever in the queue they are."""
+        waiting: Iterable[ItemT] = [item for _, _, item in sorted(self.heap, key=lambda entry: entry[:2])]
         self.heap, self._ranks = [], {}
-        for item in alive:
-            if item.over:
+        for item in waiting:
+            if item.finished:
                 self._dropped.append(item)
             else:
-                self.put(item)
+                self.push(item)
 
-    def _pop(self) -> Item:
+    def _pop(self) -> ItemT:
         rank, _, item = heapq.heappop(self.heap)
         self._now = rank
-        owner = item.request.root
-        if self._ranks.get(owner) == rank:  # it was its last
-            del self._ranks[owner]
+        client = item.request.root
+        if self._ranks.get(client) == rank:  # no other item of this request waits
+            del self._ranks[client]
         return item

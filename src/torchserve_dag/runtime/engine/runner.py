@@ -1,4 +1,4 @@
-"""What runs items: a call that answers for several, one that answers piece by piece, or one that answers later."""
+"""Runners: a call that answers a batch, that brings streams one chunk further, or that answers later."""
 
 from __future__ import annotations
 
@@ -13,39 +13,42 @@ from torchserve_dag.runtime.messages import Failure, InputError
 logger = logging.getLogger(__name__)
 
 Runner = Callable[[Sequence[Any]], Sequence[Any]]
-"""Answers for items, one each, in order; a Failure for each that has none. For code that takes values by
-their names an item is the dict of them. A runner with a true attribute `one_at_a_time` is never called by two
-threads together."""
+"""Answers a batch of items, one answer each, in order; a Failure for each item that has none. For code that takes
+values by their names an item is the dict of them. A runner with a true attribute `one_at_a_time` is never called by
+two threads at the same time."""
 
 Done = Callable[[Any], None]
 """Takes an answer or a Failure, once, from any thread."""
 
-Starter = Callable[[Any, float, Done], Callable[[], None]]
-"""Starts one item elsewhere: the value, the seconds that it may take, and who to tell. It does not block, and
-gives back how to call it off."""
+Cancel = Callable[[], None]
+"""Cancels an item that runs elsewhere. It may be called after the item has been answered."""
+
+Starter = Callable[[Any, float, Done], Cancel]
+"""Starts one item elsewhere, given its value, the seconds that it may take, and who gets the answer. It does not
+block."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One piece of an answer, and where the next ones come from."""
+class Chunk:
+    """A runner's answer for an item that streams: the next chunk, and the stream that the item goes on with."""
 
     value: Any
-    rest: Rest
+    stream: Stream
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
-    """What the item of a yielding node becomes after its first piece."""
+class Stream:
+    """The value of a streaming node's item after its first chunk."""
 
-    pieces: Iterator[Any]
+    chunks: Iterator[Any]
 
 
 END: Final = object()
-"""The answer after the last piece."""
+"""A runner's answer after the last chunk."""
 
 
 def function_runner(name: str, answer: Callable[[Any], Any]) -> Runner:
-    """What answers for one item, as a runner: each item's exception is its own."""
+    """A runner that calls `answer` for each item; an exception fails its own item only."""
 
     def run(items: Sequence[Any]) -> list[Any]:
         return [_guarded(name, answer, item) for item in items]
@@ -53,13 +56,13 @@ def function_runner(name: str, answer: Callable[[Any], Any]) -> Runner:
     return run
 
 
-def piece_runner(name: str, begin: Callable[[Any], Iterator[Any]]) -> Runner:
-    """What yields, as a runner: each call brings every item one piece further."""
+def stream_runner(name: str, begin: Callable[[Any], Iterator[Any]]) -> Runner:
+    """A runner for a generator function: each call brings every item one chunk further."""
 
     def step(item: Any) -> Any:
-        rest = item if isinstance(item, Rest) else Rest(iter(begin(item)))
-        piece = next(rest.pieces, END)
-        return END if piece is END else Piece(piece, rest)
+        stream = item if isinstance(item, Stream) else Stream(iter(begin(item)))
+        chunk = next(stream.chunks, END)
+        return END if chunk is END else Chunk(chunk, stream)
 
     def run(items: Sequence[Any]) -> list[Any]:
         return [_guarded(name, step, item) for item in items]
@@ -72,7 +75,7 @@ def internal_error(node: str) -> Failure:
 
 
 def _guarded(name: str, work: Callable[[Any], Any], item: Any) -> Any:
-    """What `work` gives, or the Failure that its exception is."""
+    """The value of `work(item)`, or the Failure that its exception becomes."""
     try:
         return work(item)
     except InputError as error:

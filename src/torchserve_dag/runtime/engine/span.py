@@ -1,4 +1,4 @@
-"""What an observer hears of a request when it has ended: one span for each try of each item, and one for the whole."""
+"""What an observer gets of a request that has ended: a span for each try of each item, and one for the whole."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ class Span:
 
 
 Observer = Callable[[Sequence[Span]], None]
-"""Takes one request's spans, the request's own first. It must not block."""
+"""Takes the spans of one request, that of the whole request first. It must not block."""

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Generic
 
 from torchserve_dag.runtime.data.options import Priority
 from torchserve_dag.runtime.engine.counts import NodeCounts
-from torchserve_dag.runtime.engine.queue import FairQueue
-from torchserve_dag.runtime.engine.request import Item
+from torchserve_dag.runtime.engine.queue import FairQueue, ItemT
 from torchserve_dag.runtime.engine.runner import Runner
 
 CPU, ELSEWHERE = "cpu", "elsewhere"
 
 BUNDLE_S = 0.001
-"""Functions run one item at a time, and taking each from the queue costs more than many of them do. So a lane takes
-as many as lately ran in this time."""
+"""Functions run one item at a time, and taking an item from the queue costs more than many functions do. So a lane
+takes as many items at once as, going by recent run times, run in this time."""
 
-MOST_BUNDLED = 64
+MAX_BUNDLE = 64
 
-StartItem = Callable[[Item], None]
-"""Starts one item that runs elsewhere, and does not block."""
-
-
-def _nothing(_: Any) -> Any:
-    raise TypeError("this code runs otherwise")
+EMA_WEIGHT = 0.2
+"""Weight of the newest batch in the moving average of an item's run time."""
 
 
-class Station:
+def _not_used(_: Any) -> Any:
+    raise TypeError("a station either runs batches in lanes or starts items elsewhere")
+
+
+class Station(Generic[ItemT]):
     """Items wait here for one code: a handler, a function, a served model, a workflow inside."""
 
     def __init__(
@@ -39,63 +38,67 @@ class Station:
         depth: tuple[int, ...],
         runner: Runner | None = None,
         device: str = CPU,
-        start: StartItem | None = None,
-        dropped: list[Item],
+        start: Callable[[ItemT], None] | None = None,
+        dropped: list[ItemT],
     ) -> None:
-        """`dropped`: see queue.py."""
+        """A station has a `runner`, which lanes call with batches, or `start`, which starts an item elsewhere.
+
+        `start` does not block. For `dropped` see FairQueue.
+        """
         self.name = name
         self.batch = batch
-        """Of what runs elsewhere: how many items may be under way."""
+        """Items of one batch; of a station whose items run elsewhere, how many may be in flight."""
         self.bundle = bundle
-        """Whether its items, which do not share a call, may be taken several at a time: see lanes.py."""
+        """Whether a lane may take several items at once though the code runs them one by one: see lanes.py."""
         self.depth = depth
-        """How far from the request; see lanes.py."""
-        self.runner = runner or _nothing
+        """The node's distance from the request; see lanes.py."""
+        self.runner = runner or _not_used
         self.device = device if start is None else ELSEWHERE
-        self.start = start or _nothing
+        self.start = start or _not_used
         self.one_at_a_time: bool = getattr(runner, "one_at_a_time", False)
-        self.under_way = 0
+        self.in_flight = 0
         """Batches in lanes, or items elsewhere."""
         self.turn = 0
-        """Of what runs in lanes: at which of their turns its last batch was taken; of the rest: its turns so far."""
+        """In lanes: the device's turn in which this station's last batch was taken. Elsewhere: this station's turns."""
         self.item_s = 0.0
-        """How long one of its items ran lately; 0 before the first."""
-        self._interactive, self._bulk = FairQueue(dropped), FairQueue(dropped)
-        self.queues: dict[Priority, FairQueue] = {"interactive": self._interactive, "bulk": self._bulk}
+        """Moving average of the run time of one item; 0 before the first."""
+        self._interactive: FairQueue[ItemT] = FairQueue(dropped)
+        self._bulk: FairQueue[ItemT] = FairQueue(dropped)
+        self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": self._interactive, "bulk": self._bulk}
         self.counts = NodeCounts()
 
     @property
-    def size(self) -> int:
-        """The most items that a lane takes at a time."""
+    def max_items(self) -> int:
+        """The most items that a lane takes at once."""
         if not self.bundle:
             return self.batch
-        return max(1, min(MOST_BUNDLED, int(BUNDLE_S / self.item_s))) if self.item_s else 1
+        return max(1, min(MAX_BUNDLE, int(BUNDLE_S / self.item_s))) if self.item_s else 1
 
-    def ran(self, items: int, run_s: float) -> None:
-        """Items ran together for so long."""
-        self.item_s += (run_s / items - self.item_s) * (0.2 if self.item_s else 1)
+    def record_run(self, items: int, run_s: float) -> None:
+        """A batch of `items` ran for `run_s` seconds."""
+        self.item_s += (run_s / items - self.item_s) * (EMA_WEIGHT if self.item_s else 1)
 
     def __len__(self) -> int:
         """How many items wait."""
         return len(self._interactive.heap) + len(self._bulk.heap)
 
-    def put(self, items: Iterable[Item]) -> None:
+    def push(self, items: Iterable[ItemT]) -> None:
         for item in items:
-            self.queues[item.request.root.options.priority].put(item)
+            self.queues[item.request.root.options.priority].push(item)
 
-    def head(self, priority: Priority) -> Item | None:
-        return self.queues[priority].head()
+    def peek(self, priority: Priority) -> ItemT | None:
+        return self.queues[priority].peek()
 
-    def take(self, most: int, first: Priority = "interactive") -> list[Item]:
-        """The next items, at most `most`: those of the priority `first`, and then the others."""
-        then: Priority = "bulk" if first == "interactive" else "interactive"
+    def take(self, most: int, first: Priority = "interactive") -> list[ItemT]:
+        """The next items, at most `most`: those of the priority `first`, and then those of the other."""
+        other: Priority = "bulk" if first == "interactive" else "interactive"
         items = self.queues[first].take(most)
-        return items + self.queues[then].take(most - len(items)) if len(items) < most else items
+        return items + self.queues[other].take(most - len(items)) if len(items) < most else items
 
-    def drop_ended(self) -> None:
+    def drop_finished(self) -> None:
         for queue in self.queues.values():
-            queue.drop_ended()
+            queue.drop_finished()
 
 
-def shallow_first(stations: Iterable[Station]) -> list[Station]:
+def shallow_first(stations: Iterable[Station[ItemT]]) -> list[Station[ItemT]]:
     return sorted(stations, key=lambda station: station.depth)

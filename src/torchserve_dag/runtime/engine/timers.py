@@ -1,4 +1,4 @@
-"""One thread that does what is due: deadlines, and pauses between tries."""
+"""One thread for what is due at a time: deadlines, and the pauses before retries."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, Protocol, TypeVar
 logger = logging.getLogger(__name__)
 
 
-class Ends(Protocol):
+class Finishes(Protocol):
     @property
-    def over(self) -> bool: ...
+    def finished(self) -> bool: ...
 
 
-T = TypeVar("T", bound=Ends)
+T = TypeVar("T", bound=Finishes)
 
 
 class Timers:
@@ -32,14 +32,14 @@ class Timers:
         self.thread = threading.Thread(target=self._watch, name=name, daemon=True)
         self.thread.start()
 
-    def at(self, moment: float, about: T, action: Callable[[T], None]) -> None:
-        """Do `action` at a moment of time.monotonic(), unless what it is about is over by then, or gone."""
+    def schedule(self, moment: float, subject: T, action: Callable[[T], None]) -> None:
+        """Call `action(subject)` at a moment of time.monotonic(), unless the subject is finished or deleted by then."""
         with self._changed:
-            if len(self._heap) >= self._room:  # what is over need not be watched
-                self._heap = [entry for entry in self._heap if _watched(entry[2])]
+            if len(self._heap) >= self._room:  # drop the timers of finished subjects
+                self._heap = [entry for entry in self._heap if _pending(entry[2])]
                 heapq.heapify(self._heap)
                 self._room = 2 * len(self._heap) + 64
-            entry = (moment, next(self._order), weakref.ref(about), action)
+            entry = (moment, next(self._order), weakref.ref(subject), action)
             heapq.heappush(self._heap, entry)
             if self._heap[0] is entry:
                 self._changed.notify()
@@ -58,20 +58,20 @@ class Timers:
                     now = time.monotonic()
                 if self._closed:
                     return
-                _, _, about, action = heapq.heappop(self._heap)
-            self._do(about, action)
-            del about, action  # this thread holds nothing while it waits
+                _, _, reference, action = heapq.heappop(self._heap)
+            self._call(reference, action)
+            del reference, action  # while it waits, this thread keeps nothing alive
 
     @staticmethod
-    def _do(about: weakref.ref[Any], action: Callable[[Any], None]) -> None:
-        subject = about()
-        if subject is not None and not subject.over:
+    def _call(reference: weakref.ref[Any], action: Callable[[Any], None]) -> None:
+        subject = reference()
+        if subject is not None and not subject.finished:
             try:
                 action(subject)
             except BaseException:  # this thread must not end
-                logger.exception("a deadline's work raised")
+                logger.exception("the action of a timer raised")
 
 
-def _watched(about: weakref.ref[Any]) -> bool:
-    subject = about()
-    return subject is not None and not subject.over
+def _pending(reference: weakref.ref[Any]) -> bool:
+    subject = reference()
+    return subject is not None and not subject.finished

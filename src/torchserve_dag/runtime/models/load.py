@@ -12,7 +12,7 @@ from torchserve_dag.runtime.compat.runner import RowsRunner
 from torchserve_dag.runtime.compute.placement import Placement, find_device
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.source import Source
-from torchserve_dag.runtime.engine.runner import Runner, Starter, function_runner, piece_runner
+from torchserve_dag.runtime.engine.runner import Runner, Starter, function_runner, stream_runner
 from torchserve_dag.runtime.graph.graph import Code, Graph
 from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, ServedCode
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
@@ -56,12 +56,12 @@ class Loader:
         match code.kind:
             case HandlerCode(file, device):
                 stages = self._stages(file, self._device or device, code.batch)
-                runner = piece_runner(name, stages.pieces) if code.yields else stages
+                runner = stream_runner(name, stages.pieces) if code.yields else stages
                 return Loaded(
                     runner, device=str(stages.placement.device), hangs=lambda: stages.hangs, close=stages.close
                 )
             case FunctionCode(function):
-                make = piece_runner if code.yields else function_runner
+                make = stream_runner if code.yields else function_runner
                 return Loaded(make(function.__name__, partial(_by_name, function)))
             case ArchiveCode(archive):
                 return Loaded(RowsRunner.of_archive(code.name, archive, self._gpu, code.batch, gives=code.gives))

@@ -76,7 +76,7 @@ class WorkflowService:
             content_type=request.content_type,
             request_id=request.id,
             options=options,
-            on_piece=pending.send_chunk if on_chunk and self.streams else None,
+            on_chunk=pending.send_chunk if on_chunk and self.streams else None,
         )
         return pending.follow(running)
 

@@ -1,0 +1,93 @@
+"""Which requests may enter an engine, and how long they may stay: limits, cancel keys, deadlines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+
+from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.engine.request import Request
+from torchserve_dag.runtime.engine.timers import Timers
+from torchserve_dag.runtime.messages import Failure
+
+SWEEP_S = 0.5
+"""After a request has missed its deadline, until its items are dropped from the queues."""
+
+CLOSING = Failure(HTTPStatus.SERVICE_UNAVAILABLE, "The workflow is closing.", "Overloaded")
+
+
+class Admission:
+    """The requests inside an engine."""
+
+    def __init__(
+        self, max_inside: int, timeout_s: float, lock: threading.Lock, timers: Timers, sweep: Callable[[], None]
+    ) -> None:
+        """`lock` is the engine's; `sweep` drops finished items from the queues."""
+        self.max_inside = max_inside
+        self.timeout_s = timeout_s
+        self.closed = False
+        self._lock = lock
+        self._timers = timers
+        self._sweep = sweep
+        self._sweep_scheduled = False
+        self._inside: dict[Request, None] = {}
+        self._by_cancel_key: dict[str, Request] = {}
+
+    def __len__(self) -> int:
+        """How many requests are inside."""
+        return len(self._inside)
+
+    def limit_s(self, options: Options) -> float:
+        """How long a request may take: as long as the client waits, and no longer than the workflow allows."""
+        return min(self.timeout_s, options.timeout_s or self.timeout_s)
+
+    def admit(self, request: Request) -> Failure | None:
+        """Register a request and schedule its deadline; or the reason why it is refused."""
+        with self._lock:
+            if self.closed:
+                return CLOSING
+            if len(self._inside) >= self.max_inside:
+                message = f"{self.max_inside:,} requests are inside; try again in a second."
+                return Failure(HTTPStatus.SERVICE_UNAVAILABLE, message, "Overloaded")
+            self._inside[request] = None
+            if request.options.cancel_key:
+                self._by_cancel_key[request.options.cancel_key] = request
+            self._timers.schedule(request.deadline, request, self._expire)
+        return None
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that has ended. Under the lock."""
+        self._inside.pop(request, None)
+        key = request.options.cancel_key
+        if key and self._by_cancel_key.get(key) is request:
+            del self._by_cancel_key[key]
+
+    def with_cancel_key(self, key: str) -> Request | None:
+        with self._lock:
+            return self._by_cancel_key.get(key)
+
+    def close(self) -> list[Request]:
+        """Refuse requests from now on; the requests inside. Under the lock."""
+        self.closed = True
+        return list(self._inside)
+
+    @property
+    def finished(self) -> bool:
+        """Closed: no timer acts on it any more."""
+        return self.closed
+
+    def _expire(self, request: Request) -> None:
+        """Fail a request that is still inside at its deadline."""
+        waiting = next((name for name in request.plan.nodes if name not in request.values), None)
+        message = f"No answer within {self.limit_s(request.options):g} s."
+        request.fail(Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout", waiting))
+        if not self._sweep_scheduled:
+            self._sweep_scheduled = True
+            self._timers.schedule(time.monotonic() + SWEEP_S, self, Admission._sweep_queues)
+
+    def _sweep_queues(self) -> None:
+        """Lanes drop finished items as they take others; where every lane hangs, nothing else drops them."""
+        self._sweep_scheduled = False
+        self._sweep()

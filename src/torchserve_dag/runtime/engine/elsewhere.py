@@ -1,0 +1,120 @@
+"""Items that run elsewhere, in a served model or a workflow inside: they take no lane, and can be cancelled.
+
+Each station has a number of items that may be in flight. While an item is, its request holds how to cancel it
+(`Request.elsewhere`): the engine does so when the request ends, and when the item reaches its node's own time limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchserve_dag.runtime.data.options import Priority
+from torchserve_dag.runtime.engine.lanes import BULK_EVERY
+from torchserve_dag.runtime.engine.plan import Plan
+from torchserve_dag.runtime.engine.request import Item, Request
+from torchserve_dag.runtime.engine.runner import Cancel, Starter, internal_error
+from torchserve_dag.runtime.engine.station import Station
+from torchserve_dag.runtime.graph.graph import REQUEST
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[Station[Item], Sequence[Item], Sequence[Any], float], None]
+"""Takes the answers of items, and when their run began."""
+
+Begin = Callable[[Request, Any], None]
+"""Lets a request with its decoded message into the graph of a workflow inside."""
+
+
+class Elsewhere:
+    """Starts items elsewhere, in the order of their queues, and hands their answers on."""
+
+    def __init__(self, lock: threading.Lock, dropped: list[Item], deliver: Deliver, begin: Begin) -> None:
+        """`lock` is the engine's; for `dropped` see FairQueue."""
+        self._lock = lock
+        self._dropped = dropped
+        self._deliver = deliver
+        self._begin = begin
+        self._starting = _Starting()
+
+    def start_items(self, station: Station[Item]) -> None:
+        """Start the items that wait at a station, as many as may be in flight."""
+        stations = self._starting.stations
+        stations.append(station)
+        if len(stations) > 1:  # a caller further up this thread's stack goes on: answers that come at once must not
+            return  # deepen the stack
+        try:
+            while stations:
+                self._start_items_of(stations[0])
+                del stations[0]
+        finally:
+            stations.clear()  # else this thread would start nothing any more
+
+    def start_served(self, starter: Starter, item: Item) -> None:
+        """Start an item in a served model."""
+        request, began = item.request, time.monotonic()
+        limit = request.root.deadline
+        if item.node.policy.timeout_s:
+            limit = min(limit, item.since + item.node.policy.timeout_s)
+
+        def done(answer: Any) -> None:
+            self._answered(item, answer, began)
+
+        cancel = starter(item.value, max(0.001, limit - began), done)
+        self._keep_cancel(item, cancel)
+
+    def start_inner(self, plan: Plan[Item], item: Item) -> None:
+        """Start an item in a workflow inside: as a request of its own, whose answer is the item's."""
+        outer, began = item.request, time.monotonic()
+        values = {"parameters": outer.values.get("parameters", {}), REQUEST: item.value}
+
+        def finish(answer: Any) -> None:
+            self._answered(item, answer, began)
+
+        inner = Request(outer.id, plan, outer.deadline, values, finish, outer.end, outer.options, parent=item)
+        self._keep_cancel(item, inner.cancel)
+        self._begin(inner, item.value)
+
+    def _start_items_of(self, station: Station[Item]) -> None:
+        while True:
+            with self._lock:
+                station.turn += 1
+                first: Priority = "bulk" if station.turn % BULK_EVERY == 0 else "interactive"
+                items = station.take(station.batch - station.in_flight, first)
+                station.in_flight += len(items)
+            self._dropped.clear()
+            if not items:
+                return
+            for item in items:
+                try:
+                    station.start(item)
+                except BaseException:
+                    logger.exception("request %s: %s could not be started", item.request.id, station.name)
+                    self._answered(item, internal_error(station.name), time.monotonic())
+
+    def _keep_cancel(self, item: Item, cancel: Cancel) -> None:
+        """Keep how to cancel an item that has been started; cancel it at once if its request has ended meanwhile."""
+        with self._lock:
+            finished = item.finished
+            if not finished:
+                item.request.elsewhere[item] = cancel
+        if finished:
+            cancel()
+
+    def _answered(self, item: Item, answer: Any, began: float) -> None:
+        station = item.station
+        with self._lock:
+            station.in_flight -= 1
+            item.request.elsewhere.pop(item, None)
+        self._deliver(station, [item], [answer], began)
+        self.start_items(station)
+
+
+class _Starting(threading.local):
+    """The stations whose items the current thread is starting."""
+
+    def __init__(self) -> None:
+        self.stations: list[Station[Item]] = []

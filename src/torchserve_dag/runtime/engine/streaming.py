@@ -1,0 +1,87 @@
+"""A streaming answer on its way to the client: chunks in order, from one thread at a time, and then the end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torchserve_dag.runtime.engine.gather import Gather
+from torchserve_dag.runtime.engine.runner import internal_error
+from torchserve_dag.runtime.messages import Failure
+
+logger = logging.getLogger(__name__)
+
+
+class Streamed(Protocol):
+    """The request whose answer streams."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def finish(self) -> Callable[[Any], None]:
+        """Gives the client the end of the answer."""
+
+    def fail(self, failure: Failure) -> None: ...
+
+
+class AnswerStream:
+    """Which chunks of a request's answer the client has been given.
+
+    A thread that finds another one sending leaves its chunks to that thread, so chunks never overtake each other.
+    The end of the answer waits until every chunk that is ready has been given.
+    """
+
+    def __init__(self, node: str, on_chunk: Callable[[Any], None], lock: threading.Lock) -> None:
+        """`node` is the node whose chunks the answer consists of; `lock` is the engine's."""
+        self._node = node
+        self._on_chunk = on_chunk
+        self._lock = lock
+        self._gather: Gather | None = None
+        self._sent = 0
+        self._sending = False
+        self._end: tuple[Any] | None = None
+
+    def open(self, gather: Gather) -> None:
+        """The node has started, and its chunks come into `gather`. Under the lock; only the first call counts."""
+        self._gather = self._gather or gather
+
+    def close(self, end: Any) -> None:
+        """The request has ended with `end`, an answer or a Failure. Under the lock; `send` gives it to the client."""
+        self._end = (end,)
+
+    def send(self, request: Streamed) -> None:
+        """Give the client the chunks that are ready, and after the last chunk the end, where there is one."""
+        while True:
+            with self._lock:
+                if self._sending:
+                    return
+                chunks = self._take_chunks()
+                self._sending = bool(chunks)
+                end = None if chunks else self._take_end()
+            if end:
+                request.finish(end[0])
+            if not chunks:
+                return
+            try:
+                for chunk in chunks:
+                    self._on_chunk(chunk)
+                failure = None
+            except BaseException:  # a lane must not end
+                logger.exception("request %s: a chunk could not be given to the client", request.id)
+                failure = internal_error(self._node)
+                request.fail(failure)
+            with self._lock:
+                self._sending = False
+                if failure:
+                    self._gather, self._sent, self._end = Gather([]), 0, (failure,)
+
+    def _take_chunks(self) -> list[Any]:
+        chunks = [chunk for _, chunk in self._gather.ready_from(self._sent)] if self._gather else []
+        self._sent += len(chunks)
+        return chunks
+
+    def _take_end(self) -> tuple[Any] | None:
+        end, self._end = self._end, None
+        return end
