@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 
-from torchserve_dag.archives import mar, stamp, weights
+import torchserve_dag
+from tests.unit.conftest import Write
+from torchserve_dag.archives import contents, mar, protocol, stamp, war, weights
 from torchserve_dag.archives.build import Report, build
 from torchserve_dag.runtime.project.folders import Project
 
@@ -66,9 +71,11 @@ def test_an_archive_is_a_project_with_the_runtime_and_its_own_handlers_only(proj
         "weights/limit.txt",
     ]
     assert {"MAR-INF/MANIFEST.json", "build.json", "model-config.yaml", "serve.py"} < set(names)
-    assert not [
-        n for n in names if n.startswith(("torchserve_dag/clients", "torchserve_dag/commands", "torchserve_dag/server"))
-    ]
+    package = Path(torchserve_dag.__file__).parent
+    carried = [package / "__init__.py", *(p for p in (package / "runtime").rglob("*") if p.is_file())]
+    assert [n for n in names if n.startswith("torchserve_dag/")] == sorted(
+        f"torchserve_dag/{p.relative_to(package).as_posix()}" for p in carried if p.suffix != ".pyc"
+    )
     assert mar.name_and_version(built.path) == ("upper", "1.0")
 
 
@@ -182,6 +189,123 @@ def test_a_version_never_changes(project: Path) -> None:
     assert (project / "model_store" / "upper-1.0.mar").read_bytes() == first
     assert build(Project(project), ["upper"], force=True).built[0].state == "replaced"
     assert sorted(p.name for p in (project / "model_store").iterdir()) == ["upper-1.0.mar"]
+
+
+@pytest.fixture
+def rebuilt(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+    """Builds everything again, after what is carried, or what is installed, has changed since the first time."""
+
+    def build_again(*, runtime: bytes = b"", packages: dict[str, str] | None = None, force: bool = False) -> Report:
+        carried = contents.runtime()
+        if runtime:
+            carried["torchserve_dag/runtime/messages.py"] += runtime
+        monkeypatch.setattr(contents, "runtime", carried.copy)
+        installed = stamp.packages() | (packages or {})
+        monkeypatch.setattr(stamp, "packages", installed.copy)
+        return build(Project(project), force=force)
+
+    return build_again
+
+
+def test_a_version_stays_as_it_is_when_the_runtime_changes(project: Path, rebuilt: Callable[..., Report]) -> None:
+    (first, _) = build(Project(project)).built
+    content = first.path.read_bytes()
+    report = rebuilt(runtime=b"# changed", packages={"torchserve-dag": "0.2.0"})
+
+    assert not report.problems
+    assert {built.state for built in report.built} == {"kept"}
+    assert report.built[0].note == (
+        f"built with an earlier runtime (torchserve-dag {metadata.version('torchserve-dag')}), which it carries: "
+        "to build it again, give it a new version, or --force while developing"
+    )
+    assert first.path.read_bytes() == content
+    assert {built.state for built in rebuilt(runtime=b"# changed", force=True).built} == {"replaced"}
+    assert {built.state for built in rebuilt(runtime=b"# changed").built} == {"kept"}, "twice as much has changed"
+
+
+def test_a_version_stays_as_it_is_when_packages_change(project: Path, rebuilt: Callable[..., Report]) -> None:
+    build(Project(project))
+    report = rebuilt(packages={"pillow": "99.0", "transformers": "99.1"})
+
+    assert not report.problems
+    assert {built.state for built in report.built} == {"kept"}
+    assert re.match(
+        r"built with other packages \(pillow [\d.]+, now 99\.0; transformers [\d.]+, now 99\.1\): to build it again",
+        report.built[0].note,
+    )
+
+
+def test_a_version_stays_as_it_is_when_only_the_control_plane_changes(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes the settings of TorchServe, and what the archive says about itself."""
+    build(Project(project))
+    monkeypatch.setattr(contents, "served_as", lambda *_: {mar.ENTRY: b"# other", mar.SETTINGS: b"minWorkers: 1"})
+    report = build(Project(project))
+
+    assert not report.problems
+    assert {built.state for built in report.built} == {"kept"}
+    assert report.built[0].note.startswith("built by an earlier torchserve-dag ")
+
+
+def test_changed_input_is_refused_whatever_else_has_changed(project: Path, rebuilt: Callable[..., Report]) -> None:
+    build(Project(project))
+    code = project / "handlers" / "upper.py"
+    code.write_text(code.read_text() + "\n# changed\n")
+    report = rebuilt(runtime=b"# changed", packages={"pillow": "99.0"})
+
+    assert "upper-1.0.mar is already built from other input" in sentences(report)
+    assert [built.name for built in report.built] == ["words"]
+
+
+def test_an_export_stays_as_it_is_when_the_runtime_changes(
+    project: Path, write: Write, monkeypatch: pytest.MonkeyPatch, rebuilt: Callable[..., Report]
+) -> None:
+    write("answer: {handler: upper}")
+    build(Project(project))
+    monkeypatch.setattr(war, "SPEC", "other.yaml")  # as if another version wrote it
+    report = rebuilt(runtime=b"# changed")
+
+    states = {built.path.name: built.state for built in report.built}
+    assert not report.problems
+    assert states["flow-1.0.war"] == states["flow-1.0-answer.mar"] == "kept"
+
+
+def test_an_export_of_changed_input_is_refused(project: Path, write: Write) -> None:
+    path = write("answer: {handler: upper}")
+    build(Project(project))
+    (project / "model_store" / "flow-1.0.mar").unlink()
+    path.write_text(path.read_text().replace("does:", "serve: {batch: 3}\ndoes:"))
+
+    assert "flow-1.0-answer.mar is already built from other input" in sentences(build(Project(project), ["flow"]))
+
+
+COUNT_WORDS = Path(__file__).parents[1] / "data" / "count_words-1.0.mar"
+"""A workflow of functions, built by this package before it had a protocol (commit 2018961)."""
+
+
+def test_an_archive_that_speaks_no_protocol_is_no_guest_of_a_host() -> None:
+    assert protocol.why_not_hosted(COUNT_WORDS) == (
+        "count_words 1.0 speaks no protocol, for it was built before there was one, and this torchserve-dag hosts "
+        "archives that speak protocol 1: build it again under a new version, or let TorchServe serve it as it is."
+    )
+
+
+def test_an_archive_built_today_says_which_protocol_it_speaks(project: Path) -> None:
+    (built,) = build(Project(project), ["upper"]).built
+    said = json.loads(mar.read_text(built.path, "build.json"))
+
+    assert said["protocol"] == 1
+    assert protocol.why_not_hosted(built.path) is None
+    assert "speaks protocol 2, and" in str(protocol.why_not_spoken(said | {"protocol": 2}))
+
+
+def test_a_file_that_this_package_did_not_build_is_not_hosted(tmp_path: Path) -> None:
+    (tmp_path / "other.mar").write_text("no archive")
+
+    assert protocol.why_not_hosted(tmp_path / "other.mar") == (
+        "other.mar was not built by torchserve-dag: let TorchServe serve it."
+    )
 
 
 def test_a_name_means_all_of_its_versions_and_name_slash_version_one(project: Path) -> None:

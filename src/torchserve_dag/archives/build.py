@@ -52,8 +52,9 @@ def build(
 ) -> Report:
     """Build the named handlers and workflows, or all of them, into `store` (the project's `model_store`).
 
-    A name is NAME, for all of its versions, or NAME/VERSION. A version that is built already is left
-    as it is where nothing but the commit differs, and refused where its content does, unless `force`.
+    A name is NAME, for all of its versions, or NAME/VERSION. A version that is built already stays as it is, also
+    where this package or the environment has changed since. It is refused where the project's files differ, unless
+    `force`.
     """
     store = store or project.root / "model_store"
     report = Report()

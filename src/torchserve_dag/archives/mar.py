@@ -29,6 +29,9 @@ MANIFEST = "MAR-INF/MANIFEST.json"
 
 BadArchiveError = zipfile.BadZipFile
 
+Entries = dict[str, tuple[int, int]]
+"""Files in an archive by their paths: the size and the checksum of each."""
+
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment that a zip can name
 _MODE = 0o100644
 _tempdir = threading.Lock()
@@ -149,11 +152,7 @@ def name_and_version(archive: Path) -> tuple[str, str]:
     return str(model["modelName"]), str(model.get("modelVersion", "1.0"))
 
 
-def same_content(one: Path, other: Path, ignoring: str) -> bool:
-    """Whether two archives hold the same files, by size and checksum, apart from the entry `ignoring`."""
-    with zipfile.ZipFile(one) as a, zipfile.ZipFile(other) as b:
-        return _contents(a, ignoring) == _contents(b, ignoring)
-
-
-def _contents(archive: zipfile.ZipFile, ignoring: str) -> list[tuple[str, int, int]]:
-    return sorted((e.filename, e.file_size, e.CRC) for e in archive.infolist() if e.filename != ignoring)
+def checksums(archive: Path) -> Entries:
+    """Each file in an archive: its size and its checksum. Raises zipfile.BadZipFile for no archive."""
+    with zipfile.ZipFile(archive) as stored:
+        return {entry.filename: (entry.file_size, entry.CRC) for entry in stored.infolist()}

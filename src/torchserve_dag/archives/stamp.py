@@ -7,7 +7,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torchserve-dag", "torch", "torchserve", "transformers", "pillow", "numpy", "safetensors")
+OWN = "torchserve-dag"
+PACKAGES = (OWN, "torch", "torchserve", "transformers", "pillow", "numpy", "safetensors")
 """Those whose code a worker runs."""
 
 

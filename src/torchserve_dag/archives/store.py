@@ -1,4 +1,4 @@
-"""Archives in a folder: each version has its place, is seen only when it is whole, and never changes."""
+"""Archives in a folder: each version has its place, appears only when it is complete, and never changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchserve_dag.archives import atomic, mar
-from torchserve_dag.archives.mar import BUILD
+from torchserve_dag.archives.mar import BUILD, Entries
+from torchserve_dag.archives.stamp import OWN
 from torchserve_dag.runtime.data.source import CheckError, Source
 
 
@@ -26,6 +27,9 @@ class Target:
         return f"{self.name}-{self.version}.mar"
 
 
+State = Literal["built", "unchanged", "kept", "replaced"]
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     name: str
@@ -33,18 +37,31 @@ class Built:
     path: Path
     size: int
     """In bytes."""
-    state: Literal["built", "unchanged", "replaced"]
+    state: State
+    """`kept`: built from the same project by another version of this package, or with other packages."""
+    note: str = ""
+    """For a kept archive: what differs, and how to build it again."""
 
 
-def place(target: Target, path: Path, write: Callable[[Path], None], *, force: bool) -> Built:
-    """Put what `write` writes at `path`, unless it is there already. Raises CheckError for other content there."""
+def place(
+    target: Target, path: Path, write: Callable[[Path], None], *, force: bool, same_project: bool = False
+) -> Built:
+    """Put the archive that `write` writes at `path`, unless it is there already.
+
+    An archive stays as it is if it was built from the same files of the project. `same_project` says so of a `.war`,
+    which holds none of them. Raises CheckError where the files differ, unless `force`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.part_of(path) as part:
         write(part)
-        state: Literal["built", "unchanged", "replaced"] = "built"
+        state: State = "built"
         if path.exists():
-            if _same(part, path):
+            old, new = _read(path), _read(part)
+            if old == new:
                 return Built(target.name, target.version, path, path.stat().st_size, "unchanged")
+            if old and new and not force and (old.project == new.project if new.project else same_project):
+                note = f"{_difference(old, new)}: to build it again, give it a new version, or --force while developing"
+                return Built(target.name, target.version, path, path.stat().st_size, "kept", note)
             if not force:
                 what = f"{path.name} is already built from other input"
                 help_ = "a version never changes: give it a new one, or use --force while developing"
@@ -54,18 +71,50 @@ def place(target: Target, path: Path, write: Callable[[Path], None], *, force: b
     return Built(target.name, target.version, path, path.stat().st_size, state)
 
 
-def _same(part: Path, path: Path) -> bool:
-    """Whether an archive differs from the one that is there in nothing but the commit."""
-    try:
-        return mar.same_content(part, path, ignoring=BUILD) and _but_commit(part) == _but_commit(path)
-    except (OSError, ValueError, KeyError, TypeError, mar.BadArchiveError):
-        return False
+@dataclass(frozen=True)
+class _Read:
+    """What there is in an archive, by where it comes from; without the commit, which may differ."""
+
+    project: Entries
+    """The project's handlers, workflows and weights."""
+    runtime: Entries
+    """The copy of this package."""
+    generated: Entries
+    """What this package made of the two, but for `build.json`."""
+    build: dict[str, Any]
+    """`build.json`, empty in a `.war`."""
 
 
-def _but_commit(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> _Read | None:
+    """None where the file is no archive."""
     try:
-        fields: dict[str, Any] = json.loads(mar.read_text(path, BUILD))
-    except KeyError:  # a .war has none: its archives have
-        return {}
-    fields["inputs"].pop("commit", None)
-    return fields
+        entries = mar.checksums(path)
+        build = json.loads(mar.read_text(path, BUILD)) if BUILD in entries else {}
+        build.get("inputs", {}).pop("commit", None)
+    except (OSError, ValueError, AttributeError, TypeError, mar.BadArchiveError):
+        return None
+    parts: dict[str, Entries] = {"project": {}, "runtime": {}, "generated": {}}
+    for entry, checksum in entries.items():
+        if entry != BUILD:
+            parts[_PARTS.get(entry.partition("/")[0], "generated")][entry] = checksum
+    return _Read(**parts, build=build)
+
+
+_PARTS = {**dict.fromkeys(("handlers", "workflows", "weights"), "project"), "torchserve_dag": "runtime"}
+
+
+def _difference(old: _Read, new: _Read) -> str:
+    """How an archive that is kept was built, in half a sentence."""
+    if not old.build:
+        return "built by an earlier torchserve-dag"
+    before, now = (archive.build["inputs"]["packages"] for archive in (old, new))
+    own = f"torchserve-dag {before.get(OWN, 'of an unknown version')}"
+    if old.runtime != new.runtime:
+        return f"built with an earlier runtime ({own}), which it carries"
+    names = [name for name in sorted({*before, *now} - {OWN}) if before.get(name) != now.get(name)]
+    if names:
+        changes = [
+            f"{name} {before.get(name, 'not installed')}, now {now.get(name, 'not installed')}" for name in names
+        ]
+        return f"built with other packages ({'; '.join(changes)})"
+    return f"built by an earlier {own}"

@@ -57,7 +57,8 @@ def export(
         built.append(place(target, store / f"{stem}.mar", write, force=force))
     spec = yaml.safe_dump(_spec(graph, found), sort_keys=False)
     path = store / f"{graph.name}-{graph.version}.war"
-    built.append(place(target, path, lambda part: _write(part, graph.name, spec), force=force))
+    same = all(archive.state in {"unchanged", "kept"} for archive in built)
+    built.append(place(target, path, lambda part: _write(part, graph.name, spec), force=force, same_project=same))
     return built
 
 

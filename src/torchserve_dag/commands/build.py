@@ -53,7 +53,7 @@ def build(
     else:
         for built in report.built:
             state = f"[green]{built.state:9}[/]"
-            out.print(f"{state} {escape(str(built.path))}  {decimal(built.size)}", soft_wrap=True)
+            out.print(f"{state} {escape(str(built.path))}  {built.note or decimal(built.size)}", soft_wrap=True)
         for left in report.left_out:
             out.print(f"[yellow]left out[/]  {left.name} {left.version}", soft_wrap=True)
             for reason in left.reasons:

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from torchserve_dag.archives.protocol import why_not_spoken
 from torchserve_dag.clients import Client, VersionInfo, WorkerInfo
 from torchserve_dag.server.state import TorchServeProcess
 
@@ -50,9 +51,15 @@ def status(record: TorchServeProcess, client: Client) -> Status:
 
 
 def about(client: Client, name: str, version: str | None = None) -> Mapping[str, Any]:
-    """What an archive's `build.json` says: its card, its inputs, its graph. Raises ServingError."""
+    """What an archive's `build.json` says: its card, its inputs, its graph, the protocol that it speaks.
+
+    Where that is not this version's protocol, a sentence says what follows from it. Raises ServingError.
+    """
     described = client.describe(name, version).get("customizedMetadata")
-    return described if isinstance(described, dict) else {}
+    if not isinstance(described, dict):
+        return {}
+    refusal = why_not_spoken(described) if "inputs" in described else None
+    return described | ({"protocol": refusal} if refusal else {})
 
 
 def _version(name: str, info: VersionInfo) -> VersionStatus:
