@@ -40,7 +40,7 @@ class Workflow:
         self.graph = graph
         lanes = max(1, placement.cores() // workers)
         placement.share_cores(lanes * workers)
-        self._loaded = Loader(project, device, gpu).load_graph(graph)
+        self._loaded = Loader(project, device, gpu, lanes * workers).load_graph(graph)
         devices = {name: loaded.device for name, loaded in self._loaded.items() if loaded.runner}
         self._most_at_once = lanes + max(code.batch for code in graph.codes.values())
         self.engine = Engine(

@@ -64,7 +64,7 @@ def measure(task: Task) -> Measured:
     lanes = placement.cores()
     placement.share_cores(lanes)
     begin = time.perf_counter()
-    stages = load_handler(project, file)
+    stages = load_handler(project, file, lanes=lanes)
     load_s = time.perf_counter() - begin
     if stages.placement.device.type != "cpu":
         lanes = 1

@@ -158,10 +158,8 @@ class RowsRunner:
         return Failure(status, what, "HandlerError", self.name)
 
     def _message(self, body: bytes) -> Any:
-        if self._gives is bytes:
-            return body
         try:
-            return _as(self._gives, body)
+            return codec.decode_answer(self._gives, body)
         except InputError as error:
             return self._failure(f"{self.name} did not give {codec.describe(self._gives)}. {error.message}")
 
@@ -265,14 +263,3 @@ def _body(value: Any) -> Any:
         return bytearray(value.text.encode())
     body, content_type = codec.encode(value)
     return json.loads(body) if content_type == "application/json" else bytearray(body)
-
-
-def _as(kind: Any, body: bytes) -> Any:
-    """An answer's body as a message. Raises InputError."""
-    if kind is Any or kind is Text:
-        try:
-            return codec.decode(kind, body, "application/json")
-        except InputError:  # not JSON of ours: the text itself, or the bytes
-            if kind is Any:
-                return body
-    return codec.decode(kind, body)

@@ -18,27 +18,29 @@ from torchserve_dag.runtime.compute.openvino import OpenVinoModel
 M = TypeVar("M", bound=nn.Module)
 Precision = Literal["float32", "bfloat16"]
 Runtime = Literal["torch", "compiled", "openvino"]
-"""What computes a model: torch as it is, what `torch.compile` makes of it, or, on a CPU, OpenVINO."""
+"""What computes a model: torch eagerly, `torch.compile`, or, on a CPU, OpenVINO."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One handler's device and the way its model runs there."""
+    """A handler's device, and how its model runs there."""
 
     device: torch.device
     precision: Precision = "float32"
     channels_last: bool = False
     runtime: Runtime = "torch"
+    lanes: int = 1
+    """Threads that compute on this machine's cores at the same time, each with its share: see share_cores."""
 
     def put(self, module: M) -> M:
-        """`module` ready to infer: on the device, without gradients, laid out and computed as set."""
+        """`module` ready to infer: on the device, without gradients, laid out and computed as this placement says."""
         module = module.eval().requires_grad_(requires_grad=False).to(self.device)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.runtime == "compiled":
             return torch.compile(module, dynamic=True)  # type: ignore[return-value]
         if self.runtime == "openvino" and self.device.type == "cpu":
-            return OpenVinoModel(module, self.precision, _process.lanes, alone)  # type: ignore[return-value]
+            return OpenVinoModel(module, self.precision, self.lanes, alone)  # type: ignore[return-value]
         return module
 
     def tensor(self, batch: torch.Tensor) -> torch.Tensor:
@@ -63,8 +65,8 @@ class Placement:
 def find_device(name: str, gpu: int | None = None) -> torch.device:
     """`auto`, `cpu` or `cuda:N` as a device.
 
-    `auto` takes the GPU that TorchServe gave the worker (`gpu`), else the first, else the CPU.
-    Raises ValueError where the named device is not there.
+    `auto` is the GPU with the number `gpu`, without a number the first GPU, and on a machine without one the CPU.
+    Raises ValueError where the named device does not exist.
     """
     count = torch.cuda.device_count()
     if name == "auto":
@@ -81,7 +83,7 @@ def find_device(name: str, gpu: int | None = None) -> torch.device:
 
 
 def cores() -> int:
-    """How many cores this process may use: those that it is bound to, or its container's share of them."""
+    """The cores that this process may use: those of its CPU affinity, or fewer where the container has a quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split()
@@ -91,26 +93,18 @@ def cores() -> int:
 
 
 def share_cores(lanes: int) -> None:
-    """Give each of `lanes` threads its share of the cores, in the models that are put in place next.
+    """Give each of `lanes` computing threads its share of the cores. torch has one such number for the whole process.
 
-    With as many lanes as cores that is one each, which was fastest for requests together; the figures are
-    in docs/decisions/0008-lanes.md.
+    One core for each thread had the highest throughput; the figures are in docs/decisions/0008-lanes.md.
     """
     torch.set_num_threads(max(1, cores() // lanes))
-    _process.lanes = lanes
 
 
-@dataclass
-class _Process:
-    lanes: int = 1
-
-
-_process = _Process()
 _here = threading.local()
 
 
 def set_alone(alone: bool) -> None:  # noqa: FBT001 (the engine calls it with one value)
-    """Say whether what this thread computes next may use every core, as nobody else has anything to do."""
+    """Set whether this thread may use every core for what it computes next, since the others are idle."""
     _here.alone = alone
 
 

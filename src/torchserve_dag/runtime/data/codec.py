@@ -60,6 +60,23 @@ def decode(kind: type[T], body: bytes, content_type: str | None = None) -> T:
     return value  # type: ignore[no-any-return]
 
 
+def decode_answer(kind: type[T], body: bytes) -> T:
+    """The answer of a model that is not ours, as a `kind`. Raises InputError.
+
+    Nothing declares what the body is, so for Any it is the data of its JSON, or else the bytes, and for Text our
+    own JSON, or else the text itself.
+    """
+    if kind is bytes:
+        return body  # type: ignore[return-value]
+    if kind is Any or kind is Text:
+        try:
+            return decode(kind, body, "application/json")
+        except InputError:
+            if kind is Any:
+                return body  # type: ignore[return-value]
+    return decode(kind, body)
+
+
 def encode(message: Any) -> tuple[bytes, str]:
     """An answer as its body and content type.
 

@@ -105,16 +105,9 @@ class FunctionCode(Kind):
 
 @dataclass(frozen=True, slots=True)
 class DecodeCode(Kind):
-    """The decoding of a request, which an engine runs before the graph's own nodes."""
+    """The decoding of a request, which the engine runs before the nodes. It is in no graph, so nothing draws it."""
 
-    key = "function"
-    noun = "the decoding of requests"
-    drawn_as = "function"
     one_by_one = True
-
-    @property
-    def title(self) -> str:
-        return "decode"
 
 
 @dataclass(frozen=True, slots=True)

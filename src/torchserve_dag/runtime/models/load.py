@@ -37,11 +37,12 @@ class Loaded:
 class Loader:
     """Loads the code of one graph's nodes. Nodes that run one handler on one device share its weights."""
 
-    def __init__(self, project: Project, device: str | None, gpu: int | None) -> None:
-        """`device` overrides every node's; `gpu`: the number of the GPU that `auto` means."""
+    def __init__(self, project: Project, device: str | None, gpu: int | None, lanes: int) -> None:
+        """`device` overrides every node's; `gpu`: the number of the GPU that `auto` means; `lanes`: see Placement."""
         self._project = project
         self._device = device
         self._gpu = gpu
+        self._lanes = lanes
         self._handlers: dict[tuple[Path, str], Stages] = {}
 
     def load_graph(self, graph: Graph) -> dict[str, Loaded]:
@@ -75,7 +76,9 @@ class Loader:
     def _stages(self, file: Source[HandlerFile], device: str, batch: int) -> Stages:
         key = (file.path, device)
         if key not in self._handlers:
-            self._handlers[key] = load_handler(self._project, file, device=device, gpu=self._gpu, batch=batch)
+            self._handlers[key] = load_handler(
+                self._project, file, device=device, gpu=self._gpu, batch=batch, lanes=self._lanes
+            )
         return self._handlers[key]
 
 
@@ -86,15 +89,17 @@ def load_handler(
     device: str | None = None,
     gpu: int | None = None,
     batch: int | None = None,
+    lanes: int = 1,
 ) -> Stages:
-    """A project's handler, loaded and warm. `device` and `batch` override what its file says.
+    """A project's handler, loaded and warm. `device` and `batch` override those of its file; `lanes`: see Placement.
 
     Raises CheckError for a file that is wrong, ValueError for a device that is not there.
     """
     run = file.value.run
     kind = project.handler_class(file)
     settings = project.settings(file, kind)
-    placement = Placement(find_device(device or run.device, gpu), run.precision, run.channels_last, run.runtime)
+    device_here = find_device(device or run.device, gpu)
+    placement = Placement(device_here, run.precision, run.channels_last, run.runtime, lanes)
     handler = kind()
     handler.load(project.weights, settings, placement)
     stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s)

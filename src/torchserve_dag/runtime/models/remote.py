@@ -125,7 +125,7 @@ class ServedModel:
             where = f"{failure.node} of {self._name}" if failure.node else self._name
             return Failure(failure.status, f"{failure.message} ({where})", failure.type)
         try:
-            return _answer_as(self._gives, body)
+            return codec.decode_answer(self._gives, body)
         except InputError as error:
             message = f"The answer of {self._name} is not {codec.describe(self._gives)}: {error.message}"
             return Failure(HTTPStatus.BAD_GATEWAY, message, "UnexpectedAnswer")
@@ -235,19 +235,6 @@ def _photo(photo: Photo) -> bytes:
     else:
         photo.image.save(body, "PNG", compress_level=1)
     return body.getvalue()
-
-
-def _answer_as(kind: Any, body: bytes) -> Any:
-    """An answer's body as a message. Raises InputError."""
-    if kind is bytes:
-        return body
-    if kind is Text or kind is Any:
-        try:
-            return codec.decode(kind, body, "application/json")
-        except InputError:  # not JSON of ours: the text itself, or the bytes
-            if kind is Any:
-                return body
-    return codec.decode(kind, body)
 
 
 def _key_files(address: str) -> list[Path]:
