@@ -5,8 +5,6 @@ input, Counts as JSON on its standard output.
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from torchserve_dag.bench.loops import ClosedLoop, Loop, OpenLoop
 from torchserve_dag.bench.rest import RestSender
 from torchserve_dag.bench.sender import Sender
 from torchserve_dag.bench.window import Counts, Window
-from torchserve_dag.runtime.data import plain
+from torchserve_dag.server import json_module
 
 _CONNECTIONS = 8
 """Over gRPC, which sends many requests over one, as many clients do who share a channel."""
@@ -100,11 +98,10 @@ def _sender(spec: Spec, bodies: list[bytes]) -> Sender:
     return GrpcSender(where.target, where.model, where.version, where.token, bodies, spec.limit, connections)
 
 
-def main() -> None:
-    spec = plain.build(Spec, json.load(sys.stdin))
-    bodies = [Path(path).read_bytes() for path in spec.bodies]
-    json.dump(plain.flatten(asyncio.run(run(spec, bodies))), sys.stdout)
+def generate(spec: Spec) -> Counts:
+    """Send the load that the spec describes, and return what was counted."""
+    return asyncio.run(run(spec, [Path(path).read_bytes() for path in spec.bodies]))
 
 
 if __name__ == "__main__":
-    main()
+    json_module.serve(Spec, generate)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ from torchserve_dag.bench.programs import Program
 from torchserve_dag.bench.rows import LoadRow, Protocol
 from torchserve_dag.bench.systems import System, last_line
 from torchserve_dag.bench.window import Counts
-from torchserve_dag.runtime.data import plain
+from torchserve_dag.server import json_module
 
 _SPARE_S = 60.0
 """How much longer than planned a load generator may take."""
@@ -90,18 +87,7 @@ class Loads:
 def _generate(spec: Spec, log: Path) -> Counts:
     """One run of the load generator. Raises BenchError."""
     longest = spec.warm_up + spec.seconds + 2 * spec.limit + _SPARE_S
-    with log.open("ab") as said:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "torchserve_dag.bench.load"],
-                input=json.dumps(plain.flatten(spec)).encode(),
-                stdout=subprocess.PIPE,
-                stderr=said,
-                timeout=longest,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise BenchError(f"the load generator did not end; see {log}") from None
-    if done.returncode:
-        raise BenchError(f"the load generator failed: {last_line(log)}")
-    return plain.build(Counts, json.loads(done.stdout))
+    try:
+        return json_module.call("torchserve_dag.bench.load", spec, Counts, longest, log)
+    except json_module.ModuleFailedError as error:
+        raise BenchError(f"the load generator failed: {error}; see {log}") from None

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from torchserve_dag.commands import durations
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, print_json, project_root
 
 if TYPE_CHECKING:
     from torchserve_dag.releases.experiment import Difference, Result
-
-_HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
 
 
 def experiment(
@@ -55,10 +53,7 @@ def experiment(
 def _begin(since: str | None) -> dt.datetime | None:
     if since is None:
         return None
-    found = re.fullmatch(r"(\d+)([mhd])", since)
-    if not found:
-        fail(f'"{since}" is not a time: write 30m, 6h or 7d.')
-    return dt.datetime.now(dt.timezone.utc) - dt.timedelta(hours=int(found[1]) * _HOURS[found[2]])
+    return dt.datetime.now(dt.timezone.utc) - dt.timedelta(seconds=durations.seconds(since, "30m, 6h or 7d"))
 
 
 def _print(result: Result) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from torchserve_dag.commands import durations
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 STOP_IF = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
 """When a rollout is rolled back, unless --stop-if says otherwise."""
 
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _COLOURS = {"done": "green", "back": "red"}
 
 
@@ -157,10 +156,7 @@ def _steps(text: str) -> tuple[float, ...]:
 
 
 def _time(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
-    if not found:
-        fail(f'"{text}" is not a time: write 30s, 5m or 1h.')
-    return float(found[1]) * _SECONDS[found[2]]
+    return durations.seconds(text, "30s, 5m or 1h")
 
 
 def _follow(desk: Desk, model: str) -> Progress | None:

@@ -10,11 +10,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from torchserve_dag.commands import durations
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
 
 token = typer.Typer(help="Who may pass the front door: tokens with a name, an end, and a limit.", no_args_is_help=True)
-
-_DAYS = {"h": 1 / 24, "d": 1.0, "w": 7.0, "y": 365.0}
 
 
 @token.command("new")
@@ -30,15 +29,15 @@ def new(
     """Issue a token, and print it: this once, for it is not kept."""
     if not re.fullmatch(r"[\w.@-]{1,64}", name, re.ASCII):
         fail(f'"{name}" is not a name for a token: use up to 64 letters, digits, and . _ @ -')
-    found = re.fullmatch(r"(\d+)([hdwy])", expires)
-    if not found or not int(found[1]):
-        fail(f'"{expires}" is not a time: write 12h, 30d or 1y.')
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.server.state import State
 
+    lives_s = durations.seconds(expires, "12h, 30d or 1y")
+    if lives_s < 1:
+        fail(f"A token that is valid for {expires} lets nobody in: write 12h, 30d or 1y.")
     with failures():
         door = Door(State(project_root(project)))
-        text = door.issue_token(name, int(found[1]) * _DAYS[found[2]] * 86_400, rate)
+        text = door.issue_token(name, lives_s, rate)
     err.print(f"A token for {name}, valid for {expires}:")
     sys.stdout.write(text + "\n")
 

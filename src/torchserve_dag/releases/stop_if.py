@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -56,23 +55,14 @@ class Term:
 
 
 def sure(count: int, of: int, share: float) -> bool:
-    """Whether a share is over a limit beyond chance: at the limit, so many would come once in a thousand times.
+    """Whether `count` of `of` requests exceed a share beyond chance.
 
-    The binomial distribution's upper tail, exactly: at few requests, and shares near 0, no approximation is good.
+    True where the binomial distribution with that share gives so many or more with a probability below CHANCE. Its
+    upper tail is computed exactly: for few requests, and shares near 0, no approximation holds.
     """
-    if count <= of * share:
-        return False
-    if share <= 0 or share >= 1:
-        return True
-    log_term = math.lgamma(of + 1) - math.lgamma(count + 1) - math.lgamma(of - count + 1)
-    term = math.exp(log_term + count * math.log(share) + (of - count) * math.log1p(-share))
-    tail = 0.0
-    for i in range(count, of + 1):
-        tail += term
-        term *= (of - i) / (i + 1) * share / (1 - share)
-        if term < tail * 1e-9:
-            break
-    return tail < CHANCE
+    from scipy.special import bdtrc  # noqa: PLC0415 (scipy takes a while to import)
+
+    return count > of * share and float(bdtrc(count - 1, of, min(share, 1.0))) < CHANCE
 
 
 def read(text: str) -> list[Term]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.project.handler_file import Run
+from torchserve_dag.server import json_module
 from torchserve_dag.tuning.trial import Measured, Task
 
 BATCHES = (2, 4, 8, 16)
@@ -88,21 +85,10 @@ def _ways(run: Run, *, compiled: bool) -> Iterator[Run]:
 
 def in_a_process(task: Task) -> Measured:
     """A trial by itself: threads, compiled models and memory are its own. Raises TrialError."""
-    command = [sys.executable, "-m", "torchserve_dag.tuning.trial"]
     try:
-        done = subprocess.run(  # noqa: S603 (our own module)
-            command,
-            input=json.dumps(plain.flatten(task)),
-            capture_output=True,
-            text=True,
-            timeout=TRIAL_LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise TrialError(f"it took longer than {TRIAL_LIMIT_S} s") from None
-    if done.returncode:
-        raise TrialError((done.stderr.strip().splitlines() or ["it gave no reason"])[-1])
-    return plain.build(Measured, json.loads(done.stdout.splitlines()[-1]))
+        return json_module.call("torchserve_dag.tuning.trial", task, Measured, TRIAL_LIMIT_S)
+    except json_module.ModuleFailedError as error:
+        raise TrialError(str(error)) from None
 
 
 def difference(one: Any, other: Any) -> float:

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from torchserve_dag.runtime.models.load import load_handler
 from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import Run
+from torchserve_dag.server import json_module
 
 MOST_ALONE = 200
 
@@ -113,4 +112,4 @@ def _together(stages: Stages, items: list[Any], lanes: int, batch: int, seconds:
 
 
 if __name__ == "__main__":
-    print(json.dumps(plain.flatten(measure(plain.build(Task, json.load(sys.stdin))))), file=sys.stdout)  # noqa: T201
+    json_module.serve(Task, measure)
