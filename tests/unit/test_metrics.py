@@ -172,7 +172,7 @@ def test_counts_that_cannot_be_had_end_the_thread_and_say_so_once(caplog: pytest
 
     Publisher("flow", "1.0", broken).run(0)
 
-    assert [record.message for record in caplog.records] == ["the metrics of this worker stay as they are"]
+    assert [record.message for record in caplog.records] == ["the metrics of this worker are no longer updated"]
 
 
 def test_the_pages_name_what_is_published_and_nothing_else() -> None:

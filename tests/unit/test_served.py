@@ -62,7 +62,7 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
         self.inside = threading.Semaphore(0)
         """Released by every call that hangs."""
         self.cancelled = threading.Semaphore(0)
-        """Released by every call that hung and was called off."""
+        """Released by every call that hung and was cancelled."""
         self.go_on = threading.Event()
 
     def Predictions(self, request: Any, context: Any) -> Any:

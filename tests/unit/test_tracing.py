@@ -239,8 +239,8 @@ def test_spans_are_off_unless_they_are_asked_for(value: str | None, monkeypatch:
 @pytest.mark.parametrize(
     ("exporters", "protocol", "why"),
     [
-        ("nobody", "", 'no package here has the exporter "nobody"'),
-        ("otlp", "pigeon", '"pigeon" is not a protocol; known: http/protobuf, grpc'),
+        ("nobody", "", 'no installed package has the exporter "nobody"'),
+        ("otlp", "pigeon", '"pigeon" is no OTLP protocol; known: http/protobuf, grpc'),
     ],
 )
 def test_what_cannot_be_had_is_said_once(
@@ -250,7 +250,7 @@ def test_what_cannot_be_had_is_said_once(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
 
     assert tracing.observer() is tracing.observer() is None
-    assert caplog.messages == [f"OTEL_TRACES_EXPORTER is {exporters}, and there will be no spans: {why}"]
+    assert caplog.messages == [f"OTEL_TRACES_EXPORTER is {exporters}, but no spans are exported: {why}"]
 
 
 def test_where_opentelemetry_is_missing_a_worker_says_so_and_serves(

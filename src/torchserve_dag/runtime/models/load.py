@@ -57,7 +57,7 @@ class Loader:
         match code.kind:
             case HandlerCode(file, device):
                 stages = self._stages(file, self._device or device, code.batch)
-                runner = stream_runner(name, stages.pieces) if code.yields else stages
+                runner = stream_runner(name, stages.stream) if code.yields else stages
                 return Loaded(
                     runner, device=str(stages.placement.device), hangs=lambda: stages.hangs, close=stages.close
                 )

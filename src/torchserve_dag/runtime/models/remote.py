@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.runtime.data.options import TIMEOUT
-from torchserve_dag.runtime.engine.runner import Done
+from torchserve_dag.runtime.engine.runner import Cancel, Done
 from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
 
@@ -45,7 +44,7 @@ class ServedModel:
     """Calls one model of a TorchServe; a Starter. Nothing is sent before the first call: the server may start later.
 
     Answers are decoded, and `done` is called, on one thread for each address: `done` only passes on.
-    After `close`, and for a call that is called off, `done` is told so like any other failure.
+    After `close`, and for a call that is cancelled, `done` gets a Failure.
     """
 
     def __init__(self, served: ServedCode, gives: Any) -> None:
@@ -62,8 +61,8 @@ class ServedModel:
         self._closed = False
         self._line = _Line.to(served.address)
 
-    def __call__(self, value: Any, timeout_s: float, done: Done) -> Callable[[], None]:
-        """Start one call. Gives back how to call it off."""
+    def __call__(self, value: Any, timeout_s: float, done: Done) -> Cancel:
+        """Start one call."""
         served = self._served
         try:
             body = _body_of(value)
@@ -88,7 +87,7 @@ class ServedModel:
         return cancel
 
     def close(self) -> None:
-        """Call off what is under way."""
+        """Cancel the calls in flight."""
         if self._closed:
             return
         self._closed = True
@@ -157,7 +156,7 @@ class ServedModel:
                 status, kind, message = HTTPStatus.SERVICE_UNAVAILABLE, "Overloaded", f"{name} is overloaded: {said}."
             case "CANCELLED":
                 status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Cancelled"
-                message = f"The call of {name} was called off."
+                message = f"The call of {name} was cancelled."
             case "UNAVAILABLE" if not java:
                 status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Unreachable"
                 message = f"{address} cannot be reached: {said}. Is a TorchServe up, and is this its gRPC address?"
@@ -257,4 +256,4 @@ def _key_in(path: Path) -> str | None:
 
 
 def _nothing() -> None:
-    """Call off what was never begun."""
+    """Cancel a call that was never started."""

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 END: Final = object()
 
-Piece = list[Any]
-"""Some items' values at one stage; a Failure stands where an item has ended."""
+Batch = list[Any]
+"""Values of items before or after a stage; a Failure stands where an item has ended."""
 
 
 class Stages:
@@ -62,11 +62,13 @@ class Stages:
             return self._postprocess(self._infer(self._preprocess(items)), items)
         return self._overlapped(items, self.micro_batch.size)
 
-    def pieces(self, item: Any) -> Iterator[Any]:
-        """The answer of a handler that streams, piece by piece. It raises what the handler raises."""
+    def stream(self, item: Any) -> Iterator[Any]:
+        """The chunks of a streaming handler's answer. It raises what the handler raises."""
         outputs = self.handler.stream(self.handler.preprocess(item))
         while True:
-            with self.placement.inferring():  # it holds for a thread, and the next piece may be made in another
+            with (
+                self.placement.inferring()
+            ):  # the setting is the thread's, and another thread may compute the next chunk
                 output = next(outputs, END)
             if output is END:
                 return
@@ -76,7 +78,7 @@ class Stages:
         """Run the handler's own example, alone and as a full batch. Raises RuntimeError where it fails."""
         example = self.handler.example()
         if streams(type(self.handler)):
-            for _ in self.pieces(example):
+            for _ in self.stream(example):
                 pass
             return
         for size in dict.fromkeys((1, batch)):
@@ -90,12 +92,12 @@ class Stages:
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _overlapped(self, items: Piece, size: int) -> list[Any]:
-        pieces = [items[i : i + size] for i in range(0, len(items), size)]
+    def _overlapped(self, items: Batch, size: int) -> list[Any]:
+        micro_batches = [items[i : i + size] for i in range(0, len(items), size)]
         deadline = time.monotonic() + self.timeout_s
-        ends: list[Future[Piece]] = [Future() for _ in pieces]
+        ends: list[Future[Batch]] = [Future() for _ in micro_batches]
 
-        def then(stage: str, work: Callable[[], Piece], after: Callable[[Piece], None], end: Future[Piece]) -> None:
+        def then(stage: str, work: Callable[[], Batch], after: Callable[[Batch], None], end: Future[Batch]) -> None:
             def run() -> None:
                 try:
                     after(work())
@@ -109,24 +111,24 @@ class Stages:
             else:
                 job.add_done_callback(lambda job: end.cancel() if job.cancelled() else None)
 
-        for piece, end in zip(pieces, ends, strict=True):
+        for micro_batch, end in zip(micro_batches, ends, strict=True):
 
-            def finish(outputs: Piece, piece: Piece = piece, end: Future[Piece] = end) -> None:
-                then("postprocess", lambda: self._postprocess(outputs, piece), end.set_result, end)
+            def finish(outputs: Batch, micro_batch: Batch = micro_batch, end: Future[Batch] = end) -> None:
+                then("postprocess", lambda: self._postprocess(outputs, micro_batch), end.set_result, end)
 
-            def infer(prepared: Piece, end: Future[Piece] = end, finish: Callable[[Piece], None] = finish) -> None:
+            def infer(prepared: Batch, end: Future[Batch] = end, finish: Callable[[Batch], None] = finish) -> None:
                 then("infer", lambda: self._infer(prepared), finish, end)
 
-            then("preprocess", lambda piece=piece: self._preprocess(piece), infer, end)  # type: ignore[misc]
+            then("preprocess", lambda micro_batch=micro_batch: self._preprocess(micro_batch), infer, end)  # type: ignore[misc]
 
         return [
             answer
-            for piece, end in zip(pieces, ends, strict=True)
-            for answer in self._awaited(end, len(piece), deadline)
+            for micro_batch, end in zip(micro_batches, ends, strict=True)
+            for answer in self._awaited(end, len(micro_batch), deadline)
         ]
 
-    def _awaited(self, end: Future[Piece], size: int, deadline: float) -> Piece:
-        """A piece's answers; where they do not come by the deadline, as many failures."""
+    def _awaited(self, end: Future[Batch], size: int, deadline: float) -> Batch:
+        """A micro-batch's answers; where they do not come by the deadline, as many failures."""
         try:
             return end.result(max(0.0, deadline - time.monotonic()))
         except FutureTimeoutError:
@@ -138,10 +140,10 @@ class Stages:
         except Exception as error:  # noqa: BLE001
             return [self._surprise("a stage", error)] * size
 
-    def _preprocess(self, items: Piece) -> Piece:
+    def _preprocess(self, items: Batch) -> Batch:
         return [self._one("preprocess", self.handler.preprocess, item) for item in items]
 
-    def _infer(self, prepared: Piece) -> Piece:
+    def _infer(self, prepared: Batch) -> Batch:
         alive = [value for value in prepared if not isinstance(value, Failure)]
         if not alive:
             return prepared
@@ -149,7 +151,7 @@ class Stages:
             outputs = iter(self._infer_alive(alive))
         return [value if isinstance(value, Failure) else next(outputs) for value in prepared]
 
-    def _infer_alive(self, batch: Piece) -> Piece:
+    def _infer_alive(self, batch: Batch) -> Batch:
         try:
             outputs = list(self.handler.infer(batch))
             if len(outputs) == len(batch):
@@ -162,7 +164,7 @@ class Stages:
                 return [self._failure("infer", error)]
             return [output for value in batch for output in self._infer_alive([value])]
 
-    def _postprocess(self, outputs: Piece, items: Piece) -> Piece:
+    def _postprocess(self, outputs: Batch, items: Batch) -> Batch:
         return [
             output if isinstance(output, Failure) else self._one("postprocess", self.handler.postprocess, output, item)
             for output, item in zip(outputs, items, strict=True)

@@ -1,1 +1,1 @@
-"""What nodes have done: metrics, spans, scores."""
+"""Metrics and spans of a workflow's nodes, and the scores of its answers."""

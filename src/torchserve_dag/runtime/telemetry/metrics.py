@@ -1,9 +1,9 @@
-"""What the nodes of a workflow have done, as Prometheus series on TorchServe's own `/metrics`.
+"""The metrics of a workflow's nodes, as Prometheus series on TorchServe's own `/metrics`.
 
-TorchServe reads metrics from what its workers print, adds the numbers of one name and labels up, and has histograms of
-its own only with fixed buckets and a line for each observation. So a worker prints, once a second, by how much each
-bucket has grown: as counters that are named as a histogram's series are. Several workers add up, and the numbers
-never fall when one of them is started anew.
+TorchServe reads metrics from its workers' output, adds up the values of each series, and has histograms only with fixed
+buckets and a line for each observation. So a worker prints, once a second, the increase of each bucket, as a counter
+with the name that the histogram's series has. Counters of several workers add up, and do not fall when a worker is
+restarted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torchserve_dag.runtime.engine.counts import Histogram, NodeCounts
 logger = logging.getLogger(__name__)
 
 Series = tuple[str, str, str | None]
-"""A node, a metric, and the upper bound of a bucket where it is one."""
+"""A node, a metric, and for a bucket its upper bound."""
 
 PREFIX = "torchserve_dag_node_"
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number of a node, and its name on `/metrics` behind the prefix."""
+    """A metric of every node; its name on `/metrics` follows the prefix."""
 
     name: str
     unit: str
@@ -68,13 +68,13 @@ METRICS = (
 )
 
 _SEPARATORS = str.maketrans(",:|", "___")
-"""What separates the parts of a line, and so cannot be in a name."""
+"""Separators of TorchServe's metric lines, which names cannot contain."""
 
 
 def publish_every(
     period_s: float, workflow: str, version: str, metrics: Callable[[], Mapping[Series, float]]
 ) -> Publisher:
-    """Publish the numbers that `metrics` gives from now on, in a thread that ends with the process or with `close`."""
+    """Publish what `metrics` returns, every `period_s` seconds, in a thread that ends with `close` or the process."""
     publisher = Publisher(workflow, version, metrics)
     threading.Thread(target=publisher.run, args=(period_s,), name="metrics", daemon=True).start()
     return publisher
@@ -92,19 +92,19 @@ class Publisher:
         self._closed = threading.Event()
 
     def run(self, period_s: float) -> None:
-        """Publish until it is closed, or cannot."""
+        """Publish until it is closed, or publishing fails."""
         try:
             self.publish()
             while not self._closed.wait(period_s):
                 self.publish()
         except Exception:
-            logger.exception("the metrics of this worker stay as they are")
+            logger.exception("the metrics of this worker are no longer updated")
 
     def publish(self) -> None:
-        """Print what has changed since the last time."""
+        """Print the increases since the last call."""
         with self._publishing:
             if lines := self.lines():
-                # In one write, so that what other threads print does not come between.
+                # A single write, so that the output of other threads does not come between.
                 sys.stdout.write("\n".join(lines) + "\n")
                 sys.stdout.flush()
 
@@ -114,20 +114,22 @@ class Publisher:
         self.publish()
 
     def lines(self) -> list[str]:
-        """The lines that add what has changed since the last call.
+        """The lines with the increases since the last call.
 
-        A series is there from the start, with 0: or Prometheus would not see the first increase. The first line adds
-        0 in any case, because it may be lost: `print` writes a text and its end one by one, and another thread's may
-        be under way.
+        A series starts with 0, so that Prometheus sees its first increase. The first line always adds 0, because it
+        may be lost: `print` writes a text and its line end separately, so another thread's text may precede it.
         """
         now, before = self._metrics(), self._published
         self._published = now
         new = [series for series in now if series not in before]
-        grown = {
+        increases = {
             series: value - before.get(series, 0) for series, value in now.items() if value > before.get(series, 0)
         }
-        zeros = new or list(grown)[:1]
-        return [*(self._line(series, 0) for series in zeros), *(self._line(*one) for one in grown.items())]
+        zeros = new or list(increases)[:1]
+        return [
+            *(self._line(series, 0) for series in zeros),
+            *(self._line(series, increase) for series, increase in increases.items()),
+        ]
 
     def _line(self, series: Series, increase: float) -> str:
         node, metric, bound = series
@@ -139,7 +141,7 @@ class Publisher:
 
 
 def series_of(counts: Mapping[str, NodeCounts]) -> dict[Series, float]:
-    """Every node's counts as numbers that only grow."""
+    """The counters of all nodes."""
     return {
         (node, metric, bound): value
         for node, node_counts in counts.items()
@@ -157,7 +159,7 @@ def _series(counts: NodeCounts) -> Iterator[tuple[str, str | None, float]]:
 
 
 def _histogram(name: str, histogram: Histogram) -> Iterator[tuple[str, str | None, float]]:
-    """Prometheus's buckets: each counts what the smaller ones count too."""
+    """A Prometheus histogram, whose buckets are cumulative."""
     bounds = [*map(str, histogram.bounds), "+Inf"]
     for bound, count in zip(bounds, accumulate(histogram.counts), strict=True):
         yield f"{name}_bucket", bound, count

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of each request and its nodes, off unless the environment asks for them.
+"""OpenTelemetry spans of each request and its nodes, off by default.
 
-`OTEL_TRACES_EXPORTER` turns them on, as in any program that has OpenTelemetry, and its other variables hold as well.
-Its packages are imported only then.
+The environment variable `OTEL_TRACES_EXPORTER` turns them on, as in any program with OpenTelemetry, whose other
+variables hold too. Its packages are imported only then.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
+from http import HTTPStatus
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -24,35 +25,32 @@ logger = logging.getLogger(__name__)
 
 EXPORTERS = "OTEL_TRACES_EXPORTER"
 SERVICE = "torchserve-dag"
-"""What spans are said to come from, unless `OTEL_SERVICE_NAME` says otherwise."""
+"""The default of `OTEL_SERVICE_NAME`."""
 PREFIX = "torchserve_dag."
-"""Of the attributes that OpenTelemetry has no name for."""
+"""Prefix of the attributes that have no name in OpenTelemetry's semantic conventions."""
 
 _PROTOCOLS = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
 @cache
 def observer() -> Observer | None:
-    """What makes spans of the requests that end; None where nobody asked for them, or they cannot be had.
-
-    A process has one.
-    """
-    asked = os.environ.get(EXPORTERS, "")
-    names = [name for part in asked.split(",") if (name := part.strip()) and name != "none"]
+    """The process's observer, which exports spans; None where they are off, or cannot be exported."""
+    exporters = os.environ.get(EXPORTERS, "")
+    names = [name for part in exporters.split(",") if (name := part.strip()) and name != "none"]
     if not names:
         return None
     try:
         return span_maker(_provider(names))
     except ImportError as error:
         reason = f"{error.name or error} is missing (pip install 'torchserve-dag[tracing]')"
-    except Exception as error:  # noqa: BLE001 (whatever an exporter thinks of its settings, the worker serves)
+    except Exception as error:  # noqa: BLE001 (the worker serves, whatever an exporter raises because of its settings)
         reason = str(error)
-    logger.warning("%s is %s, and there will be no spans: %s", EXPORTERS, asked, reason)
+    logger.warning("%s is %s, but no spans are exported: %s", EXPORTERS, exporters, reason)
     return None
 
 
 def span_maker(provider: TracerProvider) -> Observer:
-    """What makes a provider's spans: a request's is a child of the client's, and its nodes' are children of it."""
+    """An observer that exports spans: a request's is a child of the client's, and its nodes' are its children."""
     from opentelemetry.context import Context  # noqa: PLC0415 (only where spans are on; likewise below)
     from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context  # noqa: PLC0415
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
@@ -60,15 +58,15 @@ def span_maker(provider: TracerProvider) -> Observer:
     tracer = provider.get_tracer("torchserve_dag")
     header = TraceContextTextMapPropagator()
 
-    def start(one: Span, parent: Context, kind: SpanKind) -> trace.Span:
-        span = tracer.start_span(one.name, parent, kind, _attributes(one), start_time=one.start_ns)
-        if one.failure and one.failure.status >= 500:  # noqa: PLR2004 (below, it is the client's own mistake)
-            span.set_status(Status(StatusCode.ERROR, one.failure.message))
+    def start(ours: Span, parent: Context, kind: SpanKind) -> trace.Span:
+        span = tracer.start_span(ours.name, parent, kind, _attributes(ours), start_time=ours.start_ns)
+        if ours.failure and ours.failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:  # a 4xx is the client's mistake
+            span.set_status(Status(StatusCode.ERROR, ours.failure.message))
         return span
 
     def observe(spans: Sequence[Span]) -> None:
         request, *nodes = spans
-        client = header.extract({"traceparent": request.trace or ""}, Context())  # what is malformed, it ignores
+        client = header.extract({"traceparent": request.trace or ""}, Context())  # ignores a malformed one
         whole = start(request, client, SpanKind.SERVER)
         whole.set_attribute(f"{PREFIX}request_id", request.request_id)
         inside = set_span_in_context(whole, Context())
@@ -79,17 +77,17 @@ def span_maker(provider: TracerProvider) -> Observer:
     return observe
 
 
-def _attributes(one: Span) -> dict[str, str | int | float]:
-    attributes = {f"{PREFIX}{name}": value for name, value in one.attributes.items()}
-    if one.failure:
-        attributes["error.type"] = one.failure.type
-        attributes[f"{PREFIX}status"] = one.failure.status
-        attributes[f"{PREFIX}message"] = one.failure.message
+def _attributes(span: Span) -> dict[str, str | int | float]:
+    attributes = {f"{PREFIX}{name}": value for name, value in span.attributes.items()}
+    if span.failure:
+        attributes["error.type"] = span.failure.type
+        attributes[f"{PREFIX}status"] = span.failure.status
+        attributes[f"{PREFIX}message"] = span.failure.message
     return attributes
 
 
 def _provider(names: Sequence[str]) -> TracerProvider:
-    """Exports in threads of its own, to every exporter; what is more than its queue holds is dropped."""
+    """A provider with all exporters, in threads of its own; spans that its queue has no room for are dropped."""
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource  # noqa: PLC0415
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
@@ -105,13 +103,13 @@ def _provider(names: Sequence[str]) -> TracerProvider:
 
 
 def _exporter(name: str) -> Any:
-    """An exporter's class, by the name that its package gives it."""
+    """An exporter's class, by the name under which its package registers it."""
     if name == "otlp":
-        named = (os.environ.get(f"OTEL_EXPORTER_OTLP_{which}PROTOCOL") for which in ("TRACES_", ""))
-        protocol = next(filter(None, named), "http/protobuf")
+        protocols = (os.environ.get(f"OTEL_EXPORTER_OTLP_{which}PROTOCOL") for which in ("TRACES_", ""))
+        protocol = next(filter(None, protocols), "http/protobuf")
         if protocol not in _PROTOCOLS:
-            raise ValueError(f'"{protocol}" is not a protocol; known: {", ".join(_PROTOCOLS)}')
+            raise ValueError(f'"{protocol}" is no OTLP protocol; known: {", ".join(_PROTOCOLS)}')
         name = _PROTOCOLS[protocol]
-    for found in entry_points(group="opentelemetry_traces_exporter", name=name):
-        return found.load()
-    raise ValueError(f'no package here has the exporter "{name}"')
+    for entry_point in entry_points(group="opentelemetry_traces_exporter", name=name):
+        return entry_point.load()
+    raise ValueError(f'no installed package has the exporter "{name}"')

@@ -100,7 +100,7 @@ class WorkflowService:
         if after_chunks:
             return write_failure_after_chunks(answer, request.id) if isinstance(answer, Failure) else _NOTHING_LEFT
         if self._score and not isinstance(answer, Failure):
-            scores.note(self.name, self.version, request.id, scores.score_in(answer, self._score))
+            scores.log_score(self.name, self.version, request.id, scores.score_in(answer, self._score))
         if self.streams and isinstance(answer, list):
             return write_joined(answer, request.id)
         return write_answer(answer, request.id)
