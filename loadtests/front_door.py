@@ -14,6 +14,7 @@ import http.client
 import json
 import multiprocessing
 import shutil
+import ssl
 import statistics
 import sys
 import tempfile
@@ -31,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 from loadtests import hostile  # noqa: E402 (this file may be run by its path)
 from torchserve_dag.bench import machine  # noqa: E402
 from torchserve_dag.clients import Options, ServingError  # noqa: E402
-from torchserve_dag.front_door import certificate  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
 from torchserve_dag.releases import hand, versions  # noqa: E402
@@ -111,7 +111,7 @@ def cost(state: State) -> dict[str, Any]:
     assert door  # noqa: S101 (it was started)
     host, port = where.inference.removeprefix("http://").split(":")
     straight_http = http.client.HTTPConnection(host, int(port))
-    context = certificate.trust(Path(door.certificate))
+    context = ssl.create_default_context(cafile=door.certificate)
     host, port = connect.local_address(door.settings).split(":")
     through_http = http.client.HTTPSConnection(host, int(port), context=context)
     calls = {

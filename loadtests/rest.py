@@ -8,10 +8,10 @@ from __future__ import annotations
 from locust import FastHttpUser, constant, task
 
 from photos import STATE, WORKFLOW, any_photo
-from torchserve_dag.clients import Tokens
+from torchserve_dag.clients import KeyFile
 from torchserve_dag.server.connect import running
 
-TOKEN = Tokens.read(STATE.key_file).inference
+TOKEN = KeyFile.read(STATE.key_file).inference
 
 
 class RestUser(FastHttpUser):

@@ -16,7 +16,7 @@ from pathlib import Path
 import contract
 import torchserve
 
-from torchserve_dag.clients import Tokens
+from torchserve_dag.clients import KeyFile
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.state import State
 
@@ -28,7 +28,7 @@ def main(workflow: Path) -> None:
         try:
             torchserve.tool(root, "up", "--free-ports", "--no-front-door")
             state = State(root)
-            where, token = running(state).addresses, Tokens.read(state.key_file).inference
+            where, token = running(state).addresses, KeyFile.read(state.key_file).inference
             served = contract.Served(
                 rest=f"{where.inference}/predictions/{name}/{version}",
                 headers={"Authorization": f"Bearer {token}"},

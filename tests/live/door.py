@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import ssl
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from typer.testing import CliRunner
 from tests.live.conftest import ROOT
 from torchserve_dag.clients import GrpcClient, Options, RestClient
 from torchserve_dag.commands import app
-from torchserve_dag.front_door import certificate
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import hand
 from torchserve_dag.server.connect import running
@@ -69,7 +69,7 @@ class Served:
         record = self.door.record()
         assert record
         headers = {"authorization": f"Bearer {token or (self.state.front_door / 'own_token').read_text()}"}
-        trust = certificate.trust(Path(record.certificate))
+        trust = ssl.create_default_context(cafile=record.certificate)
         return httpx.Client(base_url=f"https://{self.address}", verify=trust, headers=headers, timeout=30, **more)
 
     def route(self, text: str) -> None:

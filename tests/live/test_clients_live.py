@@ -25,6 +25,7 @@ from torchserve_dag.clients import (
     AsyncRestClient,
     DeadlineExceeded,
     GrpcClient,
+    KeyFile,
     ModelNotFound,
     Options,
     Overloaded,
@@ -32,7 +33,6 @@ from torchserve_dag.clients import (
     RestClient,
     ServerFailed,
     ServingError,
-    Tokens,
     TooLarge,
     Unauthorized,
     UnexpectedAnswer,
@@ -107,7 +107,7 @@ def free_ports(count: int) -> list[int]:
 class Server:
     rest: tuple[str, str]
     grpc: tuple[str, str]
-    tokens: Tokens
+    tokens: KeyFile
 
 
 class Plain:
@@ -197,7 +197,7 @@ def wait(folder: Path, process: subprocess.Popen[bytes], rest: Any, grpc: Any) -
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(OSError, ValueError):  # TorchServe makes the file empty, and then fills it
-            tokens = Tokens.read(folder / "key_file.json")
+            tokens = KeyFile.read(folder / "key_file.json")
             with RestClient(*rest, token=tokens.inference, management_token=tokens.management, timeout=5) as client:
                 if client.ready() and all(client.ready("probe", version) for version in ("1.0", "2.0")):
                     client.set_default("probe", "1.0")

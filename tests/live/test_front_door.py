@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import jwt
 import pytest
 
@@ -290,15 +289,10 @@ def outcome(client: Any) -> str:
 
 def client_with(served: Served, protocol: str, token: str) -> RestClient | GrpcClient:
     """Somebody's client, with nothing but the certificate and a token."""
-    import grpc
-
     record = served.door.record()
     assert record
-    if protocol == "grpc":
-        credentials = grpc.ssl_channel_credentials(Path(record.certificate).read_bytes())
-        return GrpcClient(served.address, token=token, credentials=credentials, server_name="localhost", retries=0)
-    transport = httpx.HTTPTransport(verify=certificate.trust(Path(record.certificate)))
-    return RestClient(f"https://{served.address}", token=token, transport=transport, retries=0)
+    kind: type[RestClient | GrpcClient] = GrpcClient if protocol == "grpc" else RestClient
+    return kind(f"https://{served.address}", token=token, ca=record.certificate, retries=0)
 
 
 def test_a_renewed_certificate_is_shown_without_a_restart(served: Served) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
-from torchserve_dag.clients import ServingError, Tokens, WorkerInfo
+from torchserve_dag.clients import KeyFile, ServingError, WorkerInfo
 from torchserve_dag.runtime.messages import Text
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
@@ -68,7 +68,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture
 def http(both: Serving) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {Tokens.read(both.state.key_file).inference}", "Content-Type": "text/plain"}
+    headers = {"Authorization": f"Bearer {KeyFile.read(both.state.key_file).inference}", "Content-Type": "text/plain"}
     with httpx.Client(base_url=both.addresses.inference, headers=headers, timeout=30, trust_env=False) as found:
         yield found
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.live.conftest import ROOT, Serving, run_tool
-from torchserve_dag.clients import RequestRefused, ServingError, Tokens
+from torchserve_dag.clients import KeyFile, RequestRefused, ServingError
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.messages import Text
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
@@ -123,7 +123,7 @@ def telling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture
 def http(telling: Serving) -> Iterator[httpx.Client]:
-    tokens = Tokens.read(telling.state.key_file)
+    tokens = KeyFile.read(telling.state.key_file)
     headers = {"Authorization": f"Bearer {tokens.inference}", "Content-Type": "text/plain"}
     with httpx.Client(base_url=telling.addresses.inference, headers=headers, timeout=30, trust_env=False) as found:
         yield found
@@ -199,7 +199,7 @@ def test_through_the_front_door_a_stream_is_never_cut_and_its_cancel_finds_its_v
             with closing(serving.stream("told", Text("now " + "slow " * 20), answer=Text, options=options)) as pieces:
                 assert next(pieces) == Text("now ")
 
-    tokens = Tokens.read(telling.state.key_file)
+    tokens = KeyFile.read(telling.state.key_file)
     for i in range(8):
         for version in ("1.0", "2.0"):
             found = httpx.post(
@@ -236,7 +236,7 @@ def test_a_cancelled_stream_ends_with_word_of_it(http: httpx.Client) -> None:
 def test_calls_over_grpc_that_do_not_ask_for_pieces_get_the_whole(telling: Serving) -> None:
     """TorchServe does not tell its worker which call it is, and a second piece to Predictions would end it."""
     before = workers(telling)
-    token = Tokens.read(telling.state.key_file).inference
+    token = KeyFile.read(telling.state.key_file).inference
     with grpc.insecure_channel(telling.addresses.grpc_inference) as channel:
         stub = InferenceAPIsServiceStub(channel)
         asked = PredictionsRequest(model_name="tell", input={"body": b"one two"})

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from torchserve_dag.clients import RestClient, Tokens
+from torchserve_dag.clients import KeyFile, RestClient
 from torchserve_dag.server import java, processes, properties
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.logs import Logs
@@ -180,11 +180,11 @@ def test_stock_torchserve_serves_the_same_folder_from_its_root(project: Path) ->
     assert not (project / "logs" / "ts_metrics.log").exists()
 
 
-def written_tokens(path: Path) -> Tokens:
+def written_tokens(path: Path) -> KeyFile:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
-            return Tokens.read(path)
+            return KeyFile.read(path)
         except (OSError, ValueError):
             time.sleep(0.1)
     pytest.fail(f"there are no tokens in {path}")

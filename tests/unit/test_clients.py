@@ -32,6 +32,7 @@ from torchserve_dag.clients import (
     ConnectionLost,
     DeadlineExceeded,
     GrpcClient,
+    KeyFile,
     ModelNotFound,
     Options,
     Overloaded,
@@ -39,15 +40,14 @@ from torchserve_dag.clients import (
     RestClient,
     ServerFailed,
     ServingError,
-    Tokens,
     TooLarge,
     Unauthorized,
     UnexpectedAnswer,
     Unreachable,
 )
 from torchserve_dag.clients.bodies import body_of
+from torchserve_dag.clients.chunks import FailureFilter, MessageReader
 from torchserve_dag.clients.errors import error_of
-from torchserve_dag.clients.pieces import Pieces, Sieve
 from torchserve_dag.runtime import protos
 from torchserve_dag.runtime.messages import Box, DetectedObject, Label, Objects, Photo, Text
 from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc, management_pb2, management_pb2_grpc
@@ -96,8 +96,8 @@ class FakeServer:
 
 @pytest.fixture(params=[RestClient, AsyncRestClient])
 def rest(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    def make(server: FakeServer, **settings: Any) -> Any:
-        return request.param(transport=httpx.MockTransport(server), **settings)
+    def make(fake: FakeServer, **settings: Any) -> Any:
+        return request.param(transport=httpx.MockTransport(fake), **settings)
 
     return make
 
@@ -157,7 +157,7 @@ def test_parameters_make_a_form(rest: Callable[..., Any]) -> None:
 def test_management_has_its_own_port_and_token_even_behind_one_address(rest: Callable[..., Any]) -> None:
     server = FakeServer(reply(200, {}))
     door = "https://door.example"
-    run(rest(server, inference=door, management=door, token="one", management_token="two").set_default("a", "2"))
+    run(rest(server, server=door, management=door, token="one", management_token="two").set_default("a", "2"))
 
     assert server.requests[0].headers["authorization"] == "Bearer two"
     assert (server.requests[0].method, server.requests[0].url.path) == ("PUT", "/models/a/2/set-default")
@@ -167,11 +167,11 @@ def test_tokens_are_read_from_the_key_file(tmp_path: Path) -> None:
     file = tmp_path / "key_file.json"
     file.write_text('{"management": {"key": "m"}, "inference": {"key": "i"}, "API": {"key": "a"}}')
 
-    assert Tokens.read(file) == Tokens("i", "m")
-    assert "'i'" not in repr(Tokens.read(file))
+    assert KeyFile.read(file) == KeyFile("i", "m")
+    assert "'i'" not in repr(KeyFile.read(file))
     file.write_text("")
     with pytest.raises(ValueError, match="holds no tokens"):
-        Tokens.read(file)
+        KeyFile.read(file)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_tokens_are_read_from_the_key_file(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("kind", [RestClient, AsyncRestClient])
 def test_a_malformed_address_is_refused_at_once(kind: Any, address: str) -> None:
-    for addresses in ({"inference": address}, {"management": address}):
+    for addresses in ({"server": address}, {"management": address}):
         with pytest.raises(ValueError, match="is not an address; write http://HOST:PORT"):
             kind(**addresses)
 
@@ -391,7 +391,7 @@ def test_retries_are_bounded_by_number_and_by_deadline(rest: Callable[..., Any])
 
 
 def test_a_stream_gives_pieces_until_one_is_a_failure(rest: Callable[..., Any]) -> None:
-    class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
+    class Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
             yield from (b"one", json.dumps(FAILURE).encode())
 
@@ -400,7 +400,7 @@ def test_a_stream_gives_pieces_until_one_is_a_failure(rest: Callable[..., Any]) 
                 yield piece
 
     got: list[bytes] = []
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Pieces()))
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Chunks()))
 
     async def gather() -> None:
         async for piece in AsyncRestClient(transport=transport).stream("a", b"x"):
@@ -421,15 +421,15 @@ def cut(body: bytes, places: list[int]) -> list[bytes]:
     return [body[start:end] for start, end in zip([0, *ends], [*ends, len(body)], strict=True)]
 
 
-def sifted(chunks: list[bytes]) -> tuple[bytes, ServingError | None]:
-    sieve, passed = Sieve(), b""
+def filtered(chunks: list[bytes]) -> tuple[bytes, ServingError | None]:
+    body, passed = FailureFilter(), b""
     try:
         for chunk in chunks:
-            for piece in sieve.sift(chunk):
+            for piece in body.feed(chunk):
                 passed += piece
     except ServingError as error:
         return passed, error
-    return passed + sieve.held, None
+    return passed + body.held, None
 
 
 PLACES = st.lists(st.integers(0, 10_000), max_size=8)
@@ -437,40 +437,40 @@ PLACES = st.lists(st.integers(0, 10_000), max_size=8)
 
 @given(st.text(alphabet='{"code": 5}\n a', max_size=60), PLACES)
 def test_what_is_no_failure_passes_however_it_is_cut(text: str, places: list[int]) -> None:
-    assert sifted(cut(text.encode(), places)) == (text.encode(), None)
+    assert filtered(cut(text.encode(), places)) == (text.encode(), None)
 
 
 @given(st.text(alphabet='{"code": 5}\n a', max_size=60), PLACES)
 def test_a_failure_is_found_however_it_is_merged(text: str, places: list[int]) -> None:
-    passed, error = sifted(cut(text.encode() + b"\n" + FAILED + b"\n", places))
+    passed, error = filtered(cut(text.encode() + b"\n" + FAILED + b"\n", places))
 
     assert isinstance(error, RequestRefused)
     assert passed in {text.encode(), text.encode() + b"\n"}  # the newline before the failure may be out already
 
 
 def test_nothing_waits_that_cannot_become_a_failure() -> None:
-    sieve = Sieve()
+    body = FailureFilter()
 
-    assert list(sieve.sift(b"one\n")) == [b"one\n"]
-    assert list(sieve.sift(b'{"code": 5}\n')) == [b'{"code": 5}\n']
-    assert list(sieve.sift(b'two\n{"co')) == [b"two\n"]
-    assert list(sieve.sift(b'al": 1')) == [b'{"coal": 1']
+    assert list(body.feed(b"one\n")) == [b"one\n"]
+    assert list(body.feed(b'{"code": 5}\n')) == [b'{"code": 5}\n']
+    assert list(body.feed(b'two\n{"co')) == [b"two\n"]
+    assert list(body.feed(b'al": 1')) == [b'{"coal": 1']
 
 
 @given(st.lists(st.text(max_size=5)), PLACES)
 def test_lines_become_messages_however_they_are_cut(names: list[str], places: list[int]) -> None:
     body = b"".join(body_of(Label(name, 1.0)).content + b"\n" for name in names)
     for whole in (body, body.removesuffix(b"\n")):
-        pieces = Pieces(Label)
-        got = [message for chunk in cut(whole, places) for message in pieces.read(chunk)] + pieces.end()
+        reader = MessageReader(Label)
+        got = [message for chunk in cut(whole, places) for message in reader.read(chunk)] + reader.end()
 
         assert got == [Label(name, 1.0) for name in names]
 
 
 @given(st.text(), PLACES)
 def test_text_is_never_cut_inside_a_letter(text: str, places: list[int]) -> None:
-    pieces = Pieces(Text)
-    got = [message for chunk in cut(text.encode(), places) for message in pieces.read(chunk)] + pieces.end()
+    reader = MessageReader(Text)
+    got = [message for chunk in cut(text.encode(), places) for message in reader.read(chunk)] + reader.end()
 
     assert "".join(message.text for message in got) == text
     assert Text("") not in got
@@ -629,9 +629,10 @@ def test_the_deadline_holds_against_a_server_that_trickles(kind: Any) -> None:
 
         thread = threading.Thread(target=trickle)
         thread.start()
+        client = kind(f"http://127.0.0.1:{listener.getsockname()[1]}")
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"0\.4 s"):
-            run(kind(f"http://127.0.0.1:{listener.getsockname()[1]}").predict("a", b"x", timeout=0.4))
+            run(client.predict("a", b"x", timeout=0.4))
         assert 0.35 < time.monotonic() - began < 0.9
         thread.join()
 

@@ -12,7 +12,7 @@ import grpc.aio
 
 from torchserve_dag.bench.sender import LOST, TOO_LATE, UNREACHABLE, Answer, Done, Sender
 from torchserve_dag.clients.grpc import OPTIONS
-from torchserve_dag.clients.tokens import bearer
+from torchserve_dag.clients.settings import bearer
 from torchserve_dag.runtime.data.codec import failure_in
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub

@@ -9,15 +9,16 @@ from torchserve_dag.clients.errors import (
     RequestRefused,
     ServerFailed,
     ServingError,
+    TlsFailed,
     TooLarge,
     Unauthorized,
     UnexpectedAnswer,
     Unreachable,
 )
 from torchserve_dag.clients.grpc import AsyncGrpcClient, GrpcClient
+from torchserve_dag.clients.key_file import KeyFile
 from torchserve_dag.clients.models import ModelInfo, VersionInfo, WorkerInfo
 from torchserve_dag.clients.rest import AsyncRestClient, RestClient
-from torchserve_dag.clients.tokens import Tokens
 from torchserve_dag.runtime.data.options import Options
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ConnectionLost",
     "DeadlineExceeded",
     "GrpcClient",
+    "KeyFile",
     "ModelInfo",
     "ModelNotFound",
     "Options",
@@ -36,7 +38,7 @@ __all__ = [
     "RestClient",
     "ServerFailed",
     "ServingError",
-    "Tokens",
+    "TlsFailed",
     "TooLarge",
     "Unauthorized",
     "UnexpectedAnswer",

@@ -7,45 +7,35 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import aclosing, closing, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 from torchserve_dag.clients import flows
+from torchserve_dag.clients.chunks import MessageReader
 from torchserve_dag.clients.deadline import Deadline, may_repeat, pauses
 from torchserve_dag.clients.errors import ServingError, error_in
 from torchserve_dag.clients.flows import Call, Flow, Predict
 from torchserve_dag.clients.models import ModelInfo
-from torchserve_dag.clients.pieces import Pieces
+from torchserve_dag.clients.settings import Settings
 from torchserve_dag.runtime.data.options import Options
 
 T = TypeVar("T")
 ClientType = TypeVar("ClientType", bound="Client")
 AsyncClientType = TypeVar("AsyncClientType", bound="AsyncClient")
 CANCEL_S = 2.0
-"""How long calling a stream off may take."""
+"""How long the request that cancels a stream may take."""
 
 
-class Settings:
-    """What all clients share: how long a call may take, and how often it may be sent again."""
-
-    def __init__(self, timeout: float, retries: int) -> None:
-        if timeout <= 0 or retries < 0:
-            raise ValueError(f"timeout is more than 0 and retries at least 0, not {timeout} and {retries}")
-        self.timeout = timeout
-        self.retries = retries
-
-    def _deadline(self, timeout: float | None) -> Deadline:
-        return Deadline(self.timeout if timeout is None else timeout)
-
-
+@dataclass(eq=False)
 class Client(Settings, ABC):
-    """Calls a server's models. Threads may share one: its connections are kept and used again.
+    """Calls a server's models. Threads may share a client: its connections are kept and used again.
 
-        with RestClient() as client:
-            found = client.predict("yolo_detector", Path("photo.jpg"), answer=Objects)
+        with RestClient("https://host:8443", token=token, ca="front_door.pem") as client:
+            objects = client.predict("yolo_detector", Path("photo.jpg"), answer=Objects)
 
-    Every method raises ServingError, or one of its kinds, where there is no answer (see `errors`), and takes
-    a `timeout` in seconds, which holds for the whole call, retries and pauses included.
+    Every method raises ServingError, or a subclass of it, if there is no answer (see `errors`), and has a
+    `timeout` in seconds for the whole call, retries and pauses included.
     """
 
     @overload
@@ -65,9 +55,9 @@ class Client(Settings, ABC):
         """A model's or a workflow's answer to one message.
 
         `message` is bytes, a Path, a Photo, a Text, or any dataclass or plain data, sent as JSON. `answer` is
-        the message to make of the answer's body; without it you get the data of its JSON, or its bytes where
-        it is none. `parameters` reach the handler beside the message; `options` are for the server itself.
-        Where they name `outputs`, the answer holds each by its name: a dict, or a dataclass with these fields.
+        the type to read the answer's body as; without it you get the data of its JSON, or its bytes if it is
+        not JSON. `parameters` reach the handler beside the message; `options` are for the server itself. If they
+        name `outputs`, the answer holds the result of each by its name: a dict, or a dataclass with these fields.
         """
         call = flows.prediction(name, message, version, parameters, options, answer)
         return self._run(flows.predict(call, answer), timeout)
@@ -86,30 +76,30 @@ class Client(Settings, ABC):
         self, name: str, message: Any, version: str | None = None, *, answer: type[T] | None = None,
         parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
     ) -> Generator[Any, None, None]:  # fmt: skip
-        """A streaming model's answer, piece by piece as it comes; the timeout holds for the whole of it.
+        """A streaming model's answer, chunk by chunk as it arrives; the timeout holds for the whole answer.
 
-        Without `answer` these are bytes, cut as the network likes; with it, a message of each line of JSON, or
-        Text, of as much as has come. Only for models that stream: over gRPC, TorchServe 0.12.0 ends the worker
-        of one that does not, unless it is ours.
+        Without `answer` the chunks are bytes, cut where the network cuts them; with it, a message for each line of
+        JSON, or Text with what has arrived. Only for models that stream: over gRPC, TorchServe 0.12.0 ends the
+        worker of a model that does not, unless `torchserve-dag build` made its archive.
 
-        A stream that is left before its end is called off: its model gets one more call, with the `cancel_key`
-        and the body `{}`, which a model that is not ours takes for a prediction. To leave it at a known moment,
-        write `with contextlib.closing(client.stream(…)) as pieces:`.
+        A stream that is left before its end is cancelled: its model gets one more request, with the `cancel_key`
+        and the body `{}`, which a handler that does not know the key takes for a prediction. To cancel at a known
+        moment, write `with contextlib.closing(client.stream(…)) as chunks:`.
         """
         call = flows.streamed(flows.prediction(name, message, version, parameters, options, answer))
-        pieces = Pieces(answer)
+        reader = MessageReader(answer)
         try:
             with closing(self._repeat_stream(call, self._deadline(timeout))) as chunks:
                 for chunk in chunks:
-                    yield from pieces.read(chunk)
-                yield from pieces.end()
+                    yield from reader.read(chunk)
+                yield from reader.end()
         except BaseException as error:
             self._cancel(call, error)
             raise
 
     def ready(self, name: str | None = None, version: str | None = None, *, timeout: float | None = None) -> bool:
-        """Whether the server, or a model of it, can answer now. False too where nothing listens, or the model
-        is unknown: it may be about to come. Raises Unauthorized, which waiting does not mend.
+        """Whether the server, or one of its models, can answer now. False too if nothing listens, or if the model
+        is unknown, since either may be starting. Raises Unauthorized and TlsFailed, which waiting does not mend.
         """
         return self._run(flows.ready(name, version), timeout)
 
@@ -118,27 +108,27 @@ class Client(Settings, ABC):
         return self._run(flows.models(), timeout)
 
     def describe(self, name: str, version: str | None = None, *, timeout: float | None = None) -> dict[str, Any]:
-        """What TorchServe says of one version; `customizedMetadata` holds what its handler says of itself."""
+        """TorchServe's description of one version; `customizedMetadata` holds what its handler adds to it."""
         return self._run(flows.describe(name, version), timeout)
 
     def set_default(self, name: str, version: str, *, timeout: float | None = None) -> None:
-        """Let `version` answer, from now on, where a call names no version."""
+        """Make `version` the one that answers a call without a version."""
         return self._run(flows.set_default(name, version), timeout)
 
     def register(self, archive: str, *, timeout: float | None = None) -> None:
-        """Let the server take an archive of its model store, and start its workers; it is ready later (`models`).
+        """Load an archive of the server's model store and start its workers; `models` says when they are ready.
 
-        TorchServe takes it only where its `enable_model_api` is set.
+        TorchServe accepts this only if its `enable_model_api` is set.
         """
         return self._run(flows.register(archive), timeout)
 
     def unregister(self, name: str, version: str, *, timeout: float | None = None) -> None:
-        """Let the server end a version's workers, with what is inside them; not the default version's."""
+        """End a version's workers, and the requests inside them; TorchServe refuses this for the default version."""
         return self._run(flows.unregister(name, version), timeout)
 
     @abstractmethod
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
 
     def __enter__(self: ClientType) -> ClientType:  # noqa: PYI019 (typing.Self is newer than Python 3.10)
         return self
@@ -154,7 +144,7 @@ class Client(Settings, ABC):
 
     @abstractmethod
     def _stream(self, call: Call, deadline: Deadline) -> Generator[bytes, None, None]:
-        """The answer's body, piece by piece."""
+        """The answer's body, chunk by chunk."""
 
     def _run(self, flow: Flow[T], timeout: float | None) -> T:
         deadline = self._deadline(timeout)
@@ -176,7 +166,7 @@ class Client(Settings, ABC):
                 return _raise_failure(self._send(call, deadline))
             except ServingError as error:
                 if not may_repeat(call, error, pause, deadline):
-                    raise
+                    raise self._explained(call, error) from None
             time.sleep(pause or 0)
         raise AssertionError("the last pause ends the loop")
 
@@ -190,8 +180,10 @@ class Client(Settings, ABC):
                         begun = True
                         yield chunk
             except ServingError as error:
-                if begun or not may_repeat(call, error, pause, deadline):
+                if begun:
                     raise
+                if not may_repeat(call, error, pause, deadline):
+                    raise self._explained(call, error) from None
             else:
                 return
             time.sleep(pause or 0)
@@ -203,13 +195,14 @@ class Client(Settings, ABC):
                 self._send(cancel, Deadline(CANCEL_S))
 
 
+@dataclass(eq=False)
 class AsyncClient(Settings, ABC):
     """Client, for asyncio: the same methods, messages and exceptions.
 
-        async with AsyncRestClient() as client:
-            found = await client.predict("yolo_detector", Path("photo.jpg"), answer=Objects)
+        async with AsyncRestClient("https://host:8443", token=token, ca="front_door.pem") as client:
+            objects = await client.predict("yolo_detector", Path("photo.jpg"), answer=Objects)
 
-    Make one for each event loop.
+    Each event loop needs a client of its own.
     """
 
     @overload
@@ -244,16 +237,16 @@ class AsyncClient(Settings, ABC):
         self, name: str, message: Any, version: str | None = None, *, answer: type[T] | None = None,
         parameters: Mapping[str, str] | None = None, options: Options | None = None, timeout: float | None = None,
     ) -> AsyncGenerator[Any, None]:  # fmt: skip
-        """As Client.stream: `async for piece in client.stream(…)`; its `closing` is `contextlib.aclosing`."""
+        """As Client.stream: `async for chunk in client.stream(…)`; its `closing` is `contextlib.aclosing`."""
         call = flows.streamed(flows.prediction(name, message, version, parameters, options, answer))
-        pieces = Pieces(answer)
+        reader = MessageReader(answer)
         try:
             async with aclosing(self._repeat_stream(call, self._deadline(timeout))) as chunks:
                 async for chunk in chunks:
-                    for piece in pieces.read(chunk):
-                        yield piece
-                for piece in pieces.end():
-                    yield piece
+                    for message_read in reader.read(chunk):
+                        yield message_read
+                for message_read in reader.end():
+                    yield message_read
         except BaseException as error:
             await self._cancel(call, error)
             raise
@@ -284,7 +277,7 @@ class AsyncClient(Settings, ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
 
     async def __aenter__(self: AsyncClientType) -> AsyncClientType:  # noqa: PYI019
         return self
@@ -300,7 +293,7 @@ class AsyncClient(Settings, ABC):
 
     @abstractmethod
     def _stream(self, call: Call, deadline: Deadline) -> AsyncGenerator[bytes, None]:
-        """The answer's body, piece by piece."""
+        """The answer's body, chunk by chunk."""
 
     async def _run(self, flow: Flow[T], timeout: float | None) -> T:
         deadline = self._deadline(timeout)
@@ -322,7 +315,7 @@ class AsyncClient(Settings, ABC):
                 return _raise_failure(await self._send(call, deadline))
             except ServingError as error:
                 if not may_repeat(call, error, pause, deadline):
-                    raise
+                    raise await asyncio.to_thread(self._explained, call, error) from None
             await asyncio.sleep(pause or 0)
         raise AssertionError("the last pause ends the loop")
 
@@ -336,8 +329,10 @@ class AsyncClient(Settings, ABC):
                         begun = True
                         yield chunk
             except ServingError as error:
-                if begun or not may_repeat(call, error, pause, deadline):
+                if begun:
                     raise
+                if not may_repeat(call, error, pause, deadline):
+                    raise await asyncio.to_thread(self._explained, call, error) from None
             else:
                 return
             await asyncio.sleep(pause or 0)
@@ -350,7 +345,7 @@ class AsyncClient(Settings, ABC):
 
 
 def _raise_failure(body: bytes) -> bytes:
-    """The body, where it is an answer. Over gRPC a failure comes as one."""
+    """The body, unless it holds a failure: over gRPC a failure arrives as an answer."""
     error = error_in(body)
     if error:
         raise error

@@ -4,6 +4,7 @@
     ├── Unreachable             no connection could be made; nothing was delivered
     ├── ConnectionLost          it broke before the answer came; the request may have been served
     ├── DeadlineExceeded        no answer in time: the client's own deadline, or a 504 of the server
+    ├── TlsFailed               plain to a TLS port or the reverse, or a certificate that is not trusted
     ├── UnexpectedAnswer        an answer, but not the message that was asked for
     ├── RequestRefused          4xx: the sender can mend it
     │   ├── Unauthorized        the token is missing, wrong or expired
@@ -19,6 +20,7 @@ The names say what happened, without "Error": `except Unreachable` reads as a se
 from __future__ import annotations
 
 import json
+import re
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
@@ -28,6 +30,11 @@ NO_WORKER = "ServiceUnavailableException"
 """TorchServe's type for a request that it never queued: no worker, or a full queue."""
 RAISED = "InternalServerException"
 """TorchServe's type, beside a 503, for a handler that raised."""
+
+
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
+_OTHER_NAME = ("Hostname mismatch", "IP address mismatch", "Hostname Verification Check", "not in peer certificate")
+_VERIFY_DETAIL = re.compile(r"certificate verify failed: ([^(]+?) \(_ssl")
 
 
 class ServingError(Exception):
@@ -71,6 +78,13 @@ class ConnectionLost(ServingError):
     """The connection broke before the answer came; the request may have been served."""
 
 
+class TlsFailed(ServingError):
+    """No encrypted connection: plain to a TLS port or the reverse, or a certificate that is not trusted.
+
+    Nothing was delivered, and waiting does not mend it.
+    """
+
+
 class DeadlineExceeded(ServingError):
     """No answer in time: the client's own deadline, or a 504 of the server."""
 
@@ -111,14 +125,48 @@ class Overloaded(ServerFailed):
 Kind: TypeAlias = type[ServingError]
 
 
-def unreachable(address: str, why: object) -> Unreachable:
+def unreachable(address: object, why: object) -> Unreachable | TlsFailed:
+    """A connection that could not be made, for the reason that httpx or grpc gives."""
+    failed = _tls_failure(address, str(why))
+    if failed:
+        return failed
     message = f"{address} cannot be reached: {why or 'no connection'}. Is the server up, and is this its address?"
     return Unreachable(HTTPStatus.SERVICE_UNAVAILABLE, "Unreachable", message)
 
 
-def connection_lost(address: str, why: object) -> ConnectionLost:
+def connection_lost(address: object, why: object) -> ConnectionLost:
     message = f"{address} broke the connection off before it answered: {why or 'no reason given'}."
     return ConnectionLost(HTTPStatus.BAD_GATEWAY, "ConnectionLost", message)
+
+
+def plain_to_tls(address: object) -> TlsFailed:
+    where = str(address).removeprefix("http://")
+    return _tls_failed(f"{address} answers only over TLS, and was asked in plain: write https://{where}.")
+
+
+def _tls_failure(address: object, why: str) -> TlsFailed | None:
+    """What httpx (OpenSSL) or grpc (BoringSSL) says of a handshake that failed; None if it was not the handshake."""
+    if any(words in why for words in _NOT_TLS):
+        return _tls_failed(
+            f"{address} does not answer over TLS: write http://HOST:PORT for TorchServe's own port; the front door, "
+            "which does, is at port 8443 unless front_door.yaml says otherwise."
+        )
+    if any(words in why for words in _OTHER_NAME):
+        return _tls_failed(
+            f"{address} shows a certificate that was issued for another name: write the address with that name, or "
+            "give the name as server_name=."
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in why:
+        detail = _VERIFY_DETAIL.search(why)
+        return _tls_failed(
+            f"{address} shows a certificate that is not trusted{f' ({detail[1]})' if detail else ''}: give the PEM "
+            "file of the certificate, or of its issuer's, as ca= (--ca on the command line)."
+        )
+    return None
+
+
+def _tls_failed(message: str) -> TlsFailed:
+    return TlsFailed(HTTPStatus.BAD_GATEWAY, "TlsFailed", message)
 
 
 def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:

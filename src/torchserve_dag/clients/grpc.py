@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Generator, Sequence
+import threading
+from collections.abc import AsyncGenerator, Generator
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -11,6 +13,8 @@ import grpc
 import grpc.aio
 from google.protobuf.empty_pb2 import Empty
 
+from torchserve_dag.clients import tls
+from torchserve_dag.clients.address import Address
 from torchserve_dag.clients.client import AsyncClient, Client
 from torchserve_dag.clients.deadline import Deadline
 from torchserve_dag.clients.errors import (
@@ -34,7 +38,7 @@ from torchserve_dag.clients.flows import (
     SetDefault,
     Unregister,
 )
-from torchserve_dag.clients.tokens import bearer
+from torchserve_dag.clients.settings import Port
 from torchserve_dag.runtime.data.options import PIECES
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest, TorchServeHealthResponse
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
@@ -48,166 +52,167 @@ from torchserve_dag.runtime.protos.management_pb2 import (
 )
 from torchserve_dag.runtime.protos.management_pb2_grpc import ManagementAPIsServiceStub
 
-INFERENCE = "127.0.0.1:7070"
-MANAGEMENT = "127.0.0.1:7071"
 OPTIONS = (
-    ("grpc.enable_http_proxy", 0),  # a proxy that is set for the web is not the way to a model server
+    ("grpc.enable_http_proxy", 0),  # a proxy configured for the web does not lead to a model server
     ("grpc.max_receive_message_length", -1),  # the server's limit holds, not grpc's 4 MB
     ("grpc.max_send_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),  # by default a retry within a second finds the last failure again
+    ("grpc.initial_reconnect_backoff_ms", 100),  # with grpc's own, a retry within a second repeats the last failure
     ("grpc.max_reconnect_backoff_ms", 5000),
 )
 
 
-class _Stubs:
-    """A server's two services, over two channels; what they want to see goes with every call."""
-
-    def __init__(self, channels: Sequence[Any], tokens: tuple[str | None, str | None]) -> None:
-        self._inference = InferenceAPIsServiceStub(channels[0])
-        self._management = ManagementAPIsServiceStub(channels[1])
-        self._metadata, self._management_metadata = (tuple(bearer(token).items()) for token in tokens)
-
-    def start(self, call: Call, deadline: Deadline, *, stream: bool = False) -> Any:
-        """Send a call; what grpc gives back is a message, an awaitable or an iterator, as the channel is."""
-        inference, management = self._inference, self._management
-        metadata = self._management_metadata
-        method: Any
-        request: Any
-        match call:
-            case Predict() | Cancel():
-                method = inference.StreamPredictions if stream else inference.Predictions
-                request = _predictions(call, deadline, stream=stream)
-                metadata = (*self._metadata, *call.options.metadata().items())
-            case Ping():
-                method, request, metadata = inference.Ping, Empty(), self._metadata
-            case ListModels():
-                # Without a limit it is 0, and TorchServe lists nothing; its .proto promises 100.
-                method, request = management.ListModels, ListModelsRequest(limit=PAGE, next_page_token=call.page)
-            case Describe():
-                method = management.DescribeModel
-                request = DescribeModelRequest(
-                    model_name=call.name, model_version=call.version or "", customized=call.customized
-                )
-            case SetDefault():
-                method = management.SetDefault
-                request = SetDefaultRequest(model_name=call.name, model_version=call.version)
-            case Register():
-                method, request = management.RegisterModel, RegisterModelRequest(url=call.archive)
-            case Unregister():
-                method = management.UnregisterModel
-                request = UnregisterModelRequest(model_name=call.name, model_version=call.version)
-            case Feedback():
-                raise TypeError("feedback goes over REST: TorchServe's gRPC has no method for it")
-        return method(request, timeout=deadline.left(), metadata=metadata)
-
-
+@dataclass(eq=False)
 class GrpcClient(Client):
-    """The client over gRPC. `credentials` are grpc's, for a front door with TLS, whose certificate is for `server_name`
-    where that is not its address; management is behind it, and has no TLS.
-    """
+    """The client over gRPC. With `insecure`, making one asks the server for its certificate: raises Unreachable."""
 
-    def __init__(
-        self,
-        inference: str = INFERENCE,
-        management: str = MANAGEMENT,
-        *,
-        token: str | None = None,
-        management_token: str | None = None,
-        timeout: float = 30.0,
-        retries: int = 2,
-        credentials: grpc.ChannelCredentials | None = None,
-        server_name: str | None = None,
-    ) -> None:
-        super().__init__(timeout, retries)
-        self._addresses = (inference, management)
-        first = (
-            grpc.secure_channel(inference, credentials, _options(server_name))
-            if credentials
-            else grpc.insecure_channel(inference, OPTIONS)
-        )
-        self._channels = [first, grpc.insecure_channel(management, OPTIONS)]
-        self._stubs = _Stubs(self._channels, (token, management_token))
+    protocol = "grpc"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._channels = _Channels(grpc, _Encryption.of(self._inference, self._trust, self.server_name))
 
     def close(self) -> None:
-        for channel in self._channels:
+        for channel in self._channels.all():
             channel.close()
 
     def _send(self, call: Call, deadline: Deadline) -> bytes:
+        port = self._port(call)
         try:
-            return _body(self._stubs.start(call, deadline))
+            return _body(_start(self._channels.to(port.address), port, call, deadline))
         except grpc.RpcError as error:
-            raise _translated(error, self._addresses, call, deadline) from None
+            raise _translated(error, port.address, call, deadline) from None
 
     def _stream(self, call: Call, deadline: Deadline) -> Generator[bytes, None, None]:
-        replies = self._stubs.start(call, deadline, stream=True)
+        port = self._port(call)
+        replies = _start(self._channels.to(port.address), port, call, deadline, stream=True)
         try:
             for reply in replies:
                 yield _body(reply)
         except grpc.RpcError as error:
-            raise _translated(error, self._addresses, call, deadline) from None
+            raise _translated(error, port.address, call, deadline) from None
         finally:
             replies.cancel()
 
 
+@dataclass(eq=False)
 class AsyncGrpcClient(AsyncClient):
-    """The asyncio client over gRPC. It belongs to the event loop that first calls it."""
+    """The asyncio client over gRPC. It belongs to the event loop that first calls it; `insecure` as GrpcClient."""
 
-    def __init__(
-        self,
-        inference: str = INFERENCE,
-        management: str = MANAGEMENT,
-        *,
-        token: str | None = None,
-        management_token: str | None = None,
-        timeout: float = 30.0,
-        retries: int = 2,
-        credentials: grpc.ChannelCredentials | None = None,
-        server_name: str | None = None,
-    ) -> None:
-        super().__init__(timeout, retries)
-        self._addresses = (inference, management)
-        self._tokens = (token, management_token)
-        self._credentials = credentials
-        self._server_name = server_name
-        self._channels: list[grpc.aio.Channel] = []
-        self._made: _Stubs | None = None
+    protocol = "grpc"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._channels = _Channels(grpc.aio, _Encryption.of(self._inference, self._trust, self.server_name))
 
     async def close(self) -> None:
-        for channel in self._channels:
+        for channel in self._channels.all():
             await channel.close()
 
-    @property
-    def _stubs(self) -> _Stubs:
-        if self._made is None:  # a channel wants a running event loop, which a constructor need not have
-            inference, management = self._addresses
-            first = (
-                grpc.aio.secure_channel(inference, self._credentials, _options(self._server_name))
-                if self._credentials
-                else grpc.aio.insecure_channel(inference, OPTIONS)
-            )
-            self._channels = [first, grpc.aio.insecure_channel(management, OPTIONS)]
-            self._made = _Stubs(self._channels, self._tokens)
-        return self._made
-
     async def _send(self, call: Call, deadline: Deadline) -> bytes:
+        port = self._port(call)
         try:
-            return _body(await self._stubs.start(call, deadline))
+            return _body(await _start(self._channels.to(port.address), port, call, deadline))
         except grpc.RpcError as error:
-            raise _translated(error, self._addresses, call, deadline) from None
+            raise _translated(error, port.address, call, deadline) from None
 
     async def _stream(self, call: Call, deadline: Deadline) -> AsyncGenerator[bytes, None]:
-        replies = self._stubs.start(call, deadline, stream=True)
+        port = self._port(call)
+        replies = _start(self._channels.to(port.address), port, call, deadline, stream=True)
         try:
             async for reply in replies:
                 yield _body(reply)
         except grpc.RpcError as error:
-            raise _translated(error, self._addresses, call, deadline) from None
+            raise _translated(error, port.address, call, deadline) from None
         finally:
             replies.cancel()
 
 
-def _options(server_name: str | None) -> tuple[tuple[str, str | int], ...]:
-    return (*OPTIONS, ("grpc.ssl_target_name_override", server_name)) if server_name else OPTIONS
+@dataclass(frozen=True, slots=True)
+class _Encryption:
+    """What encrypted channels are opened with."""
+
+    roots: bytes | None = None
+    """The PEM certificates to trust; None for grpc's own list of public authorities."""
+    server_name: str | None = None
+
+    @classmethod
+    def of(cls, address: Address, trust: tls.Trust, server_name: str | None) -> _Encryption:
+        """Raises Unreachable where the server's own certificate is to be accepted and cannot be read."""
+        pem = trust.pem
+        if trust.insecure:
+            pem, server_name = tls.shown_by(address)
+        return cls(pem.encode() if pem else None, server_name)
+
+
+class _Channel:
+    """A connection to one address, with the two services that TorchServe has."""
+
+    def __init__(self, channel: Any) -> None:
+        self.close = channel.close
+        self.inference = InferenceAPIsServiceStub(channel)
+        self.management = ManagementAPIsServiceStub(channel)
+
+
+class _Channels:
+    """A channel for each address, opened when the first call needs it: asyncio's needs a running event loop."""
+
+    def __init__(self, api: Any, encryption: _Encryption) -> None:
+        """`api` is grpc or grpc.aio."""
+        self._api = api
+        self._encryption = encryption
+        self._open: dict[Address, _Channel] = {}
+        self._changes = threading.Lock()
+
+    def to(self, address: Address) -> _Channel:
+        with self._changes:
+            if address not in self._open:
+                self._open[address] = _Channel(self._channel(address))
+            return self._open[address]
+
+    def all(self) -> list[_Channel]:
+        return list(self._open.values())
+
+    def _channel(self, address: Address) -> Any:
+        if not address.tls:
+            return self._api.insecure_channel(address.target, OPTIONS)
+        name = self._encryption.server_name
+        options = (*OPTIONS, ("grpc.ssl_target_name_override", name)) if name else OPTIONS
+        credentials = grpc.ssl_channel_credentials(self._encryption.roots)
+        return self._api.secure_channel(address.target, credentials, options)
+
+
+def _start(channel: _Channel, port: Port, call: Call, deadline: Deadline, *, stream: bool = False) -> Any:
+    """Send a call; grpc returns a message, an awaitable or an iterator, according to the channel."""
+    inference, management = channel.inference, channel.management
+    metadata = tuple(port.authorization.items())
+    method: Any
+    request: Any
+    match call:
+        case Predict() | Cancel():
+            method = inference.StreamPredictions if stream else inference.Predictions
+            request = _predictions(call, deadline, stream=stream)
+            metadata = (*metadata, *call.options.metadata().items())
+        case Ping():
+            method, request = inference.Ping, Empty()
+        case ListModels():
+            # Without a limit it is 0, and TorchServe lists nothing; its .proto promises 100.
+            method, request = management.ListModels, ListModelsRequest(limit=PAGE, next_page_token=call.page)
+        case Describe():
+            method = management.DescribeModel
+            request = DescribeModelRequest(
+                model_name=call.name, model_version=call.version or "", customized=call.customized
+            )
+        case SetDefault():
+            method = management.SetDefault
+            request = SetDefaultRequest(model_name=call.name, model_version=call.version)
+        case Register():
+            method, request = management.RegisterModel, RegisterModelRequest(url=call.archive)
+        case Unregister():
+            method = management.UnregisterModel
+            request = UnregisterModelRequest(model_name=call.name, model_version=call.version)
+        case Feedback():
+            raise TypeError("feedback goes over REST: TorchServe's gRPC has no method for it")
+    return method(request, timeout=deadline.left(), metadata=metadata)
 
 
 def _predictions(call: Predict | Cancel, deadline: Deadline, *, stream: bool) -> PredictionsRequest:
@@ -251,15 +256,14 @@ _NO_CONNECTION = ("failed to connect", "connection refused", "dns resolution", "
 
 
 def _translated(  # noqa: PLR0911 (one return a kind of failure)
-    error: Any, addresses: tuple[str, str], call: Call, deadline: Deadline
+    error: Any, address: Address, call: Call, deadline: Deadline
 ) -> ServingError:
     """The error of grpc as ours. TorchServe ends its descriptions with a line that names a Java class: the type."""
     code, text = error.code(), error.details() or ""
     message, _, last = text.rpartition("\n")
-    found = _JAVA_CLASS.fullmatch(last.strip())
-    if found:
-        return _from_torchserve(code, found[1], message)
-    address = addresses[0 if isinstance(call, Predict | Cancel | Ping) else 1]
+    java = _JAVA_CLASS.fullmatch(last.strip())
+    if java:
+        return _from_torchserve(code, java[1], message)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return deadline_exceeded(deadline.timeout_s)
     if code is grpc.StatusCode.PERMISSION_DENIED and text.startswith("Token Auth"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchserve_dag.archives import atomic
-from torchserve_dag.clients import Tokens as TorchServeTokens
+from torchserve_dag.clients import KeyFile
 from torchserve_dag.front_door import resources
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.bootstrap import CERTIFICATE, CLUSTERS, ROUTES
@@ -181,7 +181,7 @@ class Door:
 
     def _torchserve_token(self) -> str:
         try:
-            return TorchServeTokens.read(self.state.key_file).inference
+            return KeyFile.read(self.state.key_file).inference
         except (OSError, ValueError):  # it is starting
             return ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torchserve_dag.clients import GrpcClient, RestClient, Tokens
+from torchserve_dag.clients import GrpcClient, KeyFile, RestClient
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State, TorchServeProcess
@@ -20,10 +20,10 @@ def running(state: State) -> TorchServeProcess:
     return record
 
 
-def torchserve_tokens(state: State) -> Tokens:
+def torchserve_tokens(state: State) -> KeyFile:
     """TorchServe's own. Raises ServerError."""
     try:
-        return Tokens.read(state.key_file)
+        return KeyFile.read(state.key_file)
     except (OSError, ValueError):
         raise ServerError(f"{state.key_file} is damaged: stop the server with torchserve-dag down.") from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 from torchserve_dag.archives import mar
-from torchserve_dag.clients import Tokens
+from torchserve_dag.clients import KeyFile
 from torchserve_dag.server import defaults, java, ports, processes, properties
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
@@ -176,7 +176,7 @@ def _launch(state: State, planned: Plan, logs: Logs, *, access_log: bool) -> Tor
 
 def _has_keys(state: State) -> bool:
     try:
-        Tokens.read(state.key_file)
+        KeyFile.read(state.key_file)
     except (OSError, ValueError):  # not there yet, or not whole
         return False
     return True

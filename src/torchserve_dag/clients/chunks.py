@@ -1,4 +1,4 @@
-"""The pieces of a streamed answer, out of the chunks that the network makes of them."""
+"""A streamed answer: messages read from the chunks that the network cuts it into."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torchserve_dag.runtime.messages import Photo, Text
 _FAILURE = b'{"code":'
 
 
-class Sieve:
-    """Lets an HTTP body through, but for the failure that may be its last line, merged with what is before it."""
+class FailureFilter:
+    """Passes an HTTP body on, except for a failure, which is its last line and may share a chunk with the rest."""
 
     def __init__(self) -> None:
         self.held = b""
-        """What may be the beginning of a failure; at the body's end it is an ordinary part of it."""
+        """Bytes that may be the beginning of a failure; at the body's end they are an ordinary part of it."""
 
-    def sift(self, chunk: bytes) -> Iterator[bytes]:
-        """What can be let through now. Raises ServingError, after what was before the failure."""
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """What can be passed on now. Raises ServingError, after what came before the failure."""
         data = self.held + chunk
         start = data.rstrip().rfind(b"\n") + 1
         line = data[start:]
@@ -38,16 +38,16 @@ class Sieve:
             yield data[:end]
 
 
-class Pieces:
-    """Reads messages out of chunks: one of each line of JSON, or of text what has come.
+class MessageReader:
+    """Reads messages from chunks: one for each line of JSON, or Text with what has arrived.
 
     With None or bytes the chunks stay as they are.
     """
 
     def __init__(self, answer: Any) -> None:
-        """Raises TypeError where no such message can be told from the next."""
+        """Raises TypeError for a message that has no end mark."""
         if answer is Photo:
-            raise TypeError("a stream's pieces are lines of JSON, Text or bytes; nothing tells one Photo from the next")
+            raise TypeError("a stream holds lines of JSON, Text or bytes; nothing tells one Photo from the next")
         self._answer = answer
         self._line = b""
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -62,7 +62,7 @@ class Pieces:
         return [answer_as(self._answer, line) for line in lines if line.strip()]
 
     def end(self) -> list[Any]:
-        """What is left when no chunk will come. Raises UnexpectedAnswer."""
+        """The messages that the end of the stream completes. Raises UnexpectedAnswer."""
         return self._text(b"", last=True) if self._answer is Text else self.read(b"\n" if self._line else b"")
 
     def _text(self, chunk: bytes, *, last: bool = False) -> list[Any]:
