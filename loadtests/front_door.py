@@ -34,7 +34,7 @@ from torchserve_dag.bench import machine  # noqa: E402
 from torchserve_dag.clients import Options, ServingError  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
-from torchserve_dag.releases import hand, versions  # noqa: E402
+from torchserve_dag.releases import manual, versions  # noqa: E402
 from torchserve_dag.server import torchserve  # noqa: E402
 from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens  # noqa: E402
 from torchserve_dag.server.state import State  # noqa: E402
@@ -76,7 +76,7 @@ def server(folder: Path) -> Iterator[State]:
         (folder / "model_store" / archive.name).symlink_to(archive)
     # Long limits: the hostile part measures what is held, not what was ended.
     (folder / "front_door.yaml").write_text("limits: {headers_s: 60, idle_s: 60, requests_per_second: 100000}\n")
-    stack.start(folder, torchserve.Options(free_ports=True))
+    stack.start(folder, torchserve.StartOptions(free_ports=True))
     try:
         yield State(folder)
     finally:
@@ -237,7 +237,7 @@ def load(state: State) -> dict[str, Any]:
             quiet = time.monotonic()
             time.sleep(ROUND_S)
             begin = time.monotonic()
-            versions.bring(state, client, WORKFLOW, "2.0", timeout_s=300)
+            versions.load(state, client, WORKFLOW, "2.0", timeout_s=300)
             rounds.append((quiet, begin, time.monotonic()))
             time.sleep(5)
     quiet_ms = [under.between(quiet, begin) for quiet, begin, _ in rounds]
@@ -254,7 +254,7 @@ def load(state: State) -> dict[str, Any]:
 
 def take(root: Path, old: int, new: int | None) -> None:
     (root / "routes.yaml").write_text(split(old, new))
-    hand.take_routes(root)
+    manual.reload_routes(root)
 
 
 def rate_of(state: State, clients: int = 8, seconds: float = 12.0) -> float:

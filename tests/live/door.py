@@ -19,7 +19,7 @@ from tests.live.conftest import ROOT
 from torchserve_dag.clients import GrpcClient, Options, RestClient
 from torchserve_dag.commands import app
 from torchserve_dag.front_door.door import Door
-from torchserve_dag.releases import hand
+from torchserve_dag.releases import manual
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.state import State
 from torchserve_dag.stack import connect
@@ -74,7 +74,7 @@ class Served:
 
     def route(self, text: str) -> None:
         (self.root / "routes.yaml").write_text(text)
-        hand.take_routes(self.root)
+        manual.reload_routes(self.root)
 
     def seen(self, at_least: int = 0) -> int:
         """How many requests for echo/1.0 TorchServe has counted."""
@@ -104,7 +104,7 @@ def tool(root: Path, *words: str, code: int = 0) -> str:
     return found.stderr if code else found.stdout
 
 
-def ask(client: Any, name: str = "echo", version: str | None = None, text: bytes = b"hi", **route_by: str) -> str:
+def request(client: Any, name: str = "echo", version: str | None = None, text: bytes = b"hi", **route_by: str) -> str:
     """Which version answered."""
     options = Options(route_by={key.replace("_", "-"): value for key, value in route_by.items()})
     return str(client.predict(name, text, version, options=options)["text"])

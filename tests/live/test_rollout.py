@@ -21,8 +21,8 @@ from tests.live.door import PROTOCOLS, Served, ask, new_project, tool, write_ver
 from torchserve_dag.clients import ServingError
 from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door.door import Door
-from torchserve_dag.releases import hand
-from torchserve_dag.releases.rollout import Desk
+from torchserve_dag.releases import manual
+from torchserve_dag.releases.rollout import RolloutStore
 from torchserve_dag.server.connect import torchserve_client
 
 pytestmark = pytest.mark.timeout(300)
@@ -150,12 +150,12 @@ def test_a_good_version_takes_over_and_goes_back_and_no_request_fails(served: Se
 
 
 def test_a_version_that_loads_is_rolled_back_at_once(served: Served) -> None:
-    desk = Desk(served.state)
+    store = RolloutStore(served.state)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(rollout, served, "good", "2.0", code=1)
-        wait_for(lambda: (now := desk.progress("good")) and now.stage == "loading")
+        wait_for(lambda: (now := store.progress("good")) and now.stage == "loading")
         began = time.monotonic()
-        gone = hand.roll_back(served.root, "good")
+        gone = manual.roll_back(served.root, "good")
 
         assert time.monotonic() - began < 5
         assert (gone.stage, gone.reason) == ("back", "it was rolled back by hand")

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from torchserve_dag.bench import batches, bodies, programs, rows, systems
 from torchserve_dag.bench.answers import Answers, alike
+from torchserve_dag.bench.benchmark_file import Workload, read
 from torchserve_dag.bench.environments import python_for
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.http_answer import AnswerReader
 from torchserve_dag.bench.load import Grpc, Rest, Spec, run
 from torchserve_dag.bench.measure import rotated
-from torchserve_dag.bench.plan import Work, read
 from torchserve_dag.bench.window import Counts, Percentiles, percentiles
 from torchserve_dag.commands import app
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse
@@ -363,16 +363,16 @@ class TestPlan:
         assert said in str(error.value)
 
     def test_bodies_are_generated_or_found(self, tmp_path):
-        mixed = bodies.prepare(Work("a mix", "w.yaml", mix=[0, 3]), tmp_path, tmp_path / "made")
-        large = bodies.prepare(Work("large", "w.yaml", bytes=1000), tmp_path, tmp_path / "made")
+        mixed = bodies.prepare(Workload("a mix", "w.yaml", mix=[0, 3]), tmp_path, tmp_path / "made")
+        large = bodies.prepare(Workload("large", "w.yaml", bytes=1000), tmp_path, tmp_path / "made")
 
         assert [json.loads(path.read_bytes()) for path in mixed] == [{"objects": 0}, {"objects": 3}]
         assert [path.stat().st_size for path in large] == [1000]
-        named = bodies.prepare(Work("f", "w.yaml", bodies=["made/large/body.bin"] * 2), tmp_path, tmp_path)
+        named = bodies.prepare(Workload("f", "w.yaml", bodies=["made/large/body.bin"] * 2), tmp_path, tmp_path)
         assert [path.read_bytes() for path in named] == [large[0].read_bytes()] * 2
         assert named == sorted(named), "in the order in which they are named"
         with pytest.raises(BenchError, match="is not there"):
-            bodies.prepare(Work("none", "w.yaml", bodies=["none"]), tmp_path, tmp_path)
+            bodies.prepare(Workload("none", "w.yaml", bodies=["none"]), tmp_path, tmp_path)
 
 
 HEAD = """

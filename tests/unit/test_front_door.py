@@ -21,8 +21,8 @@ from torchserve_dag.front_door import bootstrap, certificate, resources, routes_
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.front_door.shares import Rolling, ServedVersion, splits
-from torchserve_dag.front_door.tokens import ALGORITHM, Token, Tokens
+from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, splits
+from torchserve_dag.front_door.tokens import ALGORITHM, Token, TokenStore
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
@@ -106,14 +106,14 @@ class TestSplits:
 
     def test_a_rollout_cuts_its_share_off_the_end_of_each_other_one(self) -> None:
         """So no sticky user changes places, but those who get the new version; and they keep it as it grows."""
-        places = {share: self.users({"m": Rolling("3.0", share)}) for share in (0.0, 0.05, 0.25, 0.5, 1.0)}
+        places = {share: self.users({"m": RolloutShare("3.0", share)}) for share in (0.0, 0.05, 0.25, 0.5, 1.0)}
 
         assert [sum(who == "3.0" for who in found) / 1000 for found in places.values()] == [0, 0.05, 0.25, 0.5, 1.0]
         for before, after in pairwise(places.values()):
             assert all(b in {a, "3.0"} for a, b in zip(before, after, strict=True))
 
     @staticmethod
-    def users(rollouts: dict[str, Rolling]) -> list[str]:
+    def users(rollouts: dict[str, RolloutShare]) -> list[str]:
         """Who answers a thousand users whose hashes are spread evenly."""
         (one,) = splits(SERVED, {"m": RouteFile({"1.0": 9, "2.0": 1})}, {}, rollouts)
         parts, found = resources._parts(one.weights), []
@@ -143,7 +143,7 @@ class TestSplits:
 
     def test_the_end_of_a_rollout_is_what_was_before(self) -> None:
         before = Traffic(served=SERVED, routes={"m": ROUTE})
-        rolling = set_rollout("m", Rolling("3.0", 0.5))(before)
+        rolling = set_rollout("m", RolloutShare("3.0", 0.5))(before)
 
         assert rolling.splits[0].shares == pytest.approx({"1.0": 0.45, "2.0": 0.05, "3.0": 0.5})
         assert set_rollout("m", None)(rolling) == before
@@ -205,7 +205,7 @@ class TestEnvoy:
 
 class TestTokens:
     def test_a_token_names_its_owner_and_its_end_and_is_not_kept(self, tmp_path: Path) -> None:
-        tokens = Tokens(tmp_path)
+        tokens = TokenStore(tmp_path)
         text = tokens.issue("alice", 3600)
         claims: dict[str, Any] = jwt.decode(
             text, bytes.fromhex((tmp_path / "token_key").read_text()), [ALGORITHM], issuer="torchserve-dag"
@@ -216,7 +216,7 @@ class TestTokens:
         assert text not in (tmp_path / "tokens.json").read_text()
 
     def test_a_name_is_given_once_and_an_expired_token_is_forgotten(self, tmp_path: Path) -> None:
-        tokens = Tokens(tmp_path)
+        tokens = TokenStore(tmp_path)
         tokens.issue("alice", 3600)
         with pytest.raises(ServerError, match='There is a token "alice" already'):
             tokens.issue("alice", 3600)
@@ -252,7 +252,7 @@ class TestTokens:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
 
-        assert {one.name for one in Tokens(state.front_door).issued()} == {f"t{i}" for i in range(1, 8)}
+        assert {one.name for one in TokenStore(state.front_door).issued()} == {f"t{i}" for i in range(1, 8)}
         assert stat.S_IMODE(state.front_door.stat().st_mode) == 0o700
 
 

@@ -23,7 +23,7 @@ from torchserve_dag.commands import app
 from torchserve_dag.pictures.data import as_data
 from torchserve_dag.pictures.layout import Layout, Link, layout, spread
 from torchserve_dag.pictures.mermaid import mermaid
-from torchserve_dag.pictures.picture import Rates
+from torchserve_dag.pictures.picture import NodeRates
 from torchserve_dag.pictures.svg import svg
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.read import read_graph
@@ -333,9 +333,9 @@ def test_places_are_moved_no_more_than_they_must_be(wanted: list[float], gap: fl
         assert places == pytest.approx(wanted)
 
 
-# Live.
+# LiveRates.
 
-RATES = Rates(
+RATES = NodeRates(
     items_s=12.5, failures_s=0.2, skipped_s=0, batch=6.25, run_s=0.148, run_p95_s=1.25, wait_s=0.0213, busy=0.9
 )
 COUNTED = """
@@ -365,7 +365,7 @@ def test_rates_are_what_has_grown_between_two_readings() -> None:
     found = rates(read(BEFORE, "flow", "1.0"), read(AFTER, "flow", "1.0"), 10)
 
     assert set(found) == {"read"}
-    assert found["read"] == Rates(
+    assert found["read"] == NodeRates(
         items_s=5.0,
         failures_s=0.1,
         skipped_s=0.0,
@@ -396,7 +396,7 @@ def test_a_quantile_lies_within_its_bucket(share: float, buckets: list[tuple[flo
 
 
 def test_the_numbers_stand_in_the_nodes_and_the_busiest_is_the_strongest(everything: Graph) -> None:
-    quick = Rates(100.0, 0, 0.5, 1, 0.0001, 0.0002, 0, 0.01)
+    quick = NodeRates(100.0, 0, 0.5, 1, 0.0001, 0.0002, 0, 0.01)
     found = {"request": quick, "read": RATES, "route.inner/upper": quick}
     text, data = mermaid(everything, found), as_data(everything, found)
 

@@ -23,26 +23,25 @@ from hypothesis import strategies as st
 from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door.door import Door
-from torchserve_dag.front_door.shares import Rolling
-from torchserve_dag.releases import gently as gently_module
-from torchserve_dag.releases import hand, measures, plot, records, shares_written, stop_if
+from torchserve_dag.front_door.splits import RolloutShare
+from torchserve_dag.releases import load_throttle, manual, plot, request_log, route_weights, stop_if, version_metrics
 from torchserve_dag.releases.experiment import compare
-from torchserve_dag.releases.gently import Gently, workers_of
-from torchserve_dag.releases.measures import Measures
-from torchserve_dag.releases.records import Request
-from torchserve_dag.releases.rollout import Desk, Plan, Progress
+from torchserve_dag.releases.load_throttle import LoadThrottle, workers_of
+from torchserve_dag.releases.request_log import LoggedRequest
+from torchserve_dag.releases.rollout import Progress, RolloutPlan, RolloutStore
+from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.telemetry.scores import score_in
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
 
-PLAN = Plan("m", "2.0", (5.0, 100.0), 60.0, STOP_IF, 20, 3600.0, 600.0)
+PLAN = RolloutPlan("m", "2.0", (5.0, 100.0), 60.0, STOP_IF, 20, 3600.0, 600.0)
 
 
-def took(requests: int, ms: float, errors: int = 0, slow: int = 0, left: int = 0) -> Measures:
+def took(requests: int, ms: float, errors: int = 0, slow: int = 0, left: int = 0) -> VersionMetrics:
     """So many requests within `ms`, and `slow` more within ten times that."""
     whole = requests + slow
-    return Measures(
+    return VersionMetrics(
         whole, errors, left, {ms / 2: 0, ms: requests, ms * 5: requests, ms * 10: whole, float("inf"): whole}
     )
 
@@ -63,12 +62,12 @@ class TestStopIf:
             ("p99 > 40ms", took(1000, 10, slow=60), True),
             ("p99 > 2s", took(1000, 10, slow=60), False),
             ("errors > 1% or p95 > 5ms", took(1000, 10), True),
-            ("errors > 1%", Measures(), False),
+            ("errors > 1%", VersionMetrics(), False),
             ("errors > 1%", took(100, 10, left=3), False),
             ("errors > 1%", took(20, 10, left=10), True),  # a version that hangs
         ],
     )
-    def test_it_stops_where_it_is_sure(self, text: str, new: Measures, stops: bool) -> None:  # noqa: FBT001
+    def test_it_stops_where_it_is_sure(self, text: str, new: VersionMetrics, stops: bool) -> None:  # noqa: FBT001
         why = stop_if.reason(stop_if.read(text), new, took(1000, 10))
 
         assert bool(why) == stops
@@ -84,7 +83,7 @@ class TestStopIf:
             errors = 0
             for requests in range(1, 1000):
                 errors += dice.random() < 0.005
-                if term.reason(Measures(requests, errors), Measures()):
+                if term.reason(VersionMetrics(requests, errors), VersionMetrics()):
                     stopped += 1
                     break
 
@@ -115,7 +114,7 @@ envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="+Inf"} 99
 
     def test_protocols_and_clusters_of_a_version_are_added_up(self) -> None:
         """A client that left is no error, no answer at all is one, and who names a version does not count."""
-        found = measures.parse(self.PAGE)
+        found = version_metrics.parse(self.PAGE)
 
         assert found.keys() == {("m", "1.0")}
         one = found["m", "1.0"]
@@ -126,9 +125,9 @@ envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="+Inf"} 99
 
     @given(st.lists(st.integers(0, 50), min_size=3, max_size=3), st.lists(st.integers(0, 50), min_size=3, max_size=3))
     def test_what_came_since_is_the_rest(self, first: list[int], more: list[int]) -> None:
-        def of(parts: list[int]) -> Measures:
+        def of(parts: list[int]) -> VersionMetrics:
             counts = [sum(parts[: i + 1]) for i in range(3)]
-            return Measures(sum(parts), parts[0], parts[1], dict(zip((1.0, 2.0, 4.0), counts, strict=True)))
+            return VersionMetrics(sum(parts), parts[0], parts[1], dict(zip((1.0, 2.0, 4.0), counts, strict=True)))
 
         whole = of([a + b for a, b in zip(first, more, strict=True)])
         assert whole.since(of(first)) == of(more)
@@ -136,10 +135,10 @@ envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="+Inf"} 99
 
 class TestExperiment:
     @staticmethod
-    def arm(version: str, count: int, score: float, errors: int = 0, seed: int = 1) -> list[Request]:
+    def arm(version: str, count: int, score: float, errors: int = 0, seed: int = 1) -> list[LoggedRequest]:
         dice = random.Random(seed)
         return [
-            Request(
+            LoggedRequest(
                 f"{version}-{i}", version, dice.gauss(20, 4), i < errors, fell_back=False, score=dice.gauss(score, 0.2)
             )
             for i in range(count)
@@ -173,7 +172,7 @@ class TestExperiment:
         assert 60 <= settled <= 95
 
     def test_a_version_that_fell_back_is_to_blame(self) -> None:
-        bad = [Request(f"b{i}", "2.0", 5.0, failed=False, fell_back=i < 30) for i in range(300)]
+        bad = [LoggedRequest(f"b{i}", "2.0", 5.0, failed=False, fell_back=i < 30) for i in range(300)]
         result = compare("m", [*self.arm("1.0", 300, 0.5), *bad])
 
         errors = result.differences[0]
@@ -215,7 +214,7 @@ class TestRecords:
             "".join(f'{{"request_id": "a", "model": "m", "version": "{v}", "score": {s}}}\n' for v, s in scores)
         )
         (tmp_path / "feedback.log").write_text('{"request_id": "a", "score": 0.1}\n{"request_id": "a", "score": 1}\n')
-        found = {one.id: one for one in records.read(tmp_path, "m")}
+        found = {one.id: one for one in request_log.read(tmp_path, "m")}
 
         assert found.keys() == {"a", "b", "d"}
         assert (found["a"].version, found["a"].fell_back, found["a"].score, found["a"].feedback) == (
@@ -250,7 +249,7 @@ m:                         # our best
     def test_only_the_weights_change(self, tmp_path: Path) -> None:
         path = tmp_path / "routes.yaml"
         path.write_text(self.TEXT)
-        shares_written.write(tmp_path, "m", {"1.0": 0.5, "2.0": 99.5})
+        route_weights.write(tmp_path, "m", {"1.0": 0.5, "2.0": 99.5})
         after = path.read_text()
 
         assert after == self.TEXT.replace('"1.0": 90\n    "2.0": 10\n', '{"1.0": 0.5, "2.0": 99.5}\n')
@@ -273,7 +272,7 @@ m:                         # our best
         path = tmp_path / "routes.yaml"
         path.write_text(text)
         with contextlib.suppress(ServerError):
-            shares_written.write(tmp_path, "m", {"2.0": 100})
+            route_weights.write(tmp_path, "m", {"2.0": 100})
         if path.read_text() == text:
             return
         before, after = yaml.safe_load(text), yaml.safe_load(path.read_text())
@@ -284,19 +283,19 @@ m:                         # our best
 
 class TestRollout:
     def test_one_rollout_of_a_model_at_a_time(self, tmp_path: Path) -> None:
-        desk = Desk(State(tmp_path))
-        desk.ask(PLAN)
+        store = RolloutStore(State(tmp_path))
+        store.request(PLAN)
         with pytest.raises(ServerError, match=r"m is being rolled out to 2\.0 already"):
-            desk.ask(PLAN)
+            store.request(PLAN)
 
-        assert [one.stage for one in desk.all()] == ["waiting"]
+        assert [one.stage for one in store.all()] == ["waiting"]
 
     def test_what_was_under_way_is_over_when_the_server_starts_again(self, tmp_path: Path) -> None:
-        desk = Desk(State(tmp_path))
-        desk.note(Progress(PLAN, stage="rolling", share=25.0))
-        desk.forget_running()
+        store = RolloutStore(State(tmp_path))
+        store.save(Progress(PLAN, stage="rolling", share=25.0))
+        store.forget_running()
 
-        assert [(one.stage, one.reason) for one in desk.all()] == [("back", "the server was stopped")]
+        assert [(one.stage, one.reason) for one in store.all()] == [("back", "the server was stopped")]
 
 
 def test_taking_the_routes_takes_back_what_a_rollout_that_is_over_has_left(
@@ -304,15 +303,15 @@ def test_taking_the_routes_takes_back_what_a_rollout_that_is_over_has_left(
 ) -> None:
     """Its front door was away when it went back; one that is under way goes on."""
     state = State(tmp_path)
-    door, desk = Door(state), Desk(state)
+    door, store = Door(state), RolloutStore(state)
     door.folder.mkdir(parents=True)
     door.begin(Addresses())
     monkeypatch.setattr(Door, "_tell", lambda _self, _traffic: None)  # no Envoy runs
-    door.change(lambda now: replace(now, rollouts={"m": Rolling("2.0", 0.5), "n": Rolling("2.0", 0.5)}))
-    desk.note(Progress(PLAN, stage="back"))
-    desk.note(Progress(replace(PLAN, model="n"), stage="rolling"))
+    door.change(lambda now: replace(now, rollouts={"m": RolloutShare("2.0", 0.5), "n": RolloutShare("2.0", 0.5)}))
+    store.save(Progress(PLAN, stage="back"))
+    store.save(Progress(replace(PLAN, model="n"), stage="rolling"))
 
-    assert hand.take_routes(tmp_path).rollouts.keys() == {"n"}
+    assert manual.reload_routes(tmp_path).rollouts.keys() == {"n"}
 
 
 # A new version's workers, beside those that serve.
@@ -344,9 +343,9 @@ def test_workers_that_load_leave_the_cores_to_those_who_serve(processes: Callabl
     cores = os.cpu_count() or 1
     serving = [processes("--sock-name", f"/tmp/.ts.sock.{i}") for i in range(cores)]
     new = [processes("--sock-name", f"/tmp/.ts.sock.{100 + i}") for i in range(cores)]
-    with Gently(psutil.Process()) as gently:
-        gently.hold(str(100 + i) for i in range(cores))
-        time.sleep(3 * gently_module.LOOK_EVERY_S)
+    with LoadThrottle(psutil.Process()) as throttle:
+        throttle.assign(str(100 + i) for i in range(cores))
+        time.sleep(3 * load_throttle.LOOK_EVERY_S)
         before = [used(one) for one in (*serving, *new)]
         time.sleep(2)
         spent = [used(one) - was for one, was in zip((*serving, *new), before, strict=True)]
@@ -358,19 +357,19 @@ def test_workers_that_load_leave_the_cores_to_those_who_serve(processes: Callabl
 def test_workers_that_load_use_cores_that_are_idle(
     processes: Callable[..., psutil.Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gently_module, "idle_cores", lambda: 1)
+    monkeypatch.setattr(load_throttle, "idle_cores", lambda: 1)
     new = [processes("--port", str(9000 + i)) for i in range(2)]
-    with Gently(psutil.Process()) as gently:
-        gently.hold(["9000", "9001"])
-        time.sleep(3 * gently_module.LOOK_EVERY_S)
+    with LoadThrottle(psutil.Process()) as throttle:
+        throttle.assign(["9000", "9001"])
+        time.sleep(3 * load_throttle.LOOK_EVERY_S)
         before = [used(one) for one in new]
         time.sleep(2)
 
         assert all(used(one) > was for one, was in zip(new, before, strict=True)), "each has its turns"
         new[0].kill()
-        time.sleep(2 * gently_module.LOOK_EVERY_S)
-        gently.hold([])
-        time.sleep(2 * gently_module.LOOK_EVERY_S)
+        time.sleep(2 * load_throttle.LOOK_EVERY_S)
+        throttle.assign([])
+        time.sleep(2 * load_throttle.LOOK_EVERY_S)
         assert new[1].status() != psutil.STATUS_STOPPED, "it is not held any more"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from torchserve_dag.bench.benchmark_file import Workload
 from torchserve_dag.bench.errors import BenchError
-from torchserve_dag.bench.plan import Work
 
 
-def prepare(work: Work, base: Path, below: Path) -> list[Path]:
+def prepare(work: Workload, base: Path, below: Path) -> list[Path]:
     """Write them into a folder `below`, named so that they sort in the order in which they are sent; their paths.
 
     `base` is the plan's folder. Raises BenchError where one that the work names is missing.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchserve_dag.bench import batches
+from torchserve_dag.bench.benchmark_file import BenchmarkFile, Workload
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.load import Grpc, Rest, Spec
-from torchserve_dag.bench.plan import Plan, Work
 from torchserve_dag.bench.programs import Program
 from torchserve_dag.bench.rows import LoadRow, Protocol
 from torchserve_dag.bench.systems import System, last_line
@@ -24,9 +24,9 @@ _SPARE_S = 60.0
 class Loads:
     """All the loads of one start of a system."""
 
-    plan: Plan
+    plan: BenchmarkFile
     number: int
-    work: Work
+    work: Workload
     program: Program
     system: System
     bodies: list[Path]

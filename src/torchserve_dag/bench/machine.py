@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from torchserve_dag.bench.plan import cores
+from torchserve_dag.bench.benchmark_file import cores
 
 _PACKAGES = ("torchserve-dag", "torch", "torchserve", "transformers", "pillow", "numpy", "grpcio")
 

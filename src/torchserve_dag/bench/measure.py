@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from torchserve_dag.bench import bare, environments, rows
+from torchserve_dag.bench import bare_loop, environments, rows
+from torchserve_dag.bench.benchmark_file import Arrangement, BenchmarkFile, Workload
 from torchserve_dag.bench.bodies import prepare
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.loads import Loads
-from torchserve_dag.bench.plan import Arrangement, Plan, Work
 from torchserve_dag.bench.programs import BARE, Program
 from torchserve_dag.bench.rows import BareRow, SystemRow
 from torchserve_dag.bench.systems import started
@@ -26,7 +26,7 @@ Show = Callable[[str, int, int], None]
 class Benchmark:
     """What is measured, and where things are."""
 
-    plan: Plan
+    plan: BenchmarkFile
     base: Path
     """The plan's folder: what the plan names is relative to it."""
     programs: list[Program]
@@ -83,7 +83,7 @@ def rotated(items: Sequence[T], by: int) -> list[T]:
     return [*items[first:], *items[:first]]
 
 
-def _steps_of(benchmark: Benchmark, work: Work) -> list[Program | Arrangement]:
+def _steps_of(benchmark: Benchmark, work: Workload) -> list[Program | Arrangement]:
     found: list[Program | Arrangement] = []
     for program in benchmark.programs:
         found += (work.bare or benchmark.plan.bare) if program.key == BARE else [program]
@@ -112,7 +112,7 @@ def _prepared(benchmark: Benchmark, show: Show) -> _Steps:
     return steps
 
 
-def _log(benchmark: Benchmark, number: int, work: Work, name: str) -> Path:
+def _log(benchmark: Benchmark, number: int, work: Workload, name: str) -> Path:
     return benchmark.out / "logs" / f"{work.slug}-{name}-{number}.log"
 
 
@@ -120,13 +120,13 @@ def _program(benchmark: Benchmark, key: str) -> Program:
     return next(program for program in benchmark.programs if program.key == key)
 
 
-def _measure_bare(steps: _Steps, number: int, work: Work, arrangement: Arrangement, said: str) -> None:
+def _measure_bare(steps: _Steps, number: int, work: Workload, arrangement: Arrangement, said: str) -> None:
     benchmark, log = steps.benchmark, _log(steps.benchmark, number, work, BARE)
     steps.say(said)
     command = [str(steps.pythons[BARE]), _program(benchmark, BARE).path]
     folder = steps.bodies[work.name][0].parent
     try:
-        found = bare.run(command, benchmark.base / work.workflow, folder, arrangement, benchmark.plan.seconds, log)
+        found = bare_loop.run(command, benchmark.base / work.workflow, folder, arrangement, benchmark.plan.seconds, log)
     except BenchError as error:
         row = BareRow(number, work.name, str(arrangement), problem=str(error))
     else:
@@ -144,7 +144,7 @@ def _measure_bare(steps: _Steps, number: int, work: Work, arrangement: Arrangeme
     rows.append(benchmark.results, [row])
 
 
-def _measure_system(steps: _Steps, number: int, work: Work, program: Program, said: str) -> None:
+def _measure_system(steps: _Steps, number: int, work: Workload, program: Program, said: str) -> None:
     benchmark, log = steps.benchmark, _log(steps.benchmark, number, work, program.key)
     steps.say(f"{said}: starting")
     startup_s = memory_mb = problem = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.report import label
-from torchserve_dag.bench.summary import Summary, SystemSummary, WorkSummary
+from torchserve_dag.bench.summary import Summary, SystemSummary, WorkloadSummary
 
 _OURS = "#1552c4"
 _OTHERS = ("#c2571a", "#3c8d5a", "#8a4fb5", "#a3842c", "#b03a5b", "#4b8fa3", "#6b6b6b", "#7d5a3c")
@@ -42,7 +42,7 @@ def draw(summary: Summary, folder: Path) -> dict[str, list[str]]:
     return {name: files for name, files in found.items() if files}
 
 
-def _of_work(drawing: _Drawing, work: WorkSummary) -> list[str]:
+def _of_work(drawing: _Drawing, work: WorkloadSummary) -> list[str]:
     name, slug = work.work.name, work.work.slug
     files = []
     if len(work.work.clients) >= _ENOUGH:
@@ -62,23 +62,23 @@ def _of_work(drawing: _Drawing, work: WorkSummary) -> list[str]:
     return files
 
 
-def _each(work: WorkSummary, points: Callable[[SystemSummary], Points]) -> Series:
+def _each(work: WorkloadSummary, points: Callable[[SystemSummary], Points]) -> Series:
     return [(system, points(system)) for system in work.systems]
 
 
-def _series(summary: Summary) -> dict[str, list[WorkSummary]]:
-    found: dict[str, list[WorkSummary]] = defaultdict(list)
+def _series(summary: Summary) -> dict[str, list[WorkloadSummary]]:
+    found: dict[str, list[WorkloadSummary]] = defaultdict(list)
     for work in summary.works:
         if work.work.series:
             found[work.work.series].append(work)
     return {name: works for name, works in found.items() if len(works) > 1}
 
 
-def _systems(works: list[WorkSummary]) -> list[SystemSummary]:
+def _systems(works: list[WorkloadSummary]) -> list[SystemSummary]:
     return list({(one.key, one.protocol): one for work in works for one in work.systems}.values())
 
 
-def _best_by_at(system: SystemSummary, works: list[WorkSummary]) -> tuple[SystemSummary, Points]:
+def _best_by_at(system: SystemSummary, works: list[WorkloadSummary]) -> tuple[SystemSummary, Points]:
     """A system's best rate in each work of a series."""
     points = [
         (work.work.at or 0.0, max(closed.rps for closed in one.closed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from torchserve_dag.bench.summary import Closed, Open, Summary, SystemSummary, WorkSummary
+from torchserve_dag.bench.summary import Closed, Open, Summary, SystemSummary, WorkloadSummary
 from torchserve_dag.bench.window import Percentiles
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def _head(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def _work(found: WorkSummary, pictures: Sequence[str]) -> list[str]:
+def _work(found: WorkloadSummary, pictures: Sequence[str]) -> list[str]:
     blocks = [f"## {found.work.name}", _bare_sentence(found), *map(_picture, pictures)]
     measured = [one for one in found.systems if one.closed]
     if measured:
@@ -84,7 +84,7 @@ def _work(found: WorkSummary, pictures: Sequence[str]) -> list[str]:
     return blocks
 
 
-def _bare_sentence(found: WorkSummary) -> str:
+def _bare_sentence(found: WorkloadSummary) -> str:
     if found.best_rps is None:
         return "The bare loop was not measured."
     alone = "" if found.best_p50_ms is None else f"; one request at a time takes {_figure(found.best_p50_ms)} ms"
@@ -137,7 +137,7 @@ def _takes(systems: list[SystemSummary]) -> str:
     return _table(head, lines)
 
 
-def _bare_table(found: WorkSummary) -> str:
+def _bare_table(found: WorkloadSummary) -> str:
     measured = [one for one in found.bare if one.rps]
     if not measured:
         return ""
@@ -149,7 +149,7 @@ def _bare_table(found: WorkSummary) -> str:
     return "The bare loop's arrangements:\n\n" + _table(head, lines)
 
 
-def _remarks(found: WorkSummary) -> Iterable[str]:
+def _remarks(found: WorkloadSummary) -> Iterable[str]:
     for name, problem in _unique(
         [(one.name, one.problem) for one in found.systems]
         + [(f"bare loop, {b.arrangement}", b.problem) for b in found.bare]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
-from torchserve_dag.bench.plan import Work
+from torchserve_dag.bench.benchmark_file import Workload
+from torchserve_dag.bench.benchmark_run import BenchmarkRun
 from torchserve_dag.bench.programs import BARE, Program
 from torchserve_dag.bench.rows import BareRow, LoadRow, Protocol, Row, SystemRow
-from torchserve_dag.bench.run import Run
 from torchserve_dag.bench.window import Percentiles
 
 T = TypeVar("T")
@@ -82,8 +82,8 @@ class BareSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkSummary:
-    work: Work
+class WorkloadSummary:
+    work: Workload
     bare: list[BareSummary]
     best_rps: float | None
     """Of the bare loop: the best arrangement of each round, and the median of these."""
@@ -94,15 +94,15 @@ class WorkSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    run: Run
+    run: BenchmarkRun
     rounds: int
     """How many have been begun."""
-    works: list[WorkSummary]
+    works: list[WorkloadSummary]
     client_cpu_us: dict[str, float]
     """The load generator's own CPU time for each request, by protocol."""
 
 
-def summarise(run: Run, rows: Sequence[Row]) -> Summary:
+def summarise(run: BenchmarkRun, rows: Sequence[Row]) -> Summary:
     loads = [row for row in rows if isinstance(row, LoadRow)]
     protocols = sorted({row.protocol for row in loads}, reverse=True)
     costs = {name: _median(row.counts.client_cpu_us for row in loads if row.protocol == name) for name in protocols}
@@ -114,7 +114,7 @@ def summarise(run: Run, rows: Sequence[Row]) -> Summary:
     )
 
 
-def _work(run: Run, work: Work, rows: Sequence[Row]) -> WorkSummary:
+def _work(run: BenchmarkRun, work: Workload, rows: Sequence[Row]) -> WorkloadSummary:
     bare = [row for row in rows if isinstance(row, BareRow)]
     measured = [row for row in bare if row.problem is None]
     best = {number: max(row.rps for row in of) for number, of in _by_round(measured).items()}
@@ -131,7 +131,7 @@ def _work(run: Run, work: Work, rows: Sequence[Row]) -> WorkSummary:
         protocols = sorted({row.protocol for row in own}, reverse=True) or (["rest"] if its_starts else [])
         systems += [_system(run, program, name, own, its_starts, best, usual) for name in protocols]
     systems.sort(key=lambda one: one.closed[-1].rps if one.closed else 0.0, reverse=True)
-    return WorkSummary(
+    return WorkloadSummary(
         work,
         [
             _bare([row for row in bare if row.arrangement == name], best)
@@ -144,7 +144,7 @@ def _work(run: Run, work: Work, rows: Sequence[Row]) -> WorkSummary:
 
 
 def _system(
-    run: Run,
+    run: BenchmarkRun,
     program: Program,
     protocol: Protocol,
     loads: list[LoadRow],

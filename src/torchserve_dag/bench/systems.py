@@ -31,7 +31,7 @@ _STOP_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class Endpoints:
     """What a program says of the server that it has started: its one line of JSON."""
 
     rest: str
@@ -47,7 +47,7 @@ class Serving:
 class System:
     """One that serves."""
 
-    serving: Serving
+    serving: Endpoints
     startup_s: float
     mark: str
     program: subprocess.Popen[bytes]
@@ -98,7 +98,7 @@ def started(python: Path, program: Path, workflow: Path, log: Path) -> Iterator[
             _stop(process, mark)
 
 
-def _serving(process: subprocess.Popen[bytes], log: Path) -> Serving:
+def _serving(process: subprocess.Popen[bytes], log: Path) -> Endpoints:
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     if process.stdout is None:
         raise AssertionError("it was started with a pipe")
@@ -110,7 +110,7 @@ def _serving(process: subprocess.Popen[bytes], log: Path) -> Serving:
     if not line:
         raise BenchError(f"it ended without serving: {last_line(log)}")
     try:
-        return plain.build(Serving, json.loads(line))
+        return plain.build(Endpoints, json.loads(line))
     except (ValueError, plain.WrongDataError) as error:
         raise BenchError(f"what it says of its server is wrong: {error}") from None
 

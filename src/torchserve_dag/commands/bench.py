@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
 
 if TYPE_CHECKING:
-    from torchserve_dag.bench.plan import Plan
-    from torchserve_dag.bench.run import Run
+    from torchserve_dag.bench.benchmark_file import BenchmarkFile
+    from torchserve_dag.bench.benchmark_run import BenchmarkRun
     from torchserve_dag.bench.summary import Summary
 
 _PLAN = Path("loadtests", "bench.toml")
@@ -81,32 +81,32 @@ def _bench_failures() -> Iterator[None]:
 
 def _run(
     folder: Path, file: Path, only: list[str], systems: str, rounds: int | None, seconds: float | None, *, resume: bool
-) -> Run:
+) -> BenchmarkRun:
     """What is measured: as it was begun, or anew."""
-    from torchserve_dag.bench import machine, plan, programs
-    from torchserve_dag.bench.run import Run
+    from torchserve_dag.bench import benchmark_file, machine, programs
+    from torchserve_dag.bench.benchmark_run import BenchmarkRun
 
     if resume:
-        return Run.read(folder)
+        return BenchmarkRun.read(folder)
     if (folder / "results.jsonl").exists():
         fail(f"{folder} has results already: go on with --resume, or name another folder with --out.")
-    found = _only(plan.read(file), only)
+    found = _only(benchmark_file.read(file), only)
     found = replace(found, rounds=rounds or found.rounds, seconds=seconds or found.seconds)
     keys = [key.strip() for key in systems.split(",") if key.strip()]
     chosen = programs.chosen(programs.find(file.parent / found.systems), keys)
-    run = Run(time.strftime("%d %B %Y"), machine.this(), found, os.path.relpath(file), chosen)
+    run = BenchmarkRun(time.strftime("%d %B %Y"), machine.this(), found, os.path.relpath(file), chosen)
     run.write(folder)
     return run
 
 
-def _only(plan: Plan, parts: list[str]) -> Plan:
+def _only(plan: BenchmarkFile, parts: list[str]) -> BenchmarkFile:
     works = [work for work in plan.work if not parts or any(part.lower() in work.name.lower() for part in parts)]
     if not works:
         fail(f"No work has {' or '.join(parts)} in its name; there are {', '.join(work.name for work in plan.work)}.")
     return replace(plan, work=works)
 
 
-def _measure(run: Run, folder: Path, environments: Path) -> None:
+def _measure(run: BenchmarkRun, folder: Path, environments: Path) -> None:
     from torchserve_dag.bench.measure import Benchmark, measure
 
     benchmark = Benchmark(run.plan, Path(run.plan_file).parent, run.programs, environments, folder)
@@ -121,11 +121,11 @@ def _measure(run: Run, folder: Path, environments: Path) -> None:
 
 def _report(folder: Path) -> Summary:
     from torchserve_dag.bench import plots, report, rows
+    from torchserve_dag.bench.benchmark_run import BenchmarkRun
     from torchserve_dag.bench.errors import BenchError
-    from torchserve_dag.bench.run import Run
     from torchserve_dag.bench.summary import summarise
 
-    summary = summarise(Run.read(folder), rows.read(folder / "results.jsonl"))
+    summary = summarise(BenchmarkRun.read(folder), rows.read(folder / "results.jsonl"))
     try:
         pictures = plots.draw(summary, folder)
     except BenchError as error:  # a report without plots is better than none

@@ -28,7 +28,7 @@ def experiment(
 ) -> None:
     """Compare the versions of a model: requests, errors, durations, scores; what differs, and how surely."""
     from torchserve_dag.releases import plot as picture
-    from torchserve_dag.releases import records
+    from torchserve_dag.releases import request_log
     from torchserve_dag.releases.experiment import compare
     from torchserve_dag.server.state import State
 
@@ -36,7 +36,7 @@ def experiment(
     if plot and plot.suffix not in {".svg", ".png"}:
         fail(f"{plot} is neither an .svg nor a .png: name a file that ends so.")
     with failures():
-        requests = records.read(State(project_root(project)).logs, name, begin)
+        requests = request_log.read(State(project_root(project)).logs, name, begin)
         if not requests:
             fail(f"The logs have no request for {name} that named no version: send some through the front door.")
         result = compare(name, requests)

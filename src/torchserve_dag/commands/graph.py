@@ -12,7 +12,7 @@ import typer
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
 
 if TYPE_CHECKING:
-    from torchserve_dag.pictures.picture import Live
+    from torchserve_dag.pictures.picture import LiveRates
     from torchserve_dag.runtime.graph.graph import Graph
     from torchserve_dag.server.state import State
 
@@ -40,7 +40,7 @@ def graph(
     from torchserve_dag.runtime.project.folders import Project
     from torchserve_dag.server.state import State
 
-    drawers: dict[str, Callable[[Graph, Live | None], str]] = {".svg": svg, ".mmd": mermaid}
+    drawers: dict[str, Callable[[Graph, LiveRates | None], str]] = {".svg": svg, ".mmd": mermaid}
     if output and output.suffix not in drawers:
         fail(f"{output} is neither an .svg nor an .mmd: name a file that ends so.")
     with failures():
@@ -62,7 +62,7 @@ def graph(
         sys.stdout.write(mermaid(drawn, rates))
 
 
-def _rates(state: State, drawn: Graph, seconds: float) -> Live:
+def _rates(state: State, drawn: Graph, seconds: float) -> LiveRates:
     from torchserve_dag.server.connect import running
     from torchserve_dag.server.rates import watch
 

@@ -18,7 +18,7 @@ from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail,
 
 if TYPE_CHECKING:
     from torchserve_dag.front_door.door import Traffic
-    from torchserve_dag.releases.rollout import Desk, Numbers, Progress
+    from torchserve_dag.releases.rollout import Progress, RolloutStore, StepMetrics
 
 STOP_IF = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
 """When a rollout is rolled back, unless --stop-if says otherwise."""
@@ -48,24 +48,24 @@ def rollout(
     """
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.releases import stop_if, versions
-    from torchserve_dag.releases.rollout import Desk, Plan
+    from torchserve_dag.releases.rollout import RolloutPlan, RolloutStore
     from torchserve_dag.server.connect import running
     from torchserve_dag.server.state import State
 
     with failures():
         root = project_root(project)
-        desk = Desk(State(root))
+        store = RolloutStore(State(root))
         if version is None:
             if name != "status":
                 fail(f"Which version of {name}? Write torchserve-dag rollout {name} VERSION.")
-            _show_all(desk, json=json)
+            _show_all(store, json=json)
             return
         try:
             stop_if.read(stop)
         except ValueError as error:
             fail(f"{error}.")
         steps = _steps(canary)
-        plan = Plan(name, version, steps, _time(every), stop, at_least, _time(patience), _time(ready))
+        plan = RolloutPlan(name, version, steps, _time(every), stop, at_least, _time(patience), _time(ready))
         record = running(State(root))
         door = Door(State(root))
         if door.record() is None:
@@ -75,8 +75,8 @@ def rollout(
             fail(f"{name} is not served: a rollout needs a version that answers meanwhile.")
         if not any((one.model, one.version) == (name, version) for one in traffic.served):
             versions.find_archive(Path(record.store), name, version)
-        desk.ask(plan)
-        last = _follow(desk, name) if watch else desk.progress(name)
+        store.request(plan)
+        last = _follow(store, name) if watch else store.progress(name)
     if json:
         print_json(last)
     elif last and watch:
@@ -92,10 +92,10 @@ def promote(
     project: ProjectOption = None,
 ) -> None:
     """Give all requests to the new version now, and leave out the steps that were to come."""
-    from torchserve_dag.releases import hand
+    from torchserve_dag.releases import manual
 
     with failures():
-        done = hand.promote(project_root(project), name)
+        done = manual.promote(project_root(project), name)
     print_json(done) if json else out.print(_line(done))
 
 
@@ -106,10 +106,10 @@ def rollback(
     project: ProjectOption = None,
 ) -> None:
     """Give all requests to what answered before the last rollout, within a second or two."""
-    from torchserve_dag.releases import hand
+    from torchserve_dag.releases import manual
 
     with failures():
-        done = hand.roll_back(project_root(project), name)
+        done = manual.roll_back(project_root(project), name)
     print_json(done) if json else out.print(_line(done))
 
 
@@ -136,10 +136,10 @@ def retire(
 
 def routes(*, json: JsonOption = False, project: ProjectOption = None) -> None:
     """Take routes.yaml as it is now, and show which version answers whom; no connection is dropped."""
-    from torchserve_dag.releases import hand
+    from torchserve_dag.releases import manual
 
     with failures():
-        traffic = hand.take_routes(project_root(project))
+        traffic = manual.reload_routes(project_root(project))
     print_json(traffic.splits) if json else _print_routes(traffic)
 
 
@@ -159,23 +159,23 @@ def _time(text: str) -> float:
     return durations.seconds(text, "30s, 5m or 1h")
 
 
-def _follow(desk: Desk, model: str) -> Progress | None:
+def _follow(store: RolloutStore, model: str) -> Progress | None:
     """Show a rollout until it is over; who leaves does not end it."""
-    now = desk.progress(model)
+    now = store.progress(model)
     try:
         with Live(console=err, auto_refresh=False, transient=True) as live:
             while now and not now.over:
                 live.update(_picture(now), refresh=True)
                 time.sleep(0.2)
-                now = desk.progress(model)
+                now = store.progress(model)
     except KeyboardInterrupt:
         err.print(f"It goes on: torchserve-dag rollout status, promote {model}, rollback {model}.")
         raise typer.Exit(130) from None
     return now
 
 
-def _show_all(desk: Desk, *, json: bool) -> None:
-    found = desk.all()
+def _show_all(store: RolloutStore, *, json: bool) -> None:
+    found = store.all()
     if json:
         print_json(found)
     elif not found:
@@ -185,7 +185,7 @@ def _show_all(desk: Desk, *, json: bool) -> None:
             while any(not one.over for one in found):
                 live.update(Group(*map(_picture, found)), refresh=True)
                 time.sleep(0.5)
-                found = desk.all()
+                found = store.all()
             live.update(Group(*map(_picture, found)), refresh=True)
     else:
         for one in found:
@@ -207,7 +207,7 @@ def _picture(now: Progress) -> Group:
     return Group(_line(now), bar, table)
 
 
-def _cells(numbers: Numbers) -> list[str]:
+def _cells(numbers: StepMetrics) -> list[str]:
     times = [f"{ms:.0f}" if ms is not None else "" for ms in (numbers.p50_ms, numbers.p99_ms)]
     return [str(numbers.requests), str(numbers.errors), *times]
 

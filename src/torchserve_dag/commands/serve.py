@@ -55,7 +55,7 @@ def up(
     from torchserve_dag.stack import start as stack
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    options = torchserve.Options(port, grpc_port, free_ports, store, access_log, timeout)
+    options = torchserve.StartOptions(port, grpc_port, free_ports, store, access_log, timeout)
     with failures(), Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("starting TorchServe", total=None)
 

@@ -18,8 +18,8 @@ from torchserve_dag.front_door.bootstrap import CERTIFICATE, CLUSTERS, ROUTES
 from torchserve_dag.front_door.resources import TYPES, Resource
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.front_door.shares import Rolling, ServedVersion, Split, splits
-from torchserve_dag.front_door.tokens import Tokens
+from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, Split, splits
+from torchserve_dag.front_door.tokens import TokenStore
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
@@ -56,7 +56,7 @@ class Traffic:
     """Which version answers for a model that `routes.yaml` does not know."""
     routes: dict[str, RouteFile] = field(default_factory=dict)
     """`routes.yaml`, as it was when it was last taken."""
-    rollouts: dict[str, Rolling] = field(default_factory=dict)
+    rollouts: dict[str, RolloutShare] = field(default_factory=dict)
     """What models are on their way to."""
     ejected: tuple[tuple[str, str], ...] = ()
     """Models and versions that keep failing, and are left alone for a while."""
@@ -76,7 +76,7 @@ class Door:
         self.state = state
         self.folder = state.front_door
         self.admin = Admin(self.folder)
-        self.tokens = Tokens(self.folder)
+        self.tokens = TokenStore(self.folder)
         self._traffic = self.folder / "traffic.json"
         self._record = self.folder / "door.json"
 
@@ -196,7 +196,7 @@ class Door:
             yield
 
 
-def set_rollout(model: str, rolling: Rolling | None) -> Callable[[Traffic], Traffic]:
+def set_rollout(model: str, rolling: RolloutShare | None) -> Callable[[Traffic], Traffic]:
     """A change: how far a rollout of a model is; None ends it."""
 
     def change(traffic: Traffic) -> Traffic:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from torchserve_dag.front_door.shares import ServedVersion, Split
+from torchserve_dag.front_door.splits import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
 from torchserve_dag.runtime.data.options import CANCEL, CANCEL_KEY
 from torchserve_dag.server.ports import Addresses, host_and_port

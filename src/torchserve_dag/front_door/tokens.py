@@ -37,7 +37,7 @@ class Token:
         return self.expires <= time.time()
 
 
-class Tokens:
+class TokenStore:
     """The tokens of one project: the key that signs them, and what was issued. All files are their owner's only."""
 
     def __init__(self, folder: Path) -> None:

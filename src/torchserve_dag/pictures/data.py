@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchserve_dag.pictures.picture import Live, picture
+from torchserve_dag.pictures.picture import LiveRates, picture
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.graph.graph import REQUEST, Code, Graph, Node
 
 
-def as_data(graph: Graph, rates: Live | None = None, within: str = "") -> dict[str, Any]:
+def as_data(graph: Graph, rates: LiveRates | None = None, within: str = "") -> dict[str, Any]:
     """What a picture shows, and more. An edge to `null` goes to the answer, for a node may have any other name."""
     edges = [
         {"from": arrow.start, "to": arrow.end or None, "kind": arrow.kind, "says": arrow.says, "types": arrow.types}
@@ -27,7 +27,7 @@ def as_data(graph: Graph, rates: Live | None = None, within: str = "") -> dict[s
     return found | ({"decoding": rates.get(REQUEST)} if rates and not within else {})
 
 
-def _node(node: Node, rates: Live | None, within: str) -> dict[str, Any]:
+def _node(node: Node, rates: LiveRates | None, within: str) -> dict[str, Any]:
     return {
         "name": node.name,
         "depth": node.depth,
@@ -48,7 +48,7 @@ def _node(node: Node, rates: Live | None, within: str) -> dict[str, Any]:
     }
 
 
-def _code(code: Code, rates: Live | None, within: str) -> dict[str, Any]:
+def _code(code: Code, rates: LiveRates | None, within: str) -> dict[str, Any]:
     name = within + code.name
     kind = code.kind
     found = {

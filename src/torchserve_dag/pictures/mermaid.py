@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torchserve_dag.pictures.picture import ANSWER, Live, Picture, Shape, picture
+from torchserve_dag.pictures.picture import ANSWER, LiveRates, Picture, Shape, picture
 from torchserve_dag.runtime.graph.graph import Graph
 
 _ARROWS = {"value": "-->", "each": "==>", "when": "-.->"}
@@ -15,7 +15,7 @@ _WORDS = {
 """Node names that mean something else to Mermaid, or here; and those that begin with a _."""
 
 
-def mermaid(graph: Graph, live: Live | None = None) -> str:
+def mermaid(graph: Graph, live: LiveRates | None = None) -> str:
     """The text of the chart; with `live`, each node has its numbers, and the busiest the strongest colour."""
     return "\n".join(["flowchart LR", *_lines(picture(graph, live), "", "  ")]) + "\n"
 

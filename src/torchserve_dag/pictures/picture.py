@@ -27,7 +27,7 @@ _DRAWN_FIRST: tuple[DrawnAs, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class NodeRates:
     """What a node's code did on a server, over a few seconds."""
 
     items_s: float
@@ -45,12 +45,12 @@ class Rates:
     """Seconds that it ran, a second; more than 1 where batches ran side by side."""
 
 
-Live = Mapping[str, Rates]
+LiveRates = Mapping[str, NodeRates]
 """What each code did, by its name; one that did nothing is not there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TextRow:
     """A line of text in a shape."""
 
     kind: Literal["runs", "how", "when", "policy", "live"]
@@ -63,7 +63,7 @@ class Shape:
     """The node's, `request`, or ANSWER."""
     kind: Literal["client"] | DrawnAs
     column: int
-    rows: tuple[Row, ...] = ()
+    rows: tuple[TextRow, ...] = ()
     inner: tuple[Picture, ...] = ()
     """The workflows that it runs."""
     heat: float = 0.0
@@ -92,13 +92,13 @@ class Picture:
     arrows: tuple[Arrow, ...]
 
 
-def picture(graph: Graph, live: Live | None = None) -> Picture:
+def picture(graph: Graph, live: LiveRates | None = None) -> Picture:
     """What to draw of a workflow; with `live`, also how each node did."""
     busy = [live[name].busy for name, code in graph.codes.items() if name in live and not code.inner] if live else []
     return _picture(graph, live, max(busy, default=0.0) or 1.0, "")
 
 
-def _picture(graph: Graph, live: Live | None, busiest: float, within: str) -> Picture:
+def _picture(graph: Graph, live: LiveRates | None, busiest: float, within: str) -> Picture:
     def shape(node: Node) -> Shape:
         inner = [(f"{within}{code.name}/", code.inner) for code in node.codes if code.inner]
         busy = [live[name].busy for code in node.codes if (name := within + code.name) in live] if live else []
@@ -113,7 +113,7 @@ def _picture(graph: Graph, live: Live | None, busiest: float, within: str) -> Pi
 
     last = 1 + max((node.depth for node in graph.nodes.values()), default=0)
     request = Shape(REQUEST, "client", 0, () if within else tuple(_live_rows(live, REQUEST)))
-    answer = Shape(ANSWER, "client", last, (Row("how", "in pieces"),) if graph.streams else ())
+    answer = Shape(ANSWER, "client", last, (TextRow("how", "in pieces"),) if graph.streams else ())
     arrows = [_arrow(need, node) for node in graph.nodes.values() for need in sorted(node.needs)]
     return Picture((request, *map(shape, graph.nodes.values()), answer), (*arrows, *_to_answer(graph)))
 
@@ -123,33 +123,33 @@ def _kind(node: Node) -> DrawnAs:
     return next(kind for kind in _DRAWN_FIRST if kind in drawn)
 
 
-def _rows(node: Node, live: Live | None, within: str) -> Iterable[Row]:
+def _rows(node: Node, live: LiveRates | None, within: str) -> Iterable[TextRow]:
     if node.when:
-        yield Row("when", f"when {node.when.text}")
+        yield TextRow("when", f"when {node.when.text}")
     for branch in node.branches:
         if len(node.branches) > 1:
-            yield Row("when", f"when {branch.when.text}" if branch.when else "else")
+            yield TextRow("when", f"when {branch.when.text}" if branch.when else "else")
         yield from _code_rows(branch.code, node, live, within)
     policy = node.policy
     if policy.timeout_s is not None or policy.retries:
         limits = [f"timeout {policy.timeout_s:g} s"] if policy.timeout_s is not None else []
-        yield Row("policy", ", ".join([*limits, *([f"retry {policy.retries}"] if policy.retries else [])]))
+        yield TextRow("policy", ", ".join([*limits, *([f"retry {policy.retries}"] if policy.retries else [])]))
     if policy.fallback:
-        yield Row("when", "on error")
+        yield TextRow("when", "on error")
         yield from _code_rows(policy.fallback, node, live, within)
     elif policy.on_error != "fail":
         text = json.dumps(plain.flatten(policy.default), ensure_ascii=False, default=str)
         text = text if len(text) <= _LONGEST_DEFAULT else f"{text[:_LONGEST_DEFAULT]}…"
-        yield Row("when", "on error skip" if policy.on_error == "skip" else f"on error {text}")
+        yield TextRow("when", "on error skip" if policy.on_error == "skip" else f"on error {text}")
 
 
-def _code_rows(code: Code, node: Node, live: Live | None, within: str) -> Iterable[Row]:
-    yield Row("runs", _what_runs(code, node))
+def _code_rows(code: Code, node: Node, live: LiveRates | None, within: str) -> Iterable[TextRow]:
+    yield TextRow("runs", _what_runs(code, node))
     how = [f"{code.batch} at a time" if code.kind.elsewhere else f"batch {code.batch}"] if code.batch > 1 else []
     how += [code.kind.device] if code.kind.device not in {None, "auto"} else []
     how += ["in pieces"] if code.yields else []
     if how:
-        yield Row("how", ", ".join(how))
+        yield TextRow("how", ", ".join(how))
     yield from _live_rows(live, within + code.name)
 
 
@@ -161,21 +161,21 @@ def _what_runs(code: Code, node: Node) -> str:
     return "function" if title == node.name else f"{title}()"
 
 
-def _live_rows(live: Live | None, name: str) -> Iterable[Row]:
+def _live_rows(live: LiveRates | None, name: str) -> Iterable[TextRow]:
     if live is None:
         return
     rates = live.get(name)
     if rates is None:
-        yield Row("live", "idle")
+        yield TextRow("live", "idle")
         return
     batch = f", {_number(rates.batch)} a batch" if rates.batch else ""
-    yield Row("live", f"{_number(rates.items_s)} items/s{batch}")
+    yield TextRow("live", f"{_number(rates.items_s)} items/s{batch}")
     if rates.run_s:
-        yield Row("live", f"run {_time(rates.run_s)}, p95 {_time(rates.run_p95_s)}")
-        yield Row("live", f"wait {_time(rates.wait_s)}")
+        yield TextRow("live", f"run {_time(rates.run_s)}, p95 {_time(rates.run_p95_s)}")
+        yield TextRow("live", f"wait {_time(rates.wait_s)}")
     lost = {"failures": rates.failures_s, "skipped": rates.skipped_s}
     if any(lost.values()):
-        yield Row("live", ", ".join(f"{_number(rate)} {what}/s" for what, rate in lost.items() if rate))
+        yield TextRow("live", ", ".join(f"{_number(rate)} {what}/s" for what, rate in lost.items() if rate))
 
 
 def _number(value: float) -> str:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from xml.sax.saxutils import escape
 
 from torchserve_dag.pictures.layout import PORT, Link, Route, layout
-from torchserve_dag.pictures.picture import Arrow, Live, Picture, Shape, picture
+from torchserve_dag.pictures.picture import Arrow, LiveRates, Picture, Shape, picture
 from torchserve_dag.runtime.graph.graph import Graph
 
 _WIDTHS = {0.36: " '!ijl,./:;\\|IJf-", 0.43: '"()[]tr·', 0.59: "*_`cszk?xvyFL", 0.65: "", 0.86: "#+<=>^~wM&OQDGHNm%"}
@@ -42,7 +42,7 @@ class _Drawn:
     parts: Sequence[str]
 
 
-def svg(graph: Graph, live: Live | None = None) -> str:
+def svg(graph: Graph, live: LiveRates | None = None) -> str:
     """The picture; with `live`, each node has its numbers, and the busiest the strongest colour."""
     drawn = _picture(picture(graph, live))
     width, height = drawn.width + 2 * _MARGIN, drawn.height + 2 * _MARGIN

@@ -9,7 +9,7 @@ from statistics import fmean, quantiles, stdev
 
 from scipy import stats
 
-from torchserve_dag.releases.records import Request
+from torchserve_dag.releases.request_log import LoggedRequest
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -64,7 +64,7 @@ class Result:
     """Of the two versions with the most requests: errors, duration, and the scores that there are."""
 
 
-def compare(model: str, requests: Sequence[Request]) -> Result:
+def compare(model: str, requests: Sequence[LoggedRequest]) -> Result:
     """What the requests of a model say of its versions."""
     versions = list(dict.fromkeys(one.version for one in requests))
     parts = {version: [one for one in requests if one.version == version] for version in versions}
@@ -76,7 +76,7 @@ def compare(model: str, requests: Sequence[Request]) -> Result:
     first, second = (parts[version] for version in compared)
     whole = len(first) + len(second)
     found = [_errors(first, second, whole)]
-    readings: tuple[tuple[str, Callable[[Request], float | None]], ...] = (
+    readings: tuple[tuple[str, Callable[[LoggedRequest], float | None]], ...] = (
         ("duration ms", lambda one: None if one.failed or one.left else one.ms),
         ("score", lambda one: one.score),
         ("feedback", lambda one: one.feedback),
@@ -88,7 +88,7 @@ def compare(model: str, requests: Sequence[Request]) -> Result:
     return Result(model, arms, compared, found)
 
 
-def _arm(version: str, part: Sequence[Request]) -> Arm:
+def _arm(version: str, part: Sequence[LoggedRequest]) -> Arm:
     times = [one.ms for one in part if not one.left] or [0.0]
     cuts = quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     scores = [one.score for one in part if one.score is not None]
@@ -99,7 +99,7 @@ def _arm(version: str, part: Sequence[Request]) -> Arm:
     return Arm(version, len(part), errors, fell_back, left, cuts[49], cuts[98], mean_score, mean_feedback)
 
 
-def _errors(first: Sequence[Request], second: Sequence[Request], whole: int) -> Difference:
+def _errors(first: Sequence[LoggedRequest], second: Sequence[LoggedRequest], whole: int) -> Difference:
     """The share of requests that failed, or that the fallback answered. Newcombe's interval (1998, method 10)."""
     counts = [sum(one.failed or one.fell_back for one in part) for part in (first, second)]
     sizes = (len(first), len(second))

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torchserve_dag.releases.experiment import Difference, Result
-from torchserve_dag.releases.records import Request
+from torchserve_dag.releases.request_log import LoggedRequest
 from torchserve_dag.server.errors import ServerError
 
 _COLOURS = ("#6b6b6b", "#1552c4", "#c2571a", "#3c8d5a")
 
 
-def draw(result: Result, requests: Sequence[Request], path: Path) -> None:
+def draw(result: Result, requests: Sequence[LoggedRequest], path: Path) -> None:
     """Write an .svg or a .png. Raises ServerError where matplotlib is missing."""
     try:
         importlib.import_module("matplotlib").use("Agg")
@@ -33,7 +33,7 @@ def draw(result: Result, requests: Sequence[Request], path: Path) -> None:
     plt.close(figure)
 
 
-def _durations(axis: Any, result: Result, requests: Sequence[Request]) -> None:
+def _durations(axis: Any, result: Result, requests: Sequence[LoggedRequest]) -> None:
     """How many took at most so long."""
     for arm, colour in zip(result.arms, _COLOURS, strict=False):
         times = sorted(one.ms for one in requests if one.version == arm.version)

@@ -1,7 +1,7 @@
 """A rollout: a new version gets more and more of a model's requests, and none again where it is worse.
 
 The front door's keeper runs it (`run`), and writes how far it is into a file; commands write what is wanted into
-others (`Desk`). So it goes on when the terminal is closed, and a server that stops forgets it.
+others (`RolloutStore`). So it goes on when the terminal is closed, and a server that stops forgets it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Literal
 from torchserve_dag.archives import atomic
 from torchserve_dag.clients import ServingError
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
-from torchserve_dag.front_door.shares import Rolling
-from torchserve_dag.releases import measures, shares_written, stop_if, versions
-from torchserve_dag.releases.measures import Measures
+from torchserve_dag.front_door.splits import RolloutShare
+from torchserve_dag.releases import route_weights, stop_if, version_metrics, versions
+from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
@@ -36,11 +36,11 @@ BACK_S = 600.0
 WHOLE = 100.0
 
 Stage = Literal["waiting", "loading", "rolling", "done", "back"]
-Order = Literal["promote", "rollback"]
+Command = Literal["promote", "rollback"]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RolloutPlan:
     """What was asked for."""
 
     model: str
@@ -58,7 +58,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class StepMetrics:
     """What a version did in this step."""
 
     requests: int
@@ -67,7 +67,7 @@ class Numbers:
     p99_ms: float | None
 
     @classmethod
-    def of(cls, found: Measures) -> Numbers:
+    def of(cls, found: VersionMetrics) -> StepMetrics:
         return cls(found.requests, found.errors, found.percentile(0.5), found.percentile(0.99))
 
 
@@ -75,7 +75,7 @@ class Numbers:
 class Progress:
     """How far a rollout is."""
 
-    plan: Plan
+    plan: RolloutPlan
     stage: Stage = "waiting"
     share: float = 0.0
     """Of the requests, in percent, that the new version gets."""
@@ -83,8 +83,8 @@ class Progress:
     """The weights that it began with; `rollback` goes back to them."""
     reason: str = ""
     """Why it ended as it did."""
-    new: Numbers | None = None
-    old: Numbers | None = None
+    new: StepMetrics | None = None
+    old: StepMetrics | None = None
     brought: bool = False
     """It was not served before."""
     began: float = 0.0
@@ -96,34 +96,34 @@ class Progress:
         return self.stage in {"done", "back"}
 
 
-class Desk:
+class RolloutStore:
     """The files through which commands and the keeper speak of rollouts."""
 
     def __init__(self, state: State) -> None:
         self.folder = state.front_door / "rollouts"
 
-    def ask(self, plan: Plan) -> None:
+    def request(self, plan: RolloutPlan) -> None:
         """Have a rollout begun. Raises ServerError where one of the model is under way."""
         found = self.progress(plan.model)
         if found and not found.over:
             raise ServerError(
                 f"{plan.model} is being rolled out to {found.plan.version} already: promote it or roll it back first."
             )
-        self.order(plan.model, None)
-        self.note(Progress(plan, began=time.time()))
+        self.command(plan.model, None)
+        self.save(Progress(plan, began=time.time()))
 
-    def order(self, model: str, order: Order | None) -> None:
+    def command(self, model: str, order: Command | None) -> None:
         path = self.folder / f"{model}.order"
         atomic.write_private(path, order) if order else path.unlink(missing_ok=True)
 
-    def ordered(self, model: str) -> Order | None:
+    def pending_command(self, model: str) -> Command | None:
         try:
             text = (self.folder / f"{model}.order").read_text("utf-8")
         except OSError:
             return None
         return "promote" if text == "promote" else "rollback"
 
-    def note(self, progress: Progress) -> None:
+    def save(self, progress: Progress) -> None:
         atomic.write_private(self.folder / f"{progress.plan.model}.json", json.dumps(plain.flatten(progress), indent=2))
 
     def progress(self, model: str) -> Progress | None:
@@ -138,7 +138,7 @@ class Desk:
         """At a start: what was under way when the server stopped is over."""
         for one in self.all():
             if not one.over:
-                self.note(replace(one, stage="back", share=0.0, reason="the server was stopped", ended=time.time()))
+                self.save(replace(one, stage="back", share=0.0, reason="the server was stopped", ended=time.time()))
 
 
 class Rollouts:
@@ -146,12 +146,12 @@ class Rollouts:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.desk = Desk(State(root))
+        self.store = RolloutStore(State(root))
         self._under_way: dict[str, threading.Thread] = {}
 
     def look(self) -> None:
         """Begin what was asked for since the last look."""
-        for one in self.desk.all():
+        for one in self.store.all():
             running = self._under_way.get(one.plan.model)
             if one.stage == "waiting" and not (running and running.is_alive()):
                 thread = threading.Thread(target=run, args=(self.root, one), name="rollout", daemon=True)
@@ -162,20 +162,20 @@ class Rollouts:
 def run(root: Path, asked: Progress) -> None:
     """One rollout, from the archive to the last step, or back."""
     state = State(root)
-    desk = Desk(state)
+    store = RolloutStore(state)
     now = asked
     try:
-        now = _load(root, state, desk, asked)
+        now = _load(root, state, store, asked)
         for share in asked.plan.steps:
-            now = _step(Door(state), desk, replace(now, share=share))
+            now = _step(Door(state), store, replace(now, share=share))
         settle(root, asked.plan.model, {asked.plan.version: WHOLE})
         reason = now.reason or "every step went well"
-        desk.note(replace(now, stage="done", share=WHOLE, reason=reason, ended=time.time()))
-    except _BackError as why:
-        _back(state, desk, asked.plan, str(why))
+        store.save(replace(now, stage="done", share=WHOLE, reason=reason, ended=time.time()))
+    except _RollBackError as why:
+        _back(state, store, asked.plan, str(why))
     except Exception as error:
         logger.exception("rollout of %s", asked.plan.model)
-        _back(state, desk, asked.plan, str(error))
+        _back(state, store, asked.plan, str(error))
 
 
 def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
@@ -198,10 +198,10 @@ def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
 
     in_file = model in door.traffic().routes
     if in_file:
-        shares_written.check(root, model)
+        route_weights.check(root, model)
     door.change(change)
     if in_file:
-        shares_written.write(root, model, weights)
+        route_weights.write(root, model, weights)
     with torchserve_client(state) as client:
         client.set_default(model, version)
     state.save_default(model, version)
@@ -209,54 +209,54 @@ def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
         state.save_retired(model, one, retired=False)
 
 
-class _BackError(Exception):
+class _RollBackError(Exception):
     """Why a rollout goes back: one sentence."""
 
 
-def _load(root: Path, state: State, desk: Desk, asked: Progress) -> Progress:
+def _load(root: Path, state: State, store: RolloutStore, asked: Progress) -> Progress:
     plan, door = asked.plan, Door(state)
     traffic = door.traffic()
     split = traffic.split(plan.model)
     if split is None:
-        raise _BackError(f"{plan.model} is not served")
+        raise _RollBackError(f"{plan.model} is not served")
     before = {version: share * WHOLE for version, share in split.shares.items() if share}
     if before.keys() == {plan.version}:
-        raise _BackError(f"{plan.version} answers all requests already")
+        raise _RollBackError(f"{plan.version} answers all requests already")
     if plan.model in traffic.routes:
-        shares_written.check(root, plan.model)
+        route_weights.check(root, plan.model)
     else:  # a start in the middle of it must not take the highest version, which is the new one
         state.save_default(plan.model, traffic.defaults[plan.model])
     now = replace(asked, stage="loading", before=before)
-    desk.note(now)
+    store.save(now)
     if not _is_served(traffic, plan):
         try:
             with torchserve_client(state) as client:
-                versions.bring(state, client, plan.model, plan.version, plan.ready_s, lambda: _obey(desk, plan))
+                versions.load(state, client, plan.model, plan.version, plan.ready_s, lambda: _obey(store, plan))
         except (ServerError, ServingError) as error:
-            raise _BackError(f"{plan.version} did not come to serve: {error}") from None
+            raise _RollBackError(f"{plan.version} did not come to serve: {error}") from None
         now = replace(now, brought=True)
-        desk.note(now)
+        store.save(now)
     return replace(now, stage="rolling")
 
 
-def _obey(desk: Desk, plan: Plan) -> Order | None:
-    """What somebody has ordered. Raises _BackError where that is to go back."""
-    order = desk.ordered(plan.model)
+def _obey(store: RolloutStore, plan: RolloutPlan) -> Command | None:
+    """What somebody has ordered. Raises _RollBackError where that is to go back."""
+    order = store.pending_command(plan.model)
     if order == "rollback":
-        raise _BackError("it was rolled back by hand")
+        raise _RollBackError("it was rolled back by hand")
     return order
 
 
-def _is_served(traffic: Traffic, plan: Plan) -> bool:
+def _is_served(traffic: Traffic, plan: RolloutPlan) -> bool:
     return any((one.model, one.version) == (plan.model, plan.version) for one in traffic.served)
 
 
-def _step(door: Door, desk: Desk, now: Progress) -> Progress:
-    """One share, for its time and its requests. Raises _BackError where the new version is worse."""
+def _step(door: Door, store: RolloutStore, now: Progress) -> Progress:
+    """One share, for its time and its requests. Raises _RollBackError where the new version is worse."""
     plan = now.plan
     if now.reason:  # it was promoted: the rest is left out
         return replace(now, share=WHOLE)
-    door.change(set_rollout(plan.model, Rolling(plan.version, now.share / WHOLE)))
+    door.change(set_rollout(plan.model, RolloutShare(plan.version, now.share / WHOLE)))
     others = {version: share for version, share in now.before.items() if version != plan.version}
     terms, old_version = stop_if.read(plan.stop_if), max(others, key=lambda one: others[one])
     begin, since = _look(door), time.monotonic()
@@ -267,38 +267,38 @@ def _step(door: Door, desk: Desk, now: Progress) -> Progress:
         old = _of(found, plan.model, old_version).since(_of(begin, plan.model, old_version))
         if not old.requests:  # at 100 percent: what it was before
             old = _of(begin, plan.model, old_version)
-        shown = replace(now, new=Numbers.of(new), old=Numbers.of(old))
-        desk.note(shown)
-        if _obey(desk, plan) == "promote":
+        shown = replace(now, new=StepMetrics.of(new), old=StepMetrics.of(old))
+        store.save(shown)
+        if _obey(store, plan) == "promote":
             return replace(shown, share=WHOLE, reason="it was promoted by hand")
         why = stop_if.reason(terms, new, old)
         if why:
-            raise _BackError(why)
+            raise _RollBackError(why)
         if took >= plan.every_s and new.requests >= plan.at_least:
             return shown
         if took >= max(plan.every_s, plan.patience_s):
-            raise _BackError(f"only {new.requests} of the {plan.at_least} requests of a step came in {took:.0f} s")
+            raise _RollBackError(f"only {new.requests} of the {plan.at_least} requests of a step came in {took:.0f} s")
 
 
-def _look(door: Door) -> Mapping[measures.ModelVersion, Measures]:
+def _look(door: Door) -> Mapping[version_metrics.ModelVersion, VersionMetrics]:
     """The front door's numbers; it may be started again just now."""
     deadline = time.monotonic() + AWAY_S
     while True:
         try:
-            return measures.read(door.admin)
+            return version_metrics.read(door.admin)
         except ServerError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(LOOK_S)
 
 
-def _of(found: Mapping[measures.ModelVersion, Measures], model: str, version: str) -> Measures:
-    return found.get((model, version), Measures())
+def _of(found: Mapping[version_metrics.ModelVersion, VersionMetrics], model: str, version: str) -> VersionMetrics:
+    return found.get((model, version), VersionMetrics())
 
 
-def _back(state: State, desk: Desk, plan: Plan, reason: str) -> None:
+def _back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str) -> None:
     """All requests to who had them before; and a later start leaves a version out that this rollout brought."""
-    last = desk.progress(plan.model)
+    last = store.progress(plan.model)
     if last and last.brought:
         state.save_retired(plan.model, plan.version)
     door, deadline = Door(state), time.monotonic() + BACK_S
@@ -314,7 +314,7 @@ def _back(state: State, desk: Desk, plan: Plan, reason: str) -> None:
             time.sleep(LOOK_S)
     gone = replace(last, stage="back", share=0.0, reason=reason, ended=time.time()) if last else None
     if gone:
-        desk.note(gone)
+        store.save(gone)
 
 
 def _read(path: Path) -> Progress | None:

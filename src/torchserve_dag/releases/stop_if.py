@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torchserve_dag.releases.measures import Measures
+from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.data.plain import did_you_mean
 
 CHANCE = 0.001
@@ -32,7 +32,7 @@ class Term:
     """A share of the requests, or milliseconds; or how many times the old version's."""
     relative: bool
 
-    def reason(self, new: Measures, old: Measures) -> str | None:
+    def reason(self, new: VersionMetrics, old: VersionMetrics) -> str | None:
         """Why the new version is to be stopped, where that is sure; nothing where it may be chance."""
         if self.what == "errors":
             # No worse than the old version is no reason: clients with deadlines of their own make both fail.
@@ -70,7 +70,7 @@ def read(text: str) -> list[Term]:
     return [_term(part.strip()) for part in re.split(r"\bor\b", text)]
 
 
-def reason(terms: list[Term], new: Measures, old: Measures) -> str | None:
+def reason(terms: list[Term], new: VersionMetrics, old: VersionMetrics) -> str | None:
     """The first reason to stop; that clients leave a version, more than the old one, is always one."""
     limit = max(MANY_LEFT, old.left / old.requests if old.requests else 0.0)
     if sure(new.left, new.requests, limit):

@@ -11,20 +11,20 @@ from torchserve_dag.archives import mar
 from torchserve_dag.clients import Client, ModelNotFound, ServingError, VersionInfo
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name, stat_name
-from torchserve_dag.front_door.shares import ServedVersion
-from torchserve_dag.releases.gently import Gently
+from torchserve_dag.front_door.splits import ServedVersion
+from torchserve_dag.releases.load_throttle import LoadThrottle
 from torchserve_dag.server import defaults, processes
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
-from torchserve_dag.server.ready import Readiness, Waiting
+from torchserve_dag.server.ready import Readiness, StartupWait
 from torchserve_dag.server.state import State
 
 EMPTY_S = 120.0
 """How long the requests inside a version may take until it is ended; its own time limit ends them before."""
 
 
-def bring(
+def load(
     state: State, client: Client, model: str, version: str, timeout_s: float, look: Callable[[], object] | None = None
 ) -> None:
     """Register a version from the model store, and wait until its model is loaded and warm.
@@ -35,16 +35,16 @@ def bring(
     record = running(state)
     archive = find_archive(Path(record.store), model, version)
     logs = Logs(state.logs)
-    waiting = Waiting({(model, version): archive.name}, logs, failures=1)
+    waiting = StartupWait({(model, version): archive.name}, logs, failures=1)
     java = processes.java(record, state)
     if java is None:
         raise ServerError(f"TorchServe ended: {logs.server_failure() or 'it does not say why'}.")
     try:
         client.register(archive.name, timeout=timeout_s)
-        with Gently(java) as gently:
+        with LoadThrottle(java) as throttle:
 
             def progress(seen: list[Readiness]) -> None:
-                gently.hold(worker for one in seen for worker in one.loading)
+                throttle.assign(worker for one in seen for worker in one.loading)
                 if look:
                     look()
 

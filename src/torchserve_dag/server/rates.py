@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import httpx
 
-from torchserve_dag.pictures.picture import Rates
+from torchserve_dag.pictures.picture import NodeRates
 from torchserve_dag.server.errors import ServerError
 
 Reading = Mapping[str, Mapping[tuple[str, str], float]]
@@ -21,7 +21,7 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _TIMEOUT_S = 10.0
 
 
-def watch(address: str, workflow: str, version: str, seconds: float) -> dict[str, Rates]:
+def watch(address: str, workflow: str, version: str, seconds: float) -> dict[str, NodeRates]:
     """The rates of each node that had items; `address` is where the server's metrics are. Raises ServerError."""
     before, start = read(_text(address), workflow, version), time.monotonic()
     if not before:
@@ -48,7 +48,7 @@ def read(text: str, workflow: str, version: str) -> Reading:
     return found
 
 
-def rates(before: Reading, after: Reading, seconds: float) -> dict[str, Rates]:
+def rates(before: Reading, after: Reading, seconds: float) -> dict[str, NodeRates]:
     """What happened between two readings, by node; those where nothing did are left out."""
     found = {}
     for node, now in after.items():
@@ -59,7 +59,7 @@ def rates(before: Reading, after: Reading, seconds: float) -> dict[str, Rates]:
     return found
 
 
-def _rates(grown: Mapping[tuple[str, str], float], seconds: float) -> Rates:
+def _rates(grown: Mapping[tuple[str, str], float], seconds: float) -> NodeRates:
     def total(metric: str) -> float:
         return grown.get((metric, ""), 0.0)
 
@@ -67,7 +67,7 @@ def _rates(grown: Mapping[tuple[str, str], float], seconds: float) -> Rates:
         return total(f"{metric}_sum") / (total(f"{metric}_count") or 1.0)
 
     buckets = [(float(bound), count) for (metric, bound), count in grown.items() if metric == "run_seconds_bucket"]
-    return Rates(
+    return NodeRates(
         items_s=total("items_total") / seconds,
         failures_s=total("failures_total") / seconds,
         skipped_s=total("skipped_total") / seconds,

@@ -41,7 +41,7 @@ class Readiness:
 Progress = Callable[[list[Readiness]], None]
 
 
-class Waiting:
+class StartupWait:
     """Looks at a starting server again and again."""
 
     def __init__(self, archives: Mapping[ModelVersion, str], logs: Logs, failures: int = FAILURES) -> None:

@@ -18,7 +18,7 @@ from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.ready import ModelVersion, Progress, Waiting
+from torchserve_dag.server.ready import ModelVersion, Progress, StartupWait
 from torchserve_dag.server.state import State, TorchServeProcess
 
 LONGEST_SOCKET = 103
@@ -28,7 +28,7 @@ STOP_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class StartOptions:
     """What `up` may be told; the rest is in the project's `config.properties`."""
 
     port: int | None = None
@@ -41,7 +41,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LaunchPlan:
     """A TorchServe that can be started: what it will serve, and where."""
 
     source: Path
@@ -54,7 +54,7 @@ class Plan:
     java_home: Path
 
 
-def plan(root: Path, options: Options, retired: Collection[ModelVersion] = ()) -> Plan:
+def plan(root: Path, options: StartOptions, retired: Collection[ModelVersion] = ()) -> LaunchPlan:
     """All archives but the `retired`. Raises ServerError for what would keep it from starting."""
     source = root / "config.properties"
     said = properties.read(source)
@@ -62,13 +62,13 @@ def plan(root: Path, options: Options, retired: Collection[ModelVersion] = ()) -
     archives = {one: archive for one, archive in _archives(store).items() if one not in retired}
     where = _addresses(said, options)
     where.check_free()
-    return Plan(source, said, store, archives, where, java.find())
+    return LaunchPlan(source, said, store, archives, where, java.find())
 
 
 def start(
     state: State,
-    planned: Plan,
-    options: Options,
+    planned: LaunchPlan,
+    options: StartOptions,
     progress: Progress | None = None,
     *,
     changes: Mapping[str, str] | None = None,
@@ -85,7 +85,7 @@ def start(
     record = _launch(state, planned, logs, access_log=options.access_log)
     state.save(record)
     with torchserve_client(state) as serving:
-        waiting = Waiting(planned.archives, logs)
+        waiting = StartupWait(planned.archives, logs)
         waiting.wait(serving, lambda: processes.java(record, state) is not None, options.timeout_s, progress)
         defaults.apply(state, serving)
     return record
@@ -133,7 +133,7 @@ def _archives(store: Path) -> dict[ModelVersion, str]:
     return found
 
 
-def _addresses(said: dict[str, str], options: Options) -> Addresses:
+def _addresses(said: dict[str, str], options: StartOptions) -> Addresses:
     where = properties.addresses(said).with_ports(options.port, options.grpc_port)
     return where.with_free_ports() if options.free_ports else where
 
@@ -146,7 +146,7 @@ def _sockets(state: State, where: Addresses) -> dict[str, str]:
     return {"use_native_io": "false", "initial_worker_port": str(ports.free_run(host, 50))}
 
 
-def _launch(state: State, planned: Plan, logs: Logs, *, access_log: bool) -> TorchServeProcess:
+def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) -> TorchServeProcess:
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--ts-config", state.config.name, "--model-store", str(planned.store)]
     begun = time.time()

@@ -47,7 +47,7 @@ class Keeper:
     def run(self) -> None:
         """Until it is told to end."""
         envoy, ends = Envoy(self.state), 0
-        self.rollouts.desk.forget_running()
+        self.rollouts.store.forget_running()
         while not self._ending.wait(LOOK_S):
             if envoy.ended() is not None:
                 logger.warning("Envoy ended with %s; it is started again", envoy.ended())
@@ -57,7 +57,7 @@ class Keeper:
                 continue
             for step in (envoy.rotate_logs, self.renew, self.eject, self.rollouts.look):
                 _try(step)
-        self.rollouts.desk.forget_running()
+        self.rollouts.store.forget_running()
         envoy.end()
         record = self.state.record()
         java = processes.java(record, self.state) if record else None

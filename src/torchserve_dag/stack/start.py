@@ -14,7 +14,7 @@ from torchserve_dag.front_door import routes_file, settings
 from torchserve_dag.front_door import start as front_door
 from torchserve_dag.front_door.door import Door, FrontDoorProcess, Traffic
 from torchserve_dag.front_door.routes_file import RouteFile
-from torchserve_dag.front_door.shares import ServedVersion
+from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.server import defaults, processes, torchserve
 from torchserve_dag.server.connect import running, torchserve_client
@@ -37,7 +37,7 @@ class Running:
 
 def start(
     root: Path,
-    options: torchserve.Options | None = None,
+    options: torchserve.StartOptions | None = None,
     progress: Progress | None = None,
     *,
     with_front_door: bool = True,
@@ -46,7 +46,7 @@ def start(
 
     Raises ServerError or CheckError; then nothing of it runs any more, and its logs are there to read.
     """
-    options = options or torchserve.Options()
+    options = options or torchserve.StartOptions()
     state = State(root)
     with state.lock():
         torchserve.refuse_second(state)

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchserve_dag.bench.benchmark_file import BenchmarkFile
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.machine import Machine
-from torchserve_dag.bench.plan import Plan
 from torchserve_dag.bench.programs import Program
 from torchserve_dag.runtime.data import plain
 
@@ -16,10 +16,10 @@ _FILE = "run.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BenchmarkRun:
     date: str
     machine: Machine
-    plan: Plan
+    plan: BenchmarkFile
     plan_file: str
     programs: list[Program]
 
@@ -28,7 +28,7 @@ class Run:
         (folder / _FILE).write_text(json.dumps(plain.flatten(self), indent=2) + "\n", "utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: Path) -> BenchmarkRun:
         """Raises BenchError where the folder is not one of results."""
         try:
             return plain.build(cls, json.loads((folder / _FILE).read_bytes()))

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.releases.rollout import Desk, Progress, settle
+from torchserve_dag.releases.rollout import Progress, RolloutStore, settle
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -24,8 +24,8 @@ def promote(root: Path, model: str) -> Progress:
 
 def roll_back(root: Path, model: str) -> Progress:
     """Back to what was before the last rollout of a model, be it under way or done. Raises ServerError."""
-    desk = Desk(State(root))
-    last = desk.progress(model)
+    store = RolloutStore(State(root))
+    last = store.progress(model)
     if last is None:
         raise ServerError(f"{model} was not rolled out: there is nothing to go back to.")
     if not last.over:
@@ -38,11 +38,11 @@ def roll_back(root: Path, model: str) -> Progress:
         raise ServerError(f"{model}/{missing[0]} is not served any more: roll it out again.")
     settle(root, model, last.before)
     gone = replace(last, stage="back", share=0.0, reason="it was rolled back by hand", ended=time.time())
-    desk.note(gone)
+    store.save(gone)
     return gone
 
 
-def take_routes(root: Path) -> Traffic:
+def reload_routes(root: Path) -> Traffic:
     """`routes.yaml` as it is now. Raises ServerError, or CheckError, and then nothing has changed."""
     door = Door(State(root))
     found, traffic = routes_file.read(root), door.traffic()
@@ -57,25 +57,25 @@ def take_routes(root: Path) -> Traffic:
 
     def change(now: Traffic) -> Traffic:
         """What a rollout that is over may have left goes too: the front door was away when it went back."""
-        going = {model for model in now.rollouts if (last := desk.progress(model)) and not last.over}
+        going = {model for model in now.rollouts if (last := store.progress(model)) and not last.over}
         rollouts = {model: rolling for model, rolling in now.rollouts.items() if model in going}
         return replace(now, routes={} if found is None else found.value, rollouts=rollouts)
 
-    desk = Desk(door.state)
+    store = RolloutStore(door.state)
     return door.change(change)
 
 
 def _order(root: Path, model: str, *, promoted: bool) -> Progress:
-    desk = Desk(State(root))
-    last = desk.progress(model)
+    store = RolloutStore(State(root))
+    last = store.progress(model)
     if last is None or last.over:
         raise ServerError(f"No rollout of {model} is under way: begin one with torchserve-dag rollout.")
-    desk.order(model, "promote" if promoted else "rollback")
+    store.command(model, "promote" if promoted else "rollback")
     deadline = time.monotonic() + ANSWER_S
-    while not (now := desk.progress(model) or last).over:
+    while not (now := store.progress(model) or last).over:
         if time.monotonic() > deadline:
-            desk.order(model, None)
+            store.command(model, None)
             raise ServerError(f"The rollout of {model} does not listen now (it is {now.stage}): try again later.")
         time.sleep(0.05)
-    desk.order(model, None)
+    store.command(model, None)
     return now

@@ -28,7 +28,7 @@ class Arrangement:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """A workflow with the bodies that it is sent, and the loads. Its bodies are files, or generated."""
 
     name: str
@@ -67,8 +67,8 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    work: list[Work]
+class BenchmarkFile:
+    work: list[Workload]
     systems: str = "systems"
     """The folder of the programs with_*.py, relative to the plan."""
     ours: str = ""
@@ -92,10 +92,10 @@ class Plan:
             raise plain.WrongFieldError("rounds and seconds are above 0")
 
 
-def read(path: Path) -> Plan:
+def read(path: Path) -> BenchmarkFile:
     """The plan of a file. Raises BenchError."""
     try:
-        return plain.build(Plan, toml.parse(path.read_text("utf-8")))
+        return plain.build(BenchmarkFile, toml.parse(path.read_text("utf-8")))
     except OSError as error:
         raise BenchError(f"{path} cannot be read: {error.strerror or error}.") from None
     except (ValueError, plain.WrongDataError) as error:

@@ -30,7 +30,7 @@ WITHIN_S = 100.0
 """After this time they are left alone: TorchServe ends a worker that does not speak within two minutes."""
 
 
-class Gently:
+class LoadThrottle:
     """While it is entered, the workers that it holds compute where a core is idle."""
 
     def __init__(self, java: psutil.Process) -> None:
@@ -42,11 +42,11 @@ class Gently:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gently", daemon=True)
 
-    def hold(self, ids: Iterable[str]) -> None:
+    def assign(self, ids: Iterable[str]) -> None:
         """These are the workers, by TorchServe's ids, and no others any more."""
         self._ids = frozenset(ids)
 
-    def __enter__(self) -> Gently:
+    def __enter__(self) -> LoadThrottle:
         atexit.register(self._end)  # or whom it stopped would stay so
         self._thread.start()
         return self

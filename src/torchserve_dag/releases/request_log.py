@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
-from torchserve_dag.releases.measures import LEFT
+from torchserve_dag.releases.version_metrics import LEFT
 from torchserve_dag.runtime.telemetry.scores import FILE as SCORES_LOG
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class LoggedRequest:
     """One that named no version and that no rule sent: its version was chosen by weight."""
 
     id: str
@@ -34,13 +34,13 @@ class Request:
     """What a client said of it, the last time."""
 
 
-def read(logs: Path, model: str, since: dt.datetime | None = None) -> list[Request]:
+def read(logs: Path, model: str, since: dt.datetime | None = None) -> list[LoggedRequest]:
     """A model's requests, in their order, as far back as the logs are kept."""
     scores = {(line["request_id"], line["model"], line["version"]): line["score"] for line in _lines(logs / SCORES_LOG)}
     feedback = {line["request_id"]: line["score"] for line in _lines(logs / FEEDBACK_LOG)}
     found = (line for line in _lines(logs / REQUESTS_LOG) if _counts(line, model))
     return [
-        Request(
+        LoggedRequest(
             line["request_id"],
             line["first"],
             float(line["duration_ms"]),

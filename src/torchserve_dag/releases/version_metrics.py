@@ -21,7 +21,7 @@ ModelVersion = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Measures:
+class VersionMetrics:
     """Of one version, or of what it did between two looks."""
 
     requests: int = 0
@@ -33,11 +33,11 @@ class Measures:
     buckets: Mapping[float, int] = field(default_factory=dict)
     """How many took at most so many milliseconds."""
 
-    def since(self, before: Measures) -> Measures:
+    def since(self, before: VersionMetrics) -> VersionMetrics:
         """What came after an earlier look."""
         grown = {bound: count - before.buckets.get(bound, 0) for bound, count in self.buckets.items()}
         counts = (self.requests - before.requests, self.errors - before.errors, self.left - before.left)
-        return Measures(*counts, grown)
+        return VersionMetrics(*counts, grown)
 
     @property
     def error_rate(self) -> float:
@@ -61,12 +61,12 @@ class Measures:
         return whole - min((count for bound, count in self.buckets.items() if bound >= ms), default=whole)
 
 
-def read(admin: Admin) -> dict[ModelVersion, Measures]:
+def read(admin: Admin) -> dict[ModelVersion, VersionMetrics]:
     """All versions, since Envoy started, without the requests that named them. Raises ServerError."""
     return parse(admin.prometheus("^tries"))
 
 
-def parse(text: str) -> dict[ModelVersion, Measures]:
+def parse(text: str) -> dict[ModelVersion, VersionMetrics]:
     """What Envoy's page of Prometheus says; REST and gRPC together."""
     requests: dict[ModelVersion, int] = defaultdict(int)
     errors: dict[ModelVersion, int] = defaultdict(int)
@@ -88,6 +88,6 @@ def parse(text: str) -> dict[ModelVersion, Measures]:
         elif metric == "us_bucket":
             buckets[model, version][float(labels["le"]) / 1000] += int(value)
     return {
-        one: Measures(requests[one], errors[one], left[one], dict(buckets[one]))
+        one: VersionMetrics(requests[one], errors[one], left[one], dict(buckets[one]))
         for one in requests.keys() | buckets.keys()
     }

@@ -27,7 +27,7 @@ class ServedVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class Rolling:
+class RolloutShare:
     """A version that is being rolled out."""
 
     version: str
@@ -69,7 +69,7 @@ def splits(
     served: Collection[ServedVersion],
     routes: Mapping[str, RouteFile],
     defaults: Mapping[str, str],
-    rollouts: Mapping[str, Rolling],
+    rollouts: Mapping[str, RolloutShare],
     ejected: Collection[tuple[str, str]] = (),
 ) -> list[Split]:
     """Of each model that is served: its route of the file, or all to its default; less what a rollout takes."""
@@ -84,7 +84,7 @@ def splits(
     return found
 
 
-def carved(weights: tuple[tuple[str, float], ...], rolling: Rolling) -> tuple[tuple[str, float], ...]:
+def carved(weights: tuple[tuple[str, float], ...], rolling: RolloutShare) -> tuple[tuple[str, float], ...]:
     """The new version's share, cut off the end of each other version's: nobody else changes places."""
     whole = sum(weight for _, weight in weights)
     own = sum(weight for version, weight in weights if version == rolling.version) / whole

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchserve_dag.bench.benchmark_file import Arrangement, number
 from torchserve_dag.bench.errors import BenchError
-from torchserve_dag.bench.plan import Arrangement, number
 from torchserve_dag.bench.systems import last_line
 from torchserve_dag.runtime.data import plain
 
@@ -20,7 +20,7 @@ _START_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
-class Bare:
+class BareLoopResult:
     """What the loop says of itself."""
 
     requests: int
@@ -30,7 +30,9 @@ class Bare:
     startup_s: float
 
 
-def run(command: list[str], workflow: Path, bodies: Path, arrangement: Arrangement, seconds: float, log: Path) -> Bare:
+def run(
+    command: list[str], workflow: Path, bodies: Path, arrangement: Arrangement, seconds: float, log: Path
+) -> BareLoopResult:
     """Measure one arrangement; `command` is the Python and the program. Raises BenchError."""
     options = {
         "--bodies": bodies,
@@ -57,6 +59,6 @@ def run(command: list[str], workflow: Path, bodies: Path, arrangement: Arrangeme
     if status or not lines:
         raise BenchError(f"the bare loop failed: {last_line(log)}")
     try:
-        return plain.build(Bare, json.loads(lines[-1]))
+        return plain.build(BareLoopResult, json.loads(lines[-1]))
     except (ValueError, plain.WrongDataError) as error:
         raise BenchError(f"what the bare loop says is wrong: {error}") from None
