@@ -21,7 +21,7 @@ from tests.unit.front_end import WAIT_S, FrontEnd
 from torchserve_dag.archives.build import build
 from torchserve_dag.runtime.graph.torchserve.segment import pack, unpack
 from torchserve_dag.runtime.project.folders import Project
-from torchserve_dag.runtime.worker.protocol import Load
+from torchserve_dag.runtime.worker.protocol import Load, Service, ServiceRequest, ServiceResponse
 from torchserve_dag.runtime.worker.service import WorkflowService, load
 from torchserve_dag.runtime.worker.torchserve import batched, segments
 from torchserve_dag.runtime.worker.torchserve.batched import BatchedLoop
@@ -201,6 +201,83 @@ def test_bytes_have_their_own_content_type(make: Make, project: Path, write: Wri
     write("answer: {function: odd}", ODD.replace("{kind}", "bytes").replace("{value}", "b'12'"))
 
     assert answers(make("workflows/flow.yaml"), project, {"body": b"a"}) == [(200, "application/octet-stream", 12)]
+
+
+# The protocol between a host and an archive, without TorchServe.
+
+TALK = """
+    from collections.abc import Iterator
+
+    def talk(text: Text) -> Iterator[Text]:
+        for word in text.text.split():
+            if word == "bad": raise InputError("That word is bad.", 422)
+            if word == "slow": time.sleep(5)
+            yield Text(word)
+"""
+
+
+@pytest.fixture
+def talking(project: Path, write: Write) -> Iterator[Service]:
+    write("answer: {function: talk}", TALK)
+    (project / "build.json").write_text(json.dumps({"file": "workflows/flow.yaml", "name": "flow"}))
+    service: Service = load(project, None)
+    yield service
+    service.close()
+
+
+def test_chunks_arrive_one_by_one_and_the_response_is_what_is_left(talking: Service) -> None:
+    chunks: list[tuple[bytes, str]] = []
+    pending = talking.submit(ServiceRequest("id-1", b"one two"), lambda *chunk: chunks.append(chunk))
+
+    assert talking.streams
+    assert pending.result(WAIT_S) == ServiceResponse(b"")
+    assert chunks == [(b"one", "text/plain; charset=utf-8"), (b"two", "text/plain; charset=utf-8")]
+    assert talking.submit(ServiceRequest("id-2", b"one two")).result(WAIT_S).body == b"onetwo", "without a callback"
+
+
+def test_an_answer_that_fails_after_chunks_ends_with_the_failure(talking: Service) -> None:
+    chunks: list[bytes] = []
+    pending = talking.submit(ServiceRequest("id-1", b"one bad"), lambda body, _: chunks.append(body))
+    response = pending.result(WAIT_S)
+
+    assert chunks == [b"one"]
+    assert (response.status, json.loads(response.body)["code"]) == (200, 422)
+
+
+def test_a_pending_response_may_be_cancelled_by_its_host_or_by_the_clients_key(talking: Service) -> None:
+    by_host = talking.submit(ServiceRequest("id-1", b"slow"))
+    by_key = talking.submit(ServiceRequest("id-2", b"slow", options={"x-cancel-key": "mine"}))
+    done: list[ServiceResponse] = []
+    by_host.add_done_callback(done.append)
+    by_host.cancel()
+
+    assert by_host.result(WAIT_S).status == 499
+    assert [json.loads(response.body)["request_id"] for response in done] == ["id-1"]
+    assert (talking.cancel("mine"), talking.cancel("nobody's")) == (True, False)
+    assert by_key.result(WAIT_S).status == 499
+
+
+def test_a_request_that_is_refused_has_its_response_at_once(talking: Service) -> None:
+    done: list[ServiceResponse] = []
+    pending = talking.submit(ServiceRequest("id-1", b"a", options={"x-timeout-ms": "soon"}))
+    pending.add_done_callback(done.append)
+    pending.cancel()
+
+    assert [response.status for response in done] == [400]
+    assert pending.result(0) == done[0]
+
+
+def test_what_crosses_the_line_is_plain(talking: Service) -> None:
+    """The two sides may be of different versions of this package."""
+    talking.submit(ServiceRequest("id-1", b"a")).result(WAIT_S)
+    metrics = talking.metrics()
+
+    assert metrics["request", "items_total", None] == 1
+    assert metrics["request", "batch_size_bucket", "1.0"] == 1
+    assert {type(part) for series in metrics for part in series} <= {str, type(None)}
+    assert talking.describe() == {"file": "workflows/flow.yaml", "name": "flow"}
+    assert (talking.name, talking.version, talking.hangs()) == ("flow", "1.0", False)
+    assert talking.timeout_s == 30
 
 
 # The function that TorchServe calls.
