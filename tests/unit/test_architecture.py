@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.imports import FLOORS, Imports, circle, room
@@ -45,6 +47,50 @@ def test_the_generated_protos_are_optional_too(imports: Imports) -> None:
 
 def test_every_room_has_its_floor(imports: Imports) -> None:
     assert imports.rooms == {name for floor in FLOORS for name in floor}
+
+
+def test_every_arrow_goes_down(imports: Imports) -> None:
+    assert len(imports.arrows) > 50
+    assert imports.upwards == []
+
+
+def test_no_modules_import_each_other_in_a_circle(imports: Imports) -> None:
+    assert imports.circle() == []
+    assert imports.circle(of_rooms=True) == []
+
+
+def test_a_service_knows_no_server(imports: Imports) -> None:
+    """Of the worker's room, only TorchServe's own folder knows TorchServe's loops."""
+    loops = "torchserve_dag.runtime.worker.torchserve"
+    importing = {found.module for found in imports.all if f"{found.imported}.".startswith(f"{loops}.")}
+
+    assert len(importing) > 3
+    assert {module for module in importing if not module.startswith(f"{loops}.")} == set()
+
+
+def test_the_engine_knows_no_server(imports: Imports) -> None:
+    inside = {found.imported for found in imports.of("runtime/engine") if found.inside}
+
+    assert {name for name in inside if "torchserve" in name.removeprefix("torchserve_dag")} == set()
+
+
+def test_an_import_upwards_is_seen(tmp_path: Path) -> None:
+    """Whatever form it has: in a function, for types only, relative, or as a string that is run with `-m`."""
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "commands").mkdir()
+    (tmp_path / "commands" / "call.py").touch()
+    (tmp_path / "runtime" / "messages.py").write_text("""
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from torchserve_dag.commands import call
+def lazy():
+    import torchserve_dag.commands.call
+    from ..commands import call
+COMMAND = ["python", "-m", "torchserve_dag.commands.call"]
+""")
+    found = [(one.line, one.lazy, one.typing) for one in Imports(tmp_path).upwards]
+
+    assert found == [(4, False, True), (6, True, False), (7, True, False), (8, True, False)]
 
 
 def test_a_circle_is_seen() -> None:
