@@ -1,4 +1,4 @@
-"""The pages of docs/reference/ are what scripts/reference writes from the code."""
+"""The pages of docs/reference/, and the picture of docs/architecture.md, are what scripts/reference writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def test_every_page_says_what_the_code_says(reference: ModuleType) -> None:
 
 
 def test_no_page_is_left_of_what_is_gone(reference: ModuleType) -> None:
-    assert set((ROOT / "docs" / "reference").glob("*.md")) == reference.pages().keys()
+    written = {path for path in reference.pages() if path.parent.name == "reference"}
+
+    assert set((ROOT / "docs" / "reference").glob("*.md")) == written
 
 
 def commands(command: Command, name: str = "torchserve-dag") -> Iterator[tuple[str, Command]]:

@@ -1,1 +1,1 @@
-"""Archives: what `build` puts into a `.mar`, and how it is written so that the same input gives the same bytes."""
+"""Archives: what `build` packs into a `.mar` or `.war`; the same input gives the same bytes."""

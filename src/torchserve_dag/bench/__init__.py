@@ -1,1 +1,1 @@
-"""The public benchmark: every system on the same works and loads, interleaved, and a report."""
+"""The benchmark: every system on the same works and loads in turn, and a report."""

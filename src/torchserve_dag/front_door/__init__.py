@@ -1,1 +1,1 @@
-"""The front door: Envoy before TorchServe, which shares traffic between versions and may face a network."""
+"""The front door: Envoy in front of TorchServe. It shares traffic between versions, and may face a network."""

@@ -1,1 +1,1 @@
-"""Pictures of workflows, as SVG, with what a running server says of their nodes."""
+"""Pictures of workflows, as SVG and Mermaid, with live numbers of each node."""

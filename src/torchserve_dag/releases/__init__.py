@@ -1,1 +1,1 @@
-"""Releasing a new version of a model: step by step, watched, and back by itself where it is worse."""
+"""Releasing a new version of a model: in steps, watched, and rolled back automatically if it is worse."""

@@ -1,1 +1,1 @@
-"""Running TorchServe for a project: start it, wait until it serves, look at it, stop it."""
+"""TorchServe for a project: start it, wait until it serves, read its status, stop it."""

@@ -1,1 +1,1 @@
-"""All that serves a project, started, watched and stopped together."""
+"""The processes that serve a project, started, watched and stopped together: TorchServe, the front door, the keeper."""

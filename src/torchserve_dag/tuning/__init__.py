@@ -1,1 +1,1 @@
-"""Finds by measurement how one handler runs best on this machine."""
+"""Measures how a handler runs fastest on this machine."""

@@ -1,1 +1,1 @@
-"""Unedited TorchServe handlers."""
+"""Runs unedited TorchServe handlers."""

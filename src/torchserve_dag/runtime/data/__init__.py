@@ -1,1 +1,1 @@
-"""Bytes and files to typed values, and back."""
+"""Converts bytes and files to typed values, and back."""

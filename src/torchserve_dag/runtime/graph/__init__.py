@@ -1,1 +1,1 @@
-"""A workflow as a graph: read, found, typed and checked before anything runs."""
+"""A workflow as a graph: its nodes, what they run, and their types, checked before anything runs."""

@@ -1,1 +1,1 @@
-"""Handlers, loaded; and models that are served elsewhere."""
+"""Loaded handlers, and models that another server serves."""

@@ -1,1 +1,1 @@
-"""A project's folders, and what its files may say."""
+"""A project's folders, and the keys that its files may have."""
