@@ -26,7 +26,7 @@ from torchserve_dag.runtime.worker.torchserve.asynchronous import AsynchronousLo
 from torchserve_dag.runtime.worker.torchserve.guard import LOADED
 from torchserve_dag.runtime.worker.torchserve.rows import read_request
 from torchserve_dag.runtime.worker.torchserve.wire import (
-    MessageReader,
+    WireReader,
     WireRequest,
     WireResponse,
     read_requests,
@@ -60,7 +60,7 @@ def test_a_request_is_read_however_its_bytes_arrive() -> None:
     ]
 
     for size in (1, 7, 500, len(data)):
-        messages = MessageReader(read_requests)
+        messages = WireReader(read_requests)
         found = [message for i in range(0, len(data), size) for message in messages.feed(data[i : i + size])]
         assert [requests for requests, _ in found] == expected
         assert b"".join(whole for _, whole in found) == data

@@ -28,7 +28,7 @@ from torchserve_dag.runtime.worker.torchserve.batched import EXIT_HANGS, PUBLISH
 from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
 from torchserve_dag.runtime.worker.torchserve.guard import DIED, HOLD, LOADED, Guard
 from torchserve_dag.runtime.worker.torchserve.rows import control, read_request
-from torchserve_dag.runtime.worker.torchserve.wire import READ_BYTES, MessageReader, WireRequest, read_requests
+from torchserve_dag.runtime.worker.torchserve.wire import READ_BYTES, WireReader, WireRequest, read_requests
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class AsynchronousLoop:
 
     def run(self) -> None:
         """Until the other side ends."""
-        messages: MessageReader[list[WireRequest]] = MessageReader(read_requests)
+        messages: WireReader[list[WireRequest]] = WireReader(read_requests)
         while data := _receive(self._link):
             for requests, _ in messages.feed(data):
                 for wire in requests:

@@ -25,7 +25,7 @@ from torchserve_dag.runtime.worker.torchserve import segments, sharing
 from torchserve_dag.runtime.worker.torchserve.rows import TorchServeRequest, control, read_request
 from torchserve_dag.runtime.worker.torchserve.wire import (
     READ_BYTES,
-    MessageReader,
+    WireReader,
     WireRequest,
     WireResponse,
     read_requests,
@@ -101,7 +101,7 @@ class BatchedLoop:
 
     def run(self, connection: socket.socket) -> None:
         """Answer the batches that TorchServe sends, until TorchServe ends the connection."""
-        batches: MessageReader[list[WireRequest]] = MessageReader(read_requests)
+        batches: WireReader[list[WireRequest]] = WireReader(read_requests)
         answering = threading.Lock()
         self._answering.append(answering)
         with suppress(ConnectionError):

@@ -26,8 +26,8 @@ from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
 from torchserve_dag.runtime.worker.torchserve.rows import over_rest
 from torchserve_dag.runtime.worker.torchserve.wire import (
     READ_BYTES,
-    MessageReader,
     ResponseHeads,
+    WireReader,
     WireRequest,
     read_requests,
     read_response_heads,
@@ -62,7 +62,7 @@ class Guard:
         self._compute = compute
         self._startup_s = startup_s
         self._connection: socket.socket | None = None
-        self._requests: MessageReader[list[WireRequest]] = MessageReader(read_requests)
+        self._requests: WireReader[list[WireRequest]] = WireReader(read_requests)
         self._to_torchserve = bytearray()
         self._inside: dict[str, Exchange] = {}
         """The requests that are not answered yet, by TorchServe's id."""
@@ -94,7 +94,7 @@ class Guard:
         self._link, theirs = socket.socketpair()
         self._link.settimeout(0)
         self._to_compute = bytearray()
-        self._responses: MessageReader[ResponseHeads] = MessageReader(read_response_heads)
+        self._responses: WireReader[ResponseHeads] = WireReader(read_response_heads)
         self._loaded = self._open = self._held = False
         self._why = "the process ended"
         self._deadline = time.monotonic() + self._startup_s

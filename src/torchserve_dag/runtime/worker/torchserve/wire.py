@@ -139,7 +139,7 @@ def read_response_heads(data: bytearray) -> tuple[ResponseHeads, int]:
 M = TypeVar("M")
 
 
-class MessageReader(Generic[M]):
+class WireReader(Generic[M]):
     """Cuts a stream of bytes into its messages."""
 
     def __init__(self, read: Callable[[bytearray], tuple[M, int]]) -> None:
