@@ -121,7 +121,7 @@ def test_a_loop_is_a_thick_edge_with_its_items(everything: Graph) -> None:
 
 def test_a_node_that_takes_pieces_as_they_come_says_so(everything: Graph) -> None:
     assert 'spell ==>|"each spell<br/>as it comes<br/>Text"| loud' in edges(everything)
-    assert '  spell["<b>spell</b><br/>function<br/>in pieces"]' in mermaid(everything)
+    assert '  spell["<b>spell</b><br/>function<br/>in chunks"]' in mermaid(everything)
 
 
 def test_each_output_has_an_arrow_with_its_name(everything: Graph) -> None:
@@ -168,7 +168,7 @@ def test_names_that_mean_something_to_mermaid_are_written_otherwise(graph: Draw)
 
 
 def test_the_answer_of_a_stream_comes_in_pieces(graph: Draw) -> None:
-    assert mermaid(graph("answer: {function: spell}")).endswith('answer(["<b>answer</b><br/>in pieces"])\n')
+    assert mermaid(graph("answer: {function: spell}")).endswith('answer(["<b>answer</b><br/>in chunks"])\n')
 
 
 def test_a_node_that_reads_only_parameters_starts_with_the_request(graph: Draw) -> None:

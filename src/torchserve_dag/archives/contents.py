@@ -82,14 +82,14 @@ def packed_weights(project: Project, names: Iterable[str]) -> dict[str, Path]:
 def _archives(project: Project, graph: Graph) -> dict[str, Path]:
     """The archives of TorchServe's that nodes run, where a workflow's file finds them first: beside it."""
     folders = (project.root / "workflows", project.root / "model_store", project.root)
-    found: dict[str, Path] = {}
+    packed: dict[str, Path] = {}
     for code in graph.codes.values():
         if isinstance(code.kind, ArchiveCode):
             archive = code.kind.archive
             folder = next(folder for folder in folders if archive.is_relative_to(folder))
             files = [path for path in archive.rglob("*") if path.is_file()] if archive.is_dir() else [archive]
-            found |= {f"workflows/{path.relative_to(folder).as_posix()}": path for path in files}
-    return found
+            packed |= {f"workflows/{path.relative_to(folder).as_posix()}": path for path in files}
+    return packed
 
 
 def served_as(mode: Mode, graph: Graph) -> dict[str, bytes]:
@@ -109,16 +109,16 @@ def _settings(mode: Mode, graph: Graph) -> dict[str, Any]:
         "batchSize": serve.batch,
         "maxBatchDelay": serve.delay_ms,
         "jobQueueSize": serve.queue,
-        # The worker answers 504 by itself at `timeout_s`; only one that hangs is ended by TorchServe.
+        # The worker itself answers 504 after `timeout_s`; TorchServe ends only a worker that hangs.
         "responseTimeout": serve.timeout_s + 10,
         "startupTimeout": serve.startup_timeout_s,
     }
     if mode == "asynchronous":
-        # With more than one TorchServe fails: it takes requests out of a map while it walks through it.
+        # With larger batches TorchServe fails: it removes requests from a map while it iterates over it.
         settings |= {"asyncCommunication": True, "batchSize": 1}
     handlers = graph.handlers.values()
     if handlers and all(file.value.run.device == "cpu" for file in handlers):
-        settings["deviceType"] = "cpu"  # or TorchServe shares out its GPUs to workers that use none
+        settings["deviceType"] = "cpu"  # else TorchServe assigns GPUs to workers that do not use them
     return settings
 
 

@@ -41,13 +41,13 @@ def export(
     Raises CheckError.
     """
     try:
-        found = segments(graph)
+        all_segments = segments(graph)
     except ValueError as error:
         what = f"TorchServe's own engine cannot run this workflow: {error}"
         problem = target.file.problem(("nodes",), what, "serve its .mar, which can do all of it")
         raise NotForTorchServeError([problem]) from None
     built = []
-    for name, segment in found.items():
+    for name, segment in all_segments.items():
         content = _part_of(project, whole, segment)
         stem = f"{graph.name}-{graph.version}-{name}"
 
@@ -55,7 +55,7 @@ def export(
             mar.write(part, stem.replace(".", "_"), graph.version, content.small, content.large)
 
         built.append(place(target, store / f"{stem}.mar", write, force=force))
-    spec = yaml.safe_dump(_spec(graph, found), sort_keys=False)
+    spec = yaml.safe_dump(_spec(graph, all_segments), sort_keys=False)
     path = store / f"{graph.name}-{graph.version}.war"
     same = all(archive.state in {"unchanged", "kept"} for archive in built)
     built.append(place(target, path, lambda part: _write(part, graph.name, spec), force=force, same_project=same))
@@ -63,14 +63,14 @@ def export(
 
 
 def _part_of(project: Project, whole: Contents, segment: Segment) -> Contents:
-    """A segment's archive: the workflow's, with the weights of one model, and word of which segment it is."""
+    """A segment's archive: the workflow's, with the weights of its model alone, and the segment's name."""
     card = segment.graph.handlers[segment.node].value.card
     build = to_json(json.loads(whole.small[BUILD]) | {"segment": segment.node})
     small = {**whole.small, **served_as("batched", segment.graph), BUILD: build}  # TorchServe's engine knows no other
-    return Contents(small, packed_weights(project, [one.file for one in card.weights]))
+    return Contents(small, packed_weights(project, [weights.file for weights in card.weights]))
 
 
-def _spec(graph: Graph, found: dict[str, Segment]) -> dict[str, Any]:
+def _spec(graph: Graph, all_segments: dict[str, Segment]) -> dict[str, Any]:
     """TorchServe's workflow specification. Everything is written out: its own batch size would be 1."""
     models: dict[str, Any] = {
         "min-workers": graph.serve.workers,
@@ -81,10 +81,10 @@ def _spec(graph: Graph, found: dict[str, Segment]) -> dict[str, Any]:
         "retry-attempts": 1,
         "timeout-ms": (graph.serve.timeout_s + 10) * 1000,
     }
-    dag: dict[str, list[str]] = {name: [] for name in found}
-    for name in found:
+    dag: dict[str, list[str]] = {name: [] for name in all_segments}
+    for name in all_segments:
         models[name] = {"url": f"{graph.name}-{graph.version}-{name}.mar"}
-        for parent in parents(found, name):
+        for parent in parents(all_segments, name):
             dag[parent].append(name)
     return {"models": models, "dag": dag if len(dag) == 1 else {name: after for name, after in dag.items() if after}}
 

@@ -10,12 +10,12 @@ from torchserve_dag.runtime.graph.graph import REQUEST, Code, Graph, Node
 
 
 def as_data(graph: Graph, rates: LiveRates | None = None, within: str = "") -> dict[str, Any]:
-    """What a picture shows, and more. An edge to `null` goes to the answer, for a node may have any other name."""
+    """The content of a picture, and more. An edge to `null` leads to the answer: every string may be a node's name."""
     edges = [
         {"from": arrow.start, "to": arrow.end or None, "kind": arrow.kind, "says": arrow.says, "types": arrow.types}
         for arrow in picture(graph).arrows
     ]
-    found = {
+    data = {
         "name": graph.name,
         "version": graph.version,
         "takes": plain.name_of(graph.request),
@@ -24,7 +24,7 @@ def as_data(graph: Graph, rates: LiveRates | None = None, within: str = "") -> d
         "nodes": [_node(node, rates, within) for node in graph.nodes.values()],
         "edges": edges,
     }
-    return found | ({"decoding": rates.get(REQUEST)} if rates and not within else {})
+    return data | ({"decoding": rates.get(REQUEST)} if rates and not within else {})
 
 
 def _node(node: Node, rates: LiveRates | None, within: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _node(node: Node, rates: LiveRates | None, within: str) -> dict[str, Any]:
 def _code(code: Code, rates: LiveRates | None, within: str) -> dict[str, Any]:
     name = within + code.name
     kind = code.kind
-    found = {
+    data = {
         "name": name,
         kind.key: as_data(code.inner, rates, f"{name}/") if code.inner else kind.reference,
         "gives": plain.name_of(code.gives),
@@ -59,4 +59,4 @@ def _code(code: Code, rates: LiveRates | None, within: str) -> dict[str, Any]:
         "device": kind.device,
         "streams": code.yields,
     }
-    return found | ({"live": rates.get(name)} if rates else {})
+    return data | ({"live": rates.get(name)} if rates else {})

@@ -110,7 +110,7 @@ def _in_order(columns: list[list[Point]]) -> list[list[Point]]:
         columns = [list(column) for column in columns]
         forward = sweep % 2 == 0
         for column in columns if forward else reversed(columns):
-            place = {id(point): i for one in columns for i, point in enumerate(one)}
+            place = {id(point): i for column in columns for i, point in enumerate(column)}
             means = {id(p): _mean([place[id(q)] for q in (p.before if forward else p.after)]) for p in column}
             column.sort(key=lambda point: means[id(point)])
         crossings = _crossings(columns)
@@ -185,7 +185,7 @@ def _across(columns: Sequence[Sequence[Point]]) -> tuple[list[tuple[float, float
 
 def _ports(boxes: Mapping[str, Point], chains: Sequence[list[Point]], side: int) -> dict[int, float]:
     """The y at which each line leaves its box (side -1) or arrives at it (1): level with its next point, if it can."""
-    found: dict[int, float] = {}
+    leaves: dict[int, float] = {}
     for box in boxes.values():
         mine = [i for i, chain in enumerate(chains) if chain[-1 if side == 1 else 0] is box]
         beyond = {i: chains[i][-2 if side == 1 else 1].y for i in mine}
@@ -195,8 +195,8 @@ def _ports(boxes: Mapping[str, Point], chains: Sequence[list[Point]], side: int)
         ys = spread([(beyond[i], 1.0) for i in mine], [gap] * (len(mine) - 1))
         low, high = box.y - room, box.y + room
         for k, i in enumerate(mine):
-            found[i] = min(max(ys[k], low + k * gap), high - (len(mine) - 1 - k) * gap)
-    return found
+            leaves[i] = min(max(ys[k], low + k * gap), high - (len(mine) - 1 - k) * gap)
+    return leaves
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""What a picture of a workflow shows, whoever draws it: shapes, what is written in them, and the arrows between."""
+"""The content of a workflow's picture, for every format: shapes, the text in them, and the arrows between them."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ _DRAWN_FIRST: tuple[DrawnAs, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class NodeRates:
-    """What a node's code did on a server, over a few seconds."""
+    """The work of a node's code on a server, measured over a few seconds."""
 
     items_s: float
-    """Items a second; likewise below."""
+    """Items per second; so are the next two."""
     failures_s: float
     skipped_s: float
     batch: float
     """The mean number of items in a batch."""
     run_s: float
-    """The mean time of a batch, in seconds; likewise below."""
+    """The mean time of a batch, in seconds; so are the next two."""
     run_p95_s: float
     wait_s: float
-    """Of an item, in the queue."""
+    """The mean time of an item in the queue."""
     busy: float
-    """Seconds that it ran, a second; more than 1 where batches ran side by side."""
+    """Seconds of running per second; more than 1 where batches ran at the same time."""
 
 
 LiveRates = Mapping[str, NodeRates]
-"""What each code did, by its name; one that did nothing is not there."""
+"""The rates of each code by its name; code that did nothing is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Shape:
     inner: tuple[Picture, ...] = ()
     """The workflows that it runs."""
     heat: float = 0.0
-    """How busy it was, from 0 to the busiest node's 1."""
+    """How busy the node was: 1 for the busiest node, 0 for an idle one."""
 
     @property
     def title(self) -> str:
@@ -79,11 +79,11 @@ class Arrow:
     start: str
     end: str
     kind: Literal["value", "each", "when"]
-    """`when`: nothing of it is taken, but it decides whether the node runs, or when."""
+    """`when`: the node reads no value of it, but waits for it, or runs depending on it."""
     says: tuple[str, ...]
     """`each line in page.lines`, or `when`."""
     types: tuple[str, ...]
-    """Of what goes along; with the outputs' names where it goes to the answer."""
+    """The types of the values; with the outputs' names on an arrow to the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Picture:
 
 
 def picture(graph: Graph, live: LiveRates | None = None) -> Picture:
-    """What to draw of a workflow; with `live`, also how each node did."""
+    """The picture of a workflow; with `live`, each node has its rates."""
     busy = [live[name].busy for name, code in graph.codes.items() if name in live and not code.inner] if live else []
     return _picture(graph, live, max(busy, default=0.0) or 1.0, "")
 
@@ -107,13 +107,13 @@ def _picture(graph: Graph, live: LiveRates | None, busiest: float, within: str) 
             _kind(node),
             node.depth,
             tuple(_rows(node, live, within)),
-            tuple(_picture(one, live, busiest, prefix) for prefix, one in inner),
+            tuple(_picture(workflow, live, busiest, prefix) for prefix, workflow in inner),
             0.0 if inner else min(1.0, max(busy, default=0.0) / busiest),
         )
 
     last = 1 + max((node.depth for node in graph.nodes.values()), default=0)
     request = Shape(REQUEST, "client", 0, () if within else tuple(_live_rows(live, REQUEST)))
-    answer = Shape(ANSWER, "client", last, (TextRow("how", "in pieces"),) if graph.streams else ())
+    answer = Shape(ANSWER, "client", last, (TextRow("how", "in chunks"),) if graph.streams else ())
     arrows = [_arrow(need, node) for node in graph.nodes.values() for need in sorted(node.needs)]
     return Picture((request, *map(shape, graph.nodes.values()), answer), (*arrows, *_to_answer(graph)))
 
@@ -147,7 +147,7 @@ def _code_rows(code: Code, node: Node, live: LiveRates | None, within: str) -> I
     yield TextRow("runs", _what_runs(code, node))
     how = [f"{code.batch} at a time" if code.kind.elsewhere else f"batch {code.batch}"] if code.batch > 1 else []
     how += [code.kind.device] if code.kind.device not in {None, "auto"} else []
-    how += ["in pieces"] if code.yields else []
+    how += ["in chunks"] if code.yields else []
     if how:
         yield TextRow("how", ", ".join(how))
     yield from _live_rows(live, within + code.name)
@@ -198,8 +198,8 @@ def _arrow(need: str, node: Node) -> Arrow:
     taken = [value.type for code in node.codes for value in code.takes.values() if need in value.names]
     types = dict.fromkeys(plain.name_of(kind) for kind in [element, *taken] if kind not in {None, Any})
     kind: Literal["value", "each", "when"] = "each" if says else "value" if taken else "when"
-    asked = [node.when, *(branch.when for branch in node.branches)]
-    if kind == "when" and any(one and need in one.names for one in asked):
+    conditions = [node.when, *(branch.when for branch in node.branches)]
+    if kind == "when" and any(condition and need in condition.names for condition in conditions):
         says.append("when")
     return Arrow(need, node.name, kind, tuple(says), tuple(types))
 

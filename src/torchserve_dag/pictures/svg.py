@@ -15,7 +15,7 @@ from torchserve_dag.pictures.picture import Arrow, LiveRates, Picture, Shape, pi
 from torchserve_dag.runtime.graph.graph import Graph
 
 _WIDTHS = {0.36: " '!ijl,./:;\\|IJf-", 0.43: '"()[]tr·', 0.59: "*_`cszk?xvyFL", 0.65: "", 0.86: "#+<=>^~wM&OQDGHNm%"}
-"""Of characters, as shares of the font's size, in DejaVu Sans: the widest of those that the style may come to."""
+"""The widths of characters in DejaVu Sans, as shares of the font size: the widest of the fonts that the style names."""
 _WIDTH = {character: width for width, characters in _WIDTHS.items() for character in characters}
 _SIZES = {"title": 14.0, "label": 11.0}
 _SIZE = 12.0
@@ -81,19 +81,19 @@ def _picture(drawn: Picture) -> _Drawn:
     parts = [part for a, route in zip(drawn.arrows, placed.routes, strict=True) for part in _line(a, route)]
     over = [*zip(labels, (route.label for route in placed.routes), strict=True)]
     over += [(boxes[name], point) for name, point in placed.boxes.items()]
-    for one, point in over:
-        parts += _moved(one.parts, point.x - one.width / 2, point.y - one.height / 2)
+    for label, point in over:
+        parts += _moved(label.parts, point.x - label.width / 2, point.y - label.height / 2)
     return _Drawn(placed.width, placed.height, parts)
 
 
 def _box(shape: Shape, lines: int) -> _Drawn:
     """A box with its title and rows, and what is inside it below; high enough for that many lines at a side."""
     texts = [("title", shape.title), *((row.kind, line) for row in shape.rows for line in _wrap(row.kind, row.text))]
-    inner = [_picture(one) for one in shape.inner]
+    inner = [_picture(workflow) for workflow in shape.inner]
     several = sum(row.kind == "runs" for row in shape.rows) > 1
     indents = [_PAD if several and kind in {"runs", "how", "live"} else 0.0 for kind, _ in texts]
     wide = [indent + _measure(kind, text) for indent, (kind, text) in zip(indents, texts, strict=True)]
-    width = 2 * _PAD + max([*wide, *(one.width for one in inner)])
+    width = 2 * _PAD + max([*wide, *(drawn.width for drawn in inner)])
     text_height = sum(_height(kind) for kind, _ in texts)
     height = max(text_height + 1.2 * _PAD, 0.0 if inner else (lines + 1) * PORT)
     y = _PAD * 0.6 if inner else (height - text_height) / 2
@@ -102,9 +102,9 @@ def _box(shape: Shape, lines: int) -> _Drawn:
         y += _height(kind)
         look = "runs" if shape.heat and kind != "title" else kind  # no other ink is readable on every heat
         parts.append(_text(look, _PAD + indent if several or inner else None, width, y, text))
-    for one in inner:
-        parts += _moved(one.parts, (width - one.width) / 2, height)
-        height += one.height + _PAD
+    for drawn in inner:
+        parts += _moved(drawn.parts, (width - drawn.width) / 2, height)
+        height += drawn.height + _PAD
     look = f"heat{max(1, math.ceil(shape.heat * _HEATS))}" if shape.heat else shape.kind
     look = f"box {look} outline" if shape.kind == "workflow" else f"box {look}"
     corner = _n(min(height / 2, 18) if shape.kind == "client" else 6)

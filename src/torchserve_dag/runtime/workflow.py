@@ -18,7 +18,7 @@ from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.telemetry import tracing
 
 GPU_LANES = 2
-"""Batches under way on one GPU: while one is inferred, the next is being prepared."""
+"""Batches in progress on a GPU: while one batch is inferred, the next is being preprocessed."""
 
 
 class Workflow:
@@ -33,7 +33,7 @@ class Workflow:
     def __init__(
         self, project: Project, graph: Graph, *, device: str | None = None, gpu: int | None = None, workers: int = 1
     ) -> None:
-        """Load every node. `device` overrides all nodes'; `workers` share this machine's cores.
+        """Load every node. `device` overrides the device of all nodes; `workers` processes share this machine's cores.
 
         Raises CheckError, or ValueError for a device that is not there.
         """
@@ -64,14 +64,14 @@ class Workflow:
         return cls(project, read_graph(project, path), device=device)
 
     def __call__(self, items: Sequence[Any], parameters: Mapping[str, str] | None = None) -> list[Any]:
-        """The answers to many requests, in order; a Failure for each that has none.
+        """The answers to many requests, in order; a Failure for a request that failed.
 
         An item is a message of the type that the workflow takes, or its bytes.
         """
         window = 2 * self._most_at_once
         requests: list[Request] = []
         for i, item in enumerate(items):
-            if i >= window:  # a long list waits outside, where no time limit runs
+            if i >= window:  # the rest of a long list waits here, where no time limit runs
                 requests[i - window].future.result()
             requests.append(self.submit(item, parameters))
         return [request.future.result() for request in requests]

@@ -33,8 +33,8 @@ class Context:
         self.begin([])
 
     def begin(self, headers: Sequence[Mapping[str, Any]]) -> None:
-        """Forget the batch before; the next one's requests came with these headers."""
-        self.request_processor = [RequestProcessor(dict(one)) for one in headers]
+        """Begin a batch, whose requests have these headers; the last batch is forgotten."""
+        self.request_processor = [RequestProcessor(dict(of_request)) for of_request in headers]
         self.request_ids = {i: str(uuid.uuid4()) for i in range(len(headers))}
 
     def get_request_id(self, idx: int = 0) -> str | None:
@@ -50,15 +50,15 @@ class Context:
         return self.get_request_header(idx, "ts_request_sequence_id")
 
     def get_response_status(self, idx: int) -> tuple[int, str | None]:
-        one = self.request_processor[idx]
-        return one.get_response_status_code(), one.get_response_status_phrase()
+        processor = self.request_processor[idx]
+        return processor.get_response_status_code(), processor.get_response_status_phrase()
 
     def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
         self.request_processor[idx].report_status(code, phrase)
 
     def set_all_response_status(self, code: int = 200, phrase: str = "") -> None:
-        for one in self.request_processor:
-            one.report_status(code, phrase)
+        for processor in self.request_processor:
+            processor.report_status(code, phrase)
 
     def get_response_headers(self, idx: int) -> dict[str, str]:
         return self.request_processor[idx].get_response_headers()
@@ -74,7 +74,7 @@ class Context:
 
 
 class RequestProcessor:
-    """One request of a batch: its headers, and what the handler says of its answer."""
+    """A request of a batch: its headers, and the status and headers that the handler sets for the answer."""
 
     def __init__(self, headers: dict[str, Any]) -> None:
         self._headers = headers
@@ -107,7 +107,7 @@ class RequestProcessor:
 
 
 class _NoMetrics:
-    """Takes every metric that a handler makes and adds to, and keeps none."""
+    """Accepts every metric that a handler creates or adds to, and records nothing."""
 
     def __getattr__(self, name: str) -> _NoMetrics:
         return self

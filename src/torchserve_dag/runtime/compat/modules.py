@@ -1,4 +1,4 @@
-"""A folder's Python files, which import each other by their bare names, apart from those of any other folder.
+"""A folder's Python files as modules that import each other by their bare names, isolated from other folders'.
 
 TorchServe gives each model a process of its own, with the model's folder on the path. Here many models share a
 process, and each may have a `model.py`. So each folder is a package with a name of its own, and an import
@@ -26,7 +26,7 @@ _PACKAGE = "torchserve_dag_folder_"
 _numbers = itertools.count()
 _loading = threading.RLock()
 
-# As in TorchServe's worker, what it has imported before the model is that for the model, too.
+# As in TorchServe's worker: a model gets the modules that were imported before it, not files of the same name.
 _NEVER_OWN = {*sys.stdlib_module_names, "numpy", "PIL", "torch", "torchserve_dag", "ts", "yaml"}
 
 
@@ -34,7 +34,7 @@ class FolderModules:
     """The modules of one folder. They stay until `close`."""
 
     def __init__(self, folder: Path, only: Collection[str] | None = None) -> None:
-        """`only`: the names of the files that count, where not all of them do."""
+        """`only`: the names of the files that are modules; all files, unless it is given."""
         self.folder = folder = folder.absolute()  # a module may be loaded in another working directory
         self._package = f"{_PACKAGE}{next(_numbers)}"
         own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")}

@@ -59,7 +59,7 @@ class RowsRunner:
     """Runs items through one handler: a Row as it is, a message as the `body` of a row."""
 
     one_at_a_time = True
-    """Such handlers keep state between their stages, so two batches must not be inside one side by side."""
+    """Such handlers keep state between their stages, so a handler must not run two batches at the same time."""
 
     def __init__(self, name: str, handle: Handle, context: Context, gives: Any) -> None:
         self.name = name
@@ -78,8 +78,8 @@ class RowsRunner:
     def of_archive(cls, name: str, archive: Path, gpu: int | None, batch: int, *, gives: Any = Any) -> RowsRunner:
         """A finished `.mar`, or a folder with what is in one. Raises RuntimeError where it cannot be loaded.
 
-        `gives`: the type to make of each answer. Any: its JSON's data, or its bytes where it is none; bytes: what
-        TorchServe puts on an edge.
+        `gives`: the type of each answer. Any: the data of its JSON, or else its bytes; bytes: the body that TorchServe
+        passes to the next node.
         """
         folder = archive if archive.is_dir() else _unpacked(archive, name)
         context = Context(name, folder, gpu, batch)
@@ -117,16 +117,18 @@ class RowsRunner:
     def __call__(self, items: Sequence[Any]) -> list[Any]:
         rows = [item if isinstance(item, Row) else Row({"body": item}) for item in items]
         answers = self._run(rows)
-        if isinstance(answers, Failure):  # TorchServe would fail them all; here each is tried alone, once
+        if isinstance(
+            answers, Failure
+        ):  # TorchServe would fail the whole batch; here each row is tried again by itself, once
             answers = [answers] if len(rows) == 1 else [self._alone(row) for row in rows]
-        return [one if isinstance(one, Failure) else self._message(one) for one in answers]
+        return [answer if isinstance(answer, Failure) else self._message(answer) for answer in answers]
 
     def _alone(self, row: Row) -> bytes | Failure:
         answers = self._run([row])
         return answers if isinstance(answers, Failure) else answers[0]
 
     def _run(self, rows: list[Row]) -> list[bytes | Failure] | Failure:
-        """The answers, or why there are none."""
+        """The answers, or the failure of the whole batch."""
         self.context.begin([row.headers for row in rows])
         try:
             answers = self._handle([_handed_over(row) for row in rows], self.context)
@@ -142,9 +144,9 @@ class RowsRunner:
         status, _ = self.context.get_response_status(index)
         if status < HTTPStatus.BAD_REQUEST:
             return body
-        ours = codec.failure_in(body)  # an archive of ours says it in full
-        said = body.decode("utf-8", "replace")[:500]
-        return replace(ours, node=self.name) if ours else self._failure(said, status)
+        ours = codec.failure_in(body)  # an archive of ours answers with a whole failure
+        text = body.decode("utf-8", "replace")[:500]
+        return replace(ours, node=self.name) if ours else self._failure(text, status)
 
     def _raised(self, error: BaseException) -> Failure:
         util = sys.modules.get("ts.utils.util")  # where it is not imported, none of its exceptions was raised
@@ -168,7 +170,7 @@ _STATUSES = range(HTTPStatus.BAD_REQUEST, 600)
 
 
 def as_bytes(answer: Any) -> bytes:
-    """An answer as TorchServe puts it on an edge: tensors saved, text encoded, the rest as JSON."""
+    """An answer as TorchServe passes it to the next node: tensors saved, text encoded, the rest as JSON."""
     if isinstance(answer, bytes | bytearray):
         return bytes(answer)
     if isinstance(answer, str):
@@ -189,13 +191,14 @@ def modules_of(file: Path) -> FolderModules:
 
 
 def entry_class(module: ModuleType) -> type | None:
-    """The class that TorchServe takes where a module has no function of the name that is meant: its only one."""
-    classes = [one for one in vars(module).values() if inspect.isclass(one) and one.__module__ == module.__name__]
+    """The class that TorchServe uses where a module has no function of the handler's name: the module's only class."""
+    members = vars(module).values()
+    classes = [member for member in members if inspect.isclass(member) and member.__module__ == module.__name__]
     return classes[0] if len(classes) == 1 else None
 
 
 def _entry(module: ModuleType, function: str, context: Context) -> Handle:
-    """What TorchServe calls for each batch, after its one call to load it."""
+    """The function that TorchServe calls for each batch; the handler is loaded here."""
     handler: Any = None
     if hasattr(module, function):
         handle: Handle = getattr(module, function)
@@ -215,7 +218,7 @@ def _entry(module: ModuleType, function: str, context: Context) -> Handle:
 
 
 def _module(folder: Path, modules: FolderModules, file: str) -> ModuleType:
-    """The module that an archive's manifest names: one of its own, or one of TorchServe's handlers."""
+    """The module that an archive's manifest names: its own, or one of TorchServe's handlers."""
     name = file.removesuffix(".py")
     if (folder / f"{name}.py").is_file():
         return modules.module(name)
@@ -235,7 +238,7 @@ def _unpacked(archive: Path, name: str) -> Path:
 
 
 def _decoded(value: Any, about: Any) -> Any:
-    """A part of a request by its own content type; what cannot be decoded goes on as it is."""
+    """A part of a request, decoded by its own content type; a part that cannot be decoded stays as it is."""
     media = about.get("content-type", "") if isinstance(about, Mapping) else ""
     if not isinstance(value, bytes | bytearray):
         return value
@@ -250,7 +253,7 @@ def _decoded(value: Any, about: Any) -> Any:
 
 
 def _handed_over(row: Row) -> dict[str, Any]:
-    """A copy of its own for the handler, which may change it. Bytes are bytearrays, and handlers rely on it."""
+    """The row as the handler gets it: a copy, which it may change, with bytearrays for bytes, as handlers expect."""
     return {key: _body(value) for key, value in row.values.items()}
 
 

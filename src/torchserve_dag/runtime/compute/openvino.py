@@ -1,4 +1,4 @@
-"""A torch module that OpenVINO computes on the CPU, where that is proved to give the same answers."""
+"""A torch module that OpenVINO computes on the CPU, where its answers are shown to equal torch's."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BATCHES = (1, 3)
 number (`len(x)` instead of `x.shape[0]`) gives wrong answers at another, and no error."""
 
 MOST_COPIES = 4
-"""Compiled copies for requests side by side, each with its own packed weights. Streams of one copy wait for each other:
-with a copy for each of two cores the demo's two models, taking turns, did a ninth more."""
+"""Compiled copies for concurrent requests, each with its own packed weights. The streams of one copy wait for each
+other: with a copy for each of two cores, the demo's two models, taking turns, had 11 % more throughput."""
 
 TOLERANCE = 1e-3
 """The largest difference from torch in float32, as a part of the output's largest value."""
@@ -34,7 +34,7 @@ class OpenVinoModel(nn.Module):
     """
 
     def __init__(self, module: nn.Module, precision: str, lanes: int, alone: Callable[[], bool]) -> None:
-        """`lanes` threads will call it, and `alone` says whether the calling one may use the cores of all."""
+        """`lanes`: the threads that call it; `alone`: whether the calling thread may use the cores of all of them."""
         super().__init__()
         self.module = module
         self.precision = precision
@@ -65,7 +65,7 @@ class OpenVinoModel(nn.Module):
                 model = _converted(self.module, inputs)
                 forms = _Forms(model, inputs, "float32", self._lanes)
                 forms.compare(self.module, inputs)
-            if self.precision != "float32":  # what it costs is for who sets it to judge
+            if self.precision != "float32":  # its accuracy is for the author of the card to judge
                 forms = _Forms(model, inputs, self.precision, self._lanes)
         except Exception as error:  # noqa: BLE001 (whatever it is, torch computes it)
             self.why_not = f"{type(error).__name__}: {error}".split("\n", 1)[0]
@@ -75,9 +75,9 @@ class OpenVinoModel(nn.Module):
 
 
 class _Forms:
-    """The converted module, compiled for requests side by side, and for one that has every core.
+    """The converted module, compiled for concurrent requests, and for a request that has every core.
 
-    torch's own number of threads is what each of them side by side has.
+    Each concurrent request has as many threads as torch is set to.
     """
 
     def __init__(self, model: Any, inputs: Sequence[torch.Tensor], precision: str, lanes: int) -> None:
@@ -100,27 +100,27 @@ class _Forms:
 
     def __call__(self, inputs: Sequence[torch.Tensor], *, alone: bool) -> Any:
         request = (self._alone if alone else self._shared).of_this_thread()
-        found = request.infer([value.detach().contiguous().numpy() for value in inputs], share_inputs=True)
-        outputs = tuple(torch.from_numpy(found[i]) for i in range(len(found)))
+        result = request.infer([value.detach().contiguous().numpy() for value in inputs], share_inputs=True)
+        outputs = tuple(torch.from_numpy(result[i]) for i in range(len(result)))
         return outputs if len(outputs) > 1 else outputs[0]
 
     def compare(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
         """Raises ValueError where its answers are not the module's."""
         for size in BATCHES:
             batch = [torch.cat([value[:1]] * size) for value in inputs]
-            right = module(*batch)
-            rights = right if isinstance(right, tuple) else (right,)
+            original = module(*batch)
+            wanted = original if isinstance(original, tuple) else (original,)
             for alone in (False, True):
-                found = self(batch, alone=alone)
-                founds = found if isinstance(found, tuple) else (found,)
-                for one, other in zip(founds, rights, strict=True):
-                    off = (one - other).abs().max() if one.shape == other.shape else torch.tensor(torch.inf)
-                    if not off <= TOLERANCE * other.abs().max():  # also where it is not a number
+                output = self(batch, alone=alone)
+                outputs = output if isinstance(output, tuple) else (output,)
+                for got, want in zip(outputs, wanted, strict=True):
+                    off = (got - want).abs().max() if got.shape == want.shape else torch.tensor(torch.inf)
+                    if not off <= TOLERANCE * want.abs().max():  # also where it is not a number
                         raise ValueError(f"for a batch of {size} its answers differ from torch's by {off:.2g}")
 
 
 class _Requests:
-    """Requests, one a thread: each holds the buffers of one inference. Threads take turns with the copies."""
+    """Inference requests, one for each thread, with the buffers of an inference. The copies are dealt out in turn."""
 
     def __init__(self, copies: Sequence[Any]) -> None:
         self._next = itertools.cycle(copies)

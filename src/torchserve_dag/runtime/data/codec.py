@@ -1,4 +1,4 @@
-"""Bytes to messages and back: the one place where a request's body is decoded and an answer encoded."""
+"""Bytes to messages and back: every request's body is decoded here, and every answer encoded."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def encode(message: Any) -> tuple[bytes, str]:
 
 
 def writes(kind: Any) -> bool:
-    """Whether `encode` can write every value of a type. A photo or bytes can be an answer, and no part of one."""
+    """Whether `encode` can write every value of a type. Photos and bytes can be whole answers only."""
     return kind in {Photo, bytes} or plain.fits_json(kind)
 
 
@@ -105,7 +105,7 @@ def failure_fields(failure: Failure, request_id: str | None = None) -> dict[str,
 
 
 def failure_in(body: bytes) -> Failure | None:
-    """The failure that a body holds, if it is one.
+    """The failure that a body contains, or None.
 
     Over gRPC TorchServe drops the status that a worker sets and delivers the body as an ordinary
     answer, so a client has to look; no message of ours begins with a `code`.
@@ -125,7 +125,7 @@ def failure_in(body: bytes) -> Failure | None:
 
 
 def describe(kind: Any) -> str:
-    """What a body of this kind is, for a person."""
+    """What a body of this type is, in words."""
     if kind is Photo:
         return f"a photo ({', '.join(PHOTO_FORMATS)})"
     if kind is Text:

@@ -1,4 +1,4 @@
-"""What a client asks of its request beside its message: headers over REST, entries of the input map over gRPC."""
+"""The options of a request beside its message: headers over REST, entries of the input map over gRPC."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ class Options:
     outputs: tuple[str, ...] = ()
     """Nodes whose results are the answer, instead of the workflow's own output."""
     timeout_s: float | None = None
-    """How long the client waits; the workflow's own limit holds where that is shorter."""
+    """How long the client waits, in seconds; the workflow's own limit applies where it is shorter."""
     priority: Priority = "interactive"
-    """`bulk` requests let `interactive` ones pass."""
+    """`interactive` requests overtake `bulk` requests."""
     trace: str | None = None
     """The client's span, as W3C's `traceparent`."""
     cancel_key: str | None = None
-    """The name under which the client may cancel the request."""
+    """The key with which the client may cancel the request."""
     request_id: str | None = None
-    """What the request is called in logs and failures, and in feedback on its answer; made up unless given."""
+    """The request's id in logs and failures, and in feedback on its answer; generated where the client sends none."""
 
     route_by: Mapping[str, str] = field(default_factory=dict)
     """Headers that the front door's `routes.yaml` asks for; over gRPC they are metadata."""
 
     def headers(self) -> dict[str, str]:
-        """As a client sends them."""
+        """The headers that a client sends."""
         fields = {
             OUTPUTS: ",".join(self.outputs),
             TIMEOUT: str(math.ceil(self.timeout_s * 1000)) if self.timeout_s else "",
@@ -70,7 +70,7 @@ class Options:
         return {name: value for name, value in fields.items() if value}
 
     def metadata(self) -> dict[str, str]:
-        """What the front door has to see over gRPC, beside the message."""
+        """The gRPC metadata that the front door reads, beside the message."""
         own = {REQUEST_ID: self.request_id, CANCEL_KEY: self.cancel_key}
         return {**self.route_by, **{name: value for name, value in own.items() if value}}
 
@@ -78,11 +78,11 @@ class Options:
 NOTHING_ASKED = Options()
 
 
-def read_options(said: Mapping[str, str]) -> Options:
-    """The options in a request's headers, by their names in lower case. Raises InputError."""
-    if said.keys().isdisjoint(HEADERS):
+def read_options(headers: Mapping[str, str]) -> Options:
+    """The options in a request's headers, whose names are in lower case. Raises InputError."""
+    if headers.keys().isdisjoint(HEADERS):
         return NOTHING_ASKED
-    get = said.get
+    get = headers.get
     asked = get(OUTPUTS) or ""
     if len(asked) > MAX_OUTPUTS:
         raise InputError(f"The header {OUTPUTS} has {len(asked):,} characters; the limit is {MAX_OUTPUTS:,}.")
@@ -106,9 +106,9 @@ def without_options(parameters: Mapping[str, T]) -> dict[str, T]:
     return {name: value for name, value in parameters.items() if name.lower() not in HEADERS}
 
 
-def named(said: Mapping[str, str]) -> str | None:
-    """What a request is called, where that is fit for a line of a log."""
-    name = said.get(REQUEST_ID)
+def named(headers: Mapping[str, str]) -> str | None:
+    """The id that a client gave its request, or None where it does not fit into a line of a log."""
+    name = headers.get(REQUEST_ID)
     return name if name and len(name) <= MAX_REQUEST_ID and name.isascii() and name.isprintable() else None
 
 

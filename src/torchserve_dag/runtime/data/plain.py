@@ -22,7 +22,7 @@ Path = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wrong:
-    """One thing that is wrong in plain data."""
+    """A mistake in plain data."""
 
     path: Path
     what: str
@@ -56,7 +56,7 @@ def dotted(path: Path) -> str:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """A hint for a misspelt name: the closest known one, or all of them."""
+    """A hint for a misspelt name: the closest known name, or all known names."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f'did you mean "{close[0]}"?'
@@ -100,7 +100,7 @@ def is_union(kind: Any) -> bool:
 
 
 def name_of(kind: Any) -> str:
-    """A type as a person writes it: `list[Photo | Skipped]`."""
+    """A type as an author writes it: `list[Photo | Skipped]`."""
     if kind in _NAMES:
         return _NAMES[kind]
     if is_union(kind):
@@ -172,12 +172,12 @@ def _build_union(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
     options = tuple(o for o in options if o is not type(None))
     best: list[Wrong] | None = None
     for option in options:
-        found: list[Wrong] = []
-        value = _build(option, data, path, found)
-        if not found:
+        mistakes: list[Wrong] = []
+        value = _build(option, data, path, mistakes)
+        if not mistakes:
             return value
-        if len(options) == 1 or any(len(w.path) > len(path) for w in found):
-            best = best or found
+        if len(options) == 1 or any(len(w.path) > len(path) for w in mistakes):
+            best = best or mistakes
     wrongs.extend(best or [Wrong(path, _expected(kind, data))])
     return None
 

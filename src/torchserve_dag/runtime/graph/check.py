@@ -1,4 +1,4 @@
-"""From a workflow's file to its graph: everything that can be wrong is found here, before anything runs."""
+"""From a workflow's file to its graph: every mistake that can be known before anything runs is reported here."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class DraftCode:
 
 @dataclass
 class Draft:
-    """A node whose code is found, and whose expressions are still text."""
+    """A node whose code is known, and whose expressions are still text."""
 
     name: str
     file: NodeFile
@@ -55,7 +55,7 @@ class Draft:
 
 
 class DraftReader:
-    """Reads the nodes of one workflow's file. What is wrong is added to `problems`."""
+    """Reads the nodes of one workflow's file. Mistakes are added to `problems`."""
 
     def __init__(self, file: WorkflowFile, finder: Finder, problems: Problems) -> None:
         self._file = file
@@ -69,7 +69,9 @@ class DraftReader:
     def _draft(self, name: str, node: NodeFile) -> Draft | None:
         for level in node.levels:
             if level in self._file.nodes:
-                self._problems.add((name, "each", level), f'"{level}" is a node already', "call the element otherwise")
+                self._problems.add(
+                    (name, "each", level), f'"{level}" is a node already', "give the element another name"
+                )
         if node.switch is None:
             branches = [self._code((name,), name, node, node, None)]
         else:

@@ -1,4 +1,4 @@
-"""What a node can run, found and typed: a handler, a function, another workflow, a served model, an archive."""
+"""The code that a workflow's file names, with its types."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from torchserve_dag.runtime.project.workflow_file import CodeFile, ServedFile, T
 _YIELDS = {collections.abc.Iterator, collections.abc.Generator}
 
 ONE = "item"
-"""What the one value is called that a model takes."""
+"""The name of the parameter of code that takes a single value."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What can run, with the types of its parameters and of its answer for one item."""
+    """Code that can run, with the types of its parameters and of its answer for one item."""
 
     called: str
     """Its name in messages."""
@@ -41,11 +41,11 @@ class Signature:
 
 
 class RunsItselfError(Exception):
-    """A workflow that is inside itself."""
+    """A workflow contains itself, directly or through another one."""
 
 
 class Finder:
-    """Finds code for one workflow's file. `inner` gives the graph of another workflow's file."""
+    """Finds the code for one workflow's file. `inner` gives the graph of another workflow's file."""
 
     def __init__(
         self, project: Project, file: WorkflowFile, path: Path, problems: Problems, inner: Callable[[Path], Graph]
@@ -57,7 +57,7 @@ class Finder:
         self.inner = inner
 
     def find(self, place: Place, code: CodeFile) -> Signature | None:
-        """The code at `place`; None, and a problem more, where it is not fit to run."""
+        """The code at `place`, or None with its problems added."""
         if code.handler is not None:
             return self._handler((*place, "handler"), code.handler, code.device)
         if code.function is not None:
@@ -68,7 +68,7 @@ class Finder:
             return self._served((*place, "served"), code.served)
         if code.torchserve is not None:
             return self._archive((*place, "torchserve"), code.torchserve)
-        raise TypeError("workflow_file.py lets no code through that has nothing to run")
+        raise TypeError("workflow_file.py accepts only code with something to run")
 
     def _handler(self, place: Place, reference: str, device: str | None) -> Signature | None:
         path = self.project.find("handlers", reference)
@@ -97,12 +97,12 @@ class Finder:
         except CheckError as error:
             self.problems.add_all(error)
             return None
-        found = getattr(module, name, None)
-        if not inspect.isfunction(found):
+        function = getattr(module, name, None)
+        if not inspect.isfunction(function):
             known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
             self.problems.add(place, f'{path} has no function "{name}"', plain.did_you_mean(name, known))
             return None
-        return self._signature(place, found)
+        return self._signature(place, function)
 
     def _signature(self, place: Place, function: Callable[..., Any]) -> Signature | None:
         called = function.__name__
@@ -115,9 +115,9 @@ class Finder:
         before = len(self.problems)
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             self.problems.add(place, f"{called} is a coroutine", "write def, without async")
-        for one in parameters.values():
-            if one.kind not in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}:
-                what = f"{called}'s parameter {one.name} cannot be given by its name"
+        for parameter in parameters.values():
+            if parameter.kind not in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}:
+                what = f"{called}'s parameter {parameter.name} cannot be given by its name"
                 self.problems.add(place, what, "write it without * and /")
         untyped = [p for p in (*parameters, "return") if p not in hints]
         if untyped:
@@ -162,12 +162,12 @@ class Finder:
         return Signature(file.model, served, {ONE: takes}, gives)
 
     def _described(self, place: Place, file: ServedFile) -> tuple[Any, Any, tuple[Path, ...]]:
-        """The types of a model that this project has the source of, and the files that say them."""
+        """The types of a model whose source is in this project, and the files that declare them."""
         handler = self.project.find("handlers", file.model)
         workflow = self.project.find("workflows", file.model)
         try:
             if workflow is not None:
-                graph = self.inner(workflow)  # also where the types are given: it must not call this one
+                graph = self.inner(workflow)  # also where the types are given: the workflow must not call this one
                 return graph.request, graph.answer, tuple(sorted(graph.files))
             if handler is not None and not (file.takes and file.gives):
                 source = self.project.read_handler(handler)
@@ -182,18 +182,18 @@ class Finder:
 
     def _archive(self, place: Place, file: TorchServeFile) -> Signature | None:
         folders = (self.functions_path.parent, self.project.root / "model_store", self.project.root)
-        found = next((path for folder in folders if (path := folder / file.archive).is_file()), None)
-        if found is None:
+        archive = next((path for folder in folders if (path := folder / file.archive).is_file()), None)
+        if archive is None:
             hint = "put it into model_store/"
             self.problems.add((*place, "archive"), f"there is no archive {file.archive} in model_store/", hint)
             return None
         takes = self._type((*place, "takes"), file.takes, Any)
         gives = self._type((*place, "gives"), file.gives, Any)
-        return Signature(file.archive, ArchiveCode(found), {ONE: takes}, gives)
+        return Signature(file.archive, ArchiveCode(archive), {ONE: takes}, gives)
 
-    def _type(self, place: Place, text: str | None, otherwise: Any) -> Any:
+    def _type(self, place: Place, text: str | None, default: Any) -> Any:
         if text is None:
-            return otherwise
+            return default
         try:
             module = import_file(self.functions_path) if self.functions_path.is_file() else None
             return type_named(text, known_types(module))

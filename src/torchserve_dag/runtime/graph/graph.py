@@ -15,14 +15,14 @@ from torchserve_dag.runtime.graph.upstream import upstream
 from torchserve_dag.runtime.project.handler_file import HandlerFile, Serve
 
 REQUEST = "request"
-"""The name of what the client sent, decoded: the graph's one start."""
+"""The name of the decoded request, from which the graph starts."""
 PARAMETERS = "parameters"
 """The name of the request's parameters in expressions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What runs items, and what it gets for each of them."""
+    """What runs the items of a node, and the values that it gets for each."""
 
     name: str
     """The node's own; `NODE.BRANCH` in a switch, and `NODE.fallback`. Metrics and spans carry it."""
@@ -34,7 +34,7 @@ class Code:
     """The type of its answer for one item; of one chunk of the answer where it streams."""
     kind: Kind
     batch: int = 1
-    """The most items of one call; of what runs elsewhere, the most items under way."""
+    """The most items of one call; of code that runs elsewhere, the most items in progress."""
     yields: bool = False
     """Whether its answer comes in chunks."""
 
@@ -47,16 +47,16 @@ class Code:
 @dataclass(frozen=True, slots=True)
 class Branch:
     when: Expression | None
-    """None: always."""
+    """The condition; None for a branch that always runs."""
     code: Code
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What becomes of an item that fails."""
+    """What happens to an item that fails."""
 
     timeout_s: float | None = None
-    """Of each try, the wait in the queue included."""
+    """The time limit of each attempt, its wait in the queue included."""
     retries: int = 0
     on_error: Literal["fail", "skip", "default", "fallback"] = "fail"
     default: Any = None
@@ -65,7 +65,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One loop of an `each`: what an element is called, and the list."""
+    """A loop of an `each`: the name of an element, and the list."""
 
     name: str
     list: Expression
@@ -75,43 +75,43 @@ class Level:
 class Node:
     name: str
     branches: tuple[Branch, ...]
-    """What runs; an item takes the first whose `when` is true, and is skipped where none is."""
+    """An item runs the first branch whose `when` is true, and is skipped where no branch's is."""
     each: tuple[Level, ...]
-    """Outermost first; empty for a node that runs once."""
+    """The loops, outermost first; empty for a node that runs once."""
     when: Expression | None
     result: Any
-    """The type of the node's result; a list for each level of `each`, and for what it yields."""
+    """The type of the node's result: a list for each loop of `each`, and of the chunks where the node streams."""
     needs: frozenset[str]
-    """The nodes (and `request`) that must have ended before this one can start."""
+    """The nodes (and `request`) that must have ended before this node can start."""
     depth: int
-    """How many nodes lie on the longest way from the request to here."""
+    """The number of nodes on the longest path from the request to this node."""
     policy: Policy = Policy()
     follows: str | None = None
-    """The yielding node whose pieces are this one's items, each as it comes."""
+    """The streaming node whose chunks are this node's items, each as it arrives."""
 
     @property
     def codes(self) -> list[Code]:
-        """Everything that it may run."""
+        """The code of all branches, and of the fallback."""
         fallback = [self.policy.fallback] if self.policy.fallback else []
         return [branch.code for branch in self.branches] + fallback
 
     @property
     def code(self) -> Code:
-        """What it runs, or the first branch of its switch."""
+        """The code of a node without a switch, or of the first branch of its switch."""
         return self.branches[0].code
 
     @functools.cached_property
     def streams(self) -> bool:
-        """Whether its result comes in pieces."""
+        """Whether its result comes in chunks."""
         return self.follows is not None or any(code.yields for code in self.codes)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a workflow answers with: one value, or several under their names."""
+    """What a workflow answers with: a single value, or several values with names."""
 
     values: Mapping[str, Expression]
-    """`{"": expression}` for one value without a name."""
+    """`{"": expression}` for a single value without a name."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -123,7 +123,7 @@ class Output:
 
 
 def result_of(node: Node) -> Expression:
-    """The expression that is a node's result."""
+    """The expression that reads a node's result."""
     name = node.name
     return Expression(name, node.result, frozenset({name}), lambda values: values[name])
 
@@ -136,55 +136,55 @@ class Graph:
     path: Path
     functions_path: Path | None
     request: Any
-    """The type of what the client sends."""
+    """The type of the decoded request."""
     nodes: Mapping[str, Node]
-    """In an order in which each comes after those it needs."""
+    """Each node after all that it needs."""
     output: Output
     serve: Serve
 
     @property
     def answer(self) -> Any:
-        """The type of what the client gets."""
+        """The type of the answer."""
         return self.output.type
 
     @property
     def codes(self) -> dict[str, Code]:
-        """Everything that the nodes run, by its name; what a workflow inside runs is called `NODE/NAME`."""
-        found: dict[str, Code] = {}
+        """The code of all nodes, by its name; the code of a workflow inside is called `NODE/NAME`."""
+        codes: dict[str, Code] = {}
         for node in self.nodes.values():
             for code in node.codes:
-                found[code.name] = code
+                codes[code.name] = code
                 if code.inner:
-                    found |= {f"{code.name}/{name}": inner for name, inner in code.inner.codes.items()}
-        return found
+                    codes |= {f"{code.name}/{name}": inner for name, inner in code.inner.codes.items()}
+        return codes
 
     @property
     def handlers(self) -> dict[str, Source[HandlerFile]]:
-        """The handler files that run, by the name of their code."""
+        """The files of the handlers that run, by the name of their code."""
         return {name: code.kind.file for name, code in self.codes.items() if isinstance(code.kind, HandlerCode)}
 
     @property
     def graphs(self) -> list[Graph]:
-        """This one, and those of the workflows inside."""
+        """This graph, and the graphs of the workflows inside."""
         inner = [code.inner for node in self.nodes.values() for code in node.codes if code.inner]
         return [self, *(graph for workflow in inner for graph in workflow.graphs)]
 
     @property
     def files(self) -> set[Path]:
-        """The files of the project that it is made of: workflows and handlers, and the code of both."""
+        """The project's files that the workflow is made of: workflows and handlers, and the code of both."""
         own = {self.path, *([self.functions_path] if self.functions_path else [])}
         return own.union(*(code.kind.files for code in self.codes.values()))
 
     @property
     def streaming(self) -> str | None:
-        """The node whose pieces are the answer's pieces, where it comes in pieces."""
+        """The node whose chunks are the answer's chunks, where the answer comes in chunks."""
         value = self.output.values.get("")
         name = value.text.strip() if value else ""
         return name if name in self.nodes and self.nodes[name].streams else None
 
     @property
     def streams(self) -> bool:
-        """Whether the answer comes in pieces."""
+        """Whether the answer comes in chunks."""
         return self.streaming is not None
 
     def segment(self, output: Output, known: frozenset[str]) -> Graph:

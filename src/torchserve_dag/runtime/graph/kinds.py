@@ -17,7 +17,7 @@ from torchserve_dag.runtime.project.handler_file import HandlerFile
 DrawnAs = Literal["model", "function", "served", "workflow"]
 
 MOST_ELSEWHERE = 64
-"""Items of one node that may be under way elsewhere, unless the node says how many."""
+"""Items of a node that may be in progress elsewhere, unless the node sets another number."""
 
 
 class Kind:
@@ -33,7 +33,7 @@ class Kind:
     one_by_one: ClassVar[bool] = False
     """Whether the items of a batch run one after the other, so that batching them saves no computation."""
     elsewhere: ClassVar[bool] = False
-    """Whether its items are only started, and answer later: they occupy none of the engine's threads."""
+    """Whether its items are only started, and answer later: they occupy none of the engine's worker threads."""
     device: str | None = None
     """Where it computes, where that can be chosen: `auto`, `cpu` or `cuda:N`."""
 
@@ -54,7 +54,7 @@ class Kind:
 
     @property
     def batch(self) -> int:
-        """The batch size where the node gives none; of what runs elsewhere, the most items under way."""
+        """The batch size where the node gives none; of code that runs elsewhere, the most items in progress."""
         return MOST_ELSEWHERE if self.elsewhere else 1
 
 

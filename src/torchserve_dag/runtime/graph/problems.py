@@ -1,4 +1,4 @@
-"""What is wrong with a workflow's file, gathered until there is enough to stop."""
+"""The mistakes in a workflow's file, gathered so that a person sees all of a step's at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 
 Place = tuple[str | int, ...]
-"""A node's name, and the way from there to a key of its YAML."""
+"""A node's name, and the path from there to a key of its YAML."""
 
 
 class Problems:
@@ -19,27 +19,27 @@ class Problems:
         return len(self.found)
 
     def add(self, place: Place, what: str, help: str = "") -> None:  # noqa: A002 (the word that is printed)
-        """Something that is wrong with a node."""
+        """Add a mistake in a node."""
         self.found.append(self._problem(place, what, help))
 
     def add_once(self, place: Place, what: str, help: str) -> None:  # noqa: A002
-        """Something that is wrong with a node, and that several expressions of the node may have in common."""
+        """Add a mistake in a node, unless another expression of the node has reported the same."""
         problem = self._problem(place, what, help)
         if problem not in self.found:
             self.found.append(problem)
 
     def add_at(self, path: Place, what: str, help: str = "") -> None:  # noqa: A002
-        """Something that is wrong elsewhere in the file."""
+        """Add a mistake elsewhere in the file."""
         self.found.append(self.source.problem(path, what, help))
 
     def add_all(self, error: CheckError) -> None:
-        """What is wrong with another file, once."""
+        """Add the mistakes in another file, each once."""
         self.found += [problem for problem in error.problems if problem not in self.found]
 
     def _problem(self, place: Place, what: str, help: str) -> Problem:  # noqa: A002
         return self.source.problem(("nodes", *place), f"{place[0]}: {what}", help)
 
     def stop(self) -> None:
-        """Raises CheckError where there are any."""
+        """Raise CheckError where there are mistakes."""
         if self.found:
             raise CheckError(self.found)

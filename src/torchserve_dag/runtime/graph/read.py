@@ -1,4 +1,4 @@
-"""A file of the project, whichever it is, as a checked graph: ours, TorchServe's own, or a handler by itself."""
+"""Any file of a project as a checked graph: a workflow, a workflow in TorchServe's form, or a single handler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_graph(project: Project, path: Path) -> Graph:
 
 
 def workflow_graph(project: Project, path: Path, inside: tuple[Path, ...] = ()) -> Graph:
-    """The graph of a workflow's file, ours or TorchServe's, `inside` other workflows. Raises CheckError."""
+    """The graph of a workflow's file, ours or TorchServe's. `inside`: those that contain it. Raises CheckError."""
     if path in inside:
         raise RunsItselfError
     if is_torchserve_file(path):
@@ -36,7 +36,7 @@ def workflow_graph(project: Project, path: Path, inside: tuple[Path, ...] = ()) 
 
 
 def handler_graph(project: Project, path: Path) -> Graph:
-    """A handler as a workflow of one node, which is how it is served. Raises CheckError."""
+    """A handler as a workflow of a single node; handlers are served so, too. Raises CheckError."""
     file = project.read_handler(path)
     kind = project.handler_class(file)
     project.settings(file, kind)

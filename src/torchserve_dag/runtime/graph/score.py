@@ -1,4 +1,4 @@
-"""Whether the answers of a workflow hold the number that its `serve: {score: FIELD}` names."""
+"""Whether the answers of a workflow have the number that its `serve: {score: FIELD}` names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchserve_dag.runtime.graph.graph import Graph
 
 
 def check_score(graph: Graph) -> Graph:
-    """The graph, if its answers have the number that it says. Raises CheckError."""
+    """The same graph. Raises CheckError where its answers do not have the number that `serve.score` names."""
     path = graph.serve.score
     if path is None:
         return graph

@@ -15,17 +15,15 @@ _PLAIN: Mapping[str, Any] = {"str": str, "int": int, "float": float, "bool": boo
 
 
 def known_types(module: ModuleType | None) -> dict[str, Any]:
-    """The names that a type may have: Python's plain ones, the messages, and the dataclasses of a module."""
-    found = dict(_PLAIN)
-    for one in (messages, module):
-        found |= (
-            {n: v for n, v in vars(one).items() if isinstance(v, type) and dataclasses.is_dataclass(v)} if one else {}
-        )
-    return found
+    """The types that a file may name: Python's plain types, the messages, and the dataclasses of `module`."""
+    known = dict(_PLAIN)
+    for source in filter(None, (messages, module)):
+        known |= {n: v for n, v in vars(source).items() if isinstance(v, type) and dataclasses.is_dataclass(v)}
+    return known
 
 
 def type_named(text: str, known: Mapping[str, Any]) -> Any:
-    """Raises ValueError, with what is wrong, for a type that is not one."""
+    """The type that `text` names. Raises ValueError, with the reason, where it names none."""
     try:
         return _type(ast.parse(text.strip(), mode="eval").body, known)
     except (SyntaxError, RecursionError):

@@ -21,7 +21,7 @@ Scope = Mapping[str, Any]
 
 
 class NodeTyper:
-    """Makes nodes from drafts. What is wrong is added to `problems`."""
+    """Makes nodes from drafts. Mistakes are added to `problems`."""
 
     def __init__(self, problems: Problems) -> None:
         self._problems = problems
@@ -49,7 +49,7 @@ class NodeTyper:
         return kind
 
     def node(self, draft: Draft, scope: Scope, before: Mapping[str, Node]) -> Node | None:
-        """The node; None, and a problem more, where it is wrong. `before`: the nodes that it may read."""
+        """The node, or None with its problems added. `before`: the nodes that it may read."""
         loops = self._levels(draft, scope)
         if loops is None:
             return None

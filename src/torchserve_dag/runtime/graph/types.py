@@ -1,4 +1,4 @@
-"""Whether a value of one type may go where another is wanted: the rule for every edge."""
+"""Whether a value of one type may be passed where another type is declared: the rule for every edge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchserve_dag.runtime.data.plain import is_union
 
 
 def fits(have: Any, want: Any) -> bool:
-    """Whether every value of type `have` is a `want`. Lists and dicts are read only, so covariant."""
+    """Whether every value of type `have` is a `want`. Code only reads lists and dicts, so they are covariant."""
     if Any in {have, want} or have == want:
         return True
     if is_union(have):
@@ -42,7 +42,7 @@ def _class_fits(have: Any, want: Any) -> bool:
 
 
 def union(kinds: list[Any]) -> Any:
-    """The type of a value that is one of these."""
+    """The type of a value that has one of these types."""
     result = kinds[0]
     for kind in kinds[1:]:
         if Any in {kind, result}:
@@ -53,7 +53,7 @@ def union(kinds: list[Any]) -> Any:
 
 
 def includes(kind: Any, part: Any) -> bool:
-    """Whether a value of type `kind` is said to be possibly a `part`; "anything" says nothing."""
+    """Whether `part` is `kind`, or a member of the union `kind`. Any includes nothing here."""
     return kind == part or (is_union(kind) and part in typing.get_args(kind))
 
 

@@ -20,7 +20,7 @@ HandlerClass = type[Handler[Any, Any, Any, Any]]
 
 @dataclass(frozen=True)
 class Project:
-    """A folder with `handlers/`, `workflows/` and `weights/`; an unpacked archive is one too."""
+    """A folder with `handlers/`, `workflows/` and `weights/`; an unpacked archive is a project, too."""
 
     root: Path
 
@@ -33,7 +33,7 @@ class Project:
         return sorted(path for path in (self.root / folder).glob("*.*") if path.suffix in {".yaml", ".war"})
 
     def find(self, folder: str, reference: str) -> Path | None:
-        """The file that `NAME` or `NAME/VERSION` names: `NAME.yaml`, or the one that has that version."""
+        """The file that `NAME` or `NAME/VERSION` names: `NAME.yaml`, or the file that declares that version."""
         name, _, version = reference.partition("/")
         if not version:
             paths = (self.root / folder / f"{name}{suffix}" for suffix in (".yaml", ".war"))
@@ -63,24 +63,24 @@ class Project:
         return source.read(path, HandlerFile)
 
     def handler_class(self, file: Source[HandlerFile]) -> HandlerClass:
-        """The class that a handler's code defines. Raises CheckError where it is not fit to serve."""
+        """The class that a handler's code defines. Raises CheckError where it cannot be served."""
         path = file.path.parent / file.value.code_file
         if not path.is_file():
             raise CheckError([file.problem(("code",), f"there is no {path}", "write the handler's class there")])
         module = import_file(path)
-        found = [
+        classes = [
             value
             for value in vars(module).values()
             if isinstance(value, type) and issubclass(value, Handler) and value.__module__ == module.__name__
         ]
-        if len(found) != 1:
-            what = f"{len(found)} subclasses of Handler, where one is meant"
+        if len(classes) != 1:
+            what = f"{len(classes)} subclasses of Handler, where one is meant"
             raise CheckError([Problem(str(path), 1, what)])
         try:
-            types_of(found[0])
+            types_of(classes[0])
         except (TypeError, NameError) as error:
             raise CheckError([Problem(str(path), 1, str(error))]) from None
-        return found[0]
+        return classes[0]
 
     def settings(self, file: Source[HandlerFile], kind: HandlerClass) -> Any:
         """A handler's settings as its own type. Raises CheckError."""
@@ -95,7 +95,7 @@ class Project:
 def import_file(path: Path) -> ModuleType:
     """The module at `path`, imported once for its content, under a name of its own.
 
-    Two versions of a project's code can so be loaded in one process. Raises CheckError.
+    So two versions of a project's code can be loaded in one process. Raises CheckError.
     """
     digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
     name = f"torchserve_dag_project_{digest}_{path.stem}"

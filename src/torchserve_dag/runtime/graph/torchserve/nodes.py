@@ -15,7 +15,7 @@ from torchserve_dag.runtime.graph.kinds import FunctionCode, Kind
 from torchserve_dag.runtime.messages import Failure
 
 _RESERVED = {"", REQUEST, PARAMETERS}
-"""What has a meaning of its own among the names of a graph."""
+"""Names that a graph already uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Step:
     batch: int
     retries: int
     timeout_s: float
-    """Of each try, as TorchServe counts: the wait in the queue included."""
+    """The time limit of each attempt, as TorchServe counts it: the wait in the queue included."""
 
 
 def takes_rows(graph: Graph) -> bool:
@@ -36,10 +36,10 @@ def takes_rows(graph: Graph) -> bool:
 
 
 def longest(steps: Mapping[str, Step]) -> float:
-    """The seconds that a request may take: those of the nodes on its way, each answering at its last try."""
+    """The longest time that a request may take, in seconds: every node on the slowest path needs all attempts."""
     until: dict[str, float] = {}
     for name, step in steps.items():
-        before = max((until[one] for one in step.parents), default=0.0)
+        before = max((until[parent] for parent in step.parents), default=0.0)
         until[name] = before + step.timeout_s * (1 + step.retries)
     return max(until.values())
 
@@ -51,14 +51,14 @@ def make_nodes(steps: Mapping[str, Step]) -> tuple[dict[str, Node], Output]:
     for name, step in steps.items():
         code = Code(
             name=inside[name],
-            takes={"item": _row_of({one: inside[one] for one in step.parents})},
+            takes={"item": _row_of({parent: inside[parent] for parent in step.parents})},
             sees_skipped=frozenset(),
             gives=bytes,
             kind=step.kind,
             batch=step.batch,
         )
         policy = Policy(timeout_s=step.timeout_s, retries=step.retries)
-        nodes[code.name] = _node(code, [inside[one] for one in step.parents], nodes, policy)
+        nodes[code.name] = _node(code, [inside[parent] for parent in step.parents], nodes, policy)
     leaves = [name for name in steps if not any(name in step.parents for step in steps.values())]
     if len(leaves) == 1:
         return nodes, Output({"": result_of(nodes[inside[leaves[0]]])})
@@ -81,13 +81,13 @@ def _node(code: Code, parents: list[str], nodes: Mapping[str, Node], policy: Pol
         when=None,
         result=code.gives,
         needs=frozenset(parents) or frozenset({REQUEST}),
-        depth=1 + max((nodes[one].depth for one in parents), default=0),
+        depth=1 + max((nodes[parent].depth for parent in parents), default=0),
         policy=policy,
     )
 
 
 def _names_inside(names: Mapping[str, Any]) -> dict[str, str]:
-    """Each node's name in the graph: its own, unless that has a meaning there."""
+    """Each node's name in the graph: its own, unless the graph already uses that."""
     taken = {*names, *_RESERVED}
     return {name: _free(name, taken) if name in _RESERVED else name for name in names}
 
@@ -125,13 +125,13 @@ def _first_row(values: Mapping[str, Any]) -> Row:
 
 def joined(**answers: bytes) -> dict[str, Any] | Failure:
     """The answer of a workflow with several leaves, by their names; pictures show this name."""
-    found: dict[str, Any] = {}
+    joined_answers: dict[str, Any] = {}
     for leaf, answer in answers.items():
         try:
-            found[leaf] = json.loads(answer)
+            joined_answers[leaf] = json.loads(answer)
         except ValueError:
-            found[leaf] = None
-        if not isinstance(found[leaf], dict):
+            joined_answers[leaf] = None
+        if not isinstance(joined_answers[leaf], dict):
             message = f"{leaf} must give a JSON object, since the workflow has several leaves."
             return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "HandlerError")
-    return found
+    return joined_answers

@@ -45,7 +45,7 @@ class Segment:
         return {name: plain.build(self.graph.nodes[name].result, json.loads(parts[name])) for name in self.known}
 
     def seal(self, parts: Mapping[str, bytes], result: Any) -> bytes:
-        """What goes on: the envelope with this segment's result or failure, or the workflow's answer."""
+        """What the worker answers: the envelope with this segment's result or failure, or the workflow's answer."""
         if isinstance(result, Failure):
             failure = json.dumps(codec.failure_fields(result)).encode()
             return failure if self.last else pack({FAILURE_PART: failure})
@@ -79,7 +79,7 @@ def unpack(body: bytes) -> dict[str, bytes]:
 
 
 def segments(graph: Graph) -> dict[str, Segment]:
-    """The segments that a workflow falls into, one a model, in order.
+    """The segments of a workflow, one for each model, in order.
 
     Raises ValueError, with the reason, for a graph that TorchServe's own engine cannot run.
     """
@@ -104,12 +104,12 @@ def segments(graph: Graph) -> dict[str, Segment]:
 
 
 def _refuse(node: Node) -> None:
-    """Raises ValueError for what only our own engine does."""
+    """Raises ValueError for a node that only our own engine can run."""
     others = [code.kind.noun for code in node.codes if not isinstance(code.kind, HandlerCode | FunctionCode)]
     models = [isinstance(code.kind, HandlerCode) for code in node.codes]
     beyond = {
         **dict.fromkeys(others, True),
-        "an answer in pieces": node.streams,
+        "an answer in chunks": node.streams,
         "several models to choose from": sum(models) > 1,
         "functions and models to choose from": len(set(models)) > 1,
     }
@@ -122,13 +122,17 @@ def _is_model(node: Node) -> bool:
     return isinstance(node.code.kind, HandlerCode)
 
 
-def parents(found: Mapping[str, Segment], name: str) -> list[str]:
-    """The segments whose envelopes a segment needs: those known to it and to no other that is known to it."""
-    known = found[name].known
-    return [one for one in found if one in known and not any(one in found[other].known for other in known)]
+def parents(all_segments: Mapping[str, Segment], name: str) -> list[str]:
+    """The segments whose envelopes a segment needs: the known ones that no other known segment already contains."""
+    known = all_segments[name].known
+    return [
+        parent
+        for parent in all_segments
+        if parent in known and not any(parent in all_segments[other].known for other in known)
+    ]
 
 
 def _models_before(graph: Graph, name: str) -> frozenset[str]:
-    """Every model that a node's result depends on."""
+    """The models that a node's result depends on."""
     before = upstream(graph.nodes[name].needs, {other: node.needs for other, node in graph.nodes.items()})
     return frozenset(other for other in before if _is_model(graph.nodes[other]))

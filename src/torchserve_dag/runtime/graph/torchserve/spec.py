@@ -74,12 +74,12 @@ class _Check:
         try:
             data, lines = source.read_plain(spec)
         except CheckError as error:
-            raise CheckError([replace(one, file=str(self._shown(spec))) for one in error.problems]) from None
+            raise CheckError([replace(problem, file=str(self._shown(spec))) for problem in error.problems]) from None
         self.source = Source(self._shown(spec), data, lines)
         self.problems: list[Problem] = []
 
     def _shown(self, file: Path) -> Path:
-        """A file's path for a person, who knows nothing of where a `.war` was unpacked."""
+        """A file's path in messages: inside the `.war`, not where that was unpacked."""
         return self.path / file.name if self.war else file
 
     def _problem(self, path: plain.Path, what: str, help: str = "") -> None:  # noqa: A002
@@ -127,7 +127,7 @@ class _Check:
     # The section `models`.
 
     def _models(self) -> tuple[dict[str, _Model], dict[str, int]]:
-        """The models, and the settings that hold for all functions: those that are written last."""
+        """The models, and the settings of all functions: those that are written last."""
         section = self.source.value.get("models") if isinstance(self.source.value, dict) else None
         now, models = dict(_NUMBERS), {}
         if not isinstance(section, dict):
@@ -155,7 +155,7 @@ class _Check:
                 if self._is_number(where, name, value):
                     numbers[key] = value
             elif key != "url" and (close := difflib.get_close_matches(str(key), [*_NUMBERS, "url"], 1, 0.8)):
-                # TorchServe takes no notice of what it does not know, and so the misspelt setting would not hold.
+                # TorchServe ignores keys that it does not know, so a misspelt setting would have no effect.
                 self._problem(where, f'{name}: unknown key "{key}"', f'did you mean "{close[0]}"?')
         return _Model(settings.get("url"), numbers)
 
@@ -167,7 +167,7 @@ class _Check:
 
     def _check_numbers(self, name: str, numbers: Mapping[str, int], where: plain.Path) -> None:
         for key in ("max-workers", "timeout-ms"):
-            if numbers[key] < 1:  # TorchServe takes it, and then every call fails
+            if numbers[key] < 1:  # TorchServe accepts it, and then every call fails
                 self._problem((*where, key), f"{name}: {key} is at least 1, or no call could be answered")
 
     def _archive(self, name: str, url: Any) -> Path | None:
@@ -180,14 +180,14 @@ class _Check:
             return None
         file = Path(url).name  # for TorchServe too the rest means nothing …
         folders = (self.path.parent, self.project.root / "model_store", self.project.root)
-        found = next((path for folder in folders if (path := folder / file).exists()), None)
-        if found is None or ".." in url:  # … but for this
+        archive = next((path for folder in folders if (path := folder / file).exists()), None)
+        if archive is None or ".." in url:  # … but for this
             self._problem(where, f"{name}: there is no archive {url} in model_store/ or beside this file")
             return None
-        if not _names_handler(found):
-            self._problem(where, f"{name}: {found} is not an archive of torch-model-archiver's")
+        if not _names_handler(archive):
+            self._problem(where, f"{name}: {archive} is not an archive of torch-model-archiver's")
             return None
-        return found
+        return archive
 
     # The section `dag`.
 
@@ -251,13 +251,13 @@ class _Check:
             return self.war.functions
         folder, name = self.path.parent, self.path.stem
         usual = [folder / f"{name}_handler.py", folder / f"{name}.py"]
-        found = [path for path in usual if path.is_file()][:1]
-        found = found or [path for path in sorted(folder.glob("*.py")) if _defined(path) >= {*functions}]
-        if len(found) == 1:
-            return found[0]
+        files = [path for path in usual if path.is_file()][:1]
+        files = files or [path for path in sorted(folder.glob("*.py")) if _defined(path) >= {*functions}]
+        if len(files) == 1:
+            return files[0]
         what = f"dag: {', '.join(functions)}: not in models, and "
-        if found:
-            what += f"{' and '.join(path.name for path in found)} all define them"
+        if files:
+            what += f"{' and '.join(path.name for path in files)} all define them"
             self._problem(self._place(functions[0]), what, f"give the one that is meant the name {usual[0].name}")
         else:
             what += f"there is no {usual[0].name}, nor another Python file here that defines them"
@@ -292,27 +292,27 @@ def _step(parents: list[str], kind: Kind, numbers: Mapping[str, int]) -> Step:
 
 
 def _defined(file: Path) -> set[str]:
-    """The names that a Python file gives a meaning to, as far as its text says."""
+    """The names that a Python file defines, as far as its syntax tree tells."""
     try:
         tree = ast.parse(file.read_text("utf-8"))
     except (OSError, ValueError, SyntaxError):
         return set()
     names: set[str] = set()
-    for one in tree.body:
-        if isinstance(one, ast.FunctionDef):
-            names.add(one.name)
-        elif isinstance(one, ast.ImportFrom):
-            names |= {alias.asname or alias.name for alias in one.names}
-        elif isinstance(one, ast.Assign):
-            names |= {target.id for target in one.targets if isinstance(target, ast.Name)}
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef):
+            names.add(statement.name)
+        elif isinstance(statement, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in statement.names}
+        elif isinstance(statement, ast.Assign):
+            names |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
     return names
 
 
 def _can_run(module: ModuleType, name: str) -> bool:
     """Whether TorchServe finds something to call: what has the name, or else the file's only class."""
     if hasattr(module, name):
-        found = getattr(module, name)
-        return callable(found) and not inspect.isclass(found)
+        function = getattr(module, name)
+        return callable(function) and not inspect.isclass(function)
     kind = entry_class(module)
     return hasattr(kind, "handle") and hasattr(kind, "initialize")
 

@@ -37,7 +37,7 @@ def read_war(path: Path) -> War:
 
 
 _folders: list[tempfile.TemporaryDirectory[str]] = []
-"""Those of unpacked `.war` files: their functions may read what else is there, so they last as long as the process."""
+"""The folders of unpacked `.war` files. They exist until the process ends: functions may read other files in them."""
 
 
 @functools.cache
