@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def test_the_engine_knows_no_server(imports: Imports) -> None:
     inside = {found.imported for found in imports.of("runtime/engine") if found.inside}
 
     assert {name for name in inside if "torchserve" in name.removeprefix("torchserve_dag")} == set()
+
+
+IN_DIFFERENT_PROTOCOLS = {"Context"}
+"""TorchServe's context, as its loop uses it and as an unedited handler sees it."""
+
+
+def test_a_class_has_a_name_of_its_own(imports: Imports) -> None:
+    """But for generated code, and for what is private to a module."""
+    homes: dict[str, set[str]] = {}
+    for module, path in imports.modules.items():
+        if room(module) != PROTOS:
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, set()).add(module)
+
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1}.keys() == IN_DIFFERENT_PROTOCOLS
 
 
 def test_an_import_upwards_is_seen(tmp_path: Path) -> None:

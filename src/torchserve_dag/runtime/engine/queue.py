@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torchserve_dag.runtime.data.options import Options
 
 
-class Client(Protocol):
+class ClientRequest(Protocol):
     """The client's request, among which a queue is fair."""
 
     @property
@@ -23,7 +23,7 @@ class Owner(Protocol):
     @property
     def id(self) -> str: ...
     @property
-    def root(self) -> Client: ...
+    def root(self) -> ClientRequest: ...
 
 
 class Queued(Protocol):
@@ -60,7 +60,7 @@ class FairQueue(Generic[ItemT]):
         self.heap: list[tuple[int, int, ItemT]] = []
         """What waits, by rank."""
         self._order = itertools.count()
-        self._ranks: dict[Client, int] = {}
+        self._ranks: dict[ClientRequest, int] = {}
         """For each request that waits: the rank of its last item."""
         self._now = 0
 
