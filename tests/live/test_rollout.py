@@ -54,7 +54,7 @@ BAD = {
     "slow": (STOP_IF, r"p[59][09] \d+ ms of \d+ requests, over \d+ ms, 1.3 times the old version's \d+ ms"),
     "failing": ("errors > 1%", r"errors [\d.]+% of \d+ requests, over 1.00%"),
     "crashing": ("errors > 1%", r"errors [\d.]+% of \d+ requests, over 1.00%"),
-    "never": ("errors > 1%", r"2\.0 did not come to serve: A worker of never 2\.0 keeps failing: .*cannot be loaded"),
+    "never": ("errors > 1%", r"2\.0 could not be loaded: A worker of never 2\.0 keeps failing: .*cannot be loaded"),
 }
 """What stops each, and the reason that it gives."""
 
@@ -211,7 +211,7 @@ def test_a_rollout_goes_on_without_its_terminal_and_is_promoted_by_hand(served: 
 
     assert {ask_one(served, "slow") for _ in range(10)} == {"2.0"}  # its default now: routes.yaml does not know it
     assert served.state.defaults()["slow"] == "2.0"
-    assert ("slow", "2.0") not in served.state.retired()  # though its first rollout went back
+    assert ("slow", "2.0") not in served.state.retired()  # though its first rollout was rolled back
     assert ("failing", "2.0") in served.state.retired()
     assert "promoted by hand" in tool(served.root, "rollout", "status")
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_rolled_out_is_refused_in_one_sentence(served: Served) ->
         ("nobody", "2.0"): "nobody is not served",
         ("good", "2.0", "--canary", "50,20"): '"50,20" are no steps',
         ("good", "2.0", "--every", "soon"): '"soon" is not a time',
-        ("good", "2.0", "--stop-if", "errors > 5"): '"errors > 5" is not a reason to stop',
+        ("good", "2.0", "--stop-if", "errors > 5"): '"errors > 5" is not a condition',
         ("good",): "Which version of good?",
     }
     for words, sentence in refused.items():

@@ -82,7 +82,7 @@ class TestSettings:
         [
             ("listen: nowhere", '"nowhere" is not HOST:PORT'),
             ("metrics: 0.0.0.0:9000", "is not this machine's loopback"),
-            ("certificate: a.pem", "come together"),
+            ("certificate: a.pem", "given together"),
             ("limits: {streams: 0}", "0 is not more than 0"),
         ],
     )
@@ -228,13 +228,13 @@ class TestTokens:
             tokens.revoke("alice")
 
     def test_no_token_at_all_lets_nobody_in(self) -> None:
-        text = json.dumps(resources._who_may([]))
+        text = json.dumps(resources._accepted_tokens([]))
 
         assert '"not_id": {"any": true}' in text
 
     def test_each_rate_is_a_bucket(self) -> None:
         slow, fast = Token("slow", "1", 0, 2), Token("fast", "2", 0, 5000)
-        found = resources._how_often([slow, fast, Token("plain", "3", 0)], 100)["descriptors"]
+        found = resources._rate_limits([slow, fast, Token("plain", "3", 0)], 100)["descriptors"]
 
         assert [one["token_bucket"] for one in found] == [
             {"max_tokens": 2, "tokens_per_fill": 1, "fill_interval": "0.500s"},
@@ -268,5 +268,5 @@ class TestCertificate:
         (tmp_path / "a.pem").write_text("nothing")
         given = FrontDoor(certificate="a.pem", key="a.key")
 
-        with pytest.raises(ServerError, match=r"a\.pem and a\.key of front_door\.yaml are no certificate with its key"):
+        with pytest.raises(ServerError, match=r"a\.pem and a\.key of front_door\.yaml are no matching certificate and key"):
             certificate.files(tmp_path, given, tmp_path)

@@ -93,7 +93,7 @@ class TestStopIf:
         "text", ["errors > 5", "errors > 5ms", "p99 > 5%", "p98 > 5ms", "nothing", "errors < 1%", ""]
     )
     def test_what_is_no_reason_is_refused(self, text: str) -> None:
-        with pytest.raises(ValueError, match=r"not a reason|not measured|percentage"):
+        with pytest.raises(ValueError, match=r"not a condition|not measured|percentage"):
             stop_if.read(text)
 
 
@@ -301,12 +301,12 @@ class TestRollout:
 def test_taking_the_routes_takes_back_what_a_rollout_that_is_over_has_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its front door was away when it went back; one that is under way goes on."""
+    """Envoy may have been down when it was rolled back; a running rollout is kept."""
     state = State(tmp_path)
     door, store = Door(state), RolloutStore(state)
     door.folder.mkdir(parents=True)
     door.begin(Addresses())
-    monkeypatch.setattr(Door, "_tell", lambda _self, _traffic: None)  # no Envoy runs
+    monkeypatch.setattr(Door, "_apply", lambda _self, _traffic: None)  # no Envoy runs
     door.change(lambda now: replace(now, rollouts={"m": RolloutShare("2.0", 0.5), "n": RolloutShare("2.0", 0.5)}))
     store.save(Progress(PLAN, stage="back"))
     store.save(Progress(replace(PLAN, model="n"), stage="rolling"))
@@ -345,7 +345,7 @@ def test_workers_that_load_leave_the_cores_to_those_who_serve(processes: Callabl
     new = [processes("--sock-name", f"/tmp/.ts.sock.{100 + i}") for i in range(cores)]
     with LoadThrottle(psutil.Process()) as throttle:
         throttle.assign(str(100 + i) for i in range(cores))
-        time.sleep(3 * load_throttle.LOOK_EVERY_S)
+        time.sleep(3 * load_throttle.CHECK_EVERY_S)
         before = [used(one) for one in (*serving, *new)]
         time.sleep(2)
         spent = [used(one) - was for one, was in zip((*serving, *new), before, strict=True)]
@@ -361,15 +361,15 @@ def test_workers_that_load_use_cores_that_are_idle(
     new = [processes("--port", str(9000 + i)) for i in range(2)]
     with LoadThrottle(psutil.Process()) as throttle:
         throttle.assign(["9000", "9001"])
-        time.sleep(3 * load_throttle.LOOK_EVERY_S)
+        time.sleep(3 * load_throttle.CHECK_EVERY_S)
         before = [used(one) for one in new]
         time.sleep(2)
 
         assert all(used(one) > was for one, was in zip(new, before, strict=True)), "each has its turns"
         new[0].kill()
-        time.sleep(2 * load_throttle.LOOK_EVERY_S)
+        time.sleep(2 * load_throttle.CHECK_EVERY_S)
         throttle.assign([])
-        time.sleep(2 * load_throttle.LOOK_EVERY_S)
+        time.sleep(2 * load_throttle.CHECK_EVERY_S)
         assert new[1].status() != psutil.STATUS_STOPPED, "it is not held any more"
 
 

@@ -1,4 +1,4 @@
-"""`torchserve-dag experiment`: which version is better, so far."""
+"""`torchserve-dag experiment`: which version of a model is better, so far."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 def experiment(
-    name: Annotated[str, typer.Argument(help="A model whose requests are shared between versions.")],
+    name: Annotated[str, typer.Argument(help="A model whose requests are split between versions.")],
     *,
     since: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Only the last 30m, 6h, 7d; all that the logs keep unless given.")
+        str | None,
+        typer.Option(metavar="TIME", help="Only requests of the last 30m, 6h, 7d; by default all that the logs keep."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it into FILE.svg or FILE.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a plot, as .svg or .png.")] = None,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Compare the versions of a model: requests, errors, durations, scores; what differs, and how surely."""
+    """Compare the versions of a model by errors, durations and scores, with confidence intervals."""
     from torchserve_dag.releases import plot as picture
     from torchserve_dag.releases import request_log
     from torchserve_dag.releases.experiment import compare
@@ -38,7 +39,7 @@ def experiment(
     with failures():
         requests = request_log.read(State(project_root(project)).logs, name, begin)
         if not requests:
-            fail(f"The logs have no request for {name} that named no version: send some through the front door.")
+            fail(f"The logs have no requests for {name} without a version: send some through the front door.")
         result = compare(name, requests)
         if plot:
             picture.draw(result, requests, plot)
@@ -73,7 +74,7 @@ def _print(result: Result) -> None:
             row.what,
             *(_number(row, value) for value in (row.first, row.second, row.difference)),
             _range(row),
-            _said(row),
+            _verdict(row),
         )
     out.print(table)
 
@@ -86,7 +87,7 @@ def _range(row: Difference) -> str:
     return f"{_number(row, row.low)} to {_number(row, row.high)}"
 
 
-def _said(row: Difference) -> str:
+def _verdict(row: Difference) -> str:
     if row.settled:
         return "[green]settled[/]"
     if row.needed is None:

@@ -1,4 +1,4 @@
-"""`torchserve-dag rollout`, `promote`, `rollback`, `retire` and `routes`: which version answers whom."""
+"""`torchserve-dag rollout`, `promote`, `rollback`, `retire` and `routes`: which version gets which requests."""
 
 from __future__ import annotations
 
@@ -21,30 +21,35 @@ if TYPE_CHECKING:
     from torchserve_dag.releases.rollout import Progress, RolloutStore, StepMetrics
 
 STOP_IF = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
-"""When a rollout is rolled back, unless --stop-if says otherwise."""
+"""The default of --stop-if."""
 
 _COLOURS = {"done": "green", "back": "red"}
 
 
 def rollout(
     name: Annotated[str, typer.Argument(metavar="NAME|status", help="A model; or status, for all rollouts.")],
-    version: Annotated[str | None, typer.Argument(help="The version that is to answer, from the model store.")] = None,
+    version: Annotated[str | None, typer.Argument(help="The new version; its archive is in the model store.")] = None,
     *,
     canary: Annotated[
-        str, typer.Option(metavar="PERCENT,…", help="The new version's share, step by step.")
+        str, typer.Option(metavar="PERCENT,…", help="The new version's share of the requests at each step, in percent.")
     ] = "5,25,50,100",
-    every: Annotated[str, typer.Option(metavar="TIME", help="How long a step lasts: 60s, 5m.")] = "60s",
-    stop: Annotated[str, typer.Option("--stop-if", metavar="REASON", help="Go back where this is sure.")] = STOP_IF,
-    at_least: Annotated[int, typer.Option(min=0, help="Requests that a step needs before the next.")] = 20,
-    patience: Annotated[str, typer.Option(metavar="TIME", help="How long a step may wait for them.")] = "1h",
-    ready: Annotated[str, typer.Option(metavar="TIME", help="How long the version may take to load.")] = "10m",
-    watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Show it until it is over.")] = True,
+    every: Annotated[str, typer.Option(metavar="TIME", help="The duration of a step: 60s, 5m.")] = "60s",
+    stop: Annotated[
+        str, typer.Option("--stop-if", metavar="CONDITION", help="Roll back when this holds beyond chance.")
+    ] = STOP_IF,
+    at_least: Annotated[
+        int, typer.Option(min=0, help="Requests that the new version must have had before the next step.")
+    ] = 20,
+    patience: Annotated[str, typer.Option(metavar="TIME", help="How long a step may wait for these requests.")] = "1h",
+    ready: Annotated[str, typer.Option(metavar="TIME", help="How long the new version may take to load.")] = "10m",
+    watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Show the progress until the rollout ends.")] = True,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Give a new version more and more of a model's requests, and go back by itself where it is worse.
+    """Give a new version a growing share of a model's requests, and roll back automatically if it is worse.
 
-    It goes on when this command is left. It ends with the new version at 100 percent, and the old one kept.
+    It continues when this command is interrupted. At its end the new version gets all requests, and the old one stays
+    loaded.
     """
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.releases import stop_if, versions
@@ -69,10 +74,10 @@ def rollout(
         record = running(State(root))
         door = Door(State(root))
         if door.record() is None:
-            fail("The server runs without its front door, which shares the requests: start it with torchserve-dag up.")
+            fail("The server runs without the front door, which splits the requests: start it with torchserve-dag up.")
         traffic = door.traffic()
         if name not in {one.model for one in traffic.served}:
-            fail(f"{name} is not served: a rollout needs a version that answers meanwhile.")
+            fail(f"{name} is not served: a rollout needs an old version that is.")
         if not any((one.model, one.version) == (name, version) for one in traffic.served):
             versions.find_archive(Path(record.store), name, version)
         store.request(plan)
@@ -86,12 +91,12 @@ def rollout(
 
 
 def promote(
-    name: Annotated[str, typer.Argument(help="A model that is being rolled out.")],
+    name: Annotated[str, typer.Argument(help="A model with a running rollout.")],
     *,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Give all requests to the new version now, and leave out the steps that were to come."""
+    """Give all requests to the new version now, and skip the remaining steps."""
     from torchserve_dag.releases import manual
 
     with failures():
@@ -100,12 +105,12 @@ def promote(
 
 
 def rollback(
-    name: Annotated[str, typer.Argument(help="A model that is being, or was, rolled out.")],
+    name: Annotated[str, typer.Argument(help="A model with a running or finished rollout.")],
     *,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Give all requests to what answered before the last rollout, within a second or two."""
+    """Restore the weights from before the last rollout, within a second or two."""
     from torchserve_dag.releases import manual
 
     with failures():
@@ -114,11 +119,11 @@ def rollback(
 
 
 def retire(
-    name: Annotated[str, typer.Argument(metavar="NAME/VERSION", help="A version that gets no requests any more.")],
+    name: Annotated[str, typer.Argument(metavar="NAME/VERSION", help="A version that no route uses.")],
     *,
     project: ProjectOption = None,
 ) -> None:
-    """End a version's workers, when its last request is answered; it is not served at later starts either."""
+    """Unload a version after its last request is answered; later starts do not load it either."""
     from torchserve_dag.releases import versions
     from torchserve_dag.server.connect import torchserve_client
     from torchserve_dag.server.state import State
@@ -128,14 +133,14 @@ def retire(
         fail(f"Which version of {model}? Write torchserve-dag retire {model}/VERSION.")
     with failures():
         state = State(project_root(project))
-        with torchserve_client(state) as client, err.status(f"waiting for the last requests of {name}"):
+        with torchserve_client(state) as client, err.status(f"waiting for requests in flight at {name}"):
             versions.retire(state, client, model, version)
         state.save_retired(model, version)
-    out.print(f"{name} is retired; torchserve-dag rollout {model} {version} brings it back")
+    out.print(f"{name} is retired; torchserve-dag rollout {model} {version} loads it again")
 
 
 def routes(*, json: JsonOption = False, project: ProjectOption = None) -> None:
-    """Take routes.yaml as it is now, and show which version answers whom; no connection is dropped."""
+    """Apply routes.yaml as it is now, without dropping a connection, and show which version gets which requests."""
     from torchserve_dag.releases import manual
 
     with failures():
@@ -151,7 +156,7 @@ def _steps(text: str) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if not found or list(found) != sorted(set(found)) or found[0] <= 0 or found[-1] > WHOLE:
-        fail(f'"{text}" are no steps: write percentages that grow, like 5,25,50,100.')
+        fail(f'"{text}" is no list of steps: write growing percentages, like 5,25,50,100.')
     return found if found[-1] == WHOLE else (*found, WHOLE)
 
 
@@ -160,7 +165,7 @@ def _time(text: str) -> float:
 
 
 def _follow(store: RolloutStore, model: str) -> Progress | None:
-    """Show a rollout until it is over; who leaves does not end it."""
+    """Show a rollout until it ends; an interrupt stops the display, not the rollout."""
     now = store.progress(model)
     try:
         with Live(console=err, auto_refresh=False, transient=True) as live:
@@ -169,7 +174,7 @@ def _follow(store: RolloutStore, model: str) -> Progress | None:
                 time.sleep(0.2)
                 now = store.progress(model)
     except KeyboardInterrupt:
-        err.print(f"It goes on: torchserve-dag rollout status, promote {model}, rollback {model}.")
+        err.print(f"The rollout continues: see torchserve-dag rollout status, promote {model}, rollback {model}.")
         raise typer.Exit(130) from None
     return now
 
@@ -193,7 +198,7 @@ def _show_all(store: RolloutStore, *, json: bool) -> None:
 
 
 def _picture(now: Progress) -> Group:
-    """One rollout: its line, a bar of shares, and what both versions did in this step."""
+    """One rollout: its status, a bar with the share, and the metrics of both versions within the step."""
     from torchserve_dag.releases.rollout import WHOLE
 
     plan = now.plan
@@ -215,25 +220,25 @@ def _cells(numbers: StepMetrics) -> list[str]:
 def _line(now: Progress) -> Text:
     plan, colour = now.plan, _COLOURS.get(now.stage, "yellow")
     steps = ", ".join(f"{step:g}" for step in plan.steps)
-    said = {
-        "waiting": "is about to begin",
+    status = {
+        "waiting": "is about to start",
         "loading": f"loads {plan.version}",
         "rolling": f"rolls out {plan.version} in steps of {steps} percent",
         "done": f"is {plan.version} now: {now.reason}",
-        "back": f"went back from {plan.version}: {now.reason}",
+        "back": f"rolled back from {plan.version}: {now.reason}",
     }[now.stage]
-    return Text.assemble((plan.model, "bold"), " ", (said, colour))
+    return Text.assemble((plan.model, "bold"), " ", (status, colour))
 
 
 def _print_routes(traffic: Traffic) -> None:
-    table = Table("model", "version", "share", "besides")
+    table = Table("model", "version", "share", "also")
     for split in traffic.splits:
         shares = split.shares
         known = [one.version for one in traffic.served if one.model == split.model]
         for version in [*shares, *(one for one in known if one not in shares)]:
-            besides = [f"always {rule}" for rule, one in split.route.always.items() if one == version]
-            besides += [f"a copy of {split.route.shadow[version]:g}%"] if version in split.route.shadow else []
-            besides += ["fallback"] if version == split.fallback else []
-            besides += ["[yellow]left alone for a while: it keeps failing[/]"] if version in split.ejected else []
-            table.add_row(split.model, version, f"{shares.get(version, 0):.1%}", escape(", ".join(besides)))
+            uses = [f"always {rule}" for rule, one in split.route.always.items() if one == version]
+            uses += [f"a copy of {split.route.shadow[version]:g}%"] if version in split.route.shadow else []
+            uses += ["fallback"] if version == split.fallback else []
+            uses += ["[yellow]ejected for a while: it keeps failing[/]"] if version in split.ejected else []
+            table.add_row(split.model, version, f"{shares.get(version, 0):.1%}", escape(", ".join(uses)))
     out.print(table)

@@ -1,4 +1,4 @@
-"""What Envoy says of itself, over the socket in its folder that only its owner may use."""
+"""Envoy's admin interface, over a Unix socket in its folder that only the owner may use."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ TIMEOUT_S = 10.0
 
 
 class Admin:
-    """Envoy's own interface."""
+    """A client of Envoy's admin interface."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def listens(self) -> bool:
-        """Whether it serves: it has its first routes and clusters, and listens."""
+        """Whether Envoy has its routes and clusters, and listens."""
         try:
             return self._ask("GET", "/ready") == "LIVE\n"
         except ServerError:
             return False
 
     def versions(self) -> dict[str, str]:
-        """Which clusters and routes it has taken, by their kind."""
-        said = self._ask("GET", "/stats?filter=version_text")
-        lines = (line.partition(": ") for line in said.splitlines())
+        """The version of the clusters and routes that Envoy has accepted, by resource type."""
+        text = self._ask("GET", "/stats?filter=version_text")
+        lines = (line.partition(": ") for line in text.splitlines())
         return {name.split(".")[-2]: value.strip('"') for name, _, value in lines}
 
     def stats(self, regex: str) -> dict[str, int]:
-        """Its counters and gauges whose names match."""
+        """The counters and gauges whose names match."""
         lines = self._ask("GET", f"/stats?type=All&filter={quote(regex)}").splitlines()
         pairs = (line.rpartition(": ") for line in lines)
         return {name: int(value) for name, _, value in pairs if value.isdigit()}
 
     def prometheus(self, regex: str) -> str:
-        """Its numbers whose names match, as a page of Prometheus."""
+        """The metrics whose names match, in Prometheus's text format."""
         return self._ask("GET", f"/stats/prometheus?filter={quote(regex)}")
 
     def clusters(self) -> list[dict[str, Any]]:
-        """Its clusters, with the state of their hosts."""
+        """The clusters, with the state of their hosts."""
         found = json.loads(self._ask("GET", "/clusters?format=json"))["cluster_statuses"]
         return list(found)
 
@@ -71,7 +71,7 @@ class Admin:
             folder = os.open(self.folder, os.O_PATH)
         except OSError:
             raise ServerError(f"There is no front door in {self.folder}.") from None
-        try:  # the folder's path may be longer than a socket's may be
+        try:  # the folder's path may exceed the limit for a socket's path
             transport = httpx.HTTPTransport(uds=f"/proc/self/fd/{folder}/{ADMIN}")
             with httpx.Client(transport=transport, timeout=TIMEOUT_S, trust_env=False) as client:
                 yield client

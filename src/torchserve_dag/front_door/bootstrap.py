@@ -1,4 +1,4 @@
-"""What stays while the front door runs, in Envoy's words: its listener, its filters, its logs, its own limits."""
+"""Envoy's static configuration: listeners, HTTP filters, access logs, overload limits."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torchserve_dag.server.ports import host_and_port
 Config = dict[str, Any]
 
 ADMIN = "admin.sock"
-"""Envoy's own interface: a socket in the front door's folder, its working directory (a whole path may be too long)."""
+"""The socket of the admin interface, relative to Envoy's working directory: an absolute path may be too long."""
 ROUTES, CLUSTERS, CERTIFICATE = "routes.json", "clusters.json", "certificate.json"
 REQUESTS_LOG, FEEDBACK_LOG = "requests.log", "feedback.log"
 
 HEAP_BYTES = 2 * 2**30
-"""Envoy's memory, at which it begins to refuse."""
+"""The heap size at which Envoy starts to refuse requests."""
 SPARE_FILES = 1024
-"""Files that are not clients' connections: those to TorchServe, logs."""
+"""File descriptors that are not for clients' connections: connections to TorchServe, logs."""
 STREAM_WINDOW = 256 * 2**10
 BUCKETS_US = [round(1000 * 1.15**i) for i in range(-8, 84)]
 """Upper bounds of the histogram of durations, 15 % apart: from 0.3 ms to 2 minutes."""
 GRPC_STATUS = {413: "8", 504: "4"}
-"""What Envoy would call otherwise: RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
+"""HTTP status → gRPC status, where Envoy's own mapping differs: RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
 REQUEST_ID = "%REQUEST_HEADER(x-request-id)%"
 
 _FILTERS = f"{TYPES}extensions.filters.http."
@@ -34,7 +34,7 @@ _LISTENER_HTTP = f"{TYPES}extensions.filters.network.http_connection_manager.v3.
 
 
 def bootstrap(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body: int) -> Config:
-    """Envoy's configuration. What it reads is in `folder`, what it writes in `logs`; `max_body` is in bytes."""
+    """The bootstrap configuration. Envoy reads from `folder` and writes to `logs`; `max_body` is in bytes."""
     return {
         "admin": {"address": {"pipe": {"path": ADMIN, "mode": 0o600}}},
         "node": {"id": "front-door", "cluster": "torchserve-dag"},
@@ -43,7 +43,7 @@ def bootstrap(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body:
             "clusters": [_admin_cluster()],
             "listeners": [_listener(door, folder, logs, key_set, max_body), _metrics_listener(door)],
         },
-        "stats_flush_interval": "0.5s",  # until then a histogram lacks what came last
+        "stats_flush_interval": "0.5s",  # histograms lag behind by up to this interval
         "stats_config": {
             "histogram_bucket_settings": [{"match": {"contains": "tries"}, "buckets": BUCKETS_US}],
         },
@@ -107,7 +107,7 @@ def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int)
             "initial_stream_window_size": STREAM_WINDOW,
             "initial_connection_window_size": 4 * STREAM_WINDOW,
         },
-        # A client may name its request, to give its feedback later; else the front door does.
+        # A client may choose its request's id, to send feedback later; otherwise Envoy generates one.
         "preserve_external_request_id": True,
         "always_set_request_id_in_response": True,
         "early_header_mutation_extensions": [_without_internal_headers()],
@@ -130,7 +130,7 @@ def _without_internal_headers() -> Config:
 
 
 def _filters(key_set: str, max_body: int) -> list[Config]:
-    """In a request's order."""
+    """The HTTP filters, in the order in which a request passes them."""
     provider = {
         "issuer": ISSUER,
         "local_jwks": {"inline_string": key_set},
@@ -164,13 +164,13 @@ def _filters(key_set: str, max_body: int) -> list[Config]:
             "typed_config": {"@type": f"{_FILTERS}local_ratelimit.v3.LocalRateLimit", "stat_prefix": "front_door"},
         },
         {
-            # TorchServe gets whole requests: a slow client holds nothing but its own connection.
+            # TorchServe gets complete requests only: a slow client occupies no worker.
             "name": "envoy.filters.http.buffer",
             "typed_config": {"@type": f"{_FILTERS}buffer.v3.Buffer", "max_request_bytes": max_body},
         },
         {
             "name": "envoy.filters.http.json_to_metadata",
-            "disabled": True,  # but for /feedback
+            "disabled": True,  # except for /feedback
             "typed_config": {
                 "@type": f"{_FILTERS}json_to_metadata.v3.JsonToMetadata",
                 "request_rules": {"rules": [_feedback_field(key) for key in ("request_id", "score")]},
@@ -192,7 +192,7 @@ def _feedback_field(key: str) -> Config:
 
 
 def _router() -> Config:
-    """Every try of a request is counted, those that a fallback stood in for too."""
+    """The router, which counts and times every attempt, including those that a fallback replaced."""
     of = [
         {"name": "version", "value_format": "%UPSTREAM_CLUSTER_RAW%"},
         {"name": "route", "value_format": "%ROUTE_NAME%"},
@@ -224,7 +224,7 @@ def _router() -> Config:
 
 
 def _logs(folder: Path) -> list[Config]:
-    """A line of JSON for each request; what clients post back has a file of its own."""
+    """A line of JSON for each request; feedback has a log file of its own."""
     request = {
         "time": "%START_TIME%",
         "request_id": REQUEST_ID,
@@ -285,13 +285,13 @@ def _file_log(path: Path, fields: Config) -> Config:
 
 
 def _local_replies() -> Config:
-    """The front door's own refusals, as TorchServe writes its own; over gRPC a sentence, not JSON."""
+    """The front door's own errors, in TorchServe's JSON format; over gRPC the message alone."""
     grpc = {"header_filter": {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}}
     sentences = {
         401: ("InvalidKeyException", "A valid token is needed, as Authorization: Bearer TOKEN (%LOCAL_REPLY_BODY%)."),
         403: ("InvalidKeyException", "This token was revoked: ask for another."),
-        413: ("TooLarge", "The body is larger than the server takes."),
-        429: ("Overloaded", "This token sends more requests a second than it may; try later."),
+        413: ("TooLarge", "The body is larger than the server accepts."),
+        429: ("Overloaded", "This token exceeds its requests per second; try later."),
         503: ("Overloaded", "No server can answer now; try later (%LOCAL_REPLY_BODY%)."),
         504: ("DeadlineExceeded", "There was no answer in time."),
     }
@@ -314,7 +314,7 @@ def _local_replies() -> Config:
 
 
 def _metrics_listener(door: FrontDoor) -> Config:
-    """Envoy's own page of numbers, and nothing else of its interface."""
+    """A listener for Envoy's Prometheus page, and nothing else of the admin interface."""
     host, port = host_and_port(door.metrics)
     route = {
         "match": {"path": "/metrics"},

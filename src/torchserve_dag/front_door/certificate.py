@@ -1,4 +1,4 @@
-"""The certificate that the front door shows: files that are given, or one for development, made on demand."""
+"""The front door's TLS certificate: the configured files, or a generated development certificate."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torchserve_dag.server.errors import ServerError
 
 LIFE = dt.timedelta(days=365)
 RENEW = dt.timedelta(days=30)
-"""So long before its end a development certificate is made anew."""
+"""How long before its expiry a development certificate is renewed."""
 
 
 def files(root: Path, door: FrontDoor, folder: Path) -> tuple[Path, Path]:
-    """The certificate's file and its key's. Raises ServerError where they are not there, or do not fit."""
+    """The files of the certificate and its key. Raises ServerError if they are missing or do not match."""
     if door.certificate is None or door.key is None:
         certificate, key = folder / "development.pem", folder / "development.key"
         if not _good(certificate):
@@ -34,8 +34,8 @@ def files(root: Path, door: FrontDoor, folder: Path) -> tuple[Path, Path]:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
     except OSError as error:  # an SSLError is one too
         raise ServerError(
-            f"{door.certificate} and {door.key} of front_door.yaml are no certificate with its key "
-            f"({error.strerror or error}): name files of PEM."
+            f"{door.certificate} and {door.key} of front_door.yaml are no matching certificate and key "
+            f"({error.strerror or error}): name PEM files."
         ) from None
     return certificate, key
 
@@ -62,7 +62,7 @@ def _good(certificate: Path) -> bool:
 
 
 def _make(certificate: Path, key_file: Path) -> None:
-    """For localhost and this machine's name, signed by itself."""
+    """Write a self-signed certificate for localhost and this machine's name."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "torchserve-dag development")])
     hosts: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname())]

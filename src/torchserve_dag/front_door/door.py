@@ -1,4 +1,4 @@
-"""The front door of one project: what it is told, by files that Envoy reads, and whether it has taken it."""
+"""The front door of one project: its traffic configuration, applied through files that Envoy watches."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State, locked
 
-TAKEN_S = 10.0
-"""How long Envoy may take to read a file that has changed; it takes milliseconds."""
+APPLIED_S = 10.0
+"""How long Envoy may take to apply a changed file; it takes milliseconds."""
 LOCK_S = 30.0
 
 
@@ -46,20 +46,20 @@ class FrontDoorProcess:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """All that decides where a request goes."""
+    """Everything that decides which version gets a request."""
 
     torchserve: Addresses = field(default_factory=Addresses)
     served: tuple[ServedVersion, ...] = ()
     leaving: tuple[ServedVersion, ...] = ()
-    """Get no more requests, and answer those that are inside."""
+    """Versions that get no new requests, and still answer those in flight."""
     defaults: dict[str, str] = field(default_factory=dict)
-    """Which version answers for a model that `routes.yaml` does not know."""
+    """Model → default version, for models that are not in `routes.yaml`."""
     routes: dict[str, RouteFile] = field(default_factory=dict)
-    """`routes.yaml`, as it was when it was last taken."""
+    """`routes.yaml`, as it was when it was last applied."""
     rollouts: dict[str, RolloutShare] = field(default_factory=dict)
-    """What models are on their way to."""
+    """Model → new version and share of its running rollout."""
     ejected: tuple[tuple[str, str], ...] = ()
-    """Models and versions that keep failing, and are left alone for a while."""
+    """Models and versions that keep failing and get no requests for a while."""
 
     @property
     def splits(self) -> list[Split]:
@@ -92,75 +92,75 @@ class Door:
         atomic.write_private(self._record, json.dumps(plain.flatten(record)))
 
     def traffic(self) -> Traffic:
-        """What was decided last."""
+        """The current traffic configuration. Raises ServerError if there is none."""
         try:
             return plain.build(Traffic, json.loads(self._traffic.read_text("utf-8")))
         except (OSError, ValueError, plain.WrongDataError):
-            raise ServerError("The front door knows of no model: start it with torchserve-dag up.") from None
+            raise ServerError("The front door has no models: start it with torchserve-dag up.") from None
 
     def change(self, change: Callable[[Traffic], Traffic]) -> Traffic:
-        """Decide anew, and return when Envoy goes by it; no connection is dropped. Raises ServerError."""
+        """Change the traffic configuration; returns when Envoy applies it. Drops no connection. Raises ServerError."""
         with self._lock():
             before = self.traffic()
             after = change(before)
             atomic.write_private(self._traffic, json.dumps(plain.flatten(after)))
             try:
-                self._tell(after)
+                self._apply(after)
             except ServerError:
                 atomic.write_private(self._traffic, json.dumps(plain.flatten(before)))
-                for name, kind, found in self._files(before):  # for an Envoy that takes them later
+                for name, kind, found in self._files(before):  # in case Envoy reads them later
                     self._write(name, kind, found)
                 raise
         return after
 
     def begin(self, where: Addresses) -> None:
-        """Forget what was decided, and write what Envoy reads when it starts."""
+        """Reset the traffic configuration, and write the files that Envoy reads at start-up."""
         atomic.write_private(self._traffic, json.dumps(plain.flatten(Traffic(where))))
         for name, kind, found in self._files(Traffic(where)):
             self._write(name, kind, found)
 
     def show_certificate(self, certificate: Path, key: Path) -> None:
-        """As it is in these files now; new connections see it."""
+        """Use these files for new connections."""
         pems = {"certificate_chain": certificate, "private_key": key}
         shown = {name: {"inline_string": path.read_text("utf-8")} for name, path in pems.items()}
         kind = "extensions.transport_sockets.tls.v3.Secret"
         self._write(CERTIFICATE, kind, [{"@type": f"{TYPES}{kind}", "name": "certificate", "tls_certificate": shown}])
 
     def issue_token(self, name: str, lives_s: float, requests_per_second: int | None = None) -> str:
-        """A new token, which is let in when this returns, where the front door runs. Raises ServerError."""
+        """A new token; if the front door runs, it accepts the token when this returns. Raises ServerError."""
         with self._lock():
             text = self.tokens.issue(name, lives_s, requests_per_second)
-            self._tell_tokens()
+            self._apply_tokens()
         return text
 
     def revoke_token(self, name: str) -> None:
-        """When this returns, it is let in no more. Raises ServerError."""
+        """Revoke a token; the front door refuses it when this returns. Raises ServerError."""
         with self._lock():
             self.tokens.revoke(name)
-            self._tell_tokens()
+            self._apply_tokens()
 
-    def _tell_tokens(self) -> None:
-        if self.admin.listens():  # Envoy, whatever became of its keeper
-            self._tell(self.traffic())
+    def _apply_tokens(self) -> None:
+        if self.admin.listens():  # even if Envoy's keeper has ended
+            self._apply(self.traffic())
 
-    def _tell(self, traffic: Traffic) -> None:
-        """Clusters before the routes that name them; and those that no route names any more, last."""
+    def _apply(self, traffic: Traffic) -> None:
+        """Add clusters before the routes that name them, and remove clusters after the routes that named them."""
         (_, kind, now), (_, routes_kind, routes) = self._files(traffic)
         names = {cluster["name"] for cluster in now}
         before = json.loads((self.folder / CLUSTERS).read_text("utf-8"))["resources"]
         leaving = [cluster for cluster in before if cluster["name"] not in names]
-        self._tell_one(CLUSTERS, kind, [*now, *leaving])
-        self._tell_one(ROUTES, routes_kind, routes)
+        self._apply_file(CLUSTERS, kind, [*now, *leaving])
+        self._apply_file(ROUTES, routes_kind, routes)
         if leaving:
-            self._tell_one(CLUSTERS, kind, now)
+            self._apply_file(CLUSTERS, kind, now)
 
-    def _tell_one(self, name: str, kind: str, found: list[Resource]) -> None:
+    def _apply_file(self, name: str, kind: str, found: list[Resource]) -> None:
         version = self._write(name, kind, found)
         what = "cds" if name == CLUSTERS else "routes"
-        deadline = time.monotonic() + TAKEN_S
+        deadline = time.monotonic() + APPLIED_S
         while self.admin.versions().get(what) != version:
             if time.monotonic() > deadline:
-                raise ServerError(f"The front door does not take {name}: see front_door.log in {self.state.logs}.")
+                raise ServerError(f"The front door does not apply {name}: see front_door.log in {self.state.logs}.")
             time.sleep(0.01)
 
     def _files(self, traffic: Traffic) -> list[tuple[str, str, list[Resource]]]:
@@ -175,8 +175,8 @@ class Door:
 
     def _write(self, name: str, kind: str, found: list[Resource]) -> str:
         version = str(time.time_ns())
-        said: dict[str, Any] = {"version_info": version, "type_url": f"type.googleapis.com/envoy.{kind}"}
-        atomic.write_private(self.folder / name, json.dumps({**said, "resources": found}))
+        header: dict[str, Any] = {"version_info": version, "type_url": f"type.googleapis.com/envoy.{kind}"}
+        atomic.write_private(self.folder / name, json.dumps({**header, "resources": found}))
         return version
 
     def _torchserve_token(self) -> str:
@@ -197,7 +197,7 @@ class Door:
 
 
 def set_rollout(model: str, rolling: RolloutShare | None) -> Callable[[Traffic], Traffic]:
-    """A change: how far a rollout of a model is; None ends it."""
+    """A change that sets the share of a model's rollout; None removes it."""
 
     def change(traffic: Traffic) -> Traffic:
         others = {name: found for name, found in traffic.rollouts.items() if name != model}

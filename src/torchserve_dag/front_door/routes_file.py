@@ -1,4 +1,4 @@
-"""What `routes.yaml` may say: which version of a model answers whom."""
+"""`routes.yaml`: which version of a model gets which requests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RouteFile:
 
     @property
     def rules(self) -> list[tuple[str, str, str]]:
-        """Header, value and version of each rule, in order."""
+        """Header, value and version of each rule, in order of precedence."""
         found = ((_RULE.fullmatch(rule), version) for rule, version in self.always.items())
         return [(rule["name"].lower(), rule["value"], version) for rule, version in found if rule]
 
@@ -70,13 +70,13 @@ Routes = dict[str, RouteFile]
 
 
 def read(root: Path) -> Source[Routes] | None:
-    """The project's routes; nothing where it has no `routes.yaml`. Raises CheckError."""
+    """The project's routes; None without a `routes.yaml`. Raises CheckError."""
     path = root / FILE
     return source.read(path, Routes) if path.is_file() else None
 
 
 def check(routes: Source[Routes], known: Mapping[str, Sequence[str]]) -> None:
-    """Raises CheckError where a model or a version is none of the `known`."""
+    """Raises CheckError for models and versions that are not `known`."""
     found = [problem for name in routes.value for problem in _problems(routes, name, known)]
     if found:
         raise CheckError(found)

@@ -1,4 +1,4 @@
-"""What `front_door.yaml` may say: where the front door listens, its certificate, and its limits."""
+"""`front_door.yaml`: where the front door listens, its certificate, and its limits."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ class FrontDoor:
         if not is_loopback(host):
             raise WrongFieldError(f"{host} is not this machine's loopback, and metrics need no token", "metrics")
         if (self.certificate is None) != (self.key is None):
-            raise WrongFieldError("certificate and key are files that come together", "certificate")
+            raise WrongFieldError("certificate and key are given together", "certificate")
 
 
 def read(root: Path) -> FrontDoor:
-    """The project's settings; the defaults where it has no `front_door.yaml`. Raises CheckError."""
+    """The project's settings; the defaults without a `front_door.yaml`. Raises CheckError."""
     path = root / FILE
     return source.read(path, FrontDoor).value if path.is_file() else FrontDoor()

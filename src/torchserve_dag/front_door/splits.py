@@ -1,4 +1,4 @@
-"""Which version of each model answers whom: what `routes.yaml` says, with what a rollout or a failure makes of it."""
+"""The current traffic split of each model: `routes.yaml`, changed by rollouts and ejections."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torchserve_dag.front_door.routes_file import RouteFile
 
 @dataclass(frozen=True, slots=True)
 class ServedVersion:
-    """One version of a model that TorchServe has."""
+    """A version of a model that TorchServe serves."""
 
     model: str
     version: str
     timeout_s: float
-    """How long TorchServe waits for its answer."""
+    """TorchServe's response timeout."""
     ours: bool
-    """Built by this package: it knows the request's id and trace."""
+    """Whether this package built the archive: its workers understand the request id and the trace context."""
     streams: bool = False
-    """Its answers may come in pieces."""
+    """Whether answers may be streamed in chunks."""
 
     @property
     def name(self) -> str:
@@ -28,36 +28,37 @@ class ServedVersion:
 
 @dataclass(frozen=True, slots=True)
 class RolloutShare:
-    """A version that is being rolled out."""
+    """The share of a version that is being rolled out."""
 
     version: str
     share: float
-    """Of all requests, from 0 to 1."""
+    """Of the requests, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How the requests for a model that name no version are shared, now."""
+    """How the requests for a model that name no version are split, now."""
 
     model: str
     weights: tuple[tuple[str, float], ...]
-    """In an order that stays: a sticky user's version changes only where its share does. A version may come again."""
+    """Version and weight, in a stable order: a sticky user changes version only if the weights there change. A version
+    may occur several times."""
     route: RouteFile
-    """The rest of it."""
+    """The route's other settings."""
     ejected: frozenset[str] = frozenset()
-    """Versions that keep failing: their part goes to the fallback until they are tried again."""
+    """Versions that keep failing: their requests go to the fallback until the ejection ends."""
 
     @property
     def fallback(self) -> str | None:
         return self.route.fallback
 
     def falls_back(self, version: str) -> bool:
-        """Whether another version is asked where this one fails."""
+        """Whether the fallback answers if this version fails."""
         return self.fallback is not None and version != self.fallback
 
     @property
     def shares(self) -> dict[str, float]:
-        """The part of the requests, of 1, that each version is meant for."""
+        """Version → share of the requests, from 0 to 1, ejections aside."""
         whole = sum(weight for _, weight in self.weights)
         found = dict.fromkeys((version for version, _ in self.weights), 0.0)
         for version, weight in self.weights:
@@ -72,7 +73,7 @@ def splits(
     rollouts: Mapping[str, RolloutShare],
     ejected: Collection[tuple[str, str]] = (),
 ) -> list[Split]:
-    """Of each model that is served: its route of the file, or all to its default; less what a rollout takes."""
+    """The split of each served model: its route, or 100 % to its default version; with the shares of rollouts."""
     found = []
     for model in sorted({one.model for one in served}):
         route = routes.get(model) or RouteFile({defaults[model]: 100})
@@ -85,7 +86,10 @@ def splits(
 
 
 def carved(weights: tuple[tuple[str, float], ...], rolling: RolloutShare) -> tuple[tuple[str, float], ...]:
-    """The new version's share, cut off the end of each other version's: nobody else changes places."""
+    """The weights with the new version's share cut off the end of every other version's range.
+
+    So sticky users outside these parts keep their version.
+    """
     whole = sum(weight for _, weight in weights)
     own = sum(weight for version, weight in weights if version == rolling.version) / whole
     cut = max(0.0, rolling.share - own) / (1 - own) if own < 1 else 0.0
@@ -99,7 +103,7 @@ def carved(weights: tuple[tuple[str, float], ...], rolling: RolloutShare) -> tup
 
 
 def _only(route: RouteFile, here: Collection[str]) -> RouteFile:
-    """Without what is not there: a rule or a shadow of a version that was retired."""
+    """The route without rules, shadows and fallback of versions that are not served, such as retired ones."""
     return replace(
         route,
         always={rule: version for rule, version in route.always.items() if version in here},

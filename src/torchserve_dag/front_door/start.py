@@ -28,18 +28,18 @@ OWN_TOKEN = "own_token"  # noqa: S105 (a file's name)
 OWN_LIFE_S = 365 * 86_400.0
 OWN_REQUESTS_PER_SECOND = 100_000
 MAX_BODY = 26_214_400
-"""As in config.properties, where that says nothing."""
+"""In bytes: TorchServe's default max_request_size, as in config.properties."""
 
 
 def with_free_ports(settings: FrontDoor) -> FrontDoor:
-    """The same hosts, each at a port that nobody has."""
+    """The same hosts, with free ports."""
     hosts = [host_and_port(address)[0] for address in (settings.listen, settings.metrics)]
     listen, metrics = (f"{host}:{port}" for host, port in zip(hosts, ports.free(hosts), strict=True))
     return replace(settings, listen=listen, metrics=metrics)
 
 
 def check_free(settings: FrontDoor) -> None:
-    """Raises ServerError, with who has it, where a port cannot be listened to."""
+    """Raises ServerError that names the owner of a port that is in use."""
     for address in (settings.listen, settings.metrics):
         problem = ports.why_not(*host_and_port(address))
         if problem:
@@ -51,7 +51,7 @@ def check_free(settings: FrontDoor) -> None:
 def start(
     root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int, keeper: Sequence[str]
 ) -> FrontDoorProcess:
-    """Start the front door, before TorchServe: it answers 404 until it is told of models. Raises ServerError.
+    """Start the front door, before TorchServe: it answers 404 until models are added. Raises ServerError.
 
     `keeper` is the command of the process that starts Envoy and watches it; the project's folder is added to it.
     """
@@ -83,7 +83,7 @@ def start(
 
 
 def stop(state: State) -> bool:
-    """Let the front door drain and end, if there is one; whether there was."""
+    """Drain and end the front door if it runs; whether it did."""
     record = Door(state).record()
     if record is None:
         return False
@@ -94,7 +94,7 @@ def stop(state: State) -> bool:
 
 
 def own_token(state: State) -> str:
-    """The token that this machine's own commands use. Raises ServerError."""
+    """The token of this project's own commands. Raises ServerError."""
     try:
         return (state.front_door / OWN_TOKEN).read_text("utf-8")
     except OSError:
@@ -102,7 +102,7 @@ def own_token(state: State) -> str:
 
 
 def _own_token(door: Door) -> None:
-    """A new one at each start."""
+    """Issue a new token for this project's own commands, at each start."""
     if any(token.name == OWN for token in door.tokens.issued()):
         door.tokens.revoke(OWN)
     atomic.write_private(door.folder / OWN_TOKEN, door.tokens.issue(OWN, OWN_LIFE_S, OWN_REQUESTS_PER_SECOND))
@@ -114,7 +114,7 @@ def _why(state: State) -> str:
             lines = (state.logs / name).read_text("utf-8", "replace").splitlines()
         except OSError:
             continue
-        said = [line for line in lines if "[critical]" in line or "Error" in line]
-        if said:
-            return said[-1].rpartition("] ")[2][:400]
+        errors = [line for line in lines if "[critical]" in line or "Error" in line]
+        if errors:
+            return errors[-1].rpartition("] ")[2][:400]
     return f"see {state.logs / LOG}"

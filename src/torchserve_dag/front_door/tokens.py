@@ -1,4 +1,4 @@
-"""The front door's own bearer tokens: signed (JWT), with a name and an end, and revoked by being forgotten."""
+"""The front door's bearer tokens: signed JWTs with a name and an expiry. Revoked tokens are removed from the list."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torchserve_dag.server.errors import ServerError
 ISSUER = "torchserve-dag"
 ALGORITHM = "HS256"
 OWN = "command-line"
-"""The name of the token that this machine's commands use."""
+"""The name of the token that this project's commands use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What is kept of a token: not the token itself."""
+    """The record of an issued token; the token itself is not stored."""
 
     name: str
     id: str
@@ -38,14 +38,14 @@ class Token:
 
 
 class TokenStore:
-    """The tokens of one project: the key that signs them, and what was issued. All files are their owner's only."""
+    """The signing key and the issued tokens of one project, in files that only the owner may read."""
 
     def __init__(self, folder: Path) -> None:
         self._key_file = folder / "token_key"
         self._file = folder / "tokens.json"
 
     def issued(self) -> list[Token]:
-        """Those that are neither revoked nor expired. Raises ServerError."""
+        """The tokens that are neither revoked nor expired. Raises ServerError."""
         try:
             data = json.loads(self._file.read_text("utf-8"))
             return [token for token in plain.build(list[Token], data) if not token.expired]
@@ -55,7 +55,7 @@ class TokenStore:
             raise ServerError(f"{self._file} cannot be read ({error}): delete it, and issue its tokens anew.") from None
 
     def issue(self, name: str, lives_s: float, requests_per_second: int | None = None) -> str:
-        """A new token. Raises ServerError where there is one of that name."""
+        """Issue a token. Raises ServerError if the name is taken."""
         known = self.issued()
         if any(token.name == name for token in known):
             raise ServerError(f'There is a token "{name}" already: revoke it, or choose another name.')
@@ -65,7 +65,7 @@ class TokenStore:
         return jwt.encode(claims, self._key(), ALGORITHM)
 
     def revoke(self, name: str) -> None:
-        """Forget a token, so that it is no longer let in. Raises ServerError where there is none of that name."""
+        """Remove a token from the list of accepted ones. Raises ServerError if there is none of that name."""
         known = self.issued()
         left = [token for token in known if token.name != name]
         if len(left) == len(known):
@@ -73,7 +73,7 @@ class TokenStore:
         self._save(left)
 
     def key_set(self) -> str:
-        """The key as Envoy reads it (RFC 7517)."""
+        """The signing key as a JSON Web Key Set (RFC 7517)."""
         key = base64.urlsafe_b64encode(self._key()).rstrip(b"=").decode()
         fields: dict[str, Any] = {"kty": "oct", "alg": ALGORITHM, "k": key}
         return json.dumps({"keys": [fields]})

@@ -1,6 +1,6 @@
--- Of one version of a model, for every try: it writes that version into the path or the message, with TorchServe's token,
--- and says in the answer which version it was. NAME, VERSION, MEANT, TOKEN and OURS are set before this text; MEANT is
--- the version that was chosen, where this one stands in for it.
+-- Runs in the cluster of one version, for every attempt: writes the version into the path or the message, adds TorchServe's
+-- token, and names the version in the answer. NAME, VERSION, MEANT, TOKEN and OURS are defined before this text; MEANT is
+-- the version that was chosen, if this one substitutes for it.
 
 local SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 
@@ -19,20 +19,20 @@ local function field(number, text)
   return char(number * 8 + 2) .. varint(#text) .. text
 end
 
--- An entry of the map `input`, TorchServe hands no metadata to its workers.
+-- An entry of the map `input`: TorchServe passes no gRPC metadata to its workers.
 local function entry(key, value)
   return value and field(3, field(1, key) .. field(2, value)) or ""
 end
 
 local function put_into_message(handle)
   local body = handle:body()
-  local headers = handle:headers() -- anew: what was got before a wait is void
+  local headers = handle:headers() -- fetched again: a handle from before a wait is invalid
   local size = body:length() - 5
   local entries = ""
-  if OURS then -- at the front, so that what the client itself says comes later, and wins
+  if OURS then -- at the front: an entry of the client's own comes later, and wins
     entries = entry("x-request-id", headers:get("x-request-id")) .. entry("traceparent", headers:get("traceparent"))
   end
-  local names = field(1, NAME) .. field(2, VERSION) -- at the end: of a field that is there twice, the last one counts
+  local names = field(1, NAME) .. field(2, VERSION) -- at the end: of a repeated scalar field, the last one counts
   local whole = #entries + size + #names
   local length = char(math.floor(whole / 16777216) % 256, math.floor(whole / 65536) % 256,
                       math.floor(whole / 256) % 256, whole % 256)
@@ -54,7 +54,7 @@ function envoy_on_request(handle)
   end
 end
 
--- The HTTP status that a failure has in the body of an answer: TorchServe's gRPC drops the status that a worker sets.
+-- The HTTP status of a failure in an answer's body: TorchServe's gRPC drops the status that a worker sets.
 local function status_in(handle)
   local body = handle:body()
   local size = body and body:length() or 0
@@ -63,7 +63,7 @@ local function status_in(handle)
   return at and at <= 12 and code or nil
 end
 
--- What a gRPC status is called in HTTP, for the router: it counts, retries and ejects by that.
+-- gRPC status → HTTP status, for the router's metrics, retries and ejections.
 local STATUS = {["1"] = "499", ["2"] = "500", ["4"] = "504", ["8"] = "507", ["13"] = "500", ["14"] = "503", ["15"] = "500"}
 
 function envoy_on_response(handle)

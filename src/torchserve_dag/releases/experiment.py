@@ -1,4 +1,4 @@
-"""An A/B's result so far: what differs between two versions, how surely, and how many requests would settle it."""
+"""The result of an A/B test so far: differences, their confidence intervals, and how many requests are still needed."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from torchserve_dag.releases.request_log import LoggedRequest
 
 CONFIDENCE = 0.95
 POWER = 0.8
-"""The chance that so many requests as `needed` settle it, if the difference is what it seems."""
+"""The probability that `needed` more requests settle a difference, if its true size is the observed one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One version's requests."""
+    """The requests of one version."""
 
     version: str
     requests: int
     errors: int
     fell_back: int
     left: int
+    """Clients that disconnected before the answer."""
     p50_ms: float
     p99_ms: float
     score: float | None
-    """The mean of what the workflow said."""
+    """The mean score that the workflow gave its answers."""
     feedback: float | None
-    """The mean of what clients said."""
+    """The mean score that clients posted to /feedback."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The second version less the first, in one respect."""
+    """The second version minus the first, in one measure."""
 
     what: str
     first: float
@@ -43,11 +44,11 @@ class Difference:
     difference: float
     low: float
     high: float
-    """The interval that holds the true difference 95 times of 100."""
+    """The bounds of the 95 % confidence interval."""
     of: tuple[int, int]
-    """Requests of each version that it was found in."""
+    """The number of requests of each version that have this measure."""
     needed: int | None
-    """How many more requests of this model would settle it; 0 where it is settled, none where nothing differs."""
+    """How many more requests of this model settle the difference; 0 if it is settled, None if there is none."""
 
     @property
     def settled(self) -> bool:
@@ -59,13 +60,13 @@ class Result:
     model: str
     arms: list[Arm]
     compared: tuple[str, ...]
-    """The two versions with the most requests; nothing where there is but one."""
+    """The two versions with the most requests; empty if only one had requests."""
     differences: list[Difference]
-    """Of the two versions with the most requests: errors, duration, and the scores that there are."""
+    """Between the compared versions: errors, duration, and scores and feedback if there are any."""
 
 
 def compare(model: str, requests: Sequence[LoggedRequest]) -> Result:
-    """What the requests of a model say of its versions."""
+    """Compare the versions of a model by their requests."""
     versions = list(dict.fromkeys(one.version for one in requests))
     parts = {version: [one for one in requests if one.version == version] for version in versions}
     arms = [_arm(version, part) for version, part in sorted(parts.items())]
@@ -100,7 +101,7 @@ def _arm(version: str, part: Sequence[LoggedRequest]) -> Arm:
 
 
 def _errors(first: Sequence[LoggedRequest], second: Sequence[LoggedRequest], whole: int) -> Difference:
-    """The share of requests that failed, or that the fallback answered. Newcombe's interval (1998, method 10)."""
+    """The share of requests that failed or that the fallback answered, with Newcombe's interval (1998, method 10)."""
     counts = [sum(one.failed or one.fell_back for one in part) for part in (first, second)]
     sizes = (len(first), len(second))
     shares = [count / size for count, size in zip(counts, sizes, strict=True)]
@@ -116,7 +117,7 @@ def _errors(first: Sequence[LoggedRequest], second: Sequence[LoggedRequest], who
 
 
 def _means(what: str, first: Sequence[float], second: Sequence[float], whole: int) -> Difference:
-    """Welch's interval (1947)."""
+    """The difference of two means, with Welch's interval (1947)."""
     means = [fmean(first), fmean(second)]
     sizes = (len(first), len(second))
     spreads = (stdev(first) ** 2, stdev(second) ** 2)
@@ -138,13 +139,13 @@ def _difference(
     spreads: tuple[float, float],
     whole: int,
 ) -> Difference:
-    """`whole` is how many requests both versions had; of them `sizes` say something in this respect."""
+    """`whole` is the number of requests of both versions; `sizes` are how many of each have this measure."""
     difference = values[1] - values[0]
     found = Difference(what, values[0], values[1], difference, *interval, sizes, None)
     if found.settled:
         needed: int | None = 0
     elif difference:
-        # So many of each, in today's shares, that the standard error is this part of the difference.
+        # The sample size, split as it is today, at which the standard error is small enough for CONFIDENCE and POWER.
         reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))
         shares = [size / whole for size in sizes]
         wanted = sum(spread / share for spread, share in zip(spreads, shares, strict=True)) * (reach / difference) ** 2

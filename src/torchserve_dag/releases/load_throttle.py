@@ -1,7 +1,7 @@
-"""A new version's workers load their model while cores are idle, so that those who are served hardly feel it.
+"""Throttle the workers of a version that is loading: they run while cores are idle, so that serving is not slowed down.
 
-A process may lower its own priority, but needs a privilege to raise it again. So the new workers are stopped and let go
-on (SIGSTOP, SIGCONT), slice by slice of time, as there is a core that nothing else wants, until all of them are ready.
+An unprivileged process can lower its priority but not raise it again. So the loading workers are stopped and continued
+(SIGSTOP, SIGCONT) in short time slices, depending on idle cores, until all of them are ready.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from types import TracebackType
 import psutil
 
 SLICE_S = 0.01
-"""So long a worker goes on at a time. Where its core is wanted meanwhile, the two share it."""
+"""How long a worker runs before the idle cores are counted again; until then it shares its core with others."""
 SETTLE_S = 0.001
-"""So long a process may take to stop."""
-OWED = 10
-"""Of so many slices in which no core is idle, a worker gets one."""
-LOOK_EVERY_S = 0.25
-WITHIN_S = 100.0
-"""After this time they are left alone: TorchServe ends a worker that does not speak within two minutes."""
+"""How long a stopped process may take to leave its core."""
+BUSY_SLICES = 10
+"""With no idle core, run a loading worker in 1 slice of 10."""
+CHECK_EVERY_S = 0.25
+LONGEST_S = 100.0
+"""How long workers are throttled: TorchServe kills a worker that does not respond within two minutes."""
 
 
 class LoadThrottle:
-    """While it is entered, the workers that it holds compute where a core is idle."""
+    """A context in which the assigned workers run only while cores are idle."""
 
     def __init__(self, java: psutil.Process) -> None:
-        """`java` is the process of TorchServe, whose children workers are."""
+        """`java` is TorchServe's process, the parent of its workers."""
         self._java = java
         self._ids: frozenset[str] = frozenset()
         self._workers: dict[int, int] = {}
-        """A descriptor of each, by its pid; whose turn it is comes first."""
+        """The pidfd of each worker by its pid, in round-robin order."""
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="gently", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="load-throttle", daemon=True)
 
     def assign(self, ids: Iterable[str]) -> None:
-        """These are the workers, by TorchServe's ids, and no others any more."""
+        """Throttle exactly these workers, named by TorchServe's worker ids; others run freely again."""
         self._ids = frozenset(ids)
 
     def __enter__(self) -> LoadThrottle:
-        atexit.register(self._end)  # or whom it stopped would stay so
+        atexit.register(self._end)  # else stopped workers would stay stopped
         self._thread.start()
         return self
 
@@ -62,27 +62,27 @@ class LoadThrottle:
         self._thread.join()
 
     def _run(self) -> None:
-        end, look_at, busy = time.monotonic() + WITHIN_S, 0.0, 0
+        end, look_at, busy = time.monotonic() + LONGEST_S, 0.0, 0
         try:
             while not self._over.is_set() and time.monotonic() < end:
                 if time.monotonic() >= look_at:
-                    look_at = time.monotonic() + LOOK_EVERY_S
-                    self._take(workers_of(self._java, self._ids))
+                    look_at = time.monotonic() + CHECK_EVERY_S
+                    self._track(workers_of(self._java, self._ids))
                 self._send(signal.SIGSTOP, self._workers)
                 time.sleep(SETTLE_S)
                 idle = idle_cores()
                 if idle > len(self._workers):
                     self._send(signal.SIGCONT, self._workers)
-                    self._over.wait(LOOK_EVERY_S)
+                    self._over.wait(CHECK_EVERY_S)
                     continue
                 busy = 0 if idle else busy + 1
-                self._send(signal.SIGCONT, list(self._workers)[: idle or int(busy % OWED == 0)])
+                self._send(signal.SIGCONT, list(self._workers)[: idle or int(busy % BUSY_SLICES == 0)])
                 self._over.wait(SLICE_S)
         finally:
-            self._take(set())
+            self._track(set())
 
-    def _take(self, pids: set[int]) -> None:
-        """These and no others: whom it stopped before may go on. The next one comes first."""
+    def _track(self, pids: set[int]) -> None:
+        """Throttle exactly these processes; others are continued. Moves the round-robin on by one."""
         for pid in list(self._workers)[:1]:
             self._workers[pid] = self._workers.pop(pid)
         left = self._workers.keys() - pids
@@ -90,23 +90,23 @@ class LoadThrottle:
         for pid in left:
             os.close(self._workers.pop(pid))
         for pid in pids - self._workers.keys():
-            with suppress(OSError):  # it has ended
+            with suppress(OSError):  # the process has ended
                 self._workers[pid] = os.pidfd_open(pid)
 
-    def _send(self, what: signal.Signals, pids: Iterable[int]) -> None:
+    def _send(self, kind: signal.Signals, pids: Iterable[int]) -> None:
         for pid in pids:
             with suppress(OSError):
-                signal.pidfd_send_signal(self._workers[pid], what)
+                signal.pidfd_send_signal(self._workers[pid], kind)
 
 
 def idle_cores() -> int:
-    """Cores for which nothing is ready to run, but the thread that asks."""
+    """The number of cores without a runnable thread, apart from the calling one."""
     ready = Path("/proc/loadavg").read_text("ascii").split()[3].partition("/")[0]
     return max(0, (os.cpu_count() or 1) - int(ready) + 1)
 
 
 def workers_of(java: psutil.Process, ids: frozenset[str]) -> set[int]:
-    """The pids of TorchServe's processes that are these workers."""
+    """The pids of the workers with these ids among TorchServe's child processes."""
     found: set[int] = set()
     try:
         children = java.children(recursive=True) if ids else []

@@ -1,4 +1,4 @@
-"""Rollouts by hand: promoted, rolled back, and routes taken as they are written."""
+"""Promote a rollout, roll one back, and reload routes.yaml, on command."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
 ANSWER_S = 20.0
-"""How long the keeper may take to do what it is told; it looks twice a second."""
+"""How long the keeper may take to obey a command; it checks for commands twice a second."""
 
 
 def promote(root: Path, model: str) -> Progress:
-    """All requests to the new version of a rollout that is under way, now. Raises ServerError."""
-    return _order(root, model, promoted=True)
+    """Send all requests to the new version of the running rollout, now. Raises ServerError."""
+    return _command(root, model, promoted=True)
 
 
 def roll_back(root: Path, model: str) -> Progress:
-    """Back to what was before the last rollout of a model, be it under way or done. Raises ServerError."""
+    """Restore the weights from before a model's last rollout, whether it is running or done. Raises ServerError."""
     store = RolloutStore(State(root))
     last = store.progress(model)
     if last is None:
-        raise ServerError(f"{model} was not rolled out: there is nothing to go back to.")
+        raise ServerError(f"{model} was never rolled out: there is nothing to roll back.")
     if not last.over:
-        return _order(root, model, promoted=False)
+        return _command(root, model, promoted=False)
     if last.stage == "back":
-        raise ServerError(f"The last rollout of {model}, to {last.plan.version}, went back already: {last.reason}.")
+        raise ServerError(
+            f"The last rollout of {model}, to {last.plan.version}, was rolled back already: {last.reason}."
+        )
     served = {one.version for one in Door(State(root)).traffic().served if one.model == model}
     missing = [one for one, weight in last.before.items() if weight and one not in served]
     if missing:
@@ -43,7 +45,7 @@ def roll_back(root: Path, model: str) -> Progress:
 
 
 def reload_routes(root: Path) -> Traffic:
-    """`routes.yaml` as it is now. Raises ServerError, or CheckError, and then nothing has changed."""
+    """Apply `routes.yaml` as it is now. Raises ServerError or CheckError; then nothing has changed."""
     door = Door(State(root))
     found, traffic = routes_file.read(root), door.traffic()
     known: dict[str, list[str]] = {}
@@ -51,12 +53,12 @@ def reload_routes(root: Path) -> Traffic:
         known.setdefault(one.model, []).append(one.version)
     if found is not None:
         routes_file.check(found, {model: sorted(versions, key=version_key) for model, versions in known.items()})
-        for model, route in found.value.items():  # what is named here is served at the next start, too
+        for model, route in found.value.items():  # a version named here is served at the next start, too
             for version in {*route.versions, *route.always.values(), *route.shadow, *filter(None, [route.fallback])}:
                 door.state.save_retired(model, version, retired=False)
 
     def change(now: Traffic) -> Traffic:
-        """What a rollout that is over may have left goes too: the front door was away when it went back."""
+        """Also drops the share of a rollout that is over: Envoy may have been down when it was rolled back."""
         going = {model for model in now.rollouts if (last := store.progress(model)) and not last.over}
         rollouts = {model: rolling for model, rolling in now.rollouts.items() if model in going}
         return replace(now, routes={} if found is None else found.value, rollouts=rollouts)
@@ -65,17 +67,19 @@ def reload_routes(root: Path) -> Traffic:
     return door.change(change)
 
 
-def _order(root: Path, model: str, *, promoted: bool) -> Progress:
+def _command(root: Path, model: str, *, promoted: bool) -> Progress:
     store = RolloutStore(State(root))
     last = store.progress(model)
     if last is None or last.over:
-        raise ServerError(f"No rollout of {model} is under way: begin one with torchserve-dag rollout.")
+        raise ServerError(f"No rollout of {model} is running: start one with torchserve-dag rollout.")
     store.command(model, "promote" if promoted else "rollback")
     deadline = time.monotonic() + ANSWER_S
     while not (now := store.progress(model) or last).over:
         if time.monotonic() > deadline:
             store.command(model, None)
-            raise ServerError(f"The rollout of {model} does not listen now (it is {now.stage}): try again later.")
+            raise ServerError(
+                f"The rollout of {model} did not react within {ANSWER_S:g} s (stage: {now.stage}): try again later."
+            )
         time.sleep(0.05)
     store.command(model, None)
     return now

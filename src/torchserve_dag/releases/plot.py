@@ -1,4 +1,4 @@
-"""An experiment as a picture: the differences with their intervals, and how long each version's requests took."""
+"""Plot an experiment: the differences with their confidence intervals, and each version's distribution of durations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def draw(result: Result, requests: Sequence[LoggedRequest], path: Path) -> None:
 
 
 def _durations(axis: Any, result: Result, requests: Sequence[LoggedRequest]) -> None:
-    """How many took at most so long."""
+    """The cumulative distribution of durations."""
     for arm, colour in zip(result.arms, _COLOURS, strict=False):
         times = sorted(one.ms for one in requests if one.version == arm.version)
         shares = [100 * (i + 1) / len(times) for i in range(len(times))]
@@ -45,7 +45,7 @@ def _durations(axis: Any, result: Result, requests: Sequence[LoggedRequest]) -> 
 
 
 def _interval(axis: Any, row: Difference, compared: Sequence[str]) -> None:
-    """The difference and its interval beside zero."""
+    """The difference with its interval, and a line at zero."""
     colour = ("#3c8d5a" if row.settled else "#a3842c") if row.low != row.high else "#6b6b6b"
     axis.axvline(0, color="#6b6b6b", linewidth=1)
     axis.errorbar(
@@ -56,11 +56,11 @@ def _interval(axis: Any, row: Difference, compared: Sequence[str]) -> None:
         color=colour,
         capsize=6,
     )
-    axis.set(title=f"{row.what}: {compared[1]} less {compared[0]}", xlabel=_said(row), yticks=[], ylim=(-1, 1))
+    axis.set(title=f"{row.what}: {compared[1]} less {compared[0]}", xlabel=_verdict(row), yticks=[], ylim=(-1, 1))
     axis.margins(x=0.25)
 
 
-def _said(row: Difference) -> str:
+def _verdict(row: Difference) -> str:
     if row.settled:
         return f"{row.difference:+.3g}: settled"
     more = f"{row.needed:,} more requests" if row.needed else "nothing differs"

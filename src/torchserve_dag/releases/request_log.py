@@ -1,4 +1,4 @@
-"""What the logs say of a model's requests: which version each was given to, what became of it, how good it was."""
+"""A model's requests, from the front door's logs: the version chosen, the outcome, the scores."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from torchserve_dag.runtime.telemetry.scores import FILE as SCORES_LOG
 
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
-    """One that named no version and that no rule sent: its version was chosen by weight."""
+    """A request whose version was chosen by weight: it named none, and no rule applied."""
 
     id: str
     version: str
-    """The one that was chosen, whoever answered in the end."""
+    """The version chosen first, even if the fallback answered."""
     ms: float
     failed: bool
-    """The client got no answer, or one with 5xx; a fallback's answer is none of these."""
+    """The client got no answer or status 5xx; an answer of the fallback is not a failure."""
     fell_back: bool
     left: bool = False
-    """The client did not wait for the answer."""
+    """The client disconnected before the answer."""
     score: float | None = None
-    """What the workflow said of its answer."""
+    """The score that the workflow gave the answer."""
     feedback: float | None = None
-    """What a client said of it, the last time."""
+    """The last score that a client posted to /feedback."""
 
 
 def read(logs: Path, model: str, since: dt.datetime | None = None) -> list[LoggedRequest]:
-    """A model's requests, in their order, as far back as the logs are kept."""
+    """A model's requests in the order of the logs, as far back as these are kept."""
     scores = {(line["request_id"], line["model"], line["version"]): line["score"] for line in _lines(logs / SCORES_LOG)}
     feedback = {line["request_id"]: line["score"] for line in _lines(logs / FEEDBACK_LOG)}
     found = (line for line in _lines(logs / REQUESTS_LOG) if _counts(line, model))
@@ -71,11 +71,11 @@ def _failed(line: dict[str, Any]) -> bool:
 
 
 _FAILED = {2, 4, 8, 13, 14, 15}
-"""gRPC's codes that say what 5xx says; 8 is a worker out of memory, or killed."""
+"""gRPC status codes that correspond to 5xx; 8 is a worker that ran out of memory or was killed."""
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a log and its older ones; a line that is not whole yet is left out."""
+    """The lines of a log and its rotated predecessors; an incomplete line is skipped."""
     older = sorted(path.parent.glob(f"{path.stem}.[0-9].log"), reverse=True)
     for file in [*older, path]:
         try:

@@ -1,7 +1,7 @@
-"""A rollout: a new version gets more and more of a model's requests, and none again where it is worse.
+"""A rollout: a new version gets a growing share of the requests, and is rolled back if it is worse than the old one.
 
-The front door's keeper runs it (`run`), and writes how far it is into a file; commands write what is wanted into
-others (`RolloutStore`). So it goes on when the terminal is closed, and a server that stops forgets it.
+The front door's keeper runs rollouts (`run`). It saves their progress to files, and commands reach it through files
+(`RolloutStore`). So a rollout continues when the terminal is closed, and ends when the server is stopped.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torchserve_dag.server.state import State
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.5
-AWAY_S = 30.0
-"""How long Envoy may be away in a rollout: it is started again within seconds."""
-BACK_S = 600.0
-"""How long going back is tried."""
+POLL_S = 0.5
+ENVOY_DOWN_S = 30.0
+"""How long Envoy may be down during a rollout: the keeper restarts it within seconds."""
+ROLL_BACK_S = 600.0
+"""How long rolling back is attempted."""
 WHOLE = 100.0
 
 Stage = Literal["waiting", "loading", "rolling", "done", "back"]
@@ -41,7 +41,7 @@ Command = Literal["promote", "rollback"]
 
 @dataclass(frozen=True, slots=True)
 class RolloutPlan:
-    """What was asked for."""
+    """What a rollout command asks for."""
 
     model: str
     version: str
@@ -50,16 +50,16 @@ class RolloutPlan:
     every_s: float
     stop_if: str
     at_least: int
-    """Requests of the new version that a step needs before the next."""
+    """Requests that the new version must have had before the next step."""
     patience_s: float
-    """How long a step may wait for them."""
+    """How long a step may wait for these requests."""
     ready_s: float
     """How long the new version may take to load."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What a version did in this step."""
+    """A version's metrics within the current step."""
 
     requests: int
     errors: int
@@ -73,20 +73,20 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a rollout is."""
+    """The state of a rollout."""
 
     plan: RolloutPlan
     stage: Stage = "waiting"
     share: float = 0.0
-    """Of the requests, in percent, that the new version gets."""
+    """The new version's share of the requests, in percent."""
     before: dict[str, float] = field(default_factory=dict)
-    """The weights that it began with; `rollback` goes back to them."""
+    """The weights before the rollout; rolling back restores them."""
     reason: str = ""
-    """Why it ended as it did."""
+    """Why the rollout ended."""
     new: StepMetrics | None = None
     old: StepMetrics | None = None
     brought: bool = False
-    """It was not served before."""
+    """Whether the rollout loaded the new version: it was not served before."""
     began: float = 0.0
     """In seconds since 1970."""
     ended: float = 0.0
@@ -97,13 +97,13 @@ class Progress:
 
 
 class RolloutStore:
-    """The files through which commands and the keeper speak of rollouts."""
+    """Files with the progress of rollouts, for commands, and with pending commands, for the keeper."""
 
     def __init__(self, state: State) -> None:
         self.folder = state.front_door / "rollouts"
 
     def request(self, plan: RolloutPlan) -> None:
-        """Have a rollout begun. Raises ServerError where one of the model is under way."""
+        """Request a rollout; the keeper starts it. Raises ServerError while another of the model is running."""
         found = self.progress(plan.model)
         if found and not found.over:
             raise ServerError(
@@ -127,7 +127,7 @@ class RolloutStore:
         atomic.write_private(self.folder / f"{progress.plan.model}.json", json.dumps(plain.flatten(progress), indent=2))
 
     def progress(self, model: str) -> Progress | None:
-        """Of a model's last rollout."""
+        """The progress of a model's last rollout."""
         return _read(self.folder / f"{model}.json")
 
     def all(self) -> list[Progress]:
@@ -135,32 +135,32 @@ class RolloutStore:
         return [one for one in found if one]
 
     def forget_running(self) -> None:
-        """At a start: what was under way when the server stopped is over."""
+        """End, at start-up, the rollouts that were running when the server was stopped."""
         for one in self.all():
             if not one.over:
                 self.save(replace(one, stage="back", share=0.0, reason="the server was stopped", ended=time.time()))
 
 
 class Rollouts:
-    """Runs what is asked for, each in a thread of its own."""
+    """Runs requested rollouts, each in a thread of its own."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.store = RolloutStore(State(root))
-        self._under_way: dict[str, threading.Thread] = {}
+        self._threads: dict[str, threading.Thread] = {}
 
-    def look(self) -> None:
-        """Begin what was asked for since the last look."""
+    def start_requested(self) -> None:
+        """Start the rollouts that were requested since the last call."""
         for one in self.store.all():
-            running = self._under_way.get(one.plan.model)
+            running = self._threads.get(one.plan.model)
             if one.stage == "waiting" and not (running and running.is_alive()):
                 thread = threading.Thread(target=run, args=(self.root, one), name="rollout", daemon=True)
-                self._under_way[one.plan.model] = thread
+                self._threads[one.plan.model] = thread
                 thread.start()
 
 
 def run(root: Path, asked: Progress) -> None:
-    """One rollout, from the archive to the last step, or back."""
+    """Run one rollout: load the version, take every step, and finish or roll back."""
     state = State(root)
     store = RolloutStore(state)
     now = asked
@@ -169,24 +169,24 @@ def run(root: Path, asked: Progress) -> None:
         for share in asked.plan.steps:
             now = _step(Door(state), store, replace(now, share=share))
         settle(root, asked.plan.model, {asked.plan.version: WHOLE})
-        reason = now.reason or "every step went well"
+        reason = now.reason or "all steps passed"
         store.save(replace(now, stage="done", share=WHOLE, reason=reason, ended=time.time()))
     except _RollBackError as why:
-        _back(state, store, asked.plan, str(why))
+        _roll_back(state, store, asked.plan, str(why))
     except Exception as error:
         logger.exception("rollout of %s", asked.plan.model)
-        _back(state, store, asked.plan, str(error))
+        _roll_back(state, store, asked.plan, str(error))
 
 
 def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
-    """Let these weights stay, at later starts too: in `routes.yaml` where that knows the model; and the largest is the
-    default. Raises ServerError.
+    """Make these weights permanent: in `routes.yaml` if it names the model; the version with the largest weight becomes
+    the default. Raises ServerError.
     """
     state = State(root)
     door = Door(state)
     weights = {version: weight for version, weight in weights.items() if weight}
     if not weights:
-        raise ServerError(f"No version of {model} would get a request.")
+        raise ServerError(f"No version of {model} has a weight above 0.")
     version = max(weights, key=lambda one: weights[one])
 
     def change(now: Traffic) -> Traffic:
@@ -205,12 +205,12 @@ def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
     with torchserve_client(state) as client:
         client.set_default(model, version)
     state.save_default(model, version)
-    for one in weights:  # an earlier rollout of it may have gone back
+    for one in weights:  # an earlier rollout of it may have been rolled back
         state.save_retired(model, one, retired=False)
 
 
 class _RollBackError(Exception):
-    """Why a rollout goes back: one sentence."""
+    """Why a rollout is rolled back: one sentence."""
 
 
 def _load(root: Path, state: State, store: RolloutStore, asked: Progress) -> Progress:
@@ -224,27 +224,29 @@ def _load(root: Path, state: State, store: RolloutStore, asked: Progress) -> Pro
         raise _RollBackError(f"{plan.version} answers all requests already")
     if plan.model in traffic.routes:
         route_weights.check(root, plan.model)
-    else:  # a start in the middle of it must not take the highest version, which is the new one
+    else:  # a restart during the rollout must not choose the highest version as the default: it is the new one
         state.save_default(plan.model, traffic.defaults[plan.model])
     now = replace(asked, stage="loading", before=before)
     store.save(now)
     if not _is_served(traffic, plan):
         try:
             with torchserve_client(state) as client:
-                versions.load(state, client, plan.model, plan.version, plan.ready_s, lambda: _obey(store, plan))
+                versions.load(
+                    state, client, plan.model, plan.version, plan.ready_s, lambda: _check_command(store, plan)
+                )
         except (ServerError, ServingError) as error:
-            raise _RollBackError(f"{plan.version} did not come to serve: {error}") from None
+            raise _RollBackError(f"{plan.version} could not be loaded: {error}") from None
         now = replace(now, brought=True)
         store.save(now)
     return replace(now, stage="rolling")
 
 
-def _obey(store: RolloutStore, plan: RolloutPlan) -> Command | None:
-    """What somebody has ordered. Raises _RollBackError where that is to go back."""
-    order = store.pending_command(plan.model)
-    if order == "rollback":
+def _check_command(store: RolloutStore, plan: RolloutPlan) -> Command | None:
+    """The pending command. Raises _RollBackError if it is to roll back."""
+    command = store.pending_command(plan.model)
+    if command == "rollback":
         raise _RollBackError("it was rolled back by hand")
-    return order
+    return command
 
 
 def _is_served(traffic: Traffic, plan: RolloutPlan) -> bool:
@@ -252,66 +254,68 @@ def _is_served(traffic: Traffic, plan: RolloutPlan) -> bool:
 
 
 def _step(door: Door, store: RolloutStore, now: Progress) -> Progress:
-    """One share, for its time and its requests. Raises _RollBackError where the new version is worse."""
+    """Hold one share until its time and requests are reached. Raises _RollBackError if the new version is worse."""
     plan = now.plan
-    if now.reason:  # it was promoted: the rest is left out
+    if now.reason:  # promoted: skip the remaining steps
         return replace(now, share=WHOLE)
     door.change(set_rollout(plan.model, RolloutShare(plan.version, now.share / WHOLE)))
     others = {version: share for version, share in now.before.items() if version != plan.version}
-    terms, old_version = stop_if.read(plan.stop_if), max(others, key=lambda one: others[one])
-    begin, since = _look(door), time.monotonic()
+    conditions, old_version = stop_if.read(plan.stop_if), max(others, key=lambda one: others[one])
+    begin, since = _read_metrics(door), time.monotonic()
     while True:
-        time.sleep(LOOK_S)
-        found, took = _look(door), time.monotonic() - since
+        time.sleep(POLL_S)
+        found, took = _read_metrics(door), time.monotonic() - since
         new = _of(found, plan.model, plan.version).since(_of(begin, plan.model, plan.version))
         old = _of(found, plan.model, old_version).since(_of(begin, plan.model, old_version))
-        if not old.requests:  # at 100 percent: what it was before
+        if not old.requests:  # at 100 percent: its metrics before this step
             old = _of(begin, plan.model, old_version)
         shown = replace(now, new=StepMetrics.of(new), old=StepMetrics.of(old))
         store.save(shown)
-        if _obey(store, plan) == "promote":
+        if _check_command(store, plan) == "promote":
             return replace(shown, share=WHOLE, reason="it was promoted by hand")
-        why = stop_if.reason(terms, new, old)
+        why = stop_if.reason(conditions, new, old)
         if why:
             raise _RollBackError(why)
         if took >= plan.every_s and new.requests >= plan.at_least:
             return shown
         if took >= max(plan.every_s, plan.patience_s):
-            raise _RollBackError(f"only {new.requests} of the {plan.at_least} requests of a step came in {took:.0f} s")
+            raise _RollBackError(
+                f"the step had only {new.requests} of the {plan.at_least} requests that it needs after {took:.0f} s"
+            )
 
 
-def _look(door: Door) -> Mapping[version_metrics.ModelVersion, VersionMetrics]:
-    """The front door's numbers; it may be started again just now."""
-    deadline = time.monotonic() + AWAY_S
+def _read_metrics(door: Door) -> Mapping[version_metrics.ModelVersion, VersionMetrics]:
+    """The metrics of all versions; waits while Envoy is being restarted."""
+    deadline = time.monotonic() + ENVOY_DOWN_S
     while True:
         try:
             return version_metrics.read(door.admin)
         except ServerError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
 
 def _of(found: Mapping[version_metrics.ModelVersion, VersionMetrics], model: str, version: str) -> VersionMetrics:
     return found.get((model, version), VersionMetrics())
 
 
-def _back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str) -> None:
-    """All requests to who had them before; and a later start leaves a version out that this rollout brought."""
+def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str) -> None:
+    """Restore the former weights; a version that this rollout loaded is not served at later starts."""
     last = store.progress(plan.model)
     if last and last.brought:
         state.save_retired(plan.model, plan.version)
-    door, deadline = Door(state), time.monotonic() + BACK_S
+    door, deadline = Door(state), time.monotonic() + ROLL_BACK_S
     while True:
         try:
             door.change(set_rollout(plan.model, None))
             break
         except (ServerError, OSError):
-            logger.exception("%s does not go back yet", plan.model)
+            logger.exception("%s cannot be rolled back yet", plan.model)
             if time.monotonic() > deadline:
-                reason += "; AND IT STILL HAS ITS SHARE, for the front door does not answer: run torchserve-dag routes"
+                reason += "; IT STILL GETS ITS SHARE, because the front door does not answer: run torchserve-dag routes"
                 break
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
     gone = replace(last, stage="back", share=0.0, reason=reason, ended=time.time()) if last else None
     if gone:
         store.save(gone)

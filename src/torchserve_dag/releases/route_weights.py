@@ -1,4 +1,4 @@
-"""A model's weights written into `routes.yaml`; its other lines and comments stay as they are."""
+"""Edit a model's weights in `routes.yaml`; all other lines and comments stay as they are."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torchserve_dag.server.errors import ServerError
 
 
 def write(root: Path, model: str, weights: Mapping[str, float]) -> None:
-    """Raises ServerError where the file does not say the same but for these weights afterwards."""
+    """Raises ServerError if the edited file would differ in anything but these weights."""
     path = root / FILE
     atomic.write_text(path, changed(path.read_text("utf-8"), model, weights))
 
 
 def check(root: Path, model: str) -> None:
-    """Raises ServerError where `write` would."""
+    """Raises ServerError if `write` would."""
     changed((root / FILE).read_text("utf-8"), model, {"1.0": 1})
 
 
 def changed(text: str, model: str, weights: Mapping[str, float]) -> str:
-    """The file's text with other weights."""
+    """The file's text with the new weights."""
     refused = ServerError(f"{FILE} cannot be edited at versions: of {model}: write there what is served now.")
     try:
         versions = _value(_value(yaml.compose(text, Loader=yaml.SafeLoader), model), "versions")

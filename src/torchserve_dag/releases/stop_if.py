@@ -1,4 +1,4 @@
-"""When a rollout is stopped: `errors > 1% or p50 > 1.3x`, read, and held against what was measured."""
+"""Conditions for rolling back, like `errors > 1% or p50 > 1.3x`: parsed, and tested against metrics."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.data.plain import did_you_mean
 
 CHANCE = 0.001
-"""It is looked again and again, and a good version must not be stopped by chance."""
+"""The significance level. It is low because the test is repeated every half second of a rollout."""
 FEW_ERRORS = 0.001
-"""So many are no worse than the old version's, where that has none."""
-MANY_LEFT = 0.05
-"""Of the requests, that their clients do not wait for: they do leave."""
+"""Error rate tolerated when the baseline has no errors."""
+TOLERATED_DISCONNECTS = 0.05
+"""Share of requests whose clients may disconnect before the answer."""
 FEW_REQUESTS = 20
-"""Fewer of the old version's say nothing of how slow it is."""
+"""Baseline requests needed before durations are compared with it."""
 
 _TERM = re.compile(r"(?P<what>\w+) *> *(?P<number>\d+(?:\.\d+)?) *(?P<unit>%|x|ms|s)")
 _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -23,19 +23,19 @@ _KNOWN = ["errors", *_PERCENTILES]
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """One reason to stop."""
+class Condition:
+    """One condition for rolling back."""
 
     what: str
-    """`errors`, or a percentile of the duration."""
+    """`errors`, or a percentile of the durations."""
     limit: float
-    """A share of the requests, or milliseconds; or how many times the old version's."""
+    """A share of the requests, or milliseconds; if relative, a multiple of the old version's value."""
     relative: bool
 
     def reason(self, new: VersionMetrics, old: VersionMetrics) -> str | None:
-        """Why the new version is to be stopped, where that is sure; nothing where it may be chance."""
+        """Why to roll back; None if the condition does not hold, or may hold by chance."""
         if self.what == "errors":
-            # No worse than the old version is no reason: clients with deadlines of their own make both fail.
+            # An error rate no higher than the baseline's is tolerated: deadlines of clients make both versions fail.
             limit = max(self.limit * old.error_rate, FEW_ERRORS) if self.relative else max(self.limit, old.error_rate)
             if not sure(new.errors, new.requests, limit):
                 return None
@@ -46,7 +46,7 @@ class Term:
         if self.relative and (before is None or old.requests < FEW_REQUESTS):
             return None
         limit = self.limit * (before or 0.0) if self.relative else self.limit
-        # The percentile is over the limit where more requests are slower than the limit than may be.
+        # The percentile exceeds the limit if more than that share of the requests is slower than the limit.
         took = max(new.buckets.values(), default=0)
         if not sure(new.slower_than(limit), took, 1 - share):
             return None
@@ -65,27 +65,27 @@ def sure(count: int, of: int, share: float) -> bool:
     return count > of * share and float(bdtrc(count - 1, of, min(share, 1.0))) < CHANCE
 
 
-def read(text: str) -> list[Term]:
-    """Raises ValueError, with what to write instead."""
-    return [_term(part.strip()) for part in re.split(r"\bor\b", text)]
+def read(text: str) -> list[Condition]:
+    """Parse conditions. Raises ValueError that says what to write instead."""
+    return [_condition(part.strip()) for part in re.split(r"\bor\b", text)]
 
 
-def reason(terms: list[Term], new: VersionMetrics, old: VersionMetrics) -> str | None:
-    """The first reason to stop; that clients leave a version, more than the old one, is always one."""
-    limit = max(MANY_LEFT, old.left / old.requests if old.requests else 0.0)
+def reason(terms: list[Condition], new: VersionMetrics, old: VersionMetrics) -> str | None:
+    """The first reason to roll back. Clients that disconnect more often than from the old version always are one."""
+    limit = max(TOLERATED_DISCONNECTS, old.left / old.requests if old.requests else 0.0)
     if sure(new.left, new.requests, limit):
-        return f"clients left {new.left} of {new.requests} requests before the answer, over {limit:.2%}"
+        return f"clients disconnected before the answer of {new.left} of {new.requests} requests, over {limit:.2%}"
     return next((why for term in terms if (why := term.reason(new, old))), None)
 
 
-def _term(text: str) -> Term:
+def _condition(text: str) -> Condition:
     found = _TERM.fullmatch(text)
     if not found:
-        raise ValueError(f'"{text}" is not a reason to stop: write "errors > 1%", "p99 > 1.3x" or "p95 > 800ms"')
+        raise ValueError(f'"{text}" is not a condition: write "errors > 1%", "p99 > 1.3x" or "p95 > 800ms"')
     what, number, unit = found["what"], float(found["number"]), found["unit"]
     if what not in _KNOWN:
         raise ValueError(f'"{what}" is not measured; {did_you_mean(what, _KNOWN)}')
     if (unit == "%") != (what == "errors") and unit != "x":
         raise ValueError(f'"{text}": errors are a percentage or times the old version\'s, durations ms, s or times')
     scale = {"%": 0.01, "x": 1.0, "ms": 1.0, "s": 1000.0}[unit]
-    return Term(what, number * scale, unit == "x")
+    return Condition(what, number * scale, unit == "x")

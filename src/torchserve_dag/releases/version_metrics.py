@@ -1,4 +1,4 @@
-"""What each version has done, from the front door's own metrics: requests, errors, and how long they took."""
+"""Requests, errors and durations of each version, from Envoy's metrics."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, STANDS_IN
 _SERIES = re.compile(r"envoy_tries_(\w+)\{(.*)\} (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 LEFT = frozenset({"-", "DC", "DR"})
-"""Envoy's flags, without a status, for a client that left."""
+"""Envoy's response flags, without a status, for a client that disconnected."""
 
 ModelVersion = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class VersionMetrics:
-    """Of one version, or of what it did between two looks."""
+    """Counts of one version: since Envoy started, or between two readings."""
 
     requests: int = 0
-    """That it was asked; a request that a fallback answered counts for both."""
+    """Attempts at this version; a request that the fallback answered counts for both versions."""
     errors: int = 0
-    """5xx, no answer in time, no connection."""
+    """Status 5xx, timeout, or no connection."""
     left: int = 0
-    """Clients that left before there was an answer; `requests` counts them."""
+    """Clients that disconnected before the answer; they are among `requests`."""
     buckets: Mapping[float, int] = field(default_factory=dict)
-    """How many took at most so many milliseconds."""
+    """Cumulative histogram: upper bound in milliseconds → attempts up to it."""
 
     def since(self, before: VersionMetrics) -> VersionMetrics:
-        """What came after an earlier look."""
+        """The growth since an earlier reading."""
         grown = {bound: count - before.buckets.get(bound, 0) for bound, count in self.buckets.items()}
         counts = (self.requests - before.requests, self.errors - before.errors, self.left - before.left)
         return VersionMetrics(*counts, grown)
@@ -44,7 +44,7 @@ class VersionMetrics:
         return self.errors / self.requests if self.requests else 0.0
 
     def percentile(self, share: float) -> float | None:
-        """In milliseconds, even within a bucket; nothing where there was no request."""
+        """In milliseconds, interpolated within its bucket; None without requests."""
         wanted = share * max(self.buckets.values(), default=0)
         if not wanted:
             return None
@@ -56,18 +56,18 @@ class VersionMetrics:
         return low
 
     def slower_than(self, ms: float) -> int:
-        """How many took longer; a bucket that the limit falls into counts as faster."""
+        """How many attempts took longer; the bucket that contains the limit counts as faster."""
         whole = max(self.buckets.values(), default=0)
         return whole - min((count for bound, count in self.buckets.items() if bound >= ms), default=whole)
 
 
 def read(admin: Admin) -> dict[ModelVersion, VersionMetrics]:
-    """All versions, since Envoy started, without the requests that named them. Raises ServerError."""
+    """All versions, since Envoy started, without requests that named a version. Raises ServerError."""
     return parse(admin.prometheus("^tries"))
 
 
 def parse(text: str) -> dict[ModelVersion, VersionMetrics]:
-    """What Envoy's page of Prometheus says; REST and gRPC together."""
+    """Read Envoy's Prometheus page; REST and gRPC are added up."""
     requests: dict[ModelVersion, int] = defaultdict(int)
     errors: dict[ModelVersion, int] = defaultdict(int)
     left: dict[ModelVersion, int] = defaultdict(int)

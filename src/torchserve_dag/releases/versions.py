@@ -1,4 +1,4 @@
-"""Versions of a model come to a running server, and leave it."""
+"""Load a version of a model into the running server, and retire one."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from torchserve_dag.server.ready import Readiness, StartupWait
 from torchserve_dag.server.state import State
 
 EMPTY_S = 120.0
-"""How long the requests inside a version may take until it is ended; its own time limit ends them before."""
+"""How long requests in flight may take before a version is retired; its own timeout is shorter."""
 
 
 def load(
-    state: State, client: Client, model: str, version: str, timeout_s: float, look: Callable[[], object] | None = None
+    state: State, client: Client, model: str, version: str, timeout_s: float, check: Callable[[], object] | None = None
 ) -> None:
     """Register a version from the model store, and wait until its model is loaded and warm.
 
-    `look` is called every now and then, and may raise. Raises ServerError, with the worker's own words, where the
-    version never is ready. In both cases it is not registered any more.
+    `check` is called repeatedly meanwhile, and may raise. Raises ServerError with the worker's error if the version
+    does not become ready. In both cases the version is unregistered again.
     """
     record = running(state)
     archive = find_archive(Path(record.store), model, version)
@@ -38,15 +38,15 @@ def load(
     waiting = StartupWait({(model, version): archive.name}, logs, failures=1)
     java = processes.java(record, state)
     if java is None:
-        raise ServerError(f"TorchServe ended: {logs.server_failure() or 'it does not say why'}.")
+        raise ServerError(f"TorchServe ended: {logs.server_failure() or 'its log gives no reason'}.")
     try:
         client.register(archive.name, timeout=timeout_s)
         with LoadThrottle(java) as throttle:
 
             def progress(seen: list[Readiness]) -> None:
                 throttle.assign(worker for one in seen for worker in one.loading)
-                if look:
-                    look()
+                if check:
+                    check()
 
             waiting.wait(client, lambda: processes.java(record, state) is not None, timeout_s, progress)
     except BaseException:
@@ -61,7 +61,7 @@ def load(
 
 
 def retire(state: State, client: Client, model: str, version: str) -> None:
-    """Let a version that gets no requests end, when those inside it are answered. Raises ServerError."""
+    """Unregister a version that no route uses, after its requests in flight are answered. Raises ServerError."""
     door = Door(state)
     traffic = door.traffic()
     _check_unused(traffic, model, version)
@@ -69,7 +69,7 @@ def retire(state: State, client: Client, model: str, version: str) -> None:
     door.change(lambda now: replace(now, served=_without(now.served, leaves), leaving=(*now.leaving, leaves)))
     try:
         _wait_empty(door, leaves)
-        if traffic.defaults[model] == version:  # routes.yaml shares the requests, and TorchServe keeps its default
+        if traffic.defaults[model] == version:  # routes.yaml splits the requests, and TorchServe keeps its default
             weights = traffic.routes[model].versions
             other = max(weights, key=lambda one: weights[one])
             defaults.set_default(state, client, model, other)
@@ -86,11 +86,11 @@ def _without(versions: tuple[ServedVersion, ...], one: ServedVersion) -> tuple[S
 
 
 def find_archive(store: Path, model: str, version: str) -> Path:
-    """The archive of a version. Raises ServerError."""
+    """The archive of a version. Raises ServerError if there is none."""
     found = mar.versions_in(store)
     if (model, version) not in found:
-        known = ", ".join(one for name, one in found if name == model) or "none of it"
-        raise ServerError(f"There is no archive of {model}/{version} in {store} (there is {known}): build it first.")
+        known = ", ".join(one for name, one in found if name == model) or "other models"
+        raise ServerError(f"There is no archive of {model}/{version} in {store} (only {known}): build it first.")
     return found[model, version]
 
 
@@ -115,13 +115,13 @@ def _check_unused(traffic: Traffic, model: str, version: str) -> None:
 def _wait_empty(door: Door, one: ServedVersion) -> None:
     deadline = time.monotonic() + EMPTY_S
     names = [cluster_name(protocol, one) + suffix for protocol in PROTOCOLS for suffix in ("", GUARDED)]
-    while any(_inside(door, name) for name in names):
+    while any(_in_flight(door, name) for name in names):
         if time.monotonic() > deadline:
-            raise ServerError(f"{one.name} has requests inside since {EMPTY_S:g} s, and is served again.")
+            raise ServerError(f"{one.name} still has requests in flight after {EMPTY_S:g} s, and stays in service.")
         time.sleep(0.05)
 
 
-def _inside(door: Door, cluster: str) -> int:
+def _in_flight(door: Door, cluster: str) -> int:
     gauge = f"cluster.{stat_name(cluster)}.upstream_rq_active"
     return door.admin.stats(gauge.replace(".", "\\.").replace("?", "\\?")).get(gauge, 0)
 
@@ -132,4 +132,4 @@ def _unregister(client: Client, model: str, version: str) -> None:
     except ModelNotFound:
         return
     except ServingError as error:
-        raise ServerError(f"TorchServe does not let {model}/{version} go: {error}") from None
+        raise ServerError(f"TorchServe does not unregister {model}/{version}: {error}") from None

@@ -1,5 +1,5 @@
-"""The process that keeps the front door: Envoy is started again if it ends, what keeps failing is left alone for a
-while, and rollouts go on when nobody looks.
+"""The process that keeps the front door: Envoy is started again if it ends, versions that keep failing are ejected
+for a while, and rollouts run without a terminal.
 
     python -m torchserve_dag.stack.keeper PROJECT
 
@@ -55,7 +55,7 @@ class Keeper:
                 ends += 1
                 _try(envoy.start)
                 continue
-            for step in (envoy.rotate_logs, self.renew, self.eject, self.rollouts.look):
+            for step in (envoy.rotate_logs, self.renew, self.eject, self.rollouts.start_requested):
                 _try(step)
         self.rollouts.store.forget_running()
         envoy.end()
@@ -92,7 +92,7 @@ class Keeper:
             if any(cluster_name(protocol, one) + GUARDED in failing for protocol in PROTOCOLS)
         )
         if ejected != traffic.ejected:
-            logger.warning("left alone: %s", ", ".join("/".join(one) for one in ejected) or "none")
+            logger.warning("ejected: %s", ", ".join("/".join(one) for one in ejected) or "none")
             self.door.change(lambda now: replace(now, ejected=ejected))
 
 
