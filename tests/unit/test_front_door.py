@@ -268,5 +268,7 @@ class TestCertificate:
         (tmp_path / "a.pem").write_text("nothing")
         given = FrontDoor(certificate="a.pem", key="a.key")
 
-        with pytest.raises(ServerError, match=r"a\.pem and a\.key of front_door\.yaml are no matching certificate and key"):
+        with pytest.raises(
+            ServerError, match=r"a\.pem and a\.key of front_door\.yaml are no matching certificate and key"
+        ):
             certificate.files(tmp_path, given, tmp_path)
