@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench", "stack", "tuning"),
     ("releases",),
     ("front_door",),
-    ("server",),
+    ("server", "templates"),
     ("__init__",),
     ("archives",),
     ("clients", "pictures"),

@@ -39,6 +39,11 @@ def line(**more: str) -> str:
     return json.dumps({"file": "limit.txt", "source": "by hand", "licence": "CC0", **more})
 
 
+def weigh_again(project: Path, before: str, after: str) -> None:
+    path = project / "handlers" / "upper.yaml"
+    path.write_text(path.read_text().replace(before, after))
+
+
 def sentences(report: Report) -> str:
     return "\n".join(map(str, report.problems))
 
@@ -168,6 +173,47 @@ def test_other_weights_than_the_card_says_are_refused(project: Path) -> None:
     weigh(project, line(sha256="0" * 64))
 
     assert f"limit.txt: its sha256 is {DIGEST}, and the card says 000" in sentences(build(Project(project)))
+
+
+def test_a_wrong_or_missing_digest_names_the_option_that_writes_it(project: Path) -> None:
+    weigh(project, line())
+    missing = sentences(build(Project(project)))
+    weigh_again(project, line(), line(sha256="0" * 64))
+
+    assert "torchserve-dag build --update-cards" in missing
+    assert "torchserve-dag build --update-cards" in sentences(build(Project(project)))
+
+
+@pytest.mark.parametrize("sha256", ["", "sha256:", 'sha256: "old"', f"sha256: {'0a' * 32}  # of the last training"])
+def test_a_card_is_updated_and_nothing_else_in_its_file(project: Path, sha256: str) -> None:
+    weigh(project, "# trained here\n      file: limit.txt\n      source: by hand\n      licence: CC0  # ours")
+    path = project / "handlers" / "upper.yaml"
+    before = path.read_text()
+    path.write_text(before + (f"      {sha256}\n" if sha256 else ""))
+    report = build(Project(project), update_cards=True)
+
+    assert [(card.file, card.weights, card.sha256) for card in report.updated] == [(str(path), "limit.txt", DIGEST)]
+    assert sorted(b.name for b in report.built) == ["upper", "words"]
+    comment = "  # of the last training" if "#" in sha256 else ""
+    assert path.read_text() == f"{before}      sha256: {DIGEST}{comment}\n"
+    assert build(Project(project), update_cards=True).updated == []
+
+
+def test_a_card_in_braces_is_updated_too(project: Path) -> None:
+    weigh(project, "{file: limit.txt, source: by hand, licence: CC0, get: make limit}")
+    build(Project(project), update_cards=True)
+
+    assert f"licence: CC0, sha256: {DIGEST}, get: make limit}}" in (project / "handlers" / "upper.yaml").read_text()
+
+
+def test_a_card_that_cannot_be_edited_is_left_as_it_is(project: Path) -> None:
+    old = "{file: limit.txt, source: by hand, licence: CC0, sha256: "
+    weigh(project, f"{old}&old aaa}}\n    - {old}*old}}")
+    path = project / "handlers" / "upper.yaml"
+    before = path.read_text()
+
+    assert f"help: write sha256: {DIGEST} there" in sentences(build(Project(project), ["upper"], update_cards=True))
+    assert path.read_text() == before
 
 
 def test_weights_outside_the_folder_are_refused(project: Path) -> None:

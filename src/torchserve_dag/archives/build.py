@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchserve_dag.archives import mar, war
+from torchserve_dag.archives import cards, mar, war
 from torchserve_dag.archives.contents import Contents, contents
 from torchserve_dag.archives.store import Built, Target, place
 from torchserve_dag.archives.weights import MissingWeightsError
@@ -39,6 +39,8 @@ class Report:
     """Their weights are not on this machine; nobody asked for them by name."""
     not_exported: list[LeftOut] = field(default_factory=list)
     """Workflows that TorchServe's own engine cannot run: they have no `.war`."""
+    updated: list[cards.Updated] = field(default_factory=list)
+    """Cards whose hash was written."""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -48,6 +50,7 @@ def build(
     *,
     store: Path | None = None,
     force: bool = False,
+    update_cards: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Build the named handlers and workflows, or all of them, into `store` (the project's `model_store`).
@@ -55,6 +58,7 @@ def build(
     A name is NAME, for all of its versions, or NAME/VERSION. A version that is built already stays as it is, also
     where this package or the environment has changed since. It is refused where the project's files differ, unless
     `force`.
+    `update_cards` first writes the sha256 of the weights that are here into the cards of the handlers.
     """
     store = store or project.root / "model_store"
     report = Report()
@@ -64,6 +68,9 @@ def build(
             progress(str(target), i, len(wanted))
         try:
             graph = read_graph(project, target.file.path)
+            if update_cards and (updated := cards.update(project, graph.handlers.values())):
+                report.updated.extend(updated)
+                graph = read_graph(project, target.file.path)
             content = contents(project, graph)
             report.built.append(_build_one(target, content, store, force=force))
             if target.folder == "workflows" and not is_torchserve_file(target.file.path):

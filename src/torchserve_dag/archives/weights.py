@@ -29,7 +29,7 @@ def verified(project: Project, handlers: Iterable[Source[HandlerFile]]) -> dict[
         for i, weights in enumerate(source.value.card.weights):
             at = ("card", "weights", i)
             path = project.weights / weights.file
-            if not _is_below(weights.file):
+            if not is_below(weights.file):
                 wrong.append(
                     source.problem((*at, "file"), f'"{weights.file}" is not below weights/', "write a path inside it")
                 )
@@ -39,13 +39,13 @@ def verified(project: Project, handlers: Iterable[Source[HandlerFile]]) -> dict[
             else:
                 digest = found.setdefault(weights.file, sha256(path))
                 if weights.sha256 is None:
-                    wrong.append(
-                        source.problem(at, f"{weights.file}: the card has no sha256", f"write sha256: {digest}")
-                    )
+                    help_ = f"write sha256: {digest}, or let torchserve-dag build --update-cards write it"
+                    wrong.append(source.problem(at, f"{weights.file}: the card has no sha256", help_))
                 elif weights.sha256 != digest:
                     what = f"{weights.file}: its sha256 is {digest}, and the card says {weights.sha256}"
                     again = f"get them again with: {weights.get}" if weights.get else f"get them from {weights.source}"
-                    wrong.append(source.problem((*at, "sha256"), what, again))
+                    help_ = f"{again}; or, where these are the ones: torchserve-dag build --update-cards"
+                    wrong.append(source.problem((*at, "sha256"), what, help_))
     if wrong:
         raise CheckError(wrong + missing)
     if missing:
@@ -83,6 +83,6 @@ def _of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_below(file: str) -> bool:
+def is_below(file: str) -> bool:
     path = PurePosixPath(file)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

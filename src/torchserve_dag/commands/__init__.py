@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from torchserve_dag.commands.add import add
 from torchserve_dag.commands.bench import bench
 from torchserve_dag.commands.build import build
 from torchserve_dag.commands.call import call
@@ -20,6 +21,7 @@ from torchserve_dag.commands.check import check
 from torchserve_dag.commands.common import fail
 from torchserve_dag.commands.experiment import experiment
 from torchserve_dag.commands.graph import graph
+from torchserve_dag.commands.new import new
 from torchserve_dag.commands.release import promote, retire, rollback, rollout, routes
 from torchserve_dag.commands.serve import default, down, status, up
 from torchserve_dag.commands.token import token
@@ -52,11 +54,12 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    check, graph, tune, build, up, status, call, default, down, routes, rollout, promote, rollback, retire,
+    new, check, graph, tune, build, up, status, call, default, down, routes, rollout, promote, rollback, retire,
     experiment, bench,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(add, name="add")
 app.add_typer(token, name="token")
 
 

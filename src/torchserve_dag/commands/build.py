@@ -31,6 +31,9 @@ def build(
     force: Annotated[
         bool, typer.Option("--force", help="While developing: replace a version that is built already.")
     ] = False,
+    update_cards: Annotated[
+        bool, typer.Option("--update-cards", help="Write the sha256 of the weights that are here into the cards first.")
+    ] = False,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
@@ -46,11 +49,16 @@ def build(
             names or [],
             store=store,
             force=force,
+            update_cards=update_cards,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     if json:
         print_json(report)
     else:
+        for card in report.updated:
+            out.print(
+                f"[green]card[/]      {escape(card.file)}: {escape(card.weights)} is {card.sha256}", soft_wrap=True
+            )
         for built in report.built:
             state = f"[green]{built.state:9}[/]"
             out.print(f"{state} {escape(str(built.path))}  {built.note or decimal(built.size)}", soft_wrap=True)

@@ -21,6 +21,7 @@ from torchserve_dag.commands.common import (
 
 if TYPE_CHECKING:
     from torchserve_dag.runtime.data.source import Problem
+    from torchserve_dag.runtime.project.folders import Project
 
 
 def _served_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
@@ -37,6 +38,33 @@ def _served_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
             read()
         except CheckError as error:
             problems += error.problems
+    return problems
+
+
+def _overlooked(project: Project) -> list[Problem]:
+    """Files in handlers/ and workflows/ that look as if they were served, and are not."""
+    from torchserve_dag.runtime.data.source import CheckError, Problem, read_plain
+
+    problems = []
+    for folder in ("handlers", "workflows"):
+        for path in sorted((project.root / folder).glob("*")):
+            if path.suffix == ".yml":
+                problems.append(Problem(str(path), 1, "a file that ends in .yml is not read", "let it end in .yaml"))
+            elif path.suffix == ".yaml" and path.name.startswith("."):
+                help_ = f"call it {path.name.lstrip('.')}, or delete it"
+                problems.append(Problem(str(path), 1, "a hidden file is not read", help_))
+    codes = set()
+    for path in project.files("handlers"):
+        try:
+            data, _ = read_plain(path)
+        except CheckError:  # it is named already
+            data = None
+        fields = data if isinstance(data, dict) else {}
+        codes.add(str(fields.get("code") or f"{fields.get('name') or path.stem}.py"))
+    for path in sorted((project.root / "handlers").glob("[!.]*.py")):
+        if path.name not in codes | {"__init__.py"}:
+            help_ = f"write its name, version and card into {path.with_suffix('.yaml')}"
+            problems.append(Problem(str(path), 1, "no .yaml names this handler, so it is not built", help_))
     return problems
 
 
@@ -74,6 +102,7 @@ def check(
                     }
                 )
         if not names:
+            problems += _overlooked(checked)
             problems += _served_problems(checked.root, {(one["name"], one["version"]) for one in good})
     if json:
         print_json({"checked": good, "problems": problems})

@@ -33,12 +33,18 @@ def project_root(given: Path | None) -> Path:
     """The project's folder, as short as it can be written, for messages name files in it."""
     if given is not None:
         if not _is_project(given):
-            fail(f"{given} is no project: it has neither handlers/ nor workflows/.")
+            fail(
+                f"{given} is not a project: it has neither handlers/ nor workflows/. "
+                f"Name another, or make one: torchserve-dag new {given}"
+            )
         return given
     here = Path.cwd()
     found = next((folder for folder in (here, *here.parents) if _is_project(folder)), None)
     if found is None:
-        fail(f"{here} is not in a project: no folder above it has handlers/ or workflows/; name one with --project.")
+        fail(
+            f"{here} is not in a project: neither it nor a folder above it has handlers/ or workflows/. "
+            "Name a project with --project, or make one: torchserve-dag new DIR"
+        )
     return Path(os.path.relpath(found))
 
 

@@ -1,4 +1,4 @@
-"""TorchServe's `config.properties`: read, and written again with what the options of `up` change."""
+"""TorchServe's `config.properties`, the project's or the default: read, and written with the changes of `up`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
+from torchserve_dag.server.shipped import shipped
 
 PATHS = (
     "workflow_store", "metrics_config", "plugins_path", "cpp_log_config",
@@ -18,14 +19,18 @@ PATHS = (
 _LOGGING = "-Dlog4j.configurationFile="
 
 
+def find(root: Path) -> Path:
+    """The project's `config.properties`, or the default where it has none."""
+    own = root / "config.properties"
+    return own if own.is_file() else shipped("config.properties")
+
+
 def read(path: Path) -> dict[str, str]:
-    """What a file of properties says. Raises ServerError."""
+    """The keys and values of a properties file. Raises ServerError."""
     try:
         text = path.read_text("utf-8")
     except OSError as error:
-        raise ServerError(
-            f"{path} cannot be read ({error.strerror}): every project has one; torchserve-dag's own is a good start."
-        ) from None
+        raise ServerError(f"{path} cannot be read: {error.strerror}.") from None
     return dict(pair for line in text.splitlines() if (pair := _pair(line)))
 
 

@@ -29,7 +29,7 @@ STOP_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class StartOptions:
-    """What `up` may be told; the rest is in the project's `config.properties`."""
+    """The options of `up`; all other settings are in `config.properties`."""
 
     port: int | None = None
     grpc_port: int | None = None
@@ -45,7 +45,7 @@ class LaunchPlan:
     """A TorchServe that can be started: what it will serve, and where."""
 
     source: Path
-    """The project's `config.properties`."""
+    """The project's `config.properties`, or the default."""
     said: dict[str, str]
     """What is in it."""
     store: Path
@@ -56,7 +56,7 @@ class LaunchPlan:
 
 def plan(root: Path, options: StartOptions, retired: Collection[ModelVersion] = ()) -> LaunchPlan:
     """All archives but the `retired`. Raises ServerError for what would keep it from starting."""
-    source = root / "config.properties"
+    source = properties.find(root)
     said = properties.read(source)
     store = (options.store or root / said.get("model_store", "model_store")).resolve()
     archives = {one: archive for one, archive in _archives(store).items() if one not in retired}

@@ -29,8 +29,8 @@ class Project:
         return self.root / "weights"
 
     def files(self, folder: str) -> list[Path]:
-        """The YAML files of `handlers` or `workflows`, and TorchServe's `.war` files, sorted."""
-        return sorted(path for path in (self.root / folder).glob("*.*") if path.suffix in {".yaml", ".war"})
+        """The YAML files of `handlers` or `workflows`, and TorchServe's `.war` files, sorted; hidden files are none."""
+        return sorted(path for path in (self.root / folder).glob("[!.]*.*") if path.suffix in {".yaml", ".war"})
 
     def find(self, folder: str, reference: str) -> Path | None:
         """The file that `NAME` or `NAME/VERSION` names: `NAME.yaml`, or the file that declares that version."""

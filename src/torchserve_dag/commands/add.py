@@ -1,0 +1,57 @@
+"""`torchserve-dag add`: a ready handler, copied into the project."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torchserve_dag.commands.common import ProjectOption, fail, failures, out, project_root
+
+add = typer.Typer(help="Copy ready parts into the project.", no_args_is_help=True)
+
+
+@add.callback()
+def _group() -> None:
+    """Copy ready parts into the project."""
+
+
+@add.command("handler")
+def handler(
+    name: Annotated[str | None, typer.Argument(help="The handler to copy; without it, they are listed.")] = None,
+    *,
+    project: ProjectOption = None,
+) -> None:
+    """Copy a handler for models of the Hugging Face hub into handlers/, with its card."""
+    import yaml
+
+    from torchserve_dag.runtime.data import plain
+    from torchserve_dag.server.shipped import hub_handlers, shipped
+
+    known = hub_handlers()
+    if name is None:
+        for each in known:
+            card = yaml.safe_load((shipped("handlers") / f"{each}.yaml").read_text("utf-8"))["card"]
+            out.print(f"[bold]{each}[/]  {card['does']}", soft_wrap=True)
+        return
+    if name not in known:
+        fail(f'There is no ready handler "{name}"; {plain.did_you_mean(name, known)}.')
+    with failures():
+        root = project_root(project)
+        copy_handler(name, root)
+    out.print(f"[green]added[/] handlers/{name}.py and handlers/{name}.yaml")
+
+
+def copy_handler(name: str, root: Path) -> None:
+    """Copy a ready handler's two files into `root`, and overwrite nothing."""
+    from torchserve_dag.server.shipped import shipped
+
+    (root / "handlers").mkdir(exist_ok=True)
+    for suffix in (".py", ".yaml"):
+        target = root / "handlers" / f"{name}{suffix}"
+        if target.exists():
+            fail(f"{target} is there already; move it away first.")
+    for suffix in (".py", ".yaml"):
+        shutil.copyfile(shipped("handlers") / f"{name}{suffix}", root / "handlers" / f"{name}{suffix}")

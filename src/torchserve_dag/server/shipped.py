@@ -1,0 +1,21 @@
+"""Files of the repository that the wheel carries too: `config.properties`, `log4j2.xml`, handlers for hub models.
+
+They have one source, the repository; `pyproject.toml` lists those that the build copies into the wheel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def shipped(path: str) -> Path:
+    """A file or a folder, by its path in the repository: in the wheel's `shipped/`, or where a clone has it."""
+    in_wheel = _PACKAGE / "shipped"
+    return (in_wheel if in_wheel.is_dir() else _PACKAGE.parents[1]) / path
+
+
+def hub_handlers() -> list[str]:
+    """The names of the handlers that serve models of the Hugging Face hub."""
+    return ["text_classifier", "transformers_classifier", "transformers_detector"]
