@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.unit.conftest import Mar
 from torchserve_dag.runtime.compat.context import Context, RequestProcessor
-from torchserve_dag.runtime.compat.runner import Row, RowsRunner, as_bytes
+from torchserve_dag.runtime.compat.runner import Row, TorchServeRunner, as_bytes
 from torchserve_dag.runtime.messages import Failure, Label, Labels, Photo, Text
 
 MODULE = """
@@ -32,8 +32,8 @@ MODULE = """
 """
 
 
-def runner(archive: Path, *, batch: int = 1, gives: Any = bytes) -> RowsRunner:
-    return RowsRunner.of_archive(archive.stem, archive, None, batch, gives=gives)
+def runner(archive: Path, *, batch: int = 1, gives: Any = bytes) -> TorchServeRunner:
+    return TorchServeRunner.of_archive(archive.stem, archive, None, batch, gives=gives)
 
 
 def with_handler(archive: Path, handler: str) -> Path:

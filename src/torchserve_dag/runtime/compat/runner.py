@@ -1,4 +1,4 @@
-"""A TorchServe handler, unedited, in this process: rows and a context in, its answers out.
+"""An unedited TorchServe handler in this process: rows and a context in, its answers out.
 
 The handler is what a `.mar` names: a module with a function `handle`, or with one class that has `initialize`
 and `handle`, its own or one of TorchServe's; or a function of a workflow's Python file.
@@ -55,7 +55,7 @@ class Row:
         return cls(decoded, {key: value for key, value in headers.items() if key not in _NOT_OF_WORKFLOWS})
 
 
-class RowsRunner:
+class TorchServeRunner:
     """Runs items through one handler: a Row as it is, a message as the `body` of a row."""
 
     one_at_a_time = True
@@ -68,14 +68,14 @@ class RowsRunner:
         self._gives = gives
 
     @classmethod
-    def of_function(cls, name: str, file: Path, function: str) -> RowsRunner:
+    def of_function(cls, name: str, file: Path, function: str) -> TorchServeRunner:
         """A function of a workflow's Python file. Raises RuntimeError where it cannot be loaded."""
         modules = modules_of(file)
         context = Context(name, file.parent, None, 1)
         return cls._load(name, file, modules, lambda: modules.module(file.stem), function, context, bytes)
 
     @classmethod
-    def of_archive(cls, name: str, archive: Path, gpu: int | None, batch: int, *, gives: Any = Any) -> RowsRunner:
+    def of_archive(cls, name: str, archive: Path, gpu: int | None, batch: int, *, gives: Any = Any) -> TorchServeRunner:
         """A finished `.mar`, or a folder with what is in one. Raises RuntimeError where it cannot be loaded.
 
         `gives`: the type of each answer. Any: the data of its JSON, or else its bytes; bytes: the body that TorchServe
@@ -102,7 +102,7 @@ class RowsRunner:
         function: str,
         context: Context,
         gives: Any,
-    ) -> RowsRunner:
+    ) -> TorchServeRunner:
         try:
             with modules.loading():
                 handle = _entry(module(), function, context)
@@ -117,9 +117,8 @@ class RowsRunner:
     def __call__(self, items: Sequence[Any]) -> list[Any]:
         rows = [item if isinstance(item, Row) else Row({"body": item}) for item in items]
         answers = self._run(rows)
-        if isinstance(
-            answers, Failure
-        ):  # TorchServe would fail the whole batch; here each row is tried again by itself, once
+        # TorchServe would fail the whole batch; here each row is tried again by itself, once.
+        if isinstance(answers, Failure):
             answers = [answers] if len(rows) == 1 else [self._alone(row) for row in rows]
         return [answer if isinstance(answer, Failure) else self._message(answer) for answer in answers]
 
@@ -131,10 +130,10 @@ class RowsRunner:
         """The answers, or the failure of the whole batch."""
         self.context.begin([row.headers for row in rows])
         try:
-            answers = self._handle([_handed_over(row) for row in rows], self.context)
+            answers = self._handle([_copied(row) for row in rows], self.context)
             if isinstance(answers, list) and len(answers) == len(rows):
                 return [self._answer(i, answer) for i, answer in enumerate(answers)]
-        except BaseException as error:  # as in runner.py
+        except BaseException as error:  # a SystemExit too: it would end the lane that runs the handler
             logger.exception("%s raised", self.name)
             return self._raised(error)
         return self._failure(f"{self.name} must answer with a list as long as its batch, {len(rows)}.")
@@ -252,7 +251,7 @@ def _decoded(value: Any, about: Any) -> Any:
     return value
 
 
-def _handed_over(row: Row) -> dict[str, Any]:
+def _copied(row: Row) -> dict[str, Any]:
     """The row as the handler gets it: a copy, which it may change, with bytearrays for bytes, as handlers expect."""
     return {key: _body(value) for key, value in row.values.items()}
 

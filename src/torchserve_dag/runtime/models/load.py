@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.runtime.compat.runner import RowsRunner
+from torchserve_dag.runtime.compat.runner import TorchServeRunner
 from torchserve_dag.runtime.compute.placement import Placement, find_device
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.source import Source
@@ -65,9 +65,9 @@ class Loader:
                 make = stream_runner if code.yields else function_runner
                 return Loaded(make(function.__name__, partial(_by_name, function)))
             case ArchiveCode(archive):
-                return Loaded(RowsRunner.of_archive(code.name, archive, self._gpu, code.batch, gives=code.gives))
+                return Loaded(TorchServeRunner.of_archive(code.name, archive, self._gpu, code.batch, gives=code.gives))
             case RowsFunctionCode(path, function_name):
-                return Loaded(RowsRunner.of_function(code.name, path, function_name))
+                return Loaded(TorchServeRunner.of_function(code.name, path, function_name))
             case ServedCode() as served:
                 model = ServedModel(served, code.gives)
                 return Loaded(starter=model, close=model.close)
