@@ -1,10 +1,10 @@
-"""A real TorchServe on free ports, serving this project's own archives, started once for all tests in here."""
+"""Real servers on free ports. A folder's test files share one server; a file that stands beside them has its own."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,6 @@ from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
 
 ROOT = Path(__file__).parents[2]
-SERVED = ("detect_classify", "image_classifier", "yolo_detector")
-
-Tool = Callable[..., str]
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def run_tool(root: Path, *words: str) -> str:
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=500,
         check=False,
     )
     if done.returncode:
@@ -60,35 +57,6 @@ def run_tool(root: Path, *words: str) -> str:
             pytrace=False,
         )
     return done.stdout
-
-
-@pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This project, its archives built into a model store of its own."""
-    root = tmp_path_factory.mktemp("project")
-    for name in ("handlers", "workflows", "weights", "photos", "config.properties", "log4j2.xml"):
-        (root / name).symlink_to(ROOT / name)
-    run_tool(root, "build", *SERVED)
-    return root
-
-
-@pytest.fixture(scope="session")
-def serving(project: Path) -> Iterator[Serving]:
-    run_tool(project, "up", "--free-ports", "--no-front-door")
-    yield Serving(project, State(project))
-    run_tool(project, "down")
-
-
-@pytest.fixture(scope="session")
-def rest(serving: Serving) -> Iterator[RestClient]:
-    with serving.rest() as found:
-        yield found
-
-
-@pytest.fixture(scope="session")
-def grpc(serving: Serving) -> Iterator[GrpcClient]:
-    with serving.grpc() as found:
-        yield found
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ from torchserve_dag.front_door.tokens import ALGORITHM, ISSUER
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.server.connect import torchserve_client
 
-pytestmark = pytest.mark.timeout(300)
+WITHIN_S = 60
 
 FUNCTIONS = """
 from __future__ import annotations
@@ -162,7 +162,7 @@ def test_an_answer_says_which_version_and_request_it_is_of_and_the_log_has_both(
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_fallback_answers_for_a_version_that_fails_or_crashes_or_is_slow(served: Served, protocol: str) -> None:
-    for bad, slow in (("3.0", 10), ("4.0", 0.5), ("5.0", 0.3)):
+    for bad, slow in (("3.0", 10), ("4.0", 1.5), ("5.0", 1.0)):
         served.route(f'echo:\n  versions: {{"1.0": 50, "{bad}": 50}}\n  fallback: "1.0"\n  slow_s: {slow}\n')
 
         assert answers(served, protocol, 24, lambda client, _: ask(client), threads=4) == {"1.0": 24}
@@ -173,19 +173,22 @@ def test_a_version_that_keeps_failing_is_left_alone_for_a_while(served: Served) 
     """Its share goes to the fallback without being tried first; a request that names it still gets it."""
     served.route('echo:\n  versions: {"1.0": 50, "3.0": 50}\n  fallback: "1.0"\n')
     answers(served, "rest", 60, lambda client, _: ask(client))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WITHIN_S
     while served.door.traffic().ejected != (("echo", "3.0"),):
         assert time.monotonic() < deadline, "it is not ejected"
         time.sleep(0.1)
-    time.sleep(0.3)  # what was decided is written before Envoy has it
+    turn, tries = 0, {2}
     with served.http() as http:
-        for i in range(20):
-            assert http.post("/predictions/echo", content=b"hi", headers={"x-request-id": f"alone-{i}"}).is_success
+        while tries != {1} and time.monotonic() < deadline:  # what was decided is written before Envoy has it
+            names, turn = [f"alone-{turn}-{i}" for i in range(20)], turn + 1
+            for name in names:
+                assert http.post("/predictions/echo", content=b"hi", headers={"x-request-id": name}).is_success
+            tries = {served.log(name)["tries"] for name in names}
         assert http.post("/predictions/echo/3.0", content=b"hi").status_code == 500
 
-    assert {served.log(f"alone-{i}")["tries"] for i in range(20)} == {1}
+    assert tries == {1}
     while served.door.traffic().ejected:
-        assert time.monotonic() < deadline + 20, "it is not tried again"
+        assert time.monotonic() < deadline + WITHIN_S, "it is not tried again"
         time.sleep(0.2)
     served.route(SPLIT)
 
@@ -272,8 +275,10 @@ class TestTokens:
     def test_a_token_has_a_rate_of_its_own(self, served: Served, protocol: str, issue: Callable[..., str]) -> None:
         token = issue(f"slow-{protocol}", "--rate", "10")
         with client_with(served, protocol, token) as client:
+            began = time.monotonic()
             found = Counter(outcome(client) for _ in range(40))
-        assert 10 <= found["answered"] <= 20
+            took = time.monotonic() - began
+        assert 10 <= found["answered"] <= 20 + 10 * took
         assert found["answered"] + found["429"] == 40
         with served.client(protocol) as client:
             assert ask(client) in {"1.0", "2.0"}  # and nobody else's
@@ -301,7 +306,7 @@ def test_a_renewed_certificate_is_shown_without_a_restart(served: Served) -> Non
     host, port = served.address.split(":")
     before = ssl.get_server_certificate((host, int(port)))
     certificate._make(Path(record.certificate), Path(record.key))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WITHIN_S
     while ssl.get_server_certificate((host, int(port))) == before:
         assert time.monotonic() < deadline, "the old one is shown"
         time.sleep(0.1)
@@ -331,7 +336,7 @@ def test_feedback_meets_its_request_in_the_experiment(served: Served) -> None:
         )
         assert http.get("/feedback").status_code == 405
     served.log("scored-59")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WITHIN_S
     while len((served.state.logs / "feedback.log").read_text().splitlines()) < 60:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -378,7 +383,7 @@ def test_envoy_that_is_killed_is_started_again(served: Served) -> None:
     served.route(SPLIT)
     envoy = next(one for one in children(served) if "envoy" in one.name())
     envoy.kill()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + WITHIN_S
     found = ""
     while time.monotonic() < deadline and not found:
         try:
@@ -425,7 +430,7 @@ class TestHostile:
             working = pool.submit(work)
             yield let_through
             stop.set()
-            working.result(30)
+            working.result(60)
         assert set(sent) == {"1.0"}
         expected = len(sent) + sum(let_through)
         assert served.seen(seen + expected) - seen == expected
@@ -433,10 +438,10 @@ class TestHostile:
     def test_who_is_slow_or_idle_is_ended_at_the_limits(self, target: hostile.Target) -> None:
         """Heads and bodies that come a byte at a time, and connections on which nothing comes."""
         ways: list[Callable[[], int]] = [
-            lambda: hostile.slowloris(target, 20, 8.0),
-            lambda: hostile.slow_bodies(target, 20, 8.0),
-            lambda: hostile.idle_until_ended(target, 20, 8.0, tls=True),
-            lambda: hostile.idle_until_ended(target, 200, 8.0, tls=False),
+            lambda: hostile.slowloris(target, 20, 45.0),
+            lambda: hostile.slow_bodies(target, 20, 45.0),
+            lambda: hostile.idle_until_ended(target, 20, 45.0, tls=True),
+            lambda: hostile.idle_until_ended(target, 200, 45.0, tls=False),
         ]
         with ThreadPoolExecutor(len(ways)) as pool:
             found = list(pool.map(lambda way: way(), ways))
@@ -466,6 +471,7 @@ def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
     """
     served.route('echo:\n  versions: {"1.0": 100}\n')
     stopped = threading.Event()
+    under_way = threading.Barrier(9, timeout=WITHIN_S)
 
     def work(protocol: str) -> tuple[int, str]:
         answered = 0
@@ -474,6 +480,8 @@ def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
                 try:
                     ask(client)
                     answered += 1
+                    if answered == 21:
+                        under_way.wait()
                 except ServingError as error:
                     if stopped.is_set() and error.unserved:
                         return answered, "ended"
@@ -483,7 +491,7 @@ def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
     assert record
     with ThreadPoolExecutor(8) as pool:
         working = [pool.submit(work, PROTOCOLS[i % 2]) for i in range(8)]
-        time.sleep(1)
+        under_way.wait()
         stopped.set()
         os.kill(record.pid, signal.SIGTERM)
         found = [one.result(60) for one in working]

@@ -26,7 +26,6 @@ from torchserve_dag.server.state import State
 from torchserve_dag.stack import start as stack
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(300)
 
 HANDLER = """
 from __future__ import annotations
@@ -77,7 +76,7 @@ def project(tmp_path: Path) -> Iterator[Path]:
 
 def run(project: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torchserve_dag", *words]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -166,11 +165,11 @@ def test_stock_torchserve_serves_the_same_folder_from_its_root(project: Path) ->
     environment = {**os.environ, **java_home, **processes.mark(state)}
     logs = Logs(project / "logs")
     try:
-        subprocess.run(command, cwd=project, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        subprocess.run(command, cwd=project, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=500)
         tokens = written_tokens(project / "key_file.json")
         keys = {"token": tokens.inference, "management_token": tokens.management}
         with RestClient(free.inference, free.management, **keys) as client:
-            Waiting({("shout", "1.9"): "shout-1.9.mar"}, logs).wait(client, lambda: True, 120)
+            Waiting({("shout", "1.9"): "shout-1.9.mar"}, logs).wait(client, lambda: True, 500)
 
             assert client.predict("shout", b"hello") == {"text": "HELLO (9)"}
     finally:

@@ -24,8 +24,9 @@ from torchserve_dag.runtime.engine.request import Request
 from torchserve_dag.runtime.messages import Failure
 from torchserve_dag.runtime.workflow import Workflow
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 """A request that takes longer hangs."""
+LEFT_S = 30.0
 
 
 @dataclass
@@ -174,8 +175,8 @@ def _codes(flow: Flow, prefix: str) -> Iterator[tuple[str, Op]]:
 
 
 def left_behind(workflow: Workflow) -> list[str]:
-    """What is still at work a second after the last answer."""
-    deadline = time.monotonic() + 1
+    """What is still at work LEFT_S after the last answer."""
+    deadline = time.monotonic() + LEFT_S
     while True:
         left = [
             f"{station.name}: {len(station)} wait" for station in workflow.engine._stations.values() if len(station)
@@ -189,8 +190,8 @@ def left_behind(workflow: Workflow) -> list[str]:
 
 
 def threads_left(before: set[threading.Thread]) -> list[str]:
-    """Threads that still live a second after the close."""
-    deadline = time.monotonic() + 1
+    """Threads that still live LEFT_S after the close."""
+    deadline = time.monotonic() + LEFT_S
     while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.001)
     return [f"a thread is left: {thread.name}" for thread in left]

@@ -30,7 +30,7 @@ HANDLERS = {
             def example(self) -> Text: return Text("example")
             def preprocess(self, item: Text) -> str:
                 if item.text == "bad": raise InputError("That text is bad.", 422)
-                if item.text == "slow": time.sleep(3)
+                if item.text == "slow": time.sleep(30)
                 return item.text
             def infer(self, batch):
                 if "poison" in batch: raise RuntimeError("poison")
@@ -61,9 +61,16 @@ IMPORTS = """
 from __future__ import annotations
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from torchserve_dag.runtime.handler import Handler
 from torchserve_dag.runtime.messages import InputError, Skipped, Text
+
+def wait_at(gate: str) -> None:
+    end = time.monotonic() + 60
+    while not Path(gate).exists() and time.monotonic() < end:
+        time.sleep(0.005)
 """
+"""What every handler and workflow of a test may use; who waits at a gate goes on when its file is there."""
 
 Write = Callable[..., Path]
 

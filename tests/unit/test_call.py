@@ -1,4 +1,4 @@
-"""`torchserve-dag call`, as a program of its own, against an HTTP server in this process."""
+"""`torchserve-dag call` against an HTTP server in this process."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from torchserve_dag.clients import RestClient
+from torchserve_dag.commands import app
 
 PROGRAM = """
 import signal
@@ -24,7 +29,7 @@ address = sys.argv.pop(1)
 connect.client = lambda state, protocol: RestClient(address, address)
 app()
 """
-"""The command, with the address of a server that no `up` has started."""
+"""The command as a program of its own, with the address of a server that no `up` has started."""
 
 
 class Model(BaseHTTPRequestHandler):
@@ -89,20 +94,29 @@ def call(server: Server, project: Path, *words: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_outputs_and_bulk_are_options(server: Server, project: Path) -> None:
-    with call(server, project, "echo", "--output", "detect", "--output", "classify", "--bulk") as command:
-        printed, _ = command.communicate(timeout=60)
+@pytest.fixture
+def run(server: Server, project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command in this process."""
+    (project / "hello.txt").write_text("hello")
+    address = f"http://127.0.0.1:{server.server_port}"
+    module = sys.modules["torchserve_dag.commands.call"]
+    monkeypatch.setattr(module, "client", lambda state, protocol: RestClient(address, address))
+    monkeypatch.chdir(project)
+    return lambda *words: CliRunner().invoke(app, ["call", *words, "hello.txt"])
+
+
+def test_outputs_and_bulk_are_options(server: Server, run: Callable[..., Result]) -> None:
+    done = run("echo", "--output", "detect", "--output", "classify", "--bulk")
     (asked,) = server.asked
 
-    assert (printed, command.returncode) == (b"one two", 0)
+    assert (done.stdout_bytes, done.exit_code) == (b"one two", 0)
     assert (asked["x-outputs"], asked["x-priority"]) == ("detect,classify", "bulk")
 
 
-def test_a_stream_is_printed_and_ends_with_a_newline(server: Server, project: Path) -> None:
-    with call(server, project, "echo", "--stream") as command:
-        printed, _ = command.communicate(timeout=60)
+def test_a_stream_is_printed_and_ends_with_a_newline(server: Server, run: Callable[..., Result]) -> None:
+    done = run("echo", "--stream")
 
-    assert (printed, command.returncode) == (b"one two\n", 0)
+    assert (done.stdout_bytes, done.exit_code) == (b"one two\n", 0)
     assert not server.cancelled.is_set()
 
 
@@ -111,7 +125,7 @@ def test_ctrl_c_calls_the_stream_off(server: Server, project: Path) -> None:
         assert command.stdout
         assert command.stdout.read(3) == b"one"
         command.send_signal(signal.SIGINT)
-        rest, _ = command.communicate(timeout=60)
+        rest, _ = command.communicate(timeout=500)
     asked, cancel = server.asked
 
     assert (rest, command.returncode) == (b"\n", 130)
@@ -119,11 +133,12 @@ def test_ctrl_c_calls_the_stream_off(server: Server, project: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("--param", "body=x"), ("--param", "x-outputs=detect"), ("--output", "détecte")])
-def test_what_cannot_be_sent_is_one_sentence(server: Server, project: Path, words: tuple[str, str]) -> None:
-    with call(server, project, "echo", *words) as command:
-        _, said = command.communicate(timeout=60)
+def test_what_cannot_be_sent_is_one_sentence(
+    server: Server, run: Callable[..., Result], words: tuple[str, str]
+) -> None:
+    done = run("echo", *words)
 
-    assert command.returncode == 1
-    assert said.startswith(b"error: ")
-    assert said.count(b"\n") == 1
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
     assert not server.asked

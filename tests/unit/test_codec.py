@@ -113,13 +113,13 @@ def test_a_bomb_is_refused_before_it_is_decoded(side: int) -> None:
     bomb = png_of_zeros(side, side)
     assert len(bomb) < 100_000
     tracemalloc.start()
-    begin = time.perf_counter()
+    begin = time.thread_time()
 
     error = refused(Photo, bomb)
 
     assert error.status == 413
     assert "50,000,000" in error.message
-    assert time.perf_counter() - begin < 0.5
+    assert time.thread_time() - begin < 0.5
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 

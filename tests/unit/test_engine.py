@@ -6,7 +6,7 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +72,7 @@ def test_parallel_nodes_run_at_the_same_time(write: Write) -> None:
     """,
         """
         import threading
-        barrier = threading.Barrier(2, timeout=5)
+        barrier = threading.Barrier(2, timeout=60)
         def meet(text: Text) -> int: return barrier.wait() * 0 + 1
         def both(one: int, two: int) -> int: return one + two
     """,
@@ -161,16 +161,15 @@ def test_a_function_that_raises_ends_only_its_request(write: Write) -> None:
 
 
 def test_a_request_is_answered_at_its_time_limit_and_the_worker_known_to_hang(write: Write) -> None:
-    path = write("answer: {handler: upper}", more="serve: {timeout_s: 1}")
+    path = write("answer: {handler: upper}", more="serve: {timeout_s: 2}")
     with Workflow.load(path) as workflow:
         begin = time.monotonic()
         slow, quick = workflow([b"slow", b"quick"])
 
         assert quick == Text("QUICK")
         assert (slow.status, slow.node) == (504, "answer")
-        assert time.monotonic() - begin < 3
-        time.sleep(0.2)
-        assert workflow.engine.stuck()
+        assert time.monotonic() - begin < 20
+        wait_for(workflow.engine.stuck)
 
 
 def test_closing_answers_what_is_inside_and_ends_the_threads(write: Write) -> None:
@@ -198,7 +197,7 @@ def test_past_the_limit_of_requests_inside_the_next_is_refused_at_once(write: Wr
         "answer: {function: wait}",
         """
         def wait(text: Text) -> Text:
-            time.sleep(0.1)
+            time.sleep(1)
             return text
     """,
         more="serve: {max_inside: 3}",
@@ -279,7 +278,7 @@ def test_an_answered_request_is_let_go_of_at_once(write: Write) -> None:
         assert request.future.result() == Text("A")
         gone = weakref.ref(request)
         del request
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while gone() is not None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert gone() is None
@@ -342,7 +341,7 @@ def test_what_is_submitted_together_enters_at_the_end(write: Write) -> None:
             requests = [workflow.submit(b"a"), workflow.submit(b"b")]
             time.sleep(0.05)
             assert not any(request.future.done() for request in requests)
-        assert [request.future.result(5) for request in requests] == [Text("A"), Text("B")]
+        assert [request.future.result(60) for request in requests] == [Text("A"), Text("B")]
         assert workflow([b"c"]) == [Text("C")]
 
 
@@ -357,16 +356,16 @@ def test_what_is_submitted_before_an_error_enters_too(write: Write) -> None:
 
         with pytest.raises(KeyError):
             submit_and_fail()
-        assert requests[0].future.result(5) == Text("A")
+        assert requests[0].future.result(60) == Text("A")
 
 
-def test_a_quick_function_that_becomes_slow_holds_up_no_neighbour_that_has_a_lane(write: Write) -> None:
+def test_a_quick_function_that_becomes_slow_holds_up_no_neighbour_that_has_a_lane(write: Write, tmp_path: Path) -> None:
     """Quick functions are done in bundles: one of two requests that could have a lane each must not wait in one."""
     path = write(
         "answer: {function: wait}\n",
         """
         def wait(text: Text) -> Text:
-            if text.text == "slow": time.sleep(1)
+            if text.text.startswith("gate "): wait_at(text.text[5:])
             return text
         """,
     )
@@ -374,9 +373,17 @@ def test_a_quick_function_that_becomes_slow_holds_up_no_neighbour_that_has_a_lan
         if len(workflow.engine._lanes["cpu"].threads) < 2:
             pytest.skip("one core")
         workflow([b"quick"] * 200)
-        began = time.monotonic()
+        gate = tmp_path / "gate"
         with workflow.engine.together():
-            slow, quick = workflow.submit(b"slow"), workflow.submit(b"quick")
-        assert quick.future.result(5) == Text("quick")
-        assert time.monotonic() - began < 0.9
-        assert slow.future.result(5) == Text("slow")
+            slow, quick = workflow.submit(f"gate {gate}".encode()), workflow.submit(b"quick")
+        assert quick.future.result(30) == Text("quick")
+        assert not slow.future.done()
+        gate.touch()
+        assert slow.future.result(60) == Text(f"gate {gate}")
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

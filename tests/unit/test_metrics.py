@@ -156,7 +156,7 @@ def test_the_thread_publishes_and_the_last_counts_are_published_when_it_is_close
 
     publisher = publish_every(0.01, "flow", "1.0", count)
     for _ in range(3):
-        assert looked.acquire(timeout=10)
+        assert looked.acquire(timeout=60)
     counts.record_batch([0.1, 0.1], 0.1, 0)
     publisher.close()
 

@@ -140,7 +140,7 @@ class Answers:
         self._said.put(answer)
 
     def next(self) -> Any:
-        return self._said.get(timeout=20)
+        return self._said.get(timeout=60)
 
 
 def ask(model: ServedModel, value: Any = b"1", timeout_s: float = 10) -> Any:
@@ -155,6 +155,9 @@ def dead_address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
+DOWN_S = 6.0
+RECONNECTS_WITHIN_S = 2.5
+"""By itself grpc would wait longer and longer: after this long a failure, for 4 s, and at last for two minutes."""
 PHOTO = Photo(Image.radial_gradient("L").convert("RGB"))
 LARGE_PHOTO = Photo(PHOTO.image.resize((2000, 1500)))
 
@@ -262,7 +265,7 @@ def test_a_call_does_not_wait_and_many_are_under_way_together(serve: Serve, call
     for number in range(8):
         model(str(number).encode(), 20, answers.done)  # would not return if it waited: nothing is answered yet
     for _ in range(8):
-        assert inference.inside.acquire(timeout=10)
+        assert inference.inside.acquire(timeout=60)
     assert answers.count == 0
     inference.go_on.set()
 
@@ -277,19 +280,19 @@ def test_a_call_that_takes_too_long_is_answered_at_its_limit(serve: Serve, call:
 
     assert (failure.status, failure.type) == (504, "Timeout")
     assert "0.3 s" in failure.message
-    assert 0.3 <= time.monotonic() - begun < 5
+    assert 0.3 <= time.monotonic() - begun < 15
 
 
 def test_calling_off_reaches_the_server_and_is_answered_once(serve: Serve, call: Any) -> None:
     address, inference, _ = serve()
     answers = Answers()
     cancel = call(address, "hangs")(b"1", 20, answers.done)
-    assert inference.inside.acquire(timeout=10)
+    assert inference.inside.acquire(timeout=60)
     cancel()
     cancel()
 
     assert answers.next().type == "Cancelled"
-    assert inference.cancelled.acquire(timeout=10)
+    assert inference.cancelled.acquire(timeout=60)
     assert ask(call(address)) == 1  # by then a second answer would have come
     assert answers.count == 1
 
@@ -300,8 +303,8 @@ def test_closing_calls_off_its_own_calls_and_not_its_neighbours(serve: Serve, ca
     ended, waiting = Answers(), Answers()
     one(b"1", 20, ended.done)
     other(b"2", 20, waiting.done)
-    assert inference.inside.acquire(timeout=10)
-    assert inference.inside.acquire(timeout=10)
+    assert inference.inside.acquire(timeout=60)
+    assert inference.inside.acquire(timeout=60)
     one.close()
     one.close()
 
@@ -331,17 +334,17 @@ def test_a_server_that_restarts_is_found_again(serve: Serve, call: Any) -> None:
     assert ask(model) == 1
     server.stop(None).wait()
     begun, failures = time.monotonic(), []
-    while time.monotonic() < begun + 3:  # by itself grpc would wait longer and longer, for up to two minutes
+    while time.monotonic() < begun + DOWN_S:
         failures.append(ask(model))
     serve(address)
     begun = time.monotonic()
     while isinstance(answer := ask(model), Failure):
         failures.append(answer)
-        assert time.monotonic() - begun < 5, answer
+        assert time.monotonic() - begun < 60, answer
 
     assert answer == 1
     assert {(failure.status, failure.type) for failure in failures} == {(503, "Unreachable")}
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < RECONNECTS_WITHIN_S
 
 
 def test_a_dead_address_costs_neither_threads_nor_files(call: Any) -> None:
@@ -448,26 +451,19 @@ def test_a_worker_finds_the_tokens_in_the_folder_of_its_torchserve(serve: Serve,
         "assert ended.wait(20)\n"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, sys.argv[1]], cwd='model', check=True)"
-    subprocess.run([sys.executable, "-c", parent, address], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", parent, address], cwd=tmp_path, check=True, timeout=500)
 
     assert inference.seen[0]["metadata"]["authorization"] == "Bearer ours"
 
 
-def test_without_grpc_a_workflow_says_what_it_needs() -> None:
-    code = (
-        "import sys\n"
-        "sys.modules['grpc'] = None\n"
-        "from torchserve_dag.runtime.graph.kinds import ServedCode\n"
-        "from torchserve_dag.runtime.models.remote import ServedModel\n"
-        "ServedModel(ServedCode('echo', None, '127.0.0.1:7070', None), bytes)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-
-    assert "ImportError: a node that calls 127.0.0.1:7070 over gRPC needs grpcio, protobuf and" in done.stderr
+def test_without_grpc_a_workflow_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with pytest.raises(ImportError, match=r"a node that calls 127\.0\.0\.1:7070 over gRPC needs grpcio, protobuf and"):
+        ServedModel(ServedCode("echo", None, "127.0.0.1:7070", None), bytes)
 
 
 def wait_until(fact: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not fact():
         assert time.monotonic() < deadline
         time.sleep(0.02)

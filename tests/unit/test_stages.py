@@ -20,7 +20,7 @@ from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.handler_file import MicroBatch
 
 CPU = Placement(torch.device("cpu"))
-WAIT_S = 10.0
+WAIT_S = 30.0
 """How long a test waits for what must happen; only a failure waits so long."""
 
 Stage = Callable[[Any], None]
@@ -262,14 +262,14 @@ def test_a_stage_that_hangs_costs_its_items_a_504_and_the_others_nothing(make: M
         if value in (4, [4, 5]):
             let_go.wait(WAIT_S)
 
-    stages = make(Scripted(**{stage: hang}), MicroBatch(2, 2, 2, 2), timeout_s=0.3)
+    stages = make(Scripted(**{stage: hang}), MicroBatch(2, 2, 2, 2), timeout_s=1.0)
     begin = time.monotonic()
 
     answers = stages(range(8))
 
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < WAIT_S / 2
     assert [a.status if isinstance(a, Failure) else a for a in answers] == [0, 2, 4, 6, 504, 504, 12, 14]
-    assert answers[4] == Failure(504, "double took longer than 0.3 s.", "Timeout")
+    assert answers[4] == Failure(504, "double took longer than 1 s.", "Timeout")
     let_go.set()
     assert stages(range(4)) == [0, 2, 4, 6]
 

@@ -1,72 +1,31 @@
-"""Every block of the README is what it says it is: files are quoted as they are, and commands and code run."""
+"""Every block of the README is what it says it is: files are quoted as they are, and commands and code run.
+
+The last file of this folder: its commands stop the server that the other files use.
+"""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.live.conftest import ROOT
+from tests.live.demo.conftest import Demo, Run
 from torchserve_dag.pictures.mermaid import mermaid
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.project.folders import Project
-from torchserve_dag.server import ports, properties
-from torchserve_dag.server.ports import Addresses
+from torchserve_dag.server import properties
 
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 SCRIPTS = "./scripts/demo\n./scripts/test\n"
 
-Run = Callable[..., str]
-
 
 def blocks(kind: str) -> list[str]:
     return [text for name, text in BLOCKS if name == kind]
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This project in a folder of its own, at ports that nobody has, with this environment as its `.venv`."""
-    root = tmp_path_factory.mktemp("readme")
-    for name in ("handlers", "workflows", "weights", "photos", "pyproject.toml", "constraints.txt"):
-        (root / name).symlink_to(ROOT / name)
-    (root / "scripts").mkdir()
-    for path in (ROOT / "scripts").iterdir():
-        (root / "scripts" / path.name).write_bytes(path.read_bytes())
-        (root / "scripts" / path.name).chmod(0o755)
-    (root / ".venv").symlink_to(sys.prefix)
-    (root / "tmp").mkdir()
-    listen, metrics = ports.free(["127.0.0.1", "127.0.0.1"])
-    (root / "front_door.yaml").write_text(f"listen: 127.0.0.1:{listen}\nmetrics: 127.0.0.1:{metrics}\n")
-    where = Addresses().with_free_ports()
-    properties.write(ROOT / "config.properties", root / "config.properties", properties.listening_at(where))
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(copy: Path) -> Iterator[Run]:
-    """Runs a line of shell in the copy, as after `source .venv/bin/activate`; what it printed."""
-    environment = {k: v for k, v in os.environ.items() if k not in {"JAVA_HOME", "VIRTUAL_ENV", "TS_CONFIG_FILE"}}
-    environment |= {"PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(copy / "tmp")}
-    environment |= {"COLUMNS": "80", "TERM": "dumb"}
-
-    def line(text: str) -> str:
-        words = ["bash", "-euo", "pipefail", "-c", text]
-        done = subprocess.run(
-            words, cwd=copy, env=environment, capture_output=True, text=True, timeout=170, check=False
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
-
-    yield line
-    line("torchserve-dag down")
 
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
@@ -86,10 +45,10 @@ def test_the_graph_is_drawn_from_its_file(text: str) -> None:
     assert text == mermaid(read_graph(Project(ROOT), ROOT / "workflows" / "detect_classify.yaml"))
 
 
-def test_the_demo_prints_what_the_readme_shows(run: Run) -> None:
+def test_the_demo_prints_what_the_readme_shows(serving: Demo, run: Run) -> None:
     """But for the milliseconds; and run again, it goes on with the server that it started."""
     (shown,) = blocks("text")
-    first, again = run("./scripts/demo"), run("./scripts/demo")
+    first, again = serving.printed, run("./scripts/demo")
 
     for line in shown.splitlines():
         assert without_times(line) in [without_times(one) for one in first.splitlines()]
@@ -102,13 +61,13 @@ def without_times(line: str) -> str:
 
 
 @pytest.mark.parametrize("text", blocks("python"))
-def test_the_code_runs(run: Run, copy: Path, text: str) -> None:
+def test_the_code_runs(serving: Demo, run: Run, text: str) -> None:
     """With the server that the demo started."""
-    (copy / "block.py").write_text(text, "utf-8")
+    (serving.root / "block.py").write_text(text, "utf-8")
     run("python block.py")
 
 
-def test_the_demo_stops_what_it_started(run: Run) -> None:
+def test_the_demo_stops_what_it_started(serving: Demo, run: Run) -> None:
     assert run("./scripts/demo --stop") == "stopped\n"
 
 
@@ -129,7 +88,7 @@ def test_the_commands_run(run: Run, copy: Path, text: str) -> None:
 
 def wait_until_served(copy: Path) -> None:
     where = properties.addresses(properties.read(copy / "config.properties"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline:
         try:
             keys = httpx.Response(200, text=(copy / "key_file.json").read_text("utf-8")).json()
@@ -142,7 +101,7 @@ def wait_until_served(copy: Path) -> None:
         except (OSError, ValueError, httpx.TransportError):
             pass
         time.sleep(1)
-    pytest.fail("TorchServe did not come to serve the workflow within 120 s")
+    pytest.fail("TorchServe did not come to serve the workflow within 500 s")
 
 
 def test_the_handler_of_the_readme_is_one() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -12,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.conftest import ROOT, Serving, run_tool
+from tests.live.conftest import Serving
 from torchserve_dag.clients import Client, GrpcClient, RequestRefused, RestClient, ServerFailed
 from torchserve_dag.runtime.messages import Failure, Labels, Text
 from torchserve_dag.runtime.workflow import Workflow
-from torchserve_dag.server import ports
-from torchserve_dag.server.state import State
 
 UPPER = """
 from __future__ import annotations
@@ -70,7 +67,7 @@ name: shout
 version: "1.0"
 does: One call of the served model.
 nodes:
-  call: {{served: {{model: upper, at: "{address}"}}}}
+  call: {served: {model: upper, at: "GRPC"}}
 output: call
 """
 
@@ -79,9 +76,9 @@ name: sentence
 version: "1.0"
 does: One call of the served model for each word.
 nodes:
-  words: {{function: split}}
-  call: {{served: {{model: upper/1.0, at: "{address}"}}, each: words, retry: 6}}
-  answer: {{function: join, input: call}}
+  words: {function: split}
+  call: {served: {model: upper/1.0, at: "GRPC"}, each: words, retry: 6}
+  answer: {function: join, input: call}
 output: answer
 """
 
@@ -90,33 +87,21 @@ name: ghost
 version: "1.0"
 does: Calls a model that is not there.
 nodes:
-  call: {{served: {{model: nobody, at: "{address}", takes: Text, gives: Labels}}, retry: 10}}
+  call: {served: {model: nobody, at: "GRPC", takes: Text, gives: Labels}, retry: 10}
 output: call
 """
 
-
-@pytest.fixture(scope="module")
-def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    root = tmp_path_factory.mktemp("served")
-    rest, grpc = ports.free_run("127.0.0.1", 3, start=21_000), ports.free_run("127.0.0.1", 2, start=22_000)
-    for folder in ("handlers", "workflows"):
-        (root / folder).mkdir()
-    (root / "handlers" / "upper.py").write_text(UPPER)
-    (root / "handlers" / "upper.yaml").write_text(UPPER_FILE)
-    for name, file in (("shout", SHOUT), ("sentence", SENTENCE), ("ghost", GHOST)):
-        (root / "workflows" / f"{name}.yaml").write_text(file.format(address=f"127.0.0.1:{grpc}"))
-        (root / "workflows" / f"{name}.py").write_text(FUNCTIONS)
-    for name in ("config.properties", "log4j2.xml"):
-        (root / name).symlink_to(ROOT / name)
-    run_tool(root, "build")
-    run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc), "--no-front-door")
-    yield Serving(root, State(root))
-    run_tool(root, "down")
+FILES = {
+    "handlers/upper.py": UPPER,
+    "handlers/upper.yaml": UPPER_FILE,
+    **{f"workflows/{name}.yaml": file for name, file in (("shout", SHOUT), ("sentence", SENTENCE), ("ghost", GHOST))},
+    **{f"workflows/{name}.py": FUNCTIONS for name in ("shout", "sentence", "ghost")},
+}
 
 
 @pytest.fixture(params=["rest", "grpc"])
-def caller(request: pytest.FixtureRequest, sharing: Serving) -> Iterator[Client]:
-    found: RestClient | GrpcClient = sharing.rest() if request.param == "rest" else sharing.grpc()
+def caller(request: pytest.FixtureRequest, server: Serving) -> Iterator[Client]:
+    found: RestClient | GrpcClient = server.rest() if request.param == "rest" else server.grpc()
     with found:
         yield found
 
@@ -133,11 +118,11 @@ def batches(answer: Labels) -> list[float]:
     return [label.score for label in answer.labels[1::2]]
 
 
-def test_two_workflows_share_one_model(sharing: Serving, caller: Client) -> None:
+def test_two_workflows_share_one_model(server: Serving, caller: Client) -> None:
     one = caller.predict("shout", Text("hello"), answer=Labels)
     other = caller.predict("sentence", Text("a few words"), answer=Labels)
     alone = caller.predict("upper", Text("alone"), answer=Labels)
-    with sharing.rest() as rest:
+    with server.rest() as rest:
         served = {model.name: version.workers for model in rest.models() for version in model.versions}
 
     assert (said(one), said(other)) == (["HELLO"], ["A", "FEW", "WORDS"])
@@ -179,12 +164,12 @@ def test_a_model_that_is_not_there_is_said_at_once(caller: Client) -> None:
 
     assert (failed.value.status, failed.value.type, failed.value.node) == (502, "ModelNotFound", "call")
     assert "Model not found: nobody" in failed.value.message
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
 
 
 def kill_worker(begun: Path) -> int:
     """Kill the served model's worker as soon as it has left its pid in `begun`; which one it was."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not begun.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -216,32 +201,15 @@ def test_a_worker_that_is_killed_fails_a_node_without_retries(caller: Client, tm
 
     assert (failed.value.status, failed.value.type, failed.value.node) == (502, "ServedModelFailed", "call")
     assert "Worker died" in failed.value.message
-    assert said(caller.predict("shout", Text("again"), answer=Labels, timeout=40)) == ["AGAIN"]
+    assert said(caller.predict("shout", Text("again"), answer=Labels, timeout=60)) == ["AGAIN"]
 
 
-def test_the_same_workflow_runs_without_a_server_of_its_own(sharing: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_workflow_runs_without_a_server_of_its_own(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program in the project's folder finds the token of the server that was started there."""
-    monkeypatch.chdir(sharing.root)
+    monkeypatch.chdir(server.root)
     with Workflow.load("workflows/sentence.yaml") as workflow:
         good, bad = workflow([Text("from here"), Text("bad")])
 
     assert said(good) == ["FROM", "HERE"]
     assert isinstance(bad, Failure)
     assert (bad.status, bad.node) == (422, "call")
-
-
-def test_the_example_of_the_documentation_runs(
-    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "served.md").read_text("utf-8"), re.DOTALL)
-    for name in ("handlers", "weights"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "workflows").mkdir()
-    (tmp_path / "workflows" / "detect_classify.py").symlink_to(ROOT / "workflows" / "detect_classify.py")
-    path = tmp_path / "workflows" / "shared_classifier.yaml"
-    path.write_text(example.replace("127.0.0.1:7070", serving.addresses.grpc_inference))
-    monkeypatch.chdir(serving.root)
-    with Workflow.load(path) as workflow:
-        (answer,) = workflow([(ROOT / "photos" / "coffee.jpg").read_bytes()])
-
-    assert [(one.label, one.names[0].name) for one in answer.objects] == [("cup", "espresso")]

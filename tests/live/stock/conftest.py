@@ -1,9 +1,8 @@
-"""A stock TorchServe 0.12.0 is asked what it makes of its own workflows, and ours makes the same of them."""
+"""A stock TorchServe 0.12.0, in an environment where this package was never installed, for the files of this folder."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -21,11 +19,14 @@ from workflow_archiver.workflow_packaging import package_workflow
 from workflow_archiver.workflow_packaging_utils import WorkflowExportUtils
 
 from tests import torchserve_specs as specs
-from tests.live.conftest import run_tool
-from tests.live.test_stock import READY_S, STOCK
+from tests.live.conftest import ROOT, run_tool
+from tests.tiny_models import write_hub_project
 from torchserve_dag.archives.mar import private_tempdir
-from torchserve_dag.runtime.workflow import Workflow
 from torchserve_dag.server import java, ports
+
+STOCK = ROOT / ".venv-stock" / "bin" / "python"
+READY_S = 500
+HUB = ("transformers_detector", "transformers_classifier", "text_classifier")
 
 # TorchServe 0.12.0 loses an answer now and then, and asks again after the timeout.
 PARTS = """
@@ -52,8 +53,8 @@ SHOWN = """
 
 
 @dataclass(frozen=True)
-class Both:
-    """One server: it runs TorchServe's own workflows at `wfpredict`, and our archive of one at `predictions`."""
+class Stock:
+    """One server: it runs TorchServe's own workflows at `wfpredict`, and our archives at `predictions`."""
 
     root: Path
     inference: str
@@ -82,23 +83,38 @@ def write_war(root: Path, name: str, text: str, functions: str, **more: str) -> 
         package_workflow(arguments, WorkflowExportUtils.generate_manifest_json(arguments))
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+@pytest.fixture(scope="package")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
+    """Every archive of this project and its `.war`, and a `.war` of TorchServe's own making with our archive of it."""
     if not STOCK.exists():
         pytest.fail("The second environment is not there; run scripts/setup --stock first.", pytrace=False)
-    root = tmp_path_factory.mktemp("both")
+    root = tmp_path_factory.mktemp("stock")
     specs.write_store(root / "model_store")
     for folder in ("workflows", "handlers", "tmp"):
         (root / folder).mkdir()
     write_war(root, "parts", PARTS, PARTS_FUNCTIONS, **{"shown.py": SHOWN})
     run_tool(root, "check", "parts")
     run_tool(root, "build", "parts")
+    project, hub = tmp_path_factory.mktemp("project"), write_hub_project(tmp_path_factory.mktemp("hub"))
+    for name in ("handlers", "workflows", "weights", "photos"):
+        (project / name).symlink_to(ROOT / name)
+    run_tool(project, "build", "detect_classify", "image_classifier", "yolo_detector")
+    run_tool(hub, "build", *HUB)
+    for folder in (project / "model_store", hub / "model_store"):
+        for path in folder.glob("*.mar"):
+            shutil.copy(path, root / "model_store")
+    for path in (project / "workflow_store").glob("*.war"):
+        shutil.copy(path, root / "workflows")
+    store = root / "model_store"
+    served = [
+        p.name for p in store.glob("*-*.mar") if not p.name.startswith("detect_classify-") or p.stem.endswith(".0")
+    ]
     inference, management, metrics, grpc, grpc_management = ports.free(["127.0.0.1"] * 5)
     (root / "config.properties").write_text(
         f"inference_address=http://127.0.0.1:{inference}\nmanagement_address=http://127.0.0.1:{management}\n"
         f"metrics_address=http://127.0.0.1:{metrics}\ngrpc_inference_port={grpc}\ngrpc_management_port={grpc_management}\n"
         "vmargs=-Xmx1g -Djava.util.concurrent.ForkJoinPool.common.parallelism=1\n"
-        "load_models=parts-1.0.mar\ndisable_token_authorization=true\nenable_model_api=true\n"
+        f"load_models={','.join(served)}\ndisable_token_authorization=true\nenable_model_api=true\n"
     )
     environment = {
         "PATH": os.environ["PATH"],
@@ -108,80 +124,29 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
         "TMPDIR": str(root / "tmp"),
     }
     command = [STOCK, "-m", "ts.model_server", "--start", "--ncs", "--foreground", "--ts-config", "config.properties"]
-    command += ["--model-store", root / "model_store", "--workflow-store", root / "workflows"]
+    command += ["--model-store", store, "--workflow-store", root / "workflows"]
     with (
         (root / "out.log").open("w") as log,
         subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log, start_new_session=True) as process,
     ):
         try:
-            server = Both(root, f"http://127.0.0.1:{inference}", f"http://127.0.0.1:{management}")
-            wait_for(server, "parts")
+            server = Stock(root, f"http://127.0.0.1:{inference}", f"http://127.0.0.1:{management}")
+            deadline = time.monotonic() + READY_S
+            while not all(ready(server, name) for name in served):
+                if time.monotonic() > deadline or process.poll() is not None:
+                    said = (root / "out.log").read_text()[-3000:]
+                    pytest.fail(f"Not ready within {READY_S} s:\n{said}", pytrace=False)
+                time.sleep(0.5)
             yield server
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
 
 
-def wait_for(server: Both, model: str) -> None:
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline:
-        try:
-            answer = httpx.get(f"{server.management}/models/{model}", timeout=10)
-            if answer.status_code == 200 and answer.json()[0]["workers"][0]["status"] == "READY":
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"Not ready within {READY_S} s:\n{(server.root / 'out.log').read_text()[-3000:]}", pytrace=False)
-
-
-@pytest.mark.parametrize("name", specs.OWN)
-def test_torchserve_answers_its_own_workflows_as_we_do(both: Both, name: str) -> None:
-    file = f"own{list(specs.OWN).index(name)}"
-    # A worker has torch in it: one of each is enough. For a lost answer TorchServe waits the whole timeout.
-    text = specs.OWN[name].replace("max-workers: 4", "max-workers: 1").replace("300000", "3000")
-    registered = both.register(file, text)
-    assert registered.status_code == 200, registered.text
-    theirs = httpx.post(f"{both.inference}/wfpredict/{file}", content=b"a body", timeout=60)
-    httpx.delete(f"{both.management}/workflows/{file}", timeout=60)
-
-    with Workflow.load(both.root / "workflows" / f"{file}.war") as workflow:
-        (ours,) = workflow([b"a body"])
-
-    assert theirs.status_code == 200, theirs.text
-    assert (json.loads(ours) if isinstance(ours, bytes) else ours) == theirs.json()
-
-
-@pytest.mark.parametrize("name", specs.REFUSED)
-def test_torchserve_refuses_what_we_refuse(both: Both, name: str) -> None:
-    answer = both.register("refused", specs.REFUSED[name])
-
-    assert answer.status_code in {400, 500}, answer.text
-
-
-FORM = {"data": "abc", "other": "x"}
-FILES = {"data": ("a.json", b'{"a": [1]}', "application/json"), "image": ("b", b"\xff\x00", "application/octet-stream")}
-
-
-@pytest.mark.parametrize(
-    "request_",
-    [
-        {"content": b"plain bytes"},
-        {"content": b'{"a": [1]}', "headers": {"Content-Type": "application/json", "X-One": "1"}},
-        {"content": b'{"a": ', "headers": {"Content-Type": "application/json"}},
-        {"content": "gr\u00fc\u00df".encode(), "headers": {"Content-Type": "text/plain; charset=utf-8"}},
-        {"data": FORM, "headers": {"X-One": "1"}},
-        {"files": FILES, "data": {"k": "v"}},
-    ],
-    ids=["bytes", "json", "broken json", "text", "form", "files"],
-)
-def test_a_war_served_by_our_engine_gives_its_nodes_what_torchserve_gives_them(both: Both, request_: Any) -> None:
-    """The same `.war`, the same request: the parts by their names, decoded alike, and the headers at every node."""
-    if httpx.get(f"{both.management}/workflows/parts", timeout=30).status_code != 200:
-        registered = httpx.post(f"{both.management}/workflows", params={"url": "parts.war"}, timeout=READY_S)
-        assert registered.status_code == 200, registered.text
-    theirs = httpx.post(f"{both.inference}/wfpredict/parts", timeout=60, **request_)
-    ours = httpx.post(f"{both.inference}/predictions/parts", timeout=60, **request_)
-
-    assert (theirs.status_code, ours.status_code) == (200, 200), (theirs.text, ours.text)
-    assert ours.json() == theirs.json()
+def ready(server: Stock, archive: str) -> bool:
+    name, _, version = archive.removesuffix(".mar").rpartition("-")
+    try:
+        answer = httpx.get(f"{server.management}/models/{name}/{version}", timeout=10)
+    except httpx.TransportError:
+        return False
+    return answer.status_code == 200 and all(worker["status"] == "READY" for worker in answer.json()[0]["workers"])

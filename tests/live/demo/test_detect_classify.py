@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +121,20 @@ def test_a_call_on_the_command_line_prints_the_answer(serving: Serving) -> None:
     for protocol in ([], ["--grpc"]):
         printed = run_tool(serving.root, "call", "detect_classify/1.0", "photos/coffee.jpg", "--json", *protocol)
         assert json.loads(printed)["summary"] == "1 cup"
+
+
+def test_the_example_of_the_documentation_of_served_models_runs(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "served.md").read_text("utf-8"), re.DOTALL)
+    for name in ("handlers", "weights"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "detect_classify.py").symlink_to(ROOT / "workflows" / "detect_classify.py")
+    path = tmp_path / "workflows" / "shared_classifier.yaml"
+    path.write_text(example.replace("127.0.0.1:7070", serving.addresses.grpc_inference))
+    monkeypatch.chdir(serving.root)
+    with Workflow.load(path) as workflow:
+        (answer,) = workflow([(ROOT / "photos" / "coffee.jpg").read_bytes()])
+
+    assert [(one.label, one.names[0].name) for one in answer.objects] == [("cup", "espresso")]

@@ -9,13 +9,12 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image, ImageOps
 
-from tests.live.conftest import Serving
+from tests.live.conftest import ROOT, Serving
 from torchserve_dag.clients import (
     Client,
     GrpcClient,
@@ -29,7 +28,7 @@ from torchserve_dag.clients import (
 from torchserve_dag.runtime.messages import Labels
 
 WORKFLOW = "detect_classify"
-COFFEE = Path(__file__).parents[2] / "photos" / "coffee.jpg"
+COFFEE = ROOT / "photos" / "coffee.jpg"
 
 
 @dataclass(frozen=True)
