@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from torchserve_dag.clients import GrpcClient, RestClient
+from torchserve_dag.server import ports
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.ports import Addresses
@@ -57,6 +60,32 @@ def run_tool(root: Path, *words: str) -> str:
             pytrace=False,
         )
     return done.stdout
+
+
+def serve_files(request: pytest.FixtureRequest, root: Path, *words: str) -> Iterator[Serving]:
+    """Serve what FILES says in each of the folder's test files; of those from which no test was chosen, nothing.
+
+    GRPC in a file stands for the address of the server itself. TorchServe gives a worker two minutes to start, and all
+    of them start at once: a dozen for each server is enough.
+    """
+    for folder in ("handlers", "workflows"):
+        (root / folder).mkdir()
+    for name in ("config.properties", "log4j2.xml"):
+        shutil.copy(ROOT / name, root)
+    rest, grpc = ports.free_run("127.0.0.1", 3, start=21_000), ports.free_run("127.0.0.1", 2, start=22_000)
+    listen, metrics = ports.free(["127.0.0.1", "127.0.0.1"])
+    (root / "front_door.yaml").write_text(f"listen: 127.0.0.1:{listen}\nmetrics: 127.0.0.1:{metrics}\n")
+    for module in {item.getparent(pytest.Module) for item in request.session.items}:
+        if module and module.path.parent == request.path.parent:
+            for name, text in module.obj.FILES.items():
+                assert not (root / name).exists(), f"two test files have a {name}"
+                (root / name).write_text(textwrap.dedent(text).replace("GRPC", f"127.0.0.1:{grpc}"))
+    run_tool(root, "build")
+    try:
+        run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc), *words)
+        yield Serving(root, State(root))
+    finally:
+        run_tool(root, "down")
 
 
 @pytest.fixture(scope="session")
