@@ -224,7 +224,7 @@ def test_the_call_says_which_version_and_how_long_it_may_take(serve: Serve, call
         ("killed", 502, "ServedModelFailed", "Worker died.", True),
         ("killed too", 502, "ServedModelFailed", "Worker died.", True),
         ("limited", 503, "Overloaded", "local_rate_limited", True),
-        ("locked", 502, "Unauthorized", "name the environment variable that holds the right one", False),
+        ("locked", 502, "Unauthorized", "name the environment variable that holds the right token", False),
         ("large", 413, "TooLarge", "no body of 1 bytes", False),
         ("lost", 503, "Unreachable", "Socket closed", True),
         ("refuses", 415, "InputError", "The body is not a photo. (detect of refuses/1.0 at 127", False),

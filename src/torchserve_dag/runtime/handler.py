@@ -26,7 +26,7 @@ class NoSettings:
 
 
 class Handler(Generic[Item, Prepared, Output, Answer]):
-    """One model's code. Subclass it in `handlers/NAME.py`, beside its card, `handlers/NAME.yaml`.
+    """The code of a model. Subclass it in `handlers/NAME.py`, beside its card, `handlers/NAME.yaml`.
 
         class Brightness(Handler[Photo, float, float, Label]):
             def load(self, folder: Path, settings: NoSettings, placement: Placement) -> None:
@@ -58,21 +58,21 @@ class Handler(Generic[Item, Prepared, Output, Answer]):
         raise NotImplementedError
 
     def example(self) -> Item:
-        """One item like those to come: it warms the model up, and it is its test and documentation."""
+        """A typical item. It warms the model up, and serves as its test and documentation."""
         raise NotImplementedError
 
     def preprocess(self, item: Item) -> Prepared:
-        """One item as the model wants it."""
+        """The item as the model's input."""
         raise NotImplementedError
 
     def infer(self, batch: Sequence[Prepared]) -> Sequence[Output]:
-        """The model's outputs for a batch, one an item, in order."""
+        """The model's outputs for a batch, one for each item, in order."""
         raise NotImplementedError
 
     def stream(self, prepared: Prepared) -> Iterator[Output]:
-        """Instead of `infer`: the outputs for one item, one after another; `postprocess` makes a piece of each.
+        """Instead of `infer`: the outputs for an item, one after another; `postprocess` makes a chunk of each.
 
-        The pieces of several items take turns, so they reach their clients side by side.
+        The chunks of several items take turns, so all their clients get chunks at the same time.
         """
         raise NotImplementedError
 
@@ -82,7 +82,7 @@ class Handler(Generic[Item, Prepared, Output, Answer]):
 
 
 def streams(kind: type[Handler[Any, Any, Any, Any]]) -> bool:
-    """Whether a handler answers in pieces."""
+    """Whether a handler answers in chunks."""
     return kind.stream is not Handler.stream
 
 

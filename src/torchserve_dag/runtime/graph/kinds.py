@@ -1,6 +1,6 @@
 """The kinds of code that a node can run, one class each; a workflow inside another is in graph.py.
 
-A kind to come adds its class, the line of finder.py that makes it, and a case of `load_code` in models/load.py.
+A new kind adds its class here, the line of finder.py that makes it, and a case of `load_code` in models/load.py.
 Everything else asks the class.
 """
 

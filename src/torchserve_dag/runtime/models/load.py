@@ -30,7 +30,7 @@ class Loaded:
     starter: Starter | None = None
     device: str = "cpu"
     hangs: Callable[[], bool] = lambda: False
-    """Whether a call never came back: its thread cannot be ended."""
+    """Whether a call did not return in time. Its thread cannot be ended."""
     close: Callable[[], None] = lambda: None
 
 
@@ -53,7 +53,7 @@ class Loader:
         return {name: self.load_code(name, code) for name, code in graph.codes.items() if not code.inner}
 
     def load_code(self, name: str, code: Code) -> Loaded:
-        """What runs one code. A kind of code to come has its case here."""
+        """What runs the code of a node. A new kind of code gets its case here."""
         match code.kind:
             case HandlerCode(file, device):
                 stages = self._stages(file, self._device or device, code.batch)

@@ -1,4 +1,4 @@
-"""A node that another TorchServe serves: its model, on this host or another, called over gRPC."""
+"""A node whose model another TorchServe serves, on this host or another, called over gRPC."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
 logger = logging.getLogger(__name__)
 
 OPTIONS = (
-    ("grpc.enable_http_proxy", 0),  # a proxy that is set for the web is not the way to a model server
+    ("grpc.enable_http_proxy", 0),  # the proxy of the environment is for the web, not for model servers
     ("grpc.max_receive_message_length", -1),  # the server's limit holds, not grpc's 4 MB
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # a server that comes back is found within a second
-    # TorchServe's netty breaks a connection off whose client asks more often than every five minutes. With any
-    # number here grpc also gives up a connection whose bytes nobody confirms for `keepalive_timeout_ms`.
+    ("grpc.max_reconnect_backoff_ms", 1000),  # a server that is up again is connected within a second
+    # TorchServe's netty closes a connection whose client pings more often than every five minutes. With any number
+    # here grpc also closes a connection whose bytes are not acknowledged for `keepalive_timeout_ms`.
     ("grpc.keepalive_time_ms", 310_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 )
 
 MAX_PLAIN_PHOTO = 6_500_000
-"""Bytes of pixels; a photo with more goes compressed. TorchServe takes 6,553,500 unless it is told otherwise."""
+"""Bytes of pixels; a larger photo is sent compressed. TorchServe's default limit is 6,553,500 bytes."""
 
 _TOO_LARGE = ("error code 8", "maximum size", "larger than max")
-"""What is said of a body that is too large. The first, RST_STREAM's CANCEL, is all that TorchServe says of it."""
+"""Parts of the errors for a body that is too large. TorchServe sends only the first, which is RST_STREAM's CANCEL."""
 
 
 class ServedModel:
@@ -59,14 +59,14 @@ class ServedModel:
         self._gives = gives
         self._calls: set[Any] = set()
         self._closed = False
-        self._line = _Line.to(served.address)
+        self._line = _Channel.to(served.address)
 
     def __call__(self, value: Any, timeout_s: float, done: Done) -> Cancel:
         """Start one call."""
         served = self._served
         try:
             body = _body_of(value)
-            # TorchServe does not tell its worker how long the client waits, so it is among the inputs as well.
+            # TorchServe does not tell its worker how long the client waits, so the inputs say it, too.
             limit = str(max(1, math.ceil(timeout_s * 1000))).encode()
             request = self._line.request(
                 model_name=served.name, model_version=served.version or "", input={"body": body, TIMEOUT: limit}
@@ -130,10 +130,10 @@ class ServedModel:
             return Failure(HTTPStatus.BAD_GATEWAY, message, "UnexpectedAnswer")
 
     def _failed(self, code: str, text: str, size: int, timeout_s: float) -> Failure:
-        """What became of a call without an answer. TorchServe's own errors end with a line that names a Java class."""
+        """The failure of a call without an answer. TorchServe's own errors end with a line that names a Java class."""
         name, address = self._name, self._served.address
-        said, _, java = text.partition("\n")
-        said = said.rstrip(".")
+        reason, _, java = text.partition("\n")
+        reason = reason.rstrip(".")
         match code:
             case "DEADLINE_EXCEEDED":
                 status, kind = HTTPStatus.GATEWAY_TIMEOUT, "Timeout"
@@ -142,44 +142,44 @@ class ServedModel:
                 status, kind, message = HTTPStatus.BAD_GATEWAY, "Unauthorized", self._refused()
             case "UNIMPLEMENTED":
                 status, kind = HTTPStatus.BAD_GATEWAY, "ModelNotFound"
-                message = f"{address} is not where a TorchServe answers gRPC calls for predictions: {said}."
+                message = f"{address} is not where a TorchServe answers gRPC calls for predictions: {reason}."
             case "INTERNAL" if "NotFoundException" in java:
                 status, kind = HTTPStatus.BAD_GATEWAY, "ModelNotFound"
-                message = f"{address} does not serve what the workflow calls: {said}."
-            case "INTERNAL" if "has no worker to serve" in said:
+                message = f"{address} does not serve what the workflow calls: {reason}."
+            case "INTERNAL" if "has no worker to serve" in reason:
                 status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Overloaded"
                 message = f"{name} has no worker, or no room in its queue."
             case "CANCELLED" | "RESOURCE_EXHAUSTED" if any(words in text for words in _TOO_LARGE):
                 status, kind = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge"
                 message = f"{name} takes no body of {size:,} bytes: send less, or raise its max_request_size."
-            case "RESOURCE_EXHAUSTED" if not java:  # with it, TorchServe means a worker that died
-                status, kind, message = HTTPStatus.SERVICE_UNAVAILABLE, "Overloaded", f"{name} is overloaded: {said}."
+            case "RESOURCE_EXHAUSTED" if not java:  # with a Java class, TorchServe means a worker that died
+                status, kind, message = HTTPStatus.SERVICE_UNAVAILABLE, "Overloaded", f"{name} is overloaded: {reason}."
             case "CANCELLED":
                 status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Cancelled"
                 message = f"The call of {name} was cancelled."
             case "UNAVAILABLE" if not java:
                 status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Unreachable"
-                message = f"{address} cannot be reached: {said}. Is a TorchServe up, and is this its gRPC address?"
+                message = f"{address} cannot be reached: {reason}. Is a TorchServe up, and is this its gRPC address?"
             case _:
                 status, kind = HTTPStatus.BAD_GATEWAY, "ServedModelFailed"
-                message = f"{name} failed, and its server's log says why: {said}."
+                message = f"{name} failed, and its server's log says why: {reason}."
         return Failure(status, message, kind)
 
     def _refused(self) -> str:
         address, variable = self._served.address, self._served.token
         if variable:
             return f"{address} refuses the token in the environment variable {variable}: it is wrong, or has expired."
-        found = next(filter(_key_in, _key_files(address)), None)
-        name_one = "name the environment variable that holds the right one as `token` of the node's `served`"
-        if found:
-            return f"{address} refuses the token in {found}: it is another server's, or has expired; {name_one}."
-        return f"{address} wants a token; {name_one}."
+        key_file = next(filter(_key_in, _key_files(address)), None)
+        what_to_do = "name the environment variable that holds the right token as `token` of the node's `served`"
+        if key_file:
+            return f"{address} refuses the token in {key_file}: it is another server's, or has expired; {what_to_do}."
+        return f"{address} wants a token; {what_to_do}."
 
 
-class _Line:
-    """One channel to an address, for all in this process that call it: it ends when the last of them leaves."""
+class _Channel:
+    """The channel to an address, shared by all served nodes of this process; the last to leave closes it."""
 
-    _open: dict[str, _Line] = {}  # noqa: RUF012 (every line that there is)
+    _open: dict[str, _Channel] = {}  # noqa: RUF012 (all open channels, by address)
     _changes = threading.Lock()
 
     def __init__(self, address: str) -> None:
@@ -187,7 +187,7 @@ class _Line:
             import grpc  # noqa: PLC0415 (an archive without served nodes is served where grpc is not installed)
 
             from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc  # noqa: PLC0415
-        except Exception as error:  # noqa: BLE001 (each checks versions, and raises what it likes)
+        except Exception as error:  # noqa: BLE001 (each of them checks versions, and raises exceptions of any type)
             what = (
                 f"a node that calls {address} over gRPC needs grpcio, protobuf and googleapis-common-protos in the "
                 f"Python of its worker: {error}"
@@ -200,7 +200,7 @@ class _Line:
         self.predictions = inference_pb2_grpc.InferenceAPIsServiceStub(self._channel).Predictions.future
 
     @classmethod
-    def to(cls, address: str) -> _Line:
+    def to(cls, address: str) -> _Channel:
         with cls._changes:
             line = cls._open.get(address)
             if line is None:
@@ -237,7 +237,7 @@ def _photo(photo: Photo) -> bytes:
 
 
 def _key_files(address: str) -> list[Path]:
-    """Where the tokens of a TorchServe on this host may be, for one that has it.
+    """The files that may hold the token of a TorchServe at `address`, if that is on this host.
 
     TorchServe writes them into its working directory. A worker's parent process is its TorchServe, so models of
     one server find each other; a program finds the server that `torchserve-dag up` started in its folder. They
