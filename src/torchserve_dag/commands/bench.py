@@ -1,4 +1,4 @@
-"""`torchserve-dag bench`: this engine beside others, on the same works and loads."""
+"""`torchserve-dag bench`: compare this engine with other servers under the same workloads."""
 
 from __future__ import annotations
 
@@ -29,26 +29,32 @@ _ENVIRONMENTS = ".venv-bench"
 def bench(
     plan: Annotated[
         Path | None,
-        typer.Argument(metavar="PLAN", help=f"What to measure; {_PLAN} unless given.", show_default=False),
+        typer.Argument(metavar="PLAN", help=f"The benchmark's TOML file; by default {_PLAN}.", show_default=False),
     ] = None,
     *,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="WORK", help="Works whose name has this in it; may be repeated.")
+        list[str] | None, typer.Option(metavar="WORK", help="Only workloads whose name contains this; may be repeated.")
     ] = None,
-    systems: Annotated[str, typer.Option(metavar="A,B", help="These systems and the bare loop; else all.")] = "",
-    rounds: Annotated[int | None, typer.Option(min=1, help="How often; else as the plan has it.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="Of a window; else as the plan has it.")] = None,
+    systems: Annotated[
+        str, typer.Option(metavar="A,B", help="Only these systems and the bare loop; by default all.")
+    ] = "",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds; by default as in the file.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Duration of a measurement; by default as in the file.")
+    ] = None,
     results: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help=f"For the results; {_RESULTS}/DATE unless given.")
+        Path | None, typer.Option("--out", metavar="DIR", help=f"Folder of the results; by default {_RESULTS}/DATE.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its own plan.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out, with the settings it was started with.")
+    ] = False,
     report_only: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Measure nothing; write the report of these results.")
+        Path | None, typer.Option(metavar="DIR", help="Measure nothing; write the report of the results in DIR.")
     ] = None,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Measure every system on the same works and loads, in turn, and write a report with tables and plots."""
+    """Measure every system under the same workloads, interleaved, and write a report with tables and plots."""
     with failures(), _bench_failures():
         if report_only:
             folder = report_only
@@ -76,20 +82,20 @@ def _bench_failures() -> Iterator[None]:
     except BenchError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("Stopped. Go on with --resume --out, or see what there is with --report-only.")
+        fail("Stopped. Continue with --resume --out, or report what was measured with --report-only.")
 
 
 def _run(
     folder: Path, file: Path, only: list[str], systems: str, rounds: int | None, seconds: float | None, *, resume: bool
 ) -> BenchmarkRun:
-    """What is measured: as it was begun, or anew."""
+    """The run to measure: a new one, or the one to resume."""
     from torchserve_dag.bench import benchmark_file, machine, programs
     from torchserve_dag.bench.benchmark_run import BenchmarkRun
 
     if resume:
         return BenchmarkRun.read(folder)
     if (folder / "results.jsonl").exists():
-        fail(f"{folder} has results already: go on with --resume, or name another folder with --out.")
+        fail(f"{folder} has results already: continue them with --resume, or name another folder with --out.")
     found = _only(benchmark_file.read(file), only)
     found = replace(found, rounds=rounds or found.rounds, seconds=seconds or found.seconds)
     keys = [key.strip() for key in systems.split(",") if key.strip()]
@@ -102,7 +108,9 @@ def _run(
 def _only(plan: BenchmarkFile, parts: list[str]) -> BenchmarkFile:
     works = [work for work in plan.work if not parts or any(part.lower() in work.name.lower() for part in parts)]
     if not works:
-        fail(f"No work has {' or '.join(parts)} in its name; there are {', '.join(work.name for work in plan.work)}.")
+        fail(
+            f"No workload has {' or '.join(parts)} in its name; there are {', '.join(work.name for work in plan.work)}."
+        )
     return replace(plan, work=works)
 
 

@@ -1,4 +1,4 @@
-"""`torchserve-dag graph`: a workflow as a picture."""
+"""`torchserve-dag graph`: draw a workflow."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ def graph(
     *,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write FILE.svg or FILE.mmd; else Mermaid is printed."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write an .svg or .mmd file; by default Mermaid is printed."
+        ),
     ] = None,
     live: Annotated[
-        bool, typer.Option("--live", help="With what each node does on the running server; the busiest is strongest.")
+        bool,
+        typer.Option(
+            "--live", help="Show each node's rates on the running server; the busiest node has the strongest colour."
+        ),
     ] = False,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long --live watches.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long --live measures.")] = 5.0,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Draw a workflow: what runs where, what goes along every edge, and how busy each node is."""
+    """Draw a workflow: its nodes, the types on its edges, and with --live the load of each node."""
     from torchserve_dag.pictures.data import as_data
     from torchserve_dag.pictures.mermaid import mermaid
     from torchserve_dag.pictures.svg import svg

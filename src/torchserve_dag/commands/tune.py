@@ -1,4 +1,4 @@
-"""`torchserve-dag tune`: how a handler runs best on this machine, measured and written down."""
+"""`torchserve-dag tune`: measure with which settings a handler runs fastest on this machine."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ def tune(
     *,
     item: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--item", metavar="FILE|DIR", help="Items to measure with; the handler's own example unless given."
-        ),
+        typer.Option("--item", metavar="FILE|DIR", help="Items to measure with; by default the handler's own example."),
     ] = None,
     within: Annotated[
-        float, typer.Option(help="How far a number may be from plain torch's; over 1, as a part of it.", min=0.0)
+        float,
+        typer.Option(
+            help="Tolerated difference of a number from plain torch's: absolute below 1, relative above.", min=0.0
+        ),
     ] = 0.005,
-    seconds: Annotated[float, typer.Option(help="Of each measurement; there are two to a trial.", min=0.1)] = 3.0,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Try torch.compile too, which takes minutes.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the table, and leave the handler's file.")] = False,
+    seconds: Annotated[float, typer.Option(help="Duration of a measurement; a trial has two.", min=0.1)] = 3.0,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Also try torch.compile, which takes minutes.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the table, but do not change the handler's file.")
+    ] = False,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
     """Measure a handler under each runtime, precision and batch size, and write the fastest into its YAML.
 
-    Only settings are taken whose answers are those of plain torch.
+    Only settings that give the same answers as plain torch are chosen.
     """
     from torchserve_dag.runtime.compute.placement import cores
     from torchserve_dag.runtime.project.folders import Project
@@ -73,11 +76,11 @@ def tune(
     for line in changed:
         out.print(f"[green]{file.path}[/]: {escape(line.strip())}", soft_wrap=True)
     if not changed:
-        out.print(f"{file.path} stays as it is.", soft_wrap=True)
+        out.print(f"{file.path} is unchanged.", soft_wrap=True)
 
 
 def _files(given: list[Path]) -> list[str]:
-    """The files that are meant; a folder means those in it. Ends the command where there is none."""
+    """The given files, and those in given folders. Ends the command if there are none."""
     files = [f for path in given for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
     found = [str(f.resolve()) for f in files if f.is_file() and f.suffix != ".md"]
     if given and not found:

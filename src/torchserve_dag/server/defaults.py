@@ -1,4 +1,4 @@
-"""Which version of a model answers where a call names none."""
+"""The default version of a model, which answers requests that name no version."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torchserve_dag.server.state import State
 
 
 def apply(state: State, client: Client) -> None:
-    """For each model the version that somebody set, as long as it is there; else the highest.
+    """Set each model's default: the version that was chosen with `default`, if it is served, or else the highest.
 
-    TorchServe by itself takes the archive that it happens to read first.
+    TorchServe itself makes the archive that it happens to read first the default.
     """
     chosen = state.defaults()
     for model in client.models():
@@ -25,7 +25,7 @@ def apply(state: State, client: Client) -> None:
 
 
 def set_default(state: State, client: Client, name: str, version: str) -> None:
-    """Set it now, and at each start from now on. Raises ServerError where there is no such version."""
+    """Set the default version, now and at every later start. Raises ServerError if the version is not served."""
     try:
         client.set_default(name, version)
     except ModelNotFound:
@@ -35,5 +35,5 @@ def set_default(state: State, client: Client, name: str, version: str) -> None:
 
 
 def highest(versions: Iterable[str]) -> str:
-    """The last of some versions by their numbers: 1.10 comes after 1.9."""
+    """The highest version by its numbers: 1.10 comes after 1.9."""
     return max(versions, key=version_key)

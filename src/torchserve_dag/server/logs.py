@@ -1,4 +1,4 @@
-"""What the logs of this run say of a failure, in one line."""
+"""Find the cause of a failure in the logs of this run."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from pathlib import Path
 
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b.*")
 _STARTED = "Torch worker started."
-_AT = re.compile(r"^\S+ \[\w+\s*\] (?P<thread>\S+) \S+ - (?P<said>.*)$")
+_AT = re.compile(r"^\S+ \[\w+\s*\] (?P<thread>\S+) \S+ - (?P<message>.*)$")
 
 
 class Logs:
-    """The logs in a folder, from this moment on: earlier runs wrote there too."""
+    """The logs in a folder from now on; what earlier runs wrote is ignored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._starts = {path.name: path.stat().st_size for path in folder.glob("*.log")}
 
     def worker_failure(self, name: str, version: str) -> str | None:
-        """What ended a worker of a model: the first exception of its last failure, which the others followed from."""
+        """Why a worker of a model ended: the first exception of its last failure, the cause of the others."""
         model = re.compile(rf"W-\d+-{re.escape(name)}_{re.escape(version)}-std(out|err)")
         events = [at for line in self._lines("model_log.log") if (at := _AT.match(line))]
-        said = [at["said"] for at in events if model.match(at["thread"])]
-        starts = [i for i, line in enumerate(said) if line == _STARTED]
-        for start in reversed(starts or [0]):  # the last may not have failed yet
-            raised = next((line for line in said[start:] if _RAISED.match(line)), None)
+        messages = [at["message"] for at in events if model.match(at["thread"])]
+        starts = [i for i, line in enumerate(messages) if line == _STARTED]
+        for start in reversed(starts or [0]):  # the last start may not have failed yet
+            raised = next((line for line in messages[start:] if _RAISED.match(line)), None)
             if raised:
                 return raised
-        return said[-1] if said else None
+        return messages[-1] if messages else None
 
     def archive_failure(self, archive: str) -> str | None:
-        """Why TorchServe did not take an archive."""
+        """Why TorchServe did not accept an archive."""
         lines = self._lines("ts_log.log")
         for i, line in enumerate(lines):
             if "Failed to load model" in line and line.endswith(f"/{archive}"):
@@ -50,5 +50,5 @@ class Logs:
             return []
         start = self._starts.get(name, 0)
         with path.open("rb") as file:
-            file.seek(start if start <= path.stat().st_size else 0)  # it was rolled since
+            file.seek(start if start <= path.stat().st_size else 0)  # the file was rotated since
             return file.read().decode("utf-8", "replace").splitlines()

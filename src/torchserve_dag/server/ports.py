@@ -1,4 +1,4 @@
-"""The five ports of a server: where they are, whether they are free, and who has them."""
+"""The five addresses of TorchServe; whether a port is free, and which process uses it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchserve_dag.server.errors import ServerError
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where a server listens."""
+    """The addresses at which TorchServe listens."""
 
     inference: str = "http://127.0.0.1:8080"
     management: str = "http://127.0.0.1:8081"
@@ -24,7 +24,7 @@ class Addresses:
     grpc_management: str = "127.0.0.1:7071"
 
     def with_ports(self, rest: int | None, grpc: int | None) -> Addresses:
-        """REST at `rest`, and management and metrics at the two after it; gRPC at `grpc`, management after it."""
+        """REST at port `rest`, management and metrics at the next two; gRPC at `grpc`, its management next."""
         moved = self
         if rest is not None:
             for i, name in enumerate(("inference", "management", "metrics")):
@@ -35,13 +35,13 @@ class Addresses:
         return moved
 
     def with_free_ports(self) -> Addresses:
-        """The same hosts, each at a port that nobody has."""
+        """The same hosts, with free ports."""
         names = [field.name for field in fields(self)]
         ports = free([host_and_port(getattr(self, name))[0] for name in names])
         return replace(self, **{n: _with_port(getattr(self, n), p) for n, p in zip(names, ports, strict=True)})
 
     def check_free(self) -> None:
-        """Raises ServerError, with who has it, where a port cannot be listened to."""
+        """Raises ServerError that names the owner of a port that is in use."""
         for field in fields(self):
             host, port = host_and_port(getattr(self, field.name))
             option = "--grpc-port" if field.name.startswith("grpc") else "--port"
@@ -51,7 +51,7 @@ class Addresses:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """`http://127.0.0.1:8080` or `127.0.0.1:7070`, taken apart. Raises ServerError."""
+    """Split `http://127.0.0.1:8080` or `127.0.0.1:7070` into host and port. Raises ServerError."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         if parts.hostname and parts.port:
@@ -62,7 +62,7 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def free(hosts: list[str]) -> list[int]:
-    """A free port for each host, no two the same."""
+    """A free port for each host, all different."""
     with ExitStack() as held:
         sockets = [held.enter_context(_bound(host, 0)) for host in hosts]
         return [int(s.getsockname()[1]) for s in sockets]
@@ -73,11 +73,11 @@ def free_run(host: str, length: int, start: int = 9000) -> int:
     for first in range(start, 60_000, length):
         if all(why_not(host, port) is None for port in range(first, first + length)):
             return first
-    raise ServerError(f"There are no {length} free ports in a row on {host}: close what holds them.")
+    raise ServerError(f"There are no {length} consecutive free ports on {host}: end the processes that use them.")
 
 
 def why_not(host: str, port: int) -> str | None:
-    """Why a port cannot be listened to, and who has it; nothing where it can."""
+    """Why a port is not available, and which process uses it; None if it is available."""
     try:
         _bound(host, port).close()
     except OSError as error:
@@ -90,7 +90,7 @@ def why_not(host: str, port: int) -> str | None:
 def _bound(host: str, port: int) -> socket.socket:
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Java does: a port that is closing is free
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Java does: a port in TIME_WAIT is free
         bound.bind((host, port))
         bound.listen(1)
     except OSError:
@@ -102,7 +102,7 @@ def _bound(host: str, port: int) -> socket.socket:
 def _owner(port: int) -> str:
     try:
         connections = psutil.net_connections("tcp")
-    except psutil.Error:  # some systems show only one's own
+    except psutil.Error:  # some systems show only the user's own connections
         return ""
     for connection in connections:
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:

@@ -1,4 +1,4 @@
-"""Which processes are a server's own: its Java, its workers, and what they started."""
+"""The processes of a server: its Java, its workers, and their children."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 from torchserve_dag.server.state import State, TorchServeProcess
 
 MARK = "TORCHSERVE_DAG_STATE"
-"""The environment variable that a server and all of its children have: its state folder."""
+"""An environment variable with the state folder; every process of a server inherits it."""
 
 
 def mark(state: State) -> dict[str, str]:
@@ -24,7 +24,7 @@ def java(record: TorchServeProcess, state: State) -> psutil.Process | None:
 
 
 def ours(pid: int, state: State) -> psutil.Process | None:
-    """A process that was started for this project, if it still runs, and its pid is not another's by now."""
+    """The process with this pid, if it was started for this project: a pid may have been reused."""
     try:
         process = psutil.Process(pid)
     except psutil.Error:
@@ -33,12 +33,12 @@ def ours(pid: int, state: State) -> psutil.Process | None:
 
 
 def family(state: State) -> list[psutil.Process]:
-    """Every process that a server of this project started, whether that server still runs or not."""
+    """Every process that was started by a server of this project, running or ended."""
     return [process for process in psutil.process_iter() if _marked(process, state.folder) and alive(process)]
 
 
 def alive(process: psutil.Process) -> bool:
-    """False too for a process that has ended and that nobody has waited for: in a container nobody may."""
+    """Whether a process runs. A zombie does not: in a container without init nobody reaps it."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -46,7 +46,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def wait(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Those that are still there when all have ended, or the time is up."""
+    """Wait for the processes to end; those that still run after the timeout."""
     deadline = time.monotonic() + timeout_s
     left = [process for process in processes if alive(process)]
     while left and time.monotonic() < deadline:

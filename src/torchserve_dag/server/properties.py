@@ -14,7 +14,7 @@ PATHS = (
     "workflow_store", "metrics_config", "plugins_path", "cpp_log_config",
     "keystore", "private_key_file", "certificate_file",
 )  # fmt: skip
-"""Keys whose values are paths: relative to the project, and TorchServe runs elsewhere."""
+"""Keys whose values are paths relative to the project; TorchServe runs in another folder."""
 
 _LOGGING = "-Dlog4j.configurationFile="
 
@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, str]:
 
 
 def addresses(properties: Mapping[str, str]) -> Addresses:
-    """Where a server with these properties listens."""
+    """The addresses in these properties."""
     default = Addresses()
     return Addresses(
         inference=properties.get("inference_address", default.inference),
@@ -47,7 +47,7 @@ def addresses(properties: Mapping[str, str]) -> Addresses:
 
 
 def listening_at(where: Addresses) -> dict[str, str]:
-    """The properties that put a server there."""
+    """The properties for these addresses."""
     inference, management = host_and_port(where.grpc_inference), host_and_port(where.grpc_management)
     return {
         "inference_address": where.inference,
@@ -61,11 +61,11 @@ def listening_at(where: Addresses) -> dict[str, str]:
 
 
 def write(source: Path, target: Path, changes: Mapping[str, str]) -> None:
-    """Write `source` to `target` with `changes`, so that it says the same in `target`'s folder."""
+    """Write `source` to `target` with `changes`; relative paths are resolved against `source`'s folder."""
     before = read(source)
     here = {key: str((source.parent / before[key]).resolve()) for key in PATHS if key in before}
     after = {**here, **changes}
-    lines = [f"# Written by torchserve-dag from {source}: change that one."]
+    lines = [f"# Written by torchserve-dag from {source}: edit that file."]
     lines += [line for line in source.read_text("utf-8").splitlines() if (_pair(line) or ("",))[0] not in after]
     lines += [f"{key}={value}" for key, value in sorted(after.items())]
     target.write_text("\n".join(lines) + "\n", "utf-8")
@@ -73,7 +73,7 @@ def write(source: Path, target: Path, changes: Mapping[str, str]) -> None:
 
 
 def _copy_logging(vmargs: str, source: Path, target: Path) -> None:
-    # Copied, not named in full: TorchServe splits vmargs at blanks, and a project's path may have some.
+    # Copied rather than named by an absolute path: TorchServe splits vmargs at blanks, which a path may contain.
     for argument in vmargs.split():
         name = Path(argument.removeprefix(_LOGGING))
         if argument.startswith(_LOGGING) and not name.is_absolute() and (source / name).is_file():
@@ -82,7 +82,7 @@ def _copy_logging(vmargs: str, source: Path, target: Path) -> None:
 
 
 def _pair(line: str) -> tuple[str, str] | None:
-    """A line's key and value, as both of TorchServe's readers, Java's and Python's, understand it."""
+    """A line's key and value, where TorchServe's parsers in Java and in Python agree."""
     line = line.strip()
     if line.startswith(("#", "!")) or "=" not in line:
         return None

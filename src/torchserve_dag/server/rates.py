@@ -1,4 +1,4 @@
-"""How each node of a workflow does on a running server: two readings of its metrics, some seconds apart."""
+"""The rates of each node of a workflow on a running server, from two readings of its metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchserve_dag.pictures.picture import NodeRates
 from torchserve_dag.server.errors import ServerError
 
 Reading = Mapping[str, Mapping[tuple[str, str], float]]
-"""By node, the sum of what all workers counted; by metric, and upper bound where it is a bucket's."""
+"""Node → (metric, upper bound of a histogram's bucket or "") → sum over all workers."""
 
 _SERIES = re.compile(r"torchserve_dag_node_(\w+)\{(.*)\} (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -22,11 +22,11 @@ _TIMEOUT_S = 10.0
 
 
 def watch(address: str, workflow: str, version: str, seconds: float) -> dict[str, NodeRates]:
-    """The rates of each node that had items; `address` is where the server's metrics are. Raises ServerError."""
+    """The rates of each node that had items; `address` is the metrics address. Raises ServerError."""
     before, start = read(_text(address), workflow, version), time.monotonic()
     if not before:
         raise ServerError(
-            f"The running server has counted nothing of {workflow} {version}: build it, and start the server again."
+            f"The running server has counted nothing of {workflow} {version}: build it, and restart the server."
         )
     time.sleep(seconds)
     after, elapsed = read(_text(address), workflow, version), time.monotonic() - start
@@ -39,7 +39,7 @@ def watch(address: str, workflow: str, version: str, seconds: float) -> dict[str
 
 
 def read(text: str, workflow: str, version: str) -> Reading:
-    """What Prometheus's text says of one version of a workflow."""
+    """Read the metrics of one version of a workflow from Prometheus's text."""
     found: dict[str, dict[tuple[str, str], float]] = defaultdict(lambda: defaultdict(float))
     for metric, inside, value in _SERIES.findall(text):
         labels = dict(_LABEL.findall(inside))
@@ -49,10 +49,10 @@ def read(text: str, workflow: str, version: str) -> Reading:
 
 
 def rates(before: Reading, after: Reading, seconds: float) -> dict[str, NodeRates]:
-    """What happened between two readings, by node; those where nothing did are left out."""
+    """Node → its rates between two readings; nodes without items are left out."""
     found = {}
     for node, now in after.items():
-        # A server that was started anew in between counts from 0.
+        # A server that was restarted in between counts from 0.
         grown = {series: max(0.0, value - before.get(node, {}).get(series, 0.0)) for series, value in now.items()}
         if any(grown.values()):
             found[node] = _rates(grown, seconds)
@@ -80,9 +80,9 @@ def _rates(grown: Mapping[tuple[str, str], float], seconds: float) -> NodeRates:
 
 
 def quantile(share: float, buckets: list[tuple[float, float]]) -> float:
-    """As Prometheus has it: even within a bucket, and the highest bound for what is beyond it.
+    """Like Prometheus's histogram_quantile: interpolated within a bucket, at most the highest finite bound.
 
-    A bucket is its upper bound, and how many are not above that.
+    A bucket is its upper bound and its cumulative count.
     """
     low, below = 0.0, 0.0
     wanted = share * max((count for _, count in buckets), default=0.0)

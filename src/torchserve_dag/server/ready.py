@@ -1,4 +1,4 @@
-"""Wait until a server serves every archive, or say why it never will."""
+"""Wait until a server serves every archive, or report why it will not."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torchserve_dag.server.processes import alive
 
 POLL_S = 0.3
 FAILURES = 3
-"""Workers of one place that ended before they were ready, after which waiting longer helps nobody."""
+"""Failed starts of one worker after which waiting is given up."""
 
 ModelVersion = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """How far one version of a model is."""
+    """The start-up progress of one version of a model."""
 
     name: str
     version: str
     ready: int
-    """Workers whose model is loaded."""
+    """The number of workers whose model is loaded."""
     wanted: int
-    """Zero until TorchServe has unpacked the archive."""
+    """The number of workers to wait for; zero until TorchServe has unpacked the archive."""
     loading: tuple[str, ...] = ()
-    """TorchServe's ids of its workers that are not ready."""
+    """TorchServe's ids of the workers that are not ready."""
 
     @property
     def done(self) -> bool:
@@ -42,10 +42,10 @@ Progress = Callable[[list[Readiness]], None]
 
 
 class StartupWait:
-    """Looks at a starting server again and again."""
+    """Polls a starting server until it is ready."""
 
     def __init__(self, archives: Mapping[ModelVersion, str], logs: Logs, failures: int = FAILURES) -> None:
-        """`archives` are the files to be served, by what TorchServe registers them under."""
+        """`archives`: (model, version) → file."""
         self.archives = archives
         self.logs = logs
         self._failures = failures
@@ -54,12 +54,12 @@ class StartupWait:
     def wait(
         self, client: Client, is_alive: Callable[[], bool], timeout_s: float, progress: Progress | None = None
     ) -> None:
-        """Raises ServerError where the server ends, a worker keeps failing, or the time is up."""
+        """Raises ServerError if the server ends, a worker keeps failing, or the time is up."""
         deadline = time.monotonic() + timeout_s
         seen = [Readiness(name, version, 0, 0) for name, version in self.archives]
         while time.monotonic() < deadline:
             if not is_alive():
-                raise ServerError(f"TorchServe ended: {self.logs.server_failure() or 'it does not say why'}.")
+                raise ServerError(f"TorchServe ended: {self.logs.server_failure() or 'its log gives no reason'}.")
             models = _models(client)
             if models is not None:
                 seen = self._look(models)
@@ -78,10 +78,10 @@ class StartupWait:
         found = []
         for name, version in self.archives:
             info = versions.get((name, version))
-            if info is None:  # TorchServe takes all archives before it answers the first question
+            if info is None:  # TorchServe registers all archives before it answers the first request
                 archive = self.archives[name, version]
                 why = self.logs.archive_failure(archive) or f"see {self.logs.folder}"
-                raise ServerError(f"TorchServe did not take {archive}: {why}.")
+                raise ServerError(f"TorchServe did not accept {archive}: {why}.")
             for worker in info.workers:
                 if not worker.ready and worker.pid > 0:
                     self._count(name, version, worker.id, worker.pid)
@@ -93,7 +93,7 @@ class StartupWait:
         pids = self._pids.setdefault((name, version, worker), set())
         pids.add(pid)
         if len(pids) >= FAILURES or (len(pids) >= self._failures and _ended(pid)):
-            why = self.logs.worker_failure(name, version) or "it does not say why"
+            why = self.logs.worker_failure(name, version) or "its log gives no reason"
             raise ServerError(
                 f"A worker of {name} {version} keeps failing: {why.rstrip('.')}; the rest is in "
                 f"{self.logs.folder / 'model_log.log'}."
@@ -101,7 +101,7 @@ class StartupWait:
 
 
 def _ended(pid: int) -> bool:
-    """One of an asynchronous model that cannot be loaded is not started again."""
+    """Whether a worker has ended. TorchServe does not restart one of an asynchronous model that cannot be loaded."""
     try:
         return not alive(psutil.Process(pid))
     except psutil.Error:
@@ -111,5 +111,5 @@ def _ended(pid: int) -> bool:
 def _models(client: Client) -> list[ModelInfo] | None:
     try:
         return client.models(timeout=10)
-    except ServingError:  # it does not listen yet
+    except ServingError:  # the server does not listen yet
         return None

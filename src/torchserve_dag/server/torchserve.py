@@ -1,4 +1,4 @@
-"""Start TorchServe for a project, wait until it serves, and end it again."""
+"""Start TorchServe for a project, wait until it is ready, and stop it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from torchserve_dag.server.ready import ModelVersion, Progress, StartupWait
 from torchserve_dag.server.state import State, TorchServeProcess
 
 LONGEST_SOCKET = 103
-"""Bytes that the path of a Unix socket may have: 103 on a Mac, 107 on Linux."""
+"""The longest path of a Unix socket in bytes: 103 on macOS, 107 on Linux."""
 STOP_S = 20.0
-"""How long TorchServe may take to end by itself; it takes about three seconds."""
+"""How long TorchServe may take to shut down; it takes about three seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +35,19 @@ class StartOptions:
     grpc_port: int | None = None
     free_ports: bool = False
     store: Path | None = None
-    """The folder of archives; the project's `model_store` unless given."""
+    """The folder of archives; None for the project's `model_store`."""
     access_log: bool = False
     timeout_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """A TorchServe that can be started: what it will serve, and where."""
+    """A checked configuration that TorchServe can be started with."""
 
     source: Path
     """The project's `config.properties`, or the default."""
-    said: dict[str, str]
-    """What is in it."""
+    properties: dict[str, str]
+    """The content of that file."""
     store: Path
     archives: dict[ModelVersion, str]
     where: Addresses
@@ -55,14 +55,14 @@ class LaunchPlan:
 
 
 def plan(root: Path, options: StartOptions, retired: Collection[ModelVersion] = ()) -> LaunchPlan:
-    """All archives but the `retired`. Raises ServerError for what would keep it from starting."""
+    """Check the project's configuration; all archives but the `retired` will be served. Raises ServerError."""
     source = properties.find(root)
-    said = properties.read(source)
-    store = (options.store or root / said.get("model_store", "model_store")).resolve()
+    configured = properties.read(source)
+    store = (options.store or root / configured.get("model_store", "model_store")).resolve()
     archives = {one: archive for one, archive in _archives(store).items() if one not in retired}
-    where = _addresses(said, options)
+    where = _addresses(configured, options)
     where.check_free()
-    return LaunchPlan(source, said, store, archives, where, java.find())
+    return LaunchPlan(source, configured, store, archives, where, java.find())
 
 
 def start(
@@ -73,12 +73,12 @@ def start(
     *,
     changes: Mapping[str, str] | None = None,
 ) -> TorchServeProcess:
-    """Start it, wait until it serves every archive, and set the default versions. Raises ServerError.
+    """Start TorchServe, wait until it serves every archive, and set the default versions. Raises ServerError.
 
-    `changes` are to its properties.
+    `changes` are properties that override those of the project.
     """
     changes = {**properties.listening_at(planned.where), **_sockets(state, planned.where), **(changes or {})}
-    if planned.said.get("load_models") == "all":  # some of the store's may be retired
+    if planned.properties.get("load_models") == "all":  # some archives in the store may be retired
         changes["load_models"] = ",".join(planned.archives.values())
     properties.write(planned.source, state.config, changes)
     logs = Logs(state.logs)
@@ -92,13 +92,13 @@ def start(
 
 
 def end(state: State) -> bool:
-    """End it and every process of the project's server; whether it ran. Raises ServerError."""
+    """Stop TorchServe and every process of the project's server; whether it ran. Raises ServerError."""
     record = state.record()
     process = processes.java(record, state) if record else None
     if process:
         process.terminate()
         processes.wait([process], STOP_S)
-    family = processes.family(state)  # now, not before: while it ended it may have started more
+    family = processes.family(state)  # now, not before: it may have started processes while it ended
     processes.kill(left := processes.wait(family, 1.0))
     if processes.wait(left, 5.0):
         pids = ", ".join(str(one.pid) for one in left)
@@ -108,7 +108,7 @@ def end(state: State) -> bool:
 
 
 def refuse_second(state: State) -> None:
-    """Raises ServerError where one of this project runs already."""
+    """Raises ServerError if a server of this project is running."""
     record = state.record()
     if record and processes.java(record, state):
         raise ServerError(
@@ -118,7 +118,7 @@ def refuse_second(state: State) -> None:
 
 
 def _archives(store: Path) -> dict[ModelVersion, str]:
-    """The archives in a store, by what TorchServe will register them under. Raises ServerError."""
+    """The archives in a store: (model, version) → file. Raises ServerError."""
     found: dict[ModelVersion, str] = {}
     for path in sorted(store.glob("[!.]*.mar")):
         try:
@@ -133,13 +133,13 @@ def _archives(store: Path) -> dict[ModelVersion, str]:
     return found
 
 
-def _addresses(said: dict[str, str], options: StartOptions) -> Addresses:
-    where = properties.addresses(said).with_ports(options.port, options.grpc_port)
+def _addresses(configured: dict[str, str], options: StartOptions) -> Addresses:
+    where = properties.addresses(configured).with_ports(options.port, options.grpc_port)
     return where.with_free_ports() if options.free_ports else where
 
 
 def _sockets(state: State, where: Addresses) -> dict[str, str]:
-    """Workers listen at Unix sockets in the state folder; where its path is too long for one, at ports."""
+    """Workers listen at Unix sockets in the state folder, or at ports if its path is too long for a socket."""
     if len(os.fsencode(state.tmp / ".ts.sock.99999")) <= LONGEST_SOCKET:
         return {}
     host, _ = ports.host_and_port(where.inference)
@@ -158,18 +158,18 @@ def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) 
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in this terminal is not meant for it
+            start_new_session=True,  # a Ctrl-C in this terminal must not reach it
         )
         starter.wait()
-    try:  # TorchServe's own command ends as soon as Java runs, and leaves its pid here
+    try:  # TorchServe's command ends once Java runs, and leaves its pid here
         pid = int((state.tmp / ".model_server.pid").read_text("utf-8"))
         record = TorchServeProcess(pid, planned.where, str(planned.store))
     except (OSError, ValueError):
-        raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'it does not say why'}.") from None
+        raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'its log gives no reason'}.") from None
     while not _has_keys(state):
         if processes.java(record, state) is None or time.time() > begun + 60:
             processes.kill(processes.family(state))
-            raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'it does not say why'}.")
+            raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'its log gives no reason'}.")
         time.sleep(0.05)
     return record
 
@@ -177,13 +177,15 @@ def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) 
 def _has_keys(state: State) -> bool:
     try:
         KeyFile.read(state.key_file)
-    except (OSError, ValueError):  # not there yet, or not whole
+    except (OSError, ValueError):  # not written yet, or incomplete
         return False
     return True
 
 
 def _environment(state: State, java_home: Path, *, access_log: bool) -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if key != "TS_CONFIG_FILE"}  # it would win
+    environment = {
+        key: value for key, value in os.environ.items() if key != "TS_CONFIG_FILE"
+    }  # it would override --ts-config
     return {
         **environment,
         **processes.mark(state),
@@ -192,6 +194,6 @@ def _environment(state: State, java_home: Path, *, access_log: bool) -> dict[str
         "TMPDIR": str(state.tmp),
         "LOG_LOCATION": str(state.logs),
         "METRICS_LOCATION": str(state.logs),
-        "TS_CONSOLE_LOG": "OFF",  # console.log is not rolled, and ts_log.log has the same
+        "TS_CONSOLE_LOG": "OFF",  # console.log is not rotated, and ts_log.log has the same lines
         "TS_ACCESS_LOG": "INFO" if access_log else environment.get("TS_ACCESS_LOG", "OFF"),
     }

@@ -62,7 +62,7 @@ def start(
         try:
             door = None
             if with_front_door:
-                max_body = int(planned.said.get("max_request_size", front_door.MAX_BODY))
+                max_body = int(planned.properties.get("max_request_size", front_door.MAX_BODY))
                 door = front_door.start(root, door_settings, planned.where, max_body, KEEPER)
             # A rollout registers versions while it serves: with TorchServe's management token, on this machine.
             changes = {"enable_model_api": "true"} if door else {}

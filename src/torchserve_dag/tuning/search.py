@@ -1,4 +1,4 @@
-"""Which settings to try for a handler, and which of them wins."""
+"""Search the settings with which a handler runs fastest, among those that keep its answers."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from torchserve_dag.tuning.trial import Measured, Task
 
 BATCHES = (2, 4, 8, 16)
 WORTH_IT = 1.03
-"""A setting that pays less than this, or a larger batch that does, is not worth writing down."""
+"""The speed-up at which a setting is preferred to an earlier, simpler one."""
 TRIAL_LIMIT_S = 600
 
 Measure = Callable[[Task], Measured]
 
 
 class TrialError(Exception):
-    """A trial that gave nothing; its words are the last that it said."""
+    """A trial that failed: the last line of its process's standard error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one set of settings gave."""
+    """The result of one set of settings."""
 
     run: Run
     measured: Measured | None
     off: float
-    """The largest difference of its answers' numbers from those of plain torch, of numbers above one as a part of
-    them; infinite where they differ in anything else."""
+    """The largest difference between a number of its answers and of plain torch's: absolute below 1, relative above;
+    infinite if the answers differ in anything else."""
     failed: str = ""
 
 
 def search(task: Task, *, within: float, compiled: bool, measure: Measure | None = None) -> Iterator[Trial]:
-    """Trials, in the order in which they end: first what computes it, and then, for the best of those, the batch.
+    """Run trials: first for the runtime and the precision, then for the batch size with the best of those.
 
-    Plain torch in float32, one item at a time, comes first: the others' answers are compared with its. The last
-    trial is not the best; see `best`.
+    The first trial is the baseline, plain torch in float32 and one item at a time; other answers are compared with
+    its answers. The last trial is not necessarily the best; see `best`.
     """
-    measure = measure or in_a_process
+    measure = measure or in_own_process
     plain_run = replace(task.run, runtime="torch", precision="float32", channels_last=False, batch=1)
     first = measure(replace(task, run=plain_run))
     trials = [Trial(plain_run, first, 0.0)]
@@ -63,12 +63,12 @@ def search(task: Task, *, within: float, compiled: bool, measure: Measure | None
         trial = tried(replace(last.run, batch=batch))
         yield trial
         if trial.measured is None or last.measured is None or trial.measured.together < last.measured.together:
-            return  # a larger one would not be faster
+            return  # a larger batch would not be faster
         last = trial
 
 
 def best(trials: list[Trial], within: float) -> Trial:
-    """The fastest whose answers differ by at most `within`; of those that are about as fast, the first tried."""
+    """The fastest trial whose answers differ by at most `within`; of about equally fast trials, the first."""
     fit = [trial for trial in trials if trial.measured and not trial.measured.why_not and trial.off <= within]
     fastest = max(trial.measured.together for trial in fit if trial.measured)
     return next(trial for trial in fit if trial.measured and trial.measured.together * WORTH_IT >= fastest)
@@ -83,8 +83,11 @@ def _ways(run: Run, *, compiled: bool) -> Iterator[Run]:
     yield replace(run, runtime="openvino", precision="bfloat16")
 
 
-def in_a_process(task: Task) -> Measured:
-    """A trial by itself: threads, compiled models and memory are its own. Raises TrialError."""
+def in_own_process(task: Task) -> Measured:
+    """Run a trial in a process of its own, so that trials share no threads, compiled models or memory.
+
+    Raises TrialError.
+    """
     try:
         return json_module.call("torchserve_dag.tuning.trial", task, Measured, TRIAL_LIMIT_S)
     except json_module.ModuleFailedError as error:
@@ -92,7 +95,7 @@ def in_a_process(task: Task) -> Measured:
 
 
 def difference(one: Any, other: Any) -> float:
-    """How far two answers are apart; see Trial.off."""
+    """The difference between two answers; see Trial.off."""
     if isinstance(one, bool) or isinstance(other, bool) or type(one) is not type(other):
         return 0.0 if one is other else float("inf")
     if isinstance(one, dict) and one.keys() == other.keys():

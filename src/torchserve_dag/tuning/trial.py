@@ -29,34 +29,34 @@ MOST_ALONE = 200
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to measure."""
+    """A handler, its settings, and the items to measure it with."""
 
     project: str
     handler: str
     """The handler's YAML file."""
     run: Run
     bodies: list[str]
-    """Files, each a request's body; none for the handler's own example."""
+    """Files, each a request's body; empty for the handler's own example."""
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What came of it."""
+    """The measurements of one trial."""
 
     load_s: float
     alone_ms: float
-    """The median of one item at a time, which may use every core."""
+    """Median latency of one item at a time, which may use every core."""
     together: float
-    """Items a second with a thread a core, each with batches of its own: as in a worker under load."""
+    """Throughput in items per second with one thread per core, each running batches, as in a worker under load."""
     answers: list[Any]
-    """One an item, as plain data."""
+    """The answer to each item, as plain data."""
     why_not: str = ""
-    """Why torch computed instead of the runtime that was asked for."""
+    """Why torch ran the model instead of the requested runtime; empty if it did not."""
 
 
 def measure(task: Task) -> Measured:
-    """Raises CheckError, ValueError or RuntimeError where the handler does not load or refuses its items."""
+    """Run one trial. Raises CheckError, ValueError or RuntimeError if the handler does not load or rejects an item."""
     project = Project(Path(task.project))
     file = project.read_handler(Path(task.handler))
     file = dataclasses.replace(file, value=dataclasses.replace(file.value, run=task.run))
@@ -72,7 +72,7 @@ def measure(task: Task) -> Measured:
     answers = stages(items)
     for answer in answers:
         if isinstance(answer, Failure):
-            raise ValueError(f"{stages.name} refuses an item: {answer.message}")  # noqa: TRY004 (a value)
+            raise ValueError(f"{stages.name} rejects an item: {answer.message}")  # noqa: TRY004 (a value)
     return Measured(
         round(load_s, 2),
         _alone_ms(stages, items, task.seconds),
@@ -97,7 +97,7 @@ def _alone_ms(stages: Stages, items: list[Any], seconds: float) -> float:
 
 
 def _together(stages: Stages, items: list[Any], lanes: int, batch: int, seconds: float) -> float:
-    """Every lane runs batches until the time is over; each counts what it did in the time that it took."""
+    """The sum of the throughput of all threads, each of which runs batches until the time is over."""
 
     def lane(start: int) -> float:
         done = start

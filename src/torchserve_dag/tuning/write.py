@@ -1,4 +1,4 @@
-"""Settings written into a handler's YAML; its other lines and comments stay as they are."""
+"""Write settings into a handler's YAML; all other lines and comments stay as they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchserve_dag.runtime.data.source import CheckError, Problem
 def write_settings(path: Path, settings: Mapping[str, Any], why: str) -> list[str]:
     """Set these keys below `run:` in the file; each line that changes ends with the comment `why`.
 
-    Gives the lines that changed. Raises CheckError where `run:` is written in braces.
+    Returns the changed lines. Raises CheckError if `run:` is written in braces.
     """
     text = path.read_text("utf-8")
     lines = text.splitlines()
