@@ -26,7 +26,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quickly_and_quietly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pauses between tries are short, and what is meant to fail is not logged."""
+    """Pauses before retries are short, and failures are not logged."""
     monkeypatch.setattr("torchserve_dag.runtime.engine.flow.FIRST_PAUSE_S", 0.001)
     logging.disable(logging.CRITICAL)
     yield

@@ -1,7 +1,7 @@
-"""What the nodes of random workflows run: functions and handlers whose answers, and failures, follow from their input.
+"""The functions and handlers of random workflows. Their answers and failures are determined by their inputs.
 
-Every number knows where it comes from (`id`), so that an answer shows each call that made it; and every call is
-written into a journal, under the node's and the item's name.
+Every number has an `id` that is a hash of the inputs that it was computed from, so an answer proves which calls led to
+it; and every call is counted in a journal.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torchserve_dag.runtime.messages import InputError, Skipped
 
 DIGITS = 10
 LENGTHS = (0, 1, 2, 3, 0, 1, 5, 2, 9, 1)
-"""Of the list that a digit stands for."""
+"""Length of the list that a digit stands for."""
 SKIPPED_DIGIT = 8
-"""The digit for which code that may answer Skipped does."""
+"""Code that may answer Skipped answers Skipped for this digit."""
 SLOW_S = 0.0005
-"""For each unit of its digit a slow call takes so long."""
+"""Duration of a slow call, for each unit of its digit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Num:
     n: int
-    """A digit: what happens to it depends on nothing else."""
+    """A digit. Whether a call fails, and how long it takes, depends only on the digit of its answer."""
     id: str
-    """`TAG:WHENCE`, unlike that of any other number of its request."""
+    """`TAG:HASH`, unique among the numbers of a request."""
 
     @property
     def odd(self) -> bool:
@@ -50,12 +50,12 @@ class Bag:
 
 @dataclass(frozen=True)
 class Kind:
-    """A type, in a form that can be reckoned with."""
+    """A type, in a form that the generator can compute with."""
 
     name: Literal["num", "bag", "int", "flag", "list", "mapping"]
     of: Kind | None = None
     skips: bool = False
-    """Whether it may be Skipped instead."""
+    """Whether the value may be Skipped instead."""
 
     def skipping(self, skips: bool = True) -> Kind:  # noqa: FBT001, FBT002
         return replace(self, skips=skips)
@@ -96,50 +96,50 @@ def make(kind: Kind, n: int, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Fate:
-    """How a call fails: refused with a status of the 4xx, with an exception, or with an exception a few times."""
+    """How a call fails: with an InputError (4xx), with an exception, or with an exception in its first few tries."""
 
     how: Literal["refuse", "raise", "exit", "flaky"]
     number: int = 0
-    """The status, or how many tries fail."""
+    """The status of the InputError, or how many tries fail."""
 
 
 class FailedError(Exception):
-    """What a function raises that is meant to fail."""
+    """Raised by a function that is meant to fail."""
 
 
 Call = tuple[str, str]
-"""The name of what was called, and the id of its answer."""
+"""The name of the function or handler, and the id of its answer."""
 
 
 @dataclass
 class Journal:
-    """The calls that were made."""
+    """Counts the calls of functions and handlers."""
 
     calls: Counter[Call] = field(default_factory=Counter)
-    under_way: int = 0
+    in_flight: int = 0
     largest: Counter[str] = field(default_factory=Counter)
-    """By handler: the most items of one `infer`."""
+    """By handler: the largest batch."""
     quick: bool = False
-    """Whether slow calls are as fast as others."""
+    """Whether slow calls do not sleep."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, call: Call) -> int:
-        """How often it was made before."""
+        """Count a call; how often the same call was made before."""
         with self._lock:
             self.calls[call] += 1
             return self.calls[call] - 1
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def call_in_flight(self) -> Iterator[None]:
         with self._lock:
-            self.under_way += 1
+            self.in_flight += 1
         try:
             yield
         finally:
             with self._lock:
-                self.under_way -= 1
+                self.in_flight -= 1
 
-    def saw(self, handler: str, items: int) -> None:
+    def record_batch(self, handler: str, items: int) -> None:
         with self._lock:
             self.largest[handler] = max(self.largest[handler], items)
 
@@ -154,15 +154,15 @@ _mine = threading.local()
 
 
 def journal() -> Journal:
-    """This thread's own, or the one that all others share."""
-    found: Journal = getattr(_mine, "journal", shared)
-    return found
+    """The current thread's own journal, or the shared one."""
+    current: Journal = getattr(_mine, "journal", shared)
+    return current
 
 
 @contextmanager
-def writing_into(one: Journal) -> Iterator[None]:
-    """In here this thread has a journal of its own."""
-    _mine.journal = one
+def writing_into(own: Journal) -> Iterator[None]:
+    """Inside the block, the current thread counts calls in `own`."""
+    _mine.journal = own
     try:
         yield
     finally:
@@ -171,26 +171,26 @@ def writing_into(one: Journal) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Op:
-    """One thing to run: a function, or what a handler computes."""
+    """A function, or the computation of a handler."""
 
     name: str
     takes: Mapping[str, Kind]
     gives: Kind
-    """Of one piece where it yields."""
+    """The type of the answer; of one chunk if it yields."""
     fates: Mapping[int, Fate] = field(default_factory=dict)
-    """By the digit of its answer."""
+    """By the digit of the answer."""
     slow: bool = False
     yields: bool = False
 
     def __str__(self) -> str:
-        """For a person."""
+        """For a test report."""
         takes = ", ".join(f"{name}: {name_of(kind.annotation)}" for name, kind in self.takes.items())
         gives = name_of(self.gives.annotation)
         fates = ", ".join(f"{n}: {fate.how} {fate.number or ''}".strip() for n, fate in sorted(self.fates.items()))
         return f"{self.name}({takes}) -> {f'Iterator[{gives}]' if self.yields else gives}{' slow' * self.slow} {fates}"
 
-    def meets(self, values: Mapping[str, Any]) -> tuple[int, str]:
-        """The digit and the id of the answer."""
+    def digit_and_id(self, values: Mapping[str, Any]) -> tuple[int, str]:
+        """The digit and the id of the answer for these inputs."""
         taken = {name: value for name, value in values.items() if name != "tag"}
         tag = values.get("tag") or next((tag for value in taken.values() for tag in _tags(value)), "")
         n = (sum(self.name.encode()) + sum(sum(_digits(value)) for value in taken.values())) % DIGITS
@@ -198,12 +198,12 @@ class Op:
         return n, f"{tag}:{blake2b(text.encode(), digest_size=5).hexdigest()}"
 
     def fate(self, n: int, name: str) -> Fate | None:
-        found = self.fates.get(n)
-        # Tries are counted for each request: what cannot be told from another request's call never flickers.
-        return None if found and found.how == "flaky" and name.startswith(":") else found
+        fate = self.fates.get(n)
+        # Tries are counted by call: a call without its request's tag, which two requests may share, is never flaky.
+        return None if fate and fate.how == "flaky" and name.startswith(":") else fate
 
     def begin(self, n: int, name: str) -> None:
-        """Note the call, take its time, and fail if that is its fate."""
+        """Count the call, sleep if it is slow, and fail if that is its fate."""
         book = journal()
         tries = book.enter((self.name, name))
         if self.slow and not book.quick:
@@ -213,34 +213,34 @@ class Op:
             fail(fate, self.name, name)
 
     def call(self, values: Mapping[str, Any]) -> Any:
-        n, name = self.meets(values)
-        with journal().working():
+        n, name = self.digit_and_id(values)
+        with journal().call_in_flight():
             self.begin(n, name)
             return make(self.gives, n, name)
 
-    def pieces(self, values: Mapping[str, Any]) -> Iterator[Any]:
-        n, name = self.meets(values)
+    def chunks(self, values: Mapping[str, Any]) -> Iterator[Any]:
+        n, name = self.digit_and_id(values)
         fate = self.fate(n, name)
-        with journal().working():
+        with journal().call_in_flight():
             self.begin(n, name)
             made = make(listing(self.gives), n, name)
-        for i, piece in enumerate(made):
+        for i, chunk in enumerate(made):
             if fate and i >= len(made) // 2:
                 fail(fate, self.name, name)
             if self.slow and not journal().quick:
                 time.sleep(n * SLOW_S)
-            yield piece
+            yield chunk
 
     def function(self) -> Callable[..., Any]:
-        """As a project's function. `tag` says whose call it is where the other values do not."""
+        """The Python function of a project. `tag` names the request where the other inputs do not."""
 
         def whole(**values: Any) -> Any:
             return self.call(values)
 
-        def in_pieces(**values: Any) -> Iterator[Any]:
-            yield from self.pieces(values)
+        def in_chunks(**values: Any) -> Iterator[Any]:
+            yield from self.chunks(values)
 
-        made: Callable[..., Any] = in_pieces if self.yields else whole
+        made: Callable[..., Any] = in_chunks if self.yields else whole
         kinds = {name: kind.annotation for name, kind in self.takes.items()} | {"tag": str | None}
         parameters = [
             inspect.Parameter(
@@ -289,11 +289,11 @@ def _tags(value: Any) -> Iterator[str]:
 
 
 OPS: dict[str, Op] = {}
-"""The functions of the workflow that is being tested."""
+"""The functions of the workflow under test."""
 
 
 def function_named(name: str) -> Callable[..., Any]:
-    """A project's module has this as its `__getattr__`: a function is there as soon as its op is."""
+    """The `__getattr__` of the project's module, so that each op of the workflow under test is a function of it."""
     if name not in OPS:
         raise AttributeError(name)
     return OPS[name].function()
@@ -312,7 +312,7 @@ BATCHES = {"plain": 4, "picky": 3, "bagger": 8, "counter": 1}
 
 
 class Worker(Handler[Any, tuple[int, str], tuple[int, str], Any]):
-    """A handler that does what its op says: refuses in `preprocess`, and raises for a batch with one bad item."""
+    """A handler that computes an op: it raises InputError in `preprocess`, and an exception for a batch with a bad item."""
 
     op: ClassVar[Op]
 
@@ -322,18 +322,18 @@ class Worker(Handler[Any, tuple[int, str], tuple[int, str], Any]):
     def example(self) -> Any:
         (kind,) = self.op.takes.values()
         examples = (make(kind, n, "example") for n in range(DIGITS))
-        return next(one for one in examples if self.op.meets({"item": one})[0] not in self.op.fates)
+        return next(one for one in examples if self.op.digit_and_id({"item": one})[0] not in self.op.fates)
 
     def begin(self, item: Any) -> tuple[int, str]:
-        n, name = self.op.meets({"item": item})
+        n, name = self.op.digit_and_id({"item": item})
         fate = self.op.fates.get(n)
         later = replace(self.op, fates={}) if fate and fate.how == "raise" else self.op
-        with journal().working():
+        with journal().call_in_flight():
             later.begin(n, name)
         return n, name
 
     def infer(self, batch: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
-        journal().saw(self.op.name, len(batch))
+        journal().record_batch(self.op.name, len(batch))
         for n, name in batch:
             fate = self.op.fates.get(n)
             if fate and fate.how == "raise":
@@ -348,7 +348,7 @@ FUNCTIONS_FILE = "from tests.property.functions import function_named as __getat
 
 
 def handler_files(op: Op) -> tuple[str, str]:
-    """A handler's Python and YAML."""
+    """The Python and YAML files of a handler."""
     (takes,) = op.takes.values()
     names = {"num": "Num", "bag": "Bag"}
     code = f"""
@@ -363,6 +363,6 @@ class Own(Worker):
     def postprocess(self, output: tuple[int, str], item: {names[takes.name]}) -> {names[op.gives.name]}:
         return self.end(output)
 """
-    pieces = "\n  micro_batch: {size: 2, preprocess: 2}" if op.name == "picky" else ""
+    micro_batch = "\n  micro_batch: {size: 2, preprocess: 2}" if op.name == "picky" else ""
     card = "card: {does: A test., input: A number., output: A number., limits: It is small., weights: []}"
-    return code, f'name: {op.name}\nversion: "1.0"\n{card}\nrun:\n  batch: {BATCHES[op.name]}{pieces}\n'
+    return code, f'name: {op.name}\nversion: "1.0"\n{card}\nrun:\n  batch: {BATCHES[op.name]}{micro_batch}\n'

@@ -1,7 +1,7 @@
-"""What a workflow answers, found the slow way: one request, one node, one item at a time.
+"""A naive executor of workflows: one request, one node, one item at a time, without the engine.
 
-It knows nothing of the engine. Where a request fails, it goes on with all that does not depend on what failed: the
-engine may have got as far, and no further, and may have met any of the failures first.
+Where a node fails, it goes on with the nodes that do not depend on it: so it finds all failures, any of which the
+engine may meet first, and all calls that the engine may have made by then.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from torchserve_dag.runtime.messages import InputError, Skipped
 
 @dataclass(frozen=True)
 class Broken:
-    """Stands for the result of a node that failed, or that needs one that did."""
+    """The result of a node that failed, or that needs a node that failed."""
 
-    pieces: tuple[Any, ...] = ()
-    """Of a node that yields: those before its failure."""
+    chunks: tuple[Any, ...] = ()
+    """The chunks before the failure, if the node yields."""
 
 
 @dataclass(frozen=True)
 class Fail:
     status: int
     message: str | None
-    """None: whatever the engine says."""
+    """None: any message."""
     node: str
     """`NODE`, or `NODE/NODE` in a workflow inside."""
     call: Call | None = None
@@ -48,30 +48,30 @@ class Fail:
 class Outcome:
     answer: Any
     failures: list[Fail]
-    """Where there are any, one of these is the answer."""
-    pieces: Sequence[Any] | None
-    """Of a streaming answer; up to the first that fails."""
+    """If there are any, the answer is one of them."""
+    chunks: Sequence[Any] | None
+    """The chunks of a streaming answer, up to the first failure."""
     calls: Counter[Call]
     loose: set[Call]
-    """Of these the engine may have made fewer: they were beside something that failed."""
+    """Calls of which the engine may have made fewer, because another node failed meanwhile."""
     unknown: bool
-    """Whether the engine's answer depends on what happens to come first."""
-    tries_again: bool
-    """Whether something fails at first: near its deadline a request has no time for the next try."""
+    """Whether the engine's answer depends on the order in which calls happen to run."""
+    flaky: bool
+    """Whether a call fails in its first tries: near its deadline a request has no time for a retry."""
 
 
 def naive(flow: Flow, message: Any, parameters: Mapping[str, str], outputs: Sequence[str] = ()) -> Outcome:
-    """What a request must be answered with."""
+    """The expected outcome of a request."""
     book = _Book()
     with writing_into(book.journal):
         answer, failures, values = _Request(flow, parameters, book, ()).run(message, outputs)
-    pieces: Sequence[Any] | None = None
+    chunks: Sequence[Any] | None = None
     if flow.streaming and not outputs:
         result = values[flow.streaming]
-        pieces = () if isinstance(result, Skipped) else result.pieces if isinstance(result, Broken) else result
+        chunks = () if isinstance(result, Skipped) else result.chunks if isinstance(result, Broken) else result
     calls = book.journal.calls
     return Outcome(
-        answer, failures, pieces, calls, set(calls) if failures else book.loose, book.unknown, bool(book.flickered)
+        answer, failures, chunks, calls, set(calls) if failures else book.loose, book.unknown, bool(book.flaky_calls)
     )
 
 
@@ -79,15 +79,15 @@ def naive(flow: Flow, message: Any, parameters: Mapping[str, str], outputs: Sequ
 class _Book:
     journal: Journal = field(default_factory=lambda: Journal(quick=True))
     loose: set[Call] = field(default_factory=set)
-    flickered: list[Call] = field(default_factory=list)
-    """Every call that fails a few times, as often as it was made."""
+    flaky_calls: list[Call] = field(default_factory=list)
+    """Every try of a flaky call."""
     owners: dict[Call, tuple[Any, ...]] = field(default_factory=dict)
-    """Whose such calls are: two items with the same one would share its tries."""
+    """The item of each flaky call: two items with the same call would share its tries."""
     unknown: bool = False
 
 
 class _Request:
-    """A request on its way through a workflow, or an item's through one that is inside another."""
+    """A request's way through a workflow, or an item's through a workflow inside."""
 
     def __init__(self, flow: Flow, parameters: Mapping[str, str], book: _Book, place: tuple[Any, ...]) -> None:
         self.flow = flow
@@ -114,8 +114,8 @@ class _Request:
         if broken:
             if broken != {step.could_follow}:
                 return Broken()
-            (source,) = broken  # its items are made of the pieces that there are
-            values = {**values, source: list(values[source].pieces)}
+            (source,) = broken  # the items are made of the chunks before the failure
+            values = {**values, source: list(values[source].chunks)}
         result = self.loops(step, list(step.levels), values, ()) if step.levels else self.item(step, values, ())
         if not _is_broken(result) and not broken:
             return result
@@ -137,7 +137,7 @@ class _Request:
         ]
 
     def item(self, step: Step, here: Mapping[str, Any], at: tuple[int, ...]) -> Any:
-        """An item's answer: a Broken where it has none, and its failures are noted."""
+        """An item's answer; Broken where it has none, with its failures added to `self.failures`."""
         if step.when is not None and not evaluate(step.when, here):
             return Skipped(step.name)
         for run in step.runs:
@@ -151,12 +151,12 @@ class _Request:
             return taken
         fails: list[Fail] = []
         for left in range(step.retry, -1, -1):
-            made = len(self.book.flickered)
+            made = len(self.book.flaky_calls)
             fails, answer = self.call(step, run, taken, place)
             if not fails:
                 return answer
-            flickered = set(self.book.flickered[made:])
-            if run.flow and left and flickered and (len(fails) > 1 or flickered != {fails[0].call}):
+            flaky = set(self.book.flaky_calls[made:])
+            if run.flow and left and flaky and (len(fails) > 1 or flaky != {fails[0].call}):
                 self.book.unknown = True
             if all(fail.status < 500 for fail in fails):
                 break
@@ -165,7 +165,7 @@ class _Request:
     def otherwise(
         self, step: Step, here: Mapping[str, Any], place: tuple[Any, ...], fails: list[Fail], answer: Any
     ) -> Any:
-        """What stands in for an item that failed."""
+        """The answer of an item that failed, by the node's policy."""
         if step.on_error == "skip":
             return Skipped(step.name)
         if step.on_error == "default":
@@ -188,23 +188,23 @@ class _Request:
         return taken
 
     def call(self, step: Step, run: Run, taken: dict[str, Any], place: tuple[Any, ...]) -> tuple[list[Fail], Any]:
-        """One try of one item: its failures, or its answer; the pieces before a failure, as a tuple."""
+        """A try of an item: its failures, or its answer; on a failure, the chunks before it as a tuple."""
         if run.flow:
             return self.inner(step, run.flow, taken["x"], place)
         op = run.op or HANDLERS[run.called]
         values = taken if run.op else {"item": taken["x"]}
-        call = self.flicker(op, values, place)
-        pieces: list[Any] = []
+        call = self.flaky_call(op, values, place)
+        chunks: list[Any] = []
         try:
             if not op.yields:
                 return [], op.call(values)
-            for piece in op.pieces(values):
-                pieces.append(piece)  # noqa: PERF402 (those before a failure count)
+            for chunk in op.chunks(values):
+                chunks.append(chunk)  # noqa: PERF402 (the chunks before a failure are needed)
         except InputError as error:
-            return [Fail(error.status, error.message, step.name, call)], tuple(pieces)
+            return [Fail(error.status, error.message, step.name, call)], tuple(chunks)
         except BaseException:  # noqa: BLE001 (whatever code raises fails its item)
-            return [Fail(500, None, step.name, call)], tuple(pieces)
-        return [], pieces
+            return [Fail(500, None, step.name, call)], tuple(chunks)
+        return [], chunks
 
     def inner(self, step: Step, flow: Flow, message: Any, place: tuple[Any, ...]) -> tuple[list[Fail], Any]:
         before = Counter(self.book.journal.calls)
@@ -214,13 +214,13 @@ class _Request:
             self.book.loose |= set(self.book.journal.calls - before)
         return [Fail(fail.status, fail.message, f"{step.name}/{fail.node}", fail.call) for fail in fails], answer
 
-    def flicker(self, op: Op, values: Mapping[str, Any], place: tuple[Any, ...]) -> Call | None:
-        n, name = op.meets(values)
+    def flaky_call(self, op: Op, values: Mapping[str, Any], place: tuple[Any, ...]) -> Call | None:
+        n, name = op.digit_and_id(values)
         fate = op.fate(n, name)
         if fate is None or fate.how != "flaky":
             return None
         call = (op.name, name)
-        self.book.flickered.append(call)
+        self.book.flaky_calls.append(call)
         if self.book.owners.setdefault(call, place) != place:
             self.book.unknown = True
         return call

@@ -1,4 +1,4 @@
-"""A queue of many requests' items loses none, keeps each request's order, and lets nobody wait behind a long one."""
+"""A queue of many requests' items loses none, keeps each request's order, and lets no request wait behind a long one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_STEP = Flow(
 )
 
 Asker = Any
-"""Makes a request of the engine's own; given an item, one that is inside of it."""
+"""Makes a Request; given an item, the Request of the workflow that the item runs."""
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,10 @@ def item_of(request: Request, value: int) -> Item:
 
 actions = st.lists(
     st.one_of(
-        st.tuples(st.just("put"), st.integers(0, 3), st.integers(1, 20)),
+        st.tuples(st.just("push"), st.integers(0, 3), st.integers(1, 20)),
         st.tuples(st.just("take"), st.integers(1, 7), st.just(0)),
         st.tuples(st.just("end"), st.integers(0, 3), st.just(0)),
-        st.tuples(st.just("head"), st.just(0), st.just(0)),
+        st.tuples(st.just("peek"), st.just(0), st.just(0)),
         st.tuples(st.just("drop"), st.just(0), st.just(0)),
     ),
     max_size=40,
@@ -78,7 +78,7 @@ def test_nothing_is_lost_and_each_request_keeps_its_order(
 
     for what, number, count in actions:
         request = requests[number % 4]
-        if what == "put":
+        if what == "push":
             for _ in range(count):
                 value = next(numbers)
                 inside = asker(item_of(request, 0)) if value % 3 == 0 else request
@@ -87,7 +87,7 @@ def test_nothing_is_lost_and_each_request_keeps_its_order(
                     waiting[number].append(value)
         elif what == "take":
             check(queue.take(number))
-        elif what == "head":
+        elif what == "peek":
             head = queue.peek()
             assert (head is None) == (not any(waiting))
             assert head is None or not head.finished

@@ -1,4 +1,4 @@
-"""One trial: a workflow is written, loaded and asked; what is not as the naive executor says is put into words."""
+"""A trial: a workflow is written, loaded and run; differences from the naive executor become sentences."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from torchserve_dag.runtime.messages import Failure
 from torchserve_dag.runtime.workflow import Workflow
 
 LIMIT_S = 60.0
-"""A request that takes longer hangs."""
+"""A request that takes longer is taken to hang."""
 LEFT_S = 30.0
 
 
 @dataclass
 class Asked:
-    """A request that was made, and what must become of it."""
+    """A submitted request, and its expected outcome."""
 
     ask: Ask
     tag: str
     expected: Outcome
     request: Request
-    pieces: list[Any] = field(default_factory=list)
+    chunks: list[Any] = field(default_factory=list)
     answer: Any = None
 
 
 def write(project: Path, flow: Flow) -> str:
-    """Writes a workflow and those inside; gives it as a person would read it."""
+    """Write a workflow and those inside it; their YAML for a report."""
     OPS.clear()
     OPS.update(flow.ops)
     texts = []
@@ -58,19 +58,19 @@ def load(project: Path, text: str) -> Workflow:
         workflow = Workflow.load(project / "workflows" / "flow.yaml")
     except CheckError as error:
         pytest.fail(report(text, [], [str(error)]), pytrace=False)
-    shared.clear()  # of the handlers' warming up
+    shared.clear()  # of the calls that warmed the handlers up
     return workflow
 
 
 def ask_all(workflow: Workflow, flow: Flow, chosen: Sequence[Ask]) -> list[Asked]:
-    """All requests at once; those that are to be cancelled are, after their time."""
+    """Submit all requests at once, and cancel those that are to be cancelled, each after its time."""
     asked = []
     for i, ask in enumerate(chosen):
         tag = f"r{i}"
         message, parameters = ask.message(flow, tag), ask.parameters(tag)
         expected = naive(flow, message, parameters, ask.outputs)
-        expected.unknown |= ask.end == "deadline" and expected.tries_again
-        pieces: list[Any] = []
+        expected.unknown |= ask.end == "deadline" and expected.flaky
+        chunks: list[Any] = []
         request = workflow.submit(
             json.dumps(plain.flatten(message)).encode() if ask.as_bytes else message,
             parameters,
@@ -79,9 +79,9 @@ def ask_all(workflow: Workflow, flow: Flow, chosen: Sequence[Ask]) -> list[Asked
                 timeout_s=ask.after_s + 0.001 if ask.end == "deadline" else None,
                 priority="bulk" if ask.bulk else "interactive",
             ),
-            on_chunk=pieces.append,
+            on_chunk=chunks.append,
         )
-        asked.append(Asked(ask, tag, expected, request, pieces))
+        asked.append(Asked(ask, tag, expected, request, chunks))
     began = time.monotonic()
     for one in sorted(asked, key=lambda one: one.ask.after_s):
         if one.ask.end == "cancel":
@@ -91,20 +91,20 @@ def ask_all(workflow: Workflow, flow: Flow, chosen: Sequence[Ask]) -> list[Asked
 
 
 def wrong_with(one: Asked) -> list[str]:
-    """What is not as it should be with a request's answer."""
+    """Differences of a request's answer from the expected outcome."""
     expected, answer, problems = one.expected, one.answer, []
     stopped = isinstance(answer, Failure) and answer.status == {"cancel": 499, "deadline": 504}.get(one.ask.end)
     if not stopped and not expected.unknown and not is_answer(expected, answer):
         problems.append("the answer is wrong")
     if expected.unknown:
         return problems
-    if expected.pieces is None:
-        if one.pieces:
-            problems.append(f"pieces of an answer that does not stream: {one.pieces}")
-    elif one.pieces != list(expected.pieces[: len(one.pieces)]):
-        problems.append(f"the pieces are {one.pieces}")
-    elif not stopped and not isinstance(answer, Failure) and len(one.pieces) != len(expected.pieces):
-        problems.append(f"there are only {len(one.pieces)} pieces")
+    if expected.chunks is None:
+        if one.chunks:
+            problems.append(f"chunks of an answer that does not stream: {one.chunks}")
+    elif one.chunks != list(expected.chunks[: len(one.chunks)]):
+        problems.append(f"the chunks are {one.chunks}")
+    elif not stopped and not isinstance(answer, Failure) and len(one.chunks) != len(expected.chunks):
+        problems.append(f"there are only {len(one.chunks)} chunks")
     return problems
 
 
@@ -120,7 +120,7 @@ def is_answer(expected: Outcome, answer: Any) -> bool:
 
 
 def miscounted(asked: Sequence[Asked]) -> list[str]:
-    """Calls that were made too often, or not often enough."""
+    """Calls that were made more or less often than expected."""
     most: Counter[Call] = Counter()
     loose: set[Call] = set()
     unknown = {""} if any(one.expected.unknown for one in asked) else set()
@@ -147,20 +147,20 @@ def handled_too_many(flow: Flow) -> list[str]:
 
 
 def misreported(workflow: Workflow, flow: Flow) -> list[str]:
-    """Functions whose number of tries the engine counts otherwise than they do."""
+    """Functions for which `counts()` differs from the number of their calls."""
     made: Counter[str] = Counter()
     for (name, _), times in shared.calls.items():
         made[name] += times
     counts = workflow.counts()
     problems = []
     for code, op in _codes(flow, ""):
-        if not op.yields and counts[code].items != made[op.name]:  # each piece counts as an item
+        if not op.yields and counts[code].items != made[op.name]:  # each chunk counts as an item
             problems.append(f"{code} ran {made[op.name]} times, and counts() says {counts[code].items}")
     return problems
 
 
 def _codes(flow: Flow, prefix: str) -> Iterator[tuple[str, Op]]:
-    """The functions, each with the name that the engine gives it."""
+    """The functions by the names of their codes."""
     for step in flow.steps.values():
         for run in step.all_runs:
             name = f"{prefix}{step.name}"
@@ -175,7 +175,7 @@ def _codes(flow: Flow, prefix: str) -> Iterator[tuple[str, Op]]:
 
 
 def left_behind(workflow: Workflow) -> list[str]:
-    """What is still at work LEFT_S after the last answer."""
+    """What is still queued or in flight LEFT_S after the last answer."""
     deadline = time.monotonic() + LEFT_S
     while True:
         left = [
@@ -183,14 +183,14 @@ def left_behind(workflow: Workflow) -> list[str]:
         ]
         left += [f"{s.name}: {s.in_flight} in flight" for s in workflow.engine._stations.values() if s.in_flight]
         left += [f"{workflow.engine.inside} requests"] if workflow.engine.inside else []
-        left += [f"{shared.under_way} calls"] if shared.under_way else []
+        left += [f"{shared.in_flight} calls"] if shared.in_flight else []
         if not left or time.monotonic() > deadline:
             return [f"left behind: {what}" for what in left]
         time.sleep(0.001)
 
 
 def threads_left(before: set[threading.Thread]) -> list[str]:
-    """Threads that still live LEFT_S after the close."""
+    """Threads that are alive LEFT_S after the close."""
     deadline = time.monotonic() + LEFT_S
     while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -198,7 +198,7 @@ def threads_left(before: set[threading.Thread]) -> list[str]:
 
 
 def report(text: str, asked: Sequence[Asked], problems: Sequence[str]) -> str:
-    """All that a person needs to see what went wrong."""
+    """What it takes to understand and reproduce the problems."""
     lines = ["", *problems, "", text]
     lines += [str(op) for op in OPS.values()]
     for one in asked:
@@ -209,6 +209,6 @@ def report(text: str, asked: Sequence[Asked], problems: Sequence[str]) -> str:
             f"  expected {expected.failures or expected.answer}{' or another' * expected.unknown}",
             f"  got      {one.answer}",
         ]
-        if expected.pieces is not None:
-            lines += [f"  pieces   {list(expected.pieces)}", f"  got      {one.pieces}"]
+        if expected.chunks is not None:
+            lines += [f"  chunks   {list(expected.chunks)}", f"  got      {one.chunks}"]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Random workflows that every check must pass, and random requests for them."""
+"""Random workflows, all of them valid, and random requests for them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from torchserve_dag.runtime.data import plain
 T = TypeVar("T")
 MOST_STEPS = 7
 DEEPEST = 3
-"""Lists in lists, and workflows in workflows."""
+"""The deepest nesting of lists, and of workflows."""
 SELDOM, OFTEN = 12, 60
-"""Of a hundred functions, how many fail for some of their values."""
+"""Percentage of functions that fail for some of their values."""
 
 # Expressions.
 
@@ -123,7 +123,7 @@ MODE = Path("parameters", ("mode",), Kind("int"))
 
 
 def paths(scope: Mapping[str, Kind]) -> list[Path]:
-    """Every path that begins with a name of the scope."""
+    """All paths that begin with a name of the scope."""
     fields = {"num": {"n": INT, "odd": FLAG}, "bag": {"n": INT, "nums": listing(NUM)}}
     found = []
     for root, kind in scope.items():
@@ -136,12 +136,12 @@ def paths(scope: Mapping[str, Kind]) -> list[Path]:
 # Workflows.
 
 Otherwise = Literal["fail", "skip", "default", "fallback"]
-"""What becomes of an item that fails."""
+"""The `on_error` of a node."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One thing that a step may run: exactly one of op, handler and flow."""
+    """What a step may run: exactly one of op, handler and flow."""
 
     op: Op | None = None
     handler: str | None = None
@@ -155,7 +155,7 @@ class Run:
 
     @property
     def takes(self) -> Mapping[str, Kind]:
-        """What takes one value, under no name of its own, takes it as `x`."""
+        """The types of its inputs; a single input without a name is called `x`."""
         if self.flow:
             return {"x": self.flow.request}
         return self.op.takes if self.op else {"x": HANDLERS[self.called].takes["item"]}
@@ -169,15 +169,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """A node, as this package sees it."""
+    """A node."""
 
     name: str
     runs: tuple[Run, ...]
-    """Several for a switch."""
+    """Several of them for a switch."""
     args: Mapping[str, Expression]
     """By parameter."""
     form: Literal["default", "input", "inputs"]
-    """How the YAML says what it takes."""
+    """The key of the YAML that gives the inputs; none for `default`."""
     levels: Mapping[str, Path]
     when: Expression | None = None
     timeout_s: float | None = None
@@ -196,7 +196,7 @@ class Step:
 
     @property
     def roots(self) -> frozenset[str]:
-        """What it waits for."""
+        """The names of what it waits for."""
         return (self._roots_inside | frozenset().union(*(path.roots for path in self.levels.values()))) - {*self.levels}
 
     @property
@@ -206,7 +206,7 @@ class Step:
 
     @property
     def could_follow(self) -> str | None:
-        """The node whose pieces it would take as they come, if that yields."""
+        """The node whose chunks it takes as they come, if that node yields."""
         if len(self.levels) != 1:
             return None
         (path,) = self.levels.values()
@@ -269,7 +269,7 @@ class Flow:
     name: str
     request: Kind
     steps: Mapping[str, Step]
-    """In an order in which they can run."""
+    """In topological order."""
     outputs: Mapping[str, Expression]
     """`{"": expression}` for one value without a name."""
 
@@ -290,12 +290,12 @@ class Flow:
         }
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001
-        """Hypothesis prints its name alone: the failed test prints the YAML."""
+        """Hypothesis prints only the name: the failed test prints the YAML."""
         printer.text(f"Flow({self.name})")
 
     @property
     def flows(self) -> Iterator[Flow]:
-        """This one, and those inside."""
+        """This workflow, and those inside it."""
         yield self
         for run in self.runs:
             if run.flow:
@@ -310,7 +310,7 @@ class Flow:
         return {run.op.name: run.op for flow in self.flows for run in flow.runs if run.op}
 
     def streams(self, name: str) -> bool:
-        """Whether a node's result comes in pieces."""
+        """Whether a node's result comes in chunks."""
         if name not in self.steps:
             return False
         step = self.steps[name]
@@ -318,12 +318,12 @@ class Flow:
 
     @property
     def streaming(self) -> str | None:
-        """The node whose pieces are the answer's."""
+        """The node whose chunks the answer consists of."""
         output = self.outputs.get("")
         return output.root if isinstance(output, Path) and not output.fields and self.streams(output.root) else None
 
     def needed(self, names: Sequence[str]) -> set[str]:
-        """The steps that these need, themselves too."""
+        """The named steps and those that they need."""
         found: set[str] = set()
         todo = list(names)
         while todo:
@@ -342,7 +342,7 @@ ENDS: tuple[End, ...] = ("wait", "wait", "wait", "wait", "wait", "wait", "cancel
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, without the tag that tells it from others."""
+    """A request without its tag."""
 
     n: int
     mode: str | None
@@ -383,7 +383,7 @@ def asks(draw: Any, flow: Flow, *, patient: bool = False) -> Ask:
 
 
 class _Maker:
-    """Draws the parts; what hypothesis shrinks to comes first everywhere."""
+    """Draws the parts of a workflow; the simplest choice, to which hypothesis shrinks, comes first."""
 
     def __init__(self, draw: Any) -> None:
         self.draw = draw
@@ -494,7 +494,7 @@ class _Maker:
     def args(
         self, here: Mapping[str, Kind], levels: Mapping[str, Path], *, first: bool
     ) -> tuple[dict[str, Expression], Literal["default", "input", "inputs"]]:
-        """What a step takes, and how it says so."""
+        """A step's inputs, and the key of the YAML that gives them."""
         innermost = list(levels)[-1] if levels else "request"
         default = Path(innermost, (), here[innermost])
         known = paths(here)

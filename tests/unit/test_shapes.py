@@ -289,16 +289,16 @@ def listed(texts: list[Text]) -> int:
 @pytest.mark.parametrize(
     "nodes", ["answer: {function: tell}", "tell: {function: tell}\nanswer: {function: loud, each: tell}"]
 )
-def test_pieces_reach_the_client_in_order_and_the_answer_is_all_of_them(write: Write, nodes: str) -> None:
+def test_chunks_reach_the_client_in_order_and_the_answer_is_all_of_them(write: Write, nodes: str) -> None:
     path = write(nodes, STREAM)
-    pieces: list[Text] = []
+    chunks: list[Text] = []
     text = " ".join(f"w{i}" for i in range(200))
     with Workflow.load(path) as workflow:
-        answer = workflow.submit(text.encode(), on_chunk=pieces.append).future.result()
+        answer = workflow.submit(text.encode(), on_chunk=chunks.append).future.result()
 
         assert workflow.graph.streams
-        assert [piece.text.lower() for piece in pieces] == text.split()
-        assert answer == pieces
+        assert [chunk.text.lower() for chunk in chunks] == text.split()
+        assert answer == chunks
 
 
 def test_a_node_follows_one_that_follows_another(write: Write) -> None:
@@ -329,7 +329,7 @@ def test_what_follows_a_skipped_stream_is_skipped(write: Write) -> None:
         assert workflow([b"no", b"a"]) == [Skipped("tell"), [Text("A")]]
 
 
-def test_a_node_that_takes_the_list_waits_for_the_last_piece(write: Write) -> None:
+def test_a_node_that_takes_the_list_waits_for_the_last_chunk(write: Write) -> None:
     path = write(
         "tell: {function: tell}\nanswer: {function: listed, input: tell}",
         STREAM,
@@ -339,13 +339,13 @@ def test_a_node_that_takes_the_list_waits_for_the_last_piece(write: Write) -> No
         assert not workflow.graph.streams
 
 
-def test_a_failure_in_mid_stream_comes_after_the_pieces_before_it(write: Write) -> None:
+def test_a_failure_in_mid_stream_comes_after_the_chunks_before_it(write: Write) -> None:
     path = write("answer: {function: tell}", STREAM)
-    pieces: list[Text] = []
+    chunks: list[Text] = []
     with Workflow.load(path) as workflow:
-        failure = workflow.submit(b"a b bad c", on_chunk=pieces.append).future.result()
+        failure = workflow.submit(b"a b bad c", on_chunk=chunks.append).future.result()
 
-    assert (failure, pieces) == (Failure(400, "It is bad.", "InputError", "answer"), [Text("a"), Text("b")])
+    assert (failure, chunks) == (Failure(400, "It is bad.", "InputError", "answer"), [Text("a"), Text("b")])
 
 
 def test_a_client_that_leaves_stops_the_stream(write: Write, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_branches_and_a_fallback_of_one_name_are_kept_apart(write: Write) -> Non
 
 
 def test_leaving_a_stream_lets_its_finally_use_the_engine(write: Write) -> None:
-    """It runs where the stream's last piece is let go of: never while the engine's lock is held."""
+    """It runs where the stream's last chunk is let go of: never while the engine's lock is held."""
     path = write(
         "answer: {function: forever}",
         """
@@ -443,17 +443,17 @@ def forever(text: Text) -> Iterator[int]:
     assert cancelled == [False] * 20
 
 
-def test_a_piece_that_cannot_be_given_fails_the_stream_and_ends_it(write: Write) -> None:
-    """Also where the last piece was ready before the first could not be given."""
+def test_a_chunk_that_cannot_be_given_fails_the_stream_and_ends_it(write: Write) -> None:
+    """Also where the last chunk was ready before the first could not be given."""
     path = write("tell: {function: tell}\nanswer: {function: loud, each: tell}", STREAM)
     for raised in (OSError, SystemExit):
         given: list[object] = []
         hold = threading.Event()
 
         def give(
-            piece: object, given: list[object] = given, raised: type = raised, hold: threading.Event = hold
+            chunk: object, given: list[object] = given, raised: type = raised, hold: threading.Event = hold
         ) -> None:
-            given.append(piece)
+            given.append(chunk)
             hold.wait(5)
             raise raised
 
