@@ -104,7 +104,7 @@ def tool(root: Path, *words: str, code: int = 0) -> str:
     return found.stderr if code else found.stdout
 
 
-def request(client: Any, name: str = "echo", version: str | None = None, text: bytes = b"hi", **route_by: str) -> str:
+def ask(client: Any, name: str = "echo", version: str | None = None, text: bytes = b"hi", **route_by: str) -> str:
     """Which version answered."""
     options = Options(route_by={key.replace("_", "-"): value for key, value in route_by.items()})
     return str(client.predict(name, text, version, options=options)["text"])

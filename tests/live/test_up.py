@@ -21,7 +21,7 @@ from torchserve_dag.server import java, processes, properties
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.ready import Waiting
+from torchserve_dag.server.ready import StartupWait
 from torchserve_dag.server.state import State
 from torchserve_dag.stack import start as stack
 
@@ -169,7 +169,7 @@ def test_stock_torchserve_serves_the_same_folder_from_its_root(project: Path) ->
         tokens = written_tokens(project / "key_file.json")
         keys = {"token": tokens.inference, "management_token": tokens.management}
         with RestClient(free.inference, free.management, **keys) as client:
-            Waiting({("shout", "1.9"): "shout-1.9.mar"}, logs).wait(client, lambda: True, 500)
+            StartupWait({("shout", "1.9"): "shout-1.9.mar"}, logs).wait(client, lambda: True, 500)
 
             assert client.predict("shout", b"hello") == {"text": "HELLO (9)"}
     finally:

@@ -99,8 +99,7 @@ def run(server: Server, project: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     """The command in this process."""
     (project / "hello.txt").write_text("hello")
     address = f"http://127.0.0.1:{server.server_port}"
-    module = sys.modules["torchserve_dag.commands.call"]
-    monkeypatch.setattr(module, "client", lambda state, protocol: RestClient(address, address))
+    monkeypatch.setattr("torchserve_dag.stack.connect.client", lambda state, protocol: RestClient(address, address))
     monkeypatch.chdir(project)
     return lambda *words: CliRunner().invoke(app, ["call", *words, "hello.txt"])
 
