@@ -16,6 +16,7 @@ from typing import Any
 
 import jwt
 import pytest
+from typer.testing import CliRunner
 
 from loadtests import hostile
 from tests.live.conftest import run_tool
@@ -31,6 +32,7 @@ from torchserve_dag.clients import (
     TooLarge,
     Unauthorized,
 )
+from torchserve_dag.commands import app
 from torchserve_dag.front_door import certificate
 from torchserve_dag.front_door.tokens import ALGORITHM, ISSUER
 from torchserve_dag.runtime.data.source import CheckError
@@ -298,6 +300,33 @@ def client_with(served: Served, protocol: str, token: str) -> RestClient | GrpcC
     assert record
     kind: type[RestClient | GrpcClient] = GrpcClient if protocol == "grpc" else RestClient
     return kind(f"https://{served.address}", token=token, ca=record.certificate, retries=0)
+
+
+def test_call_and_status_need_an_address_a_certificate_and_a_token(served: Served, tmp_path: Path) -> None:
+    """They work in a folder that is no project, as on another machine."""
+    record = served.door.record()
+    assert record
+    (tmp_path / "hi.txt").write_text("hi")
+    token_file = tmp_path / "token"
+    token_file.write_text(served.door.issue_token("remote", 600) + "\n")
+    there = ["--server", f"https://{served.address}", "--ca", record.certificate]
+
+    def run(*words: str) -> tuple[int, str]:
+        found = CliRunner().invoke(app, [*words, *there])
+        return found.exit_code, found.output
+
+    try:
+        for protocol in ([], ["--grpc"]):
+            code, said = run("call", "echo/1.0", str(tmp_path / "hi.txt"), "--token-file", str(token_file), *protocol)
+            assert (code, json.loads(said)["text"]) == (0, "1.0")
+        assert run("status") == (0, f"server https://{served.address}\nstate up\n")
+        assert run("status", "--token-file", str(token_file))[1].endswith("state up\ntoken accepted\n")
+        code, said = run("status", "--token", "wrong")
+        assert (code, "401" in said) == (1, True)
+        code, said = run("status", "echo")
+        assert (code, "does not describe its models" in said) == (1, True)
+    finally:
+        served.door.revoke_token("remote")
 
 
 def test_a_renewed_certificate_is_shown_without_a_restart(served: Served) -> None:

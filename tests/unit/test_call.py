@@ -15,21 +15,15 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from torchserve_dag.clients import RestClient
 from torchserve_dag.commands import app
 
 PROGRAM = """
 import signal
-import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
-from torchserve_dag.clients import RestClient
 from torchserve_dag.commands import app
-from torchserve_dag.stack import connect
-address = sys.argv.pop(1)
-connect.client = lambda state, protocol: RestClient(address, address)
 app()
 """
-"""The command as a program of its own, with the address of a server that no `up` has started."""
+"""The command as a program of its own."""
 
 
 class Model(BaseHTTPRequestHandler):
@@ -87,7 +81,7 @@ def call(server: Server, project: Path, *words: str) -> subprocess.Popen[bytes]:
     (project / "hello.txt").write_text("hello")
     address = f"http://127.0.0.1:{server.server_port}"
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, address, "call", *words, "hello.txt"],
+        [sys.executable, "-c", PROGRAM, "call", *words, "hello.txt", "--server", address],
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -99,9 +93,8 @@ def run(server: Server, project: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     """The command in this process."""
     (project / "hello.txt").write_text("hello")
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("torchserve_dag.stack.connect.client", lambda state, protocol: RestClient(address, address))
     monkeypatch.chdir(project)
-    return lambda *words: CliRunner().invoke(app, ["call", *words, "hello.txt"])
+    return lambda *words: CliRunner().invoke(app, ["call", *words, "hello.txt", "--server", address])
 
 
 def test_outputs_and_bulk_are_options(server: Server, run: Callable[..., Result]) -> None:
@@ -141,3 +134,50 @@ def test_what_cannot_be_sent_is_one_sentence(
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not server.asked
+
+
+def test_the_server_and_the_token_may_be_in_the_environment(server: Server, tmp_path: Path) -> None:
+    """As in a container, in a folder that is no project."""
+    (tmp_path / "hello.txt").write_text("hello")
+    address = f"http://127.0.0.1:{server.server_port}"
+    found = CliRunner(env={"TORCHSERVE_DAG_SERVER": address, "TORCHSERVE_DAG_TOKEN": "secret"}).invoke(
+        app, ["call", "echo", str(tmp_path / "hello.txt")]
+    )
+
+    assert (found.exit_code, found.stdout) == (0, "one two")
+    assert server.asked[0]["authorization"] == "Bearer secret"
+
+
+def test_a_token_of_a_file_goes_before_that_of_the_environment(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("of-the-file\n")
+    words = ["call", "echo", str(tmp_path / "token"), "--token-file", str(tmp_path / "token")]
+    CliRunner(env={"TORCHSERVE_DAG_TOKEN": "of-the-environment"}).invoke(
+        app, [*words, "--server", f"http://127.0.0.1:{server.server_port}"]
+    )
+
+    assert server.asked[0]["authorization"] == "Bearer of-the-file"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--server", "host:8443"], '"host:8443" is not an address'),
+        (["--server", "http://127.0.0.1:1", "--insecure"], "is not encrypted"),
+        (["--server", "https://127.0.0.1:1", "--ca", "/nowhere.pem"], "/nowhere.pem: No such file"),
+        (["--server", "https://127.0.0.1:1", "--token-file", "/nowhere"], "/nowhere: No such file"),
+        (["--server", "https://127.0.0.1:1"], "cannot be reached"),
+    ],
+)
+def test_a_server_that_cannot_be_called_is_one_sentence(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "hello.txt").write_text("hello")
+    found = CliRunner().invoke(app, ["call", "echo", str(tmp_path / "hello.txt"), *words])
+
+    assert (found.exit_code, found.stderr.count("\n")) == (1, 1)
+    assert said in found.stderr
+
+
+def test_status_of_a_server_that_is_not_up_fails(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["status", "--server", "https://127.0.0.1:1"])
+
+    assert found.exit_code == 1
+    assert "is not up" in found.stderr

@@ -27,7 +27,7 @@ from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
-from torchserve_dag.stack import start as stack
+from torchserve_dag.stack import settings as project_settings
 
 SERVED = tuple(ServedVersion("m", version, 30.0, ours=True) for version in ("1.0", "2.0", "3.0"))
 ROUTE = RouteFile(
@@ -57,7 +57,7 @@ class TestRoutesFile:
         (tmp_path / "routes.yaml").write_text(f"# a comment\n{text}\n")
 
         with pytest.raises(CheckError) as error:
-            stack.read_routes(tmp_path, {"m": ["1.0", "2.0"]})
+            project_settings.read(tmp_path, [("m", "1.0"), ("m", "2.0")])
         assert said in str(error.value)
         assert str(error.value).startswith(f"{tmp_path / 'routes.yaml'}:2:")
 

@@ -1,4 +1,4 @@
-"""`torchserve-dag call`: one request to the server of this project."""
+"""`torchserve-dag call`: one request to the project's server, or to a server on any machine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, project_root
+from torchserve_dag.commands.remote import (
+    CaOption,
+    InsecureOption,
+    ServerOption,
+    TokenFileOption,
+    TokenOption,
+    remote_client,
+    token_of,
+)
+
+if TYPE_CHECKING:
+    from torchserve_dag.clients import GrpcClient, RestClient
 
 
 def call(
@@ -24,20 +36,23 @@ def call(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A header that routes.yaml asks for; may be repeated."),
     ] = None,
-    request_id: Annotated[str | None, typer.Option(help="What to call the request; made up unless given.")] = None,
+    request_id: Annotated[str | None, typer.Option(help="The request's name in logs and feedback.")] = None,
     output: Annotated[
         list[str] | None, typer.Option(metavar="NODE", help="Answer with this node's result; may be repeated.")
     ] = None,
-    bulk: Annotated[bool, typer.Option("--bulk", help="Let interactive requests pass.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the answer's pieces as they come.")] = False,
+    bulk: Annotated[bool, typer.Option("--bulk", help="Serve interactive requests first.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer's chunks as they arrive.")] = False,
     timeout: Annotated[float, typer.Option(help="How long to wait for the answer, in seconds.")] = 60.0,
     json: JsonOption = False,
+    server: ServerOption = None,
+    ca: CaOption = None,
+    token: TokenOption = None,
+    token_file: TokenFileOption = None,
+    insecure: InsecureOption = False,
     project: ProjectOption = None,
 ) -> None:
     """Send a file to a model, and print its answer."""
     from torchserve_dag.clients import Options
-    from torchserve_dag.server.state import State
-    from torchserve_dag.stack.connect import client
 
     model, _, version = name.partition("/")
     with _unsendable(), failures():
@@ -50,17 +65,28 @@ def call(
         asked: dict[str, Any] = {"parameters": dict(_parameter(one) for one in param or []), "options": options}
         if not file.is_file():
             fail(f"{file} is not a file.")
-        with client(State(project_root(project)), "grpc" if grpc else "rest") as serving:
+        if server and project is None:
+            client = remote_client(server, ca, token_of(token, token_file), insecure=insecure, grpc=grpc)
+        else:
+            client = _client_of_project(project, grpc=grpc)
+        with client as serving:
             if stream:
-                _print_pieces(serving.stream(model, file, version or None, timeout=timeout, **asked))
+                _print_chunks(serving.stream(model, file, version or None, timeout=timeout, **asked))
                 return
             answer = serving.predict(model, file, version or None, timeout=timeout, **asked)
     _print(answer, raw=json)
 
 
+def _client_of_project(project: Path | None, *, grpc: bool) -> RestClient | GrpcClient:
+    from torchserve_dag.server.state import State
+    from torchserve_dag.stack.connect import client
+
+    return client(State(project_root(project)), "grpc" if grpc else "rest")
+
+
 @contextmanager
 def _unsendable() -> Iterator[None]:
-    """A parameter or an option that the client will not send, as its sentence."""
+    """A parameter or an option that the client refuses, as its sentence."""
     try:
         yield
     except ValueError as error:
@@ -74,12 +100,12 @@ def _parameter(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _print_pieces(pieces: Generator[bytes, None, None]) -> None:
-    """Each at once, and a newline after the last."""
+def _print_chunks(chunks: Generator[bytes, None, None]) -> None:
+    """Each as it arrives, and a newline after the last."""
     last = b"\n"
     try:
-        with closing(pieces):
-            for last in pieces:
+        with closing(chunks):
+            for last in chunks:
                 sys.stdout.buffer.write(last)
                 sys.stdout.buffer.flush()
     finally:

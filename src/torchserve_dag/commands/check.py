@@ -24,21 +24,17 @@ if TYPE_CHECKING:
     from torchserve_dag.runtime.project.folders import Project
 
 
-def _served_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
-    """What is wrong with the files of the front door; a version may be in the model store alone."""
+def _settings_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
+    """What is wrong with the files at the project's root; a version may be in the model store alone."""
     from torchserve_dag.archives import mar
-    from torchserve_dag.front_door import settings
     from torchserve_dag.runtime.data.source import CheckError
-    from torchserve_dag.stack.start import known_versions, read_routes
+    from torchserve_dag.stack import settings
 
-    archives = dict.fromkeys(good, "") | {one: path.name for one, path in mar.versions_in(root / "model_store").items()}
-    problems = []
-    for read in (lambda: read_routes(root, known_versions(archives)), lambda: settings.read(root)):
-        try:
-            read()
-        except CheckError as error:
-            problems += error.problems
-    return problems
+    try:
+        settings.read(root, good | mar.versions_in(root / "model_store").keys())
+    except CheckError as error:
+        return error.problems
+    return []
 
 
 def _overlooked(project: Project) -> list[Problem]:
@@ -74,7 +70,7 @@ def check(
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Check handlers and workflows: names, types along every edge, settings, cards; and the front door's files."""
+    """Check handlers and workflows: names, types along edges, settings, cards; and the project's settings."""
     from torchserve_dag.archives.build import targets
     from torchserve_dag.runtime.data import plain
     from torchserve_dag.runtime.data.source import CheckError
@@ -103,7 +99,7 @@ def check(
                 )
         if not names:
             problems += _overlooked(checked)
-            problems += _served_problems(checked.root, {(one["name"], one["version"]) for one in good})
+            problems += _settings_problems(checked.root, {(one["name"], one["version"]) for one in good})
     if json:
         print_json({"checked": good, "problems": problems})
     else:

@@ -17,10 +17,20 @@ from torchserve_dag.commands.common import (
     ProjectOption,
     count,
     err,
+    fail,
     failures,
     out,
     print_json,
     project_root,
+)
+from torchserve_dag.commands.remote import (
+    CaOption,
+    InsecureOption,
+    ServerOption,
+    TokenFileOption,
+    TokenOption,
+    remote_client,
+    token_of,
 )
 
 if TYPE_CHECKING:
@@ -95,9 +105,38 @@ def status(
     ] = None,
     *,
     json: JsonOption = False,
+    server: ServerOption = None,
+    ca: CaOption = None,
+    token: TokenOption = None,
+    token_file: TokenFileOption = None,
+    insecure: InsecureOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """What is served: versions, their shares, workers, queues."""
+    """What the project's server serves: versions, their shares, workers, queues. With --server: whether it is up."""
+    with failures():
+        if server and project is None:
+            if name is not None:
+                fail(f"{server} does not describe its models: ask for {name} on its own machine, in its project.")
+            found = _remote_status(server, ca, token_of(token, token_file), insecure=insecure)
+            print_json(found) if json else _print_fields(found)
+        else:
+            _project_status(project_root(project), name, json=json)
+
+
+def _remote_status(server: str, ca: Path | None, token: str | None, *, insecure: bool) -> dict[str, Any]:
+    """Whether a server is up and accepts a token; a front door tells no more."""
+    with remote_client(server, ca, token, insecure=insecure, grpc=False) as rest:
+        if not rest.ready():
+            fail(f"{server} is not up: nothing answers there, or its TorchServe is not healthy.")
+    accepted = None
+    if token and server.startswith("https://"):
+        # Over REST the front door answers /ping without a token; over gRPC it checks the token.
+        with remote_client(server, ca, token, insecure=insecure, grpc=True) as grpc:
+            accepted = grpc.ready() or None
+    return {"server": server, "state": "up", **({"token": "accepted"} if accepted else {})}
+
+
+def _project_status(root: Path, name: str | None, *, json: bool) -> None:
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.runtime.data import plain
     from torchserve_dag.server.connect import running, torchserve_client
@@ -105,23 +144,22 @@ def status(
     from torchserve_dag.server.status import about
     from torchserve_dag.server.status import status as status_of
 
-    with failures():
-        state = State(project_root(project))
-        record = running(state)
-        with torchserve_client(state) as client:
-            if name is None:
-                found, door = status_of(record, client), Door(state)
-                front_door = door.record()
-                shares = {one.model: one.shares for one in door.traffic().splits} if front_door else {}
-                listens = front_door.settings.listen if front_door else None
-                if json:
-                    print_json({**plain.flatten(found), "front_door": listens, "shares": shares})
-                else:
-                    _print_status(found, listens, shares)
-            else:
-                model, _, version = name.partition("/")
-                fields = dict(about(client, model, version or None))
-                print_json(fields) if json else _print_about(fields)
+    state = State(root)
+    record = running(state)
+    with torchserve_client(state) as client:
+        if name is not None:
+            model, _, version = name.partition("/")
+            fields = dict(about(client, model, version or None))
+            print_json(fields) if json else _print_about(fields)
+            return
+        found, door = status_of(record, client), Door(state)
+        front_door = door.record()
+        shares = {one.model: one.shares for one in door.traffic().splits} if front_door else {}
+        listens = front_door.settings.listen if front_door else None
+        if json:
+            print_json({**plain.flatten(found), "front_door": listens, "shares": shares})
+        else:
+            _print_status(found, listens, shares)
 
 
 def default(
@@ -130,7 +168,7 @@ def default(
     *,
     project: ProjectOption = None,
 ) -> None:
-    """Let VERSION answer where a call names none: now, and at each start from now on."""
+    """Make VERSION the one that answers a call without a version, now and at every later start."""
     from torchserve_dag.stack import start as stack
 
     with failures():

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from torchserve_dag.archives import mar
 from torchserve_dag.clients import Client
-from torchserve_dag.clients.models import version_key
-from torchserve_dag.front_door import routes_file, settings
 from torchserve_dag.front_door import start as front_door
 from torchserve_dag.front_door.door import Door, FrontDoorProcess, Traffic
 from torchserve_dag.front_door.routes_file import RouteFile
@@ -20,8 +18,9 @@ from torchserve_dag.server import defaults, processes, torchserve
 from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
-from torchserve_dag.server.ready import ModelVersion, Progress
+from torchserve_dag.server.ready import Progress
 from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.stack import settings
 
 KEEPER = (sys.executable, "-m", "torchserve_dag.stack.keeper")
 """The command of the front door's keeper; the project's folder follows."""
@@ -52,8 +51,8 @@ def start(
         torchserve.refuse_second(state)
         processes.kill(processes.family(state))  # what outlived an earlier server; it may hold its ports
         planned = torchserve.plan(root, options, state.retired())
-        door_settings = settings.read(root)
-        routes = read_routes(root, known_versions(planned.archives))
+        serving_settings = settings.read(root, planned.archives)
+        door_settings = serving_settings.front_door
         if with_front_door:
             _check_inside(planned.where)
             door_settings = front_door.with_free_ports(door_settings) if options.free_ports else door_settings
@@ -69,7 +68,7 @@ def start(
             record = torchserve.start(state, planned, options, progress, changes=changes)
             if door:
                 with torchserve_client(state) as serving:
-                    open_door(state, serving, routes)
+                    open_door(state, serving, serving_settings.routes)
         except BaseException:  # an interrupt as well: what is not served is not left behind
             torchserve.end(state)
             raise
@@ -123,20 +122,3 @@ def set_default(root: Path, name: str, version: str) -> None:
         defaults.set_default(state, serving, name, version)
     if door.record():
         door.change(lambda now: replace(now, defaults={**now.defaults, name: version}))
-
-
-def read_routes(root: Path, known: Mapping[str, list[str]]) -> dict[str, RouteFile]:
-    """The project's `routes.yaml`, if it has one, whose models and versions are `known`. Raises CheckError."""
-    found = routes_file.read(root)
-    if found is None:
-        return {}
-    routes_file.check(found, known)
-    return found.value
-
-
-def known_versions(archives: Mapping[ModelVersion, str]) -> dict[str, list[str]]:
-    """The versions of each model, in the order of their numbers."""
-    found: dict[str, list[str]] = {}
-    for name, version in sorted(archives, key=lambda one: (one[0], version_key(one[1]))):
-        found.setdefault(name, []).append(version)
-    return found

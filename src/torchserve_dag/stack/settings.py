@@ -1,0 +1,73 @@
+"""The files at the project's root that say how it is served, read and checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torchserve_dag.clients.models import version_key
+from torchserve_dag.front_door import routes_file
+from torchserve_dag.front_door import settings as front_door_file
+from torchserve_dag.front_door.routes_file import RouteFile
+from torchserve_dag.front_door.settings import FrontDoor
+from torchserve_dag.runtime.data import source
+from torchserve_dag.runtime.data.source import CheckError, Problem
+from torchserve_dag.server.ready import ModelVersion
+
+FILE = "torchserve-dag.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectSettings:
+    """What holds for the project as a whole."""
+
+    host: Literal["torchserve"] = "torchserve"
+    """The server that the models' workers belong to."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingSettings:
+    """`torchserve-dag.yaml`, `front_door.yaml` and `routes.yaml`; each is optional."""
+
+    project: ProjectSettings
+    front_door: FrontDoor
+    routes: dict[str, RouteFile]
+
+
+def read(root: Path, known: Iterable[ModelVersion]) -> ServingSettings:
+    """The settings of a project whose models and versions are `known`. Raises CheckError with the problems of all."""
+    problems: list[Problem] = []
+    project, front_door, routes = ProjectSettings(), FrontDoor(), dict[str, RouteFile]()
+    try:
+        project = _project(root)
+    except CheckError as error:
+        problems += error.problems
+    try:
+        front_door = front_door_file.read(root)
+    except CheckError as error:
+        problems += error.problems
+    try:
+        routes = _routes(root, known)
+    except CheckError as error:
+        problems += error.problems
+    if problems:
+        raise CheckError(problems)
+    return ServingSettings(project, front_door, routes)
+
+
+def _project(root: Path) -> ProjectSettings:
+    path = root / FILE
+    return source.read(path, ProjectSettings).value if path.is_file() else ProjectSettings()
+
+
+def _routes(root: Path, known: Iterable[ModelVersion]) -> dict[str, RouteFile]:
+    file = routes_file.read(root)
+    if file is None:
+        return {}
+    versions: dict[str, list[str]] = {}
+    for name, version in sorted(known, key=lambda model: (model[0], version_key(model[1]))):
+        versions.setdefault(name, []).append(version)
+    routes_file.check(file, versions)
+    return file.value
