@@ -143,6 +143,11 @@ def test_a_message_alone_is_the_body(rest: Callable[..., Any]) -> None:
     assert request.headers["authorization"] == "Bearer one"
 
 
+def test_the_front_door_may_repeat_that_a_server_is_healthy_without_a_body(rest: Callable[..., Any]) -> None:
+    assert run(rest(FakeServer(reply(200))).ready())
+    assert not run(rest(FakeServer(reply(500))).ready())
+
+
 def test_parameters_make_a_form(rest: Callable[..., Any]) -> None:
     server = FakeServer(reply(200, {}))
     run(rest(server).predict("a", b"GIF8 x", parameters={"top": "3"}))

@@ -15,7 +15,7 @@ from torchserve_dag.runtime.messages import InputError, Photo, Text
 T = TypeVar("T")
 
 UNKNOWN = "application/octet-stream"
-"""For a server: look at the bytes."""
+"""Tells a server to look at the bytes."""
 
 _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -36,10 +36,10 @@ class Body:
 
 
 def body_of(message: Any) -> Body:
-    """A message as a body. Bytes and files go as they are; send a photo's file and not a decoded Photo where
-    you have it, for a Photo is written as PNG, which takes time and room.
+    """A message as a body. Bytes and files are sent as they are: prefer a photo's file to a decoded Photo, which
+    is encoded as PNG, and takes time and space.
 
-    Raises OSError where a file cannot be read, TypeError for a str, which may be a path or a text.
+    Raises OSError if a file cannot be read, TypeError for a str, which may be a path or a text.
     """
     if isinstance(message, str):
         raise TypeError(f'"{message[:40]}" may be a path or a text; write Path("…") or Text("…")')
@@ -56,9 +56,9 @@ def body_of(message: Any) -> Body:
 
 
 def answer_as(kind: type[T] | None, body: bytes) -> T | Any:
-    """An answer's body as a `kind`; with None, the data of its JSON, or the bytes where it is none.
+    """An answer's body as a `kind`; with None, the data of its JSON, or the bytes if it is not JSON.
 
-    Raises UnexpectedAnswer where it is something else.
+    Raises UnexpectedAnswer if the body is something else.
     """
     if kind is None:
         try:
@@ -82,14 +82,14 @@ def answer_as(kind: type[T] | None, body: bytes) -> T | Any:
 
 
 def _look(content: bytes) -> str | None:
-    """The content type that the first bytes tell."""
+    """The content type that the first bytes show."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return "image/webp"
     return next((media for magic, media in _MAGIC if content.startswith(magic)), None)
 
 
 def _text(body: bytes) -> Text:
-    """Ours is JSON with the one key `text`; what another handler answers is the text itself."""
+    """A handler of this package answers JSON with the key `text` only; any other, the text itself."""
     try:
         data = json.loads(body)
     except ValueError:

@@ -99,7 +99,7 @@ class Client(Settings, ABC):
 
     def ready(self, name: str | None = None, version: str | None = None, *, timeout: float | None = None) -> bool:
         """Whether the server, or one of its models, can answer now. False too if nothing listens, or if the model
-        is unknown, since either may be starting. Raises Unauthorized and TlsFailed, which waiting does not mend.
+        is unknown, since either may be starting. Raises Unauthorized and TlsFailed, which waiting does not help.
         """
         return self._run(flows.ready(name, version), timeout)
 

@@ -20,7 +20,7 @@ class Deadline:
         self._end = time.monotonic() + timeout_s
 
     def left(self) -> float:
-        """Seconds. Raises DeadlineExceeded where there are none."""
+        """Seconds. Raises DeadlineExceeded if none are left."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise deadline_exceeded(self.timeout_s)
@@ -28,7 +28,7 @@ class Deadline:
 
 
 def pauses(retries: int) -> Iterator[float | None]:
-    """The pause after each attempt, doubling, scattered so that clients do not come back together; None at the end."""
+    """The pause after each attempt: doubling, with jitter to spread the clients; None after the last."""
     for attempt in range(retries):
         yield FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)  # noqa: S311 (no secret)
     yield None
@@ -37,8 +37,8 @@ def pauses(retries: int) -> Iterator[float | None]:
 def may_repeat(call: Call, error: ServingError, pause: float | None, deadline: Deadline) -> bool:
     """Whether a call that failed may be sent again, `pause` seconds from now.
 
-    A prediction only where it cannot have been served: it costs time and may have an effect. The other
-    calls do the same when done twice.
+    A prediction only if it cannot have been served: it costs time and may have an effect. The other calls are
+    idempotent.
     """
     safe = error.unserved or (isinstance(error, ConnectionLost) and not isinstance(call, Predict))
     return safe and pause is not None and pause < deadline.left()

@@ -6,11 +6,11 @@
     ├── DeadlineExceeded        no answer in time: the client's own deadline, or a 504 of the server
     ├── TlsFailed               plain to a TLS port or the reverse, or a certificate that is not trusted
     ├── UnexpectedAnswer        an answer, but not the message that was asked for
-    ├── RequestRefused          4xx: the sender can mend it
+    ├── RequestRefused          4xx: the sender can correct it
     │   ├── Unauthorized        the token is missing, wrong or expired
     │   ├── ModelNotFound       no such model, or no such version of it
-    │   └── TooLarge            the body is larger than the server takes
-    └── ServerFailed            5xx: the server's owner can mend it
+    │   └── TooLarge            the body is larger than the server accepts
+    └── ServerFailed            5xx: the server's owner can correct it
         └── Overloaded          no worker, or no room in its queue; try later
 
 The names say what happened, without "Error": `except Unreachable` reads as a sentence.
@@ -45,14 +45,14 @@ class ServingError(Exception):
     ) -> None:
         super().__init__(status, kind, message, node, request_id)
         self.status = int(status)
-        """The HTTP status, over gRPC too; where the server said nothing, what a gateway would say."""
+        """The HTTP status, over gRPC too; without an answer, the status that a gateway would give."""
         self.type = kind
-        """A short name for programs: the server's own, where it gave one."""
+        """A short name for programs: the server's own, if it gave one."""
         self.message = message
         self.node = node
-        """The workflow's node that failed, where the server said so."""
+        """The workflow's node that failed, if the server named it."""
         self.request_id = request_id
-        """What the server's log calls the request, where the server said so."""
+        """The request's name in the server's log, if the server named it."""
 
     def __str__(self) -> str:
         facts = [f"{self.status} {self.type}"]
@@ -62,7 +62,7 @@ class ServingError(Exception):
 
     @property
     def unserved(self) -> bool:
-        """True where the request cannot have been served, so that sending it again is safe."""
+        """True if the request cannot have been served, so that sending it again is safe."""
         return False
 
 
@@ -81,7 +81,7 @@ class ConnectionLost(ServingError):
 class TlsFailed(ServingError):
     """No encrypted connection: plain to a TLS port or the reverse, or a certificate that is not trusted.
 
-    Nothing was delivered, and waiting does not mend it.
+    Nothing was delivered, and waiting does not help.
     """
 
 
@@ -94,7 +94,7 @@ class UnexpectedAnswer(ServingError):
 
 
 class RequestRefused(ServingError):
-    """4xx: the sender can mend it."""
+    """4xx: the sender can correct it."""
 
 
 class Unauthorized(RequestRefused):
@@ -106,11 +106,11 @@ class ModelNotFound(RequestRefused):
 
 
 class TooLarge(RequestRefused):
-    """The body is larger than the server takes."""
+    """The body is larger than the server accepts."""
 
 
 class ServerFailed(ServingError):
-    """5xx: the server's owner can mend it."""
+    """5xx: the server's owner can correct it."""
 
 
 class Overloaded(ServerFailed):
@@ -135,7 +135,7 @@ def unreachable(address: object, why: object) -> Unreachable | TlsFailed:
 
 
 def connection_lost(address: object, why: object) -> ConnectionLost:
-    message = f"{address} broke the connection off before it answered: {why or 'no reason given'}."
+    message = f"{address} closed the connection before it answered: {why or 'no reason given'}."
     return ConnectionLost(HTTPStatus.BAD_GATEWAY, "ConnectionLost", message)
 
 
@@ -181,7 +181,7 @@ def unexpected_answer(message: str) -> UnexpectedAnswer:
 def error_of(
     status: int, kind: str = "", message: str = "", node: str | None = None, request_id: str | None = None
 ) -> ServingError:
-    """The exception for what a server said. TorchServe's types weigh more than its statuses."""
+    """The exception for a server's failure. TorchServe's types say more than its statuses, and go first."""
     chosen: Kind
     front_doors = status == HTTPStatus.FORBIDDEN and not kind  # TorchServe's own have a type
     if kind == "InvalidKeyException" or status == HTTPStatus.UNAUTHORIZED or front_doors:
@@ -190,7 +190,7 @@ def error_of(
         chosen, status = ModelNotFound, HTTPStatus.NOT_FOUND
     elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         chosen = TooLarge
-        message = message or "The body is larger than the server takes; send less, or raise its max_request_size."
+        message = message or "The body is larger than the server accepts; send less, or raise its max_request_size."
     elif status == HTTPStatus.GATEWAY_TIMEOUT:
         chosen = DeadlineExceeded
     elif status == HTTPStatus.TOO_MANY_REQUESTS or (status == HTTPStatus.SERVICE_UNAVAILABLE and kind != RAISED):
@@ -201,7 +201,7 @@ def error_of(
 
 
 def error_in(body: bytes) -> ServingError | None:
-    """The failure that an answer holds where its message would be, as an exception."""
+    """The failure that an answer holds instead of a message, as an exception."""
     failure = codec.failure_in(body)
     if failure is None:
         return None
@@ -210,7 +210,7 @@ def error_in(body: bytes) -> ServingError | None:
 
 
 def error_from_http(status: int, body: bytes, request_id: str | None) -> ServingError:
-    """The exception for an HTTP answer that is not 2xx: from its JSON where it has one, else from its text."""
+    """The exception for an HTTP answer that is not 2xx: from its JSON if it has one, else from its text."""
     try:
         fields: Any = json.loads(body)
     except ValueError:

@@ -1,7 +1,7 @@
-"""What each method of a client asks and makes of the answers, without any input or output of its own.
+"""What each method of a client sends, and what it returns for the answers, without any input or output of its own.
 
-A flow is a generator: it yields a call, is sent the answer's body, and returns the method's result. So one
-text of it serves the plain and the asyncio clients, over REST and gRPC.
+A flow is a generator: it yields a call, is sent the answer's body, and returns the method's result. So the plain
+and the asyncio clients, over REST and gRPC, share its code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torchserve_dag.runtime.data.options import CANCEL, HEADERS, Options
 T = TypeVar("T")
 _HEADER = re.compile(r"[a-z0-9-]+")
 PAGE = 100
-"""Models asked for at a time; it is TorchServe's limit."""
+"""Models in one answer of `ListModels`; TorchServe's limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class Predict:
     options: Options = field(default_factory=Options)
 
     def asks(self, left_s: float) -> dict[str, str]:
-        """Its options as they are sent, and how long its client still waits."""
+        """Its options as they are sent, with the time that its client still waits."""
         limit = min(left_s, self.options.timeout_s or left_s)
         return dataclasses.replace(self.options, timeout_s=limit).headers()
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Calls off the prediction that was sent with a key; itself it goes like a prediction."""
+    """Cancels the prediction that was sent with a key; it is sent like a prediction."""
 
     body: ClassVar[Body] = Body(b"{}", "application/json")
     parameters: ClassVar[Mapping[str, str]] = {}
@@ -65,7 +65,7 @@ class Cancel:
 
     @property
     def options(self) -> Options:
-        """It must reach the version that has the prediction."""
+        """Those that route it to the version that has the prediction."""
         return Options(route_by={**self.route_by, CANCEL: self.key})
 
     def asks(self, left_s: float) -> dict[str, str]:  # noqa: ARG002 (as Predict)
@@ -108,7 +108,7 @@ class Unregister:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """To the front door, over REST alone."""
+    """For the front door, over REST only."""
 
     request_id: str
     score: float
@@ -144,13 +144,13 @@ def prediction(
 
 
 def streamed(call: Predict) -> Predict:
-    """A prediction that can be called off: with a key of its own, unless it has one."""
+    """A prediction that can be cancelled: with a new key, unless it has one."""
     options = dataclasses.replace(call.options, cancel_key=call.options.cancel_key or uuid.uuid4().hex)
     return dataclasses.replace(call, options=options)
 
 
 def cancellation(call: Predict, error: BaseException) -> Cancel | None:
-    """What calls a stream off that ended with `error`; None where the server has ended it already."""
+    """What cancels a stream that ended with `error`; None if the server has ended it already."""
     ended = isinstance(error, ServingError) and not isinstance(error, DeadlineExceeded | UnexpectedAnswer)
     key = call.options.cancel_key
     return None if ended or key is None else Cancel(call.name, call.version, key, call.options.route_by)
@@ -163,7 +163,9 @@ def predict(call: Predict, answer: type[T] | None) -> Flow[T | Any]:
 def ready(name: str | None, version: str | None) -> Flow[bool]:
     try:
         if name is None:
-            return bool(_data((yield Ping())).get("status") == "Healthy")
+            health = yield Ping()
+            # The front door repeats TorchServe's last answer for a second, as a status without a body.
+            return not health or _data(health).get("status") == "Healthy"
         (described,) = _data((yield Describe(name, version)))
         return version_info(described, default=False).ready
     except (Unreachable, ConnectionLost, DeadlineExceeded, ModelNotFound, ServerFailed):
