@@ -57,7 +57,7 @@ def contents(project: Project, graph: Graph) -> Contents:
     small |= served_as(mode, graph)
     description = _description(project, graph, handlers, digests)
     if mode == "batched" and graph.serve.batches > 1:
-        description["hosts"] = graph.serve.workers  # of TorchServe's workers these have the model; see sharing.py
+        description["leaders"] = graph.serve.workers  # so many of TorchServe's workers load the model; see sharing.py
     small[BUILD] = to_json(description)
     return Contents(small, packed_weights(project, digests) | _archives(project, graph))
 

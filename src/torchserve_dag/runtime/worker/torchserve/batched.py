@@ -65,23 +65,23 @@ def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
 
 
 def _start(folder: Path, context: Context) -> BatchedLoop | None:
-    """Load the model, and serve TorchServe's socket from now on; None for a guest of a process that has the model."""
+    """Load the model, and serve TorchServe's socket from now on; None in a follower (sharing.py)."""
     socket_reader = _SocketReader.take_over()
     build = json.loads((folder / "build.json").read_text("utf-8"))
-    host: sharing.Host | None = None
-    if socket_reader and "hosts" in build:
-        role = sharing.join(folder, build["hosts"], context.model_yaml_config["startupTimeout"])
-        if isinstance(role, sharing.Guest):
+    leader: sharing.Leader | None = None
+    if socket_reader and "leaders" in build:
+        role = sharing.join(folder, build["leaders"], context.model_yaml_config["startupTimeout"])
+        if isinstance(role, sharing.Follower):
             socket_reader.serve = role.hand_over
             return None
-        host = role
+        leader = role
     is_segment = "segment" in build
     service = (segments.load if is_segment else services.load)(folder, context.system_properties.get("gpu_id"))
     loop = _loops[folder] = BatchedLoop(service, controls=not is_segment)
     if socket_reader:
         socket_reader.serve = loop.run
-    if host:
-        host.open(loop.run)
+    if leader:
+        leader.open(loop.run)
     metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics)
     threading.Thread(target=loop.end_when_it_hangs, name="end when it hangs", daemon=True).start()
     return loop

@@ -2,9 +2,10 @@
 
 TorchServe (0.12.0) hands a worker the next batch when the last request of the previous batch is answered. Until then
 requests wait, and cores that have nothing left to do for that batch idle. So an archive may ask for more workers than
-processes with a model (`serve.batches`). The first worker that starts loads the model, and is the **host**. Every other
-worker is a **guest**: it hands its connection with TorchServe to the host, and becomes a process of a few MB that waits
-for the host to end. When a host or a guest ends, TorchServe finds its connections closed, and starts it again.
+processes with a model (`serve.batches`). The first worker that starts loads the model, and is the **leader**. Every
+other worker is a **follower**: it hands its connection with TorchServe to the leader, and becomes a process of a few MB
+that waits for the leader to end. When a leader or a follower ends, TorchServe finds its connections closed, and starts
+it again.
 """
 
 from __future__ import annotations
@@ -21,86 +22,86 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from torchserve_dag.runtime.worker.torchserve import guest as guest_program
+from torchserve_dag.runtime.worker.torchserve import follower as follower_program
 
 RETRY_S = 0.1
-"""How long a worker waits before it looks for a host again."""
+"""How long a worker waits before it looks for a leader again."""
 
 
-class Host:
+class Leader:
     """The process with the model."""
 
     def __init__(self, folder: Path, place: int) -> None:
         self._folder, self._place = folder, place
-        self._guests = 0
+        self._followers = 0
 
     def open(self, serve: Callable[[socket.socket], None]) -> None:
-        """Accept guests from now on: the model is loaded. `serve` answers a guest's connection until it ends."""
+        """Accept followers from now on: the model is loaded. `serve` answers a follower's connection until it ends."""
         listener = socket.socket(socket.AF_UNIX)
         with _address(self._folder, self._place) as address:
-            Path(address).unlink(missing_ok=True)  # a host that has ended left it
+            Path(address).unlink(missing_ok=True)  # a leader that has ended left it
             listener.bind(address)
         listener.listen()
-        threading.Thread(target=self._accept_guests, args=(listener, serve), name="guests", daemon=True).start()
+        threading.Thread(target=self._accept_followers, args=(listener, serve), name="followers", daemon=True).start()
 
-    def _accept_guests(self, listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+    def _accept_followers(self, listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         while True:
             link, _ = listener.accept()
-            threading.Thread(target=self._serve_guest, args=(link, serve), name="guest", daemon=True).start()
+            threading.Thread(target=self._serve_follower, args=(link, serve), name="follower", daemon=True).start()
 
-    def _serve_guest(self, link: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+    def _serve_follower(self, link: socket.socket, serve: Callable[[socket.socket], None]) -> None:
         with link, contextlib.suppress(OSError):
-            link.sendall(bytes([min(self._guests, 255)]))
+            link.sendall(bytes([min(self._followers, 255)]))
             _, fds, *_ = socket.recv_fds(link, 1, 1)
-            if not fds:  # the worker has chosen a host with fewer guests
+            if not fds:  # the worker has chosen a leader with fewer followers
                 return
-            self._guests += 1
+            self._followers += 1
             with socket.socket(fileno=fds[0]) as connection:
-                watch = threading.Thread(target=_close_with_guest, args=(link, connection), daemon=True)
+                watch = threading.Thread(target=_close_with_follower, args=(link, connection), daemon=True)
                 watch.start()
                 try:
                     serve(connection)
                 finally:
-                    self._guests -= 1
+                    self._followers -= 1
 
 
-class Guest:
+class Follower:
     """A process without a model."""
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
 
     def hand_over(self, connection: socket.socket) -> NoReturn:
-        """Give TorchServe's connection to the host, and end when the host ends."""
+        """Give TorchServe's connection to the leader, and end when the leader ends."""
         socket.send_fds(self._link, [b"\0"], [connection.fileno()])
         self._link.set_inheritable(True)
-        program = [sys.executable, "-I", "-S", str(guest_program.__file__), str(self._link.fileno())]
+        program = [sys.executable, "-I", "-S", str(follower_program.__file__), str(self._link.fileno())]
         os.execv(sys.executable, program)  # noqa: S606
 
 
-def join(folder: Path, hosts: int, within_s: float) -> Host | Guest:
-    """Become one of `hosts` hosts, or a guest of the host with the fewest guests, as soon as a host is ready.
+def join(folder: Path, leaders: int, within_s: float) -> Leader | Follower:
+    """Become one of `leaders` leaders, or a follower of the leader that has the fewest, as soon as a leader is ready.
 
     `folder` is the same for all workers of the archive. Raises TimeoutError.
     """
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        for place in range(hosts):
+        for place in range(leaders):
             if _take_place(folder, place):
-                return Host(folder, place)
-        if guest := _find_host(folder, hosts):
-            return guest
+                return Leader(folder, place)
+        if follower := _find_leader(folder, leaders):
+            return follower
         time.sleep(RETRY_S)
     raise TimeoutError(f"no worker of {folder} was ready within {within_s:g} s")
 
 
 def _take_place(folder: Path, place: int) -> bool:
-    """Lock a host's place; false where another process holds it.
+    """Lock a leader's place; false where another process holds it.
 
     Nothing unlocks it: the descriptor stays open, and the kernel drops the lock when this process ends, however it
-    ends. So a place is free exactly when its host is gone.
+    ends. So a place is free exactly when its leader is gone.
     """
-    lock = os.open(folder / f"host-{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(folder / f"leader-{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -109,23 +110,23 @@ def _take_place(folder: Path, place: int) -> bool:
     return True
 
 
-def _find_host(folder: Path, hosts: int) -> Guest | None:
+def _find_leader(folder: Path, leaders: int) -> Follower | None:
     links: list[tuple[int, int, socket.socket]] = []
-    for place in range(hosts):
+    for place in range(leaders):
         link = socket.socket(socket.AF_UNIX)
         try:
             with _address(folder, place) as address:
                 link.connect(address)
-            guests = link.recv(1)
+            followers = link.recv(1)
         except OSError:
-            guests = b""
-        if guests:
-            links.append((guests[0], place, link))
+            followers = b""
+        if followers:
+            links.append((followers[0], place, link))
         else:
             link.close()
     for _, _, link in sorted(links)[1:]:
         link.close()
-    return Guest(min(links)[2]) if links else None
+    return Follower(min(links)[2]) if links else None
 
 
 @contextmanager
@@ -133,13 +134,13 @@ def _address(folder: Path, place: int) -> Iterator[str]:
     """A socket's path, through a descriptor of its folder: a socket's address has at most 107 characters."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield f"/proc/self/fd/{descriptor}/host-{place}.sock"
+        yield f"/proc/self/fd/{descriptor}/leader-{place}.sock"
     finally:
         os.close(descriptor)
 
 
-def _close_with_guest(link: socket.socket, connection: socket.socket) -> None:
-    """A guest that is ended takes its connection with it, as any worker does."""
+def _close_with_follower(link: socket.socket, connection: socket.socket) -> None:
+    """A follower that is ended takes its connection with it, as any worker does."""
     with contextlib.suppress(OSError):
         link.recv(1)
     with contextlib.suppress(OSError):
