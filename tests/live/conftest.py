@@ -65,10 +65,10 @@ def run_tool(root: Path, *words: str) -> str:
 def serve_files(request: pytest.FixtureRequest, root: Path, *words: str) -> Iterator[Serving]:
     """Serve what FILES says in each of the folder's test files; of those from which no test was chosen, nothing.
 
-    GRPC in a file stands for the address of the server itself. TorchServe gives a worker two minutes to start, and all
+    A path in FILES is copied. GRPC in a file stands for the address of the server itself. TorchServe gives a worker two minutes to start, and all
     of them start at once: a dozen for each server is enough.
     """
-    for folder in ("handlers", "workflows"):
+    for folder in ("handlers", "workflows", "model_store"):
         (root / folder).mkdir()
     for name in ("config.properties", "log4j2.xml"):
         shutil.copy(ROOT / name, root)
@@ -79,7 +79,10 @@ def serve_files(request: pytest.FixtureRequest, root: Path, *words: str) -> Iter
         if module and module.path.parent == request.path.parent:
             for name, text in module.obj.FILES.items():
                 assert not (root / name).exists(), f"two test files have a {name}"
-                (root / name).write_text(textwrap.dedent(text).replace("GRPC", f"127.0.0.1:{grpc}"))
+                if isinstance(text, Path):
+                    shutil.copy(text, root / name)
+                else:
+                    (root / name).write_text(textwrap.dedent(text).replace("GRPC", f"127.0.0.1:{grpc}"))
     run_tool(root, "build")
     try:
         run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc), *words)

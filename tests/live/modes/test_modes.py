@@ -187,23 +187,27 @@ def test_a_worker_that_is_killed_costs_what_is_inside_and_comes_back(
 # Several of TorchServe's workers with one process that computes.
 
 
-def hosts_and_guests(server: Serving) -> tuple[list[int], list[int]]:
-    """The workers' processes, those that have the model and those that wait; when all three are ready."""
+def leaders_and_followers(server: Serving) -> tuple[list[int], list[int]]:
+    """The workers' processes, when all three are ready: the process with the model, and those that wait for its end."""
 
     def ready() -> list[int]:
         return [worker.pid for worker in workers(server, "shared") if worker.ready]
 
     wait_for(lambda: len(ready()) == 3)
     pids = ready()
-    wait_for(lambda: sum("-c" in psutil.Process(pid).cmdline() for pid in pids) == 2)
-    guests = [pid for pid in pids if "-c" in psutil.Process(pid).cmdline()]
-    return [pid for pid in pids if pid not in guests], guests
+
+    def followers() -> list[int]:
+        return [pid for pid in pids if any(word.endswith("follower.py") for word in psutil.Process(pid).cmdline())]
+
+    wait_for(lambda: len(followers()) == 2)
+    waiting = followers()
+    return [pid for pid in pids if pid not in waiting], waiting
 
 
 def test_no_request_waits_for_the_last_of_another_batch(
     server: Serving, http: httpx.Client, threads: ThreadPoolExecutor, gate: Gate
 ) -> None:
-    (host,), guests = hosts_and_guests(server)
+    (leader,), followers = leaders_and_followers(server)
     slow = threads.submit(http.post, "/predictions/shared", content=gate.body)
     wait_for(gate.begun)
     quick = [http.post("/predictions/shared", content="a") for _ in range(5)]
@@ -212,19 +216,19 @@ def test_no_request_waits_for_the_last_of_another_batch(
     assert not slow.done()
     gate.open()
     assert slow.result().json() == {"text": "THROUGH"}
-    assert all(psutil.Process(pid).memory_full_info().uss < 20e6 for pid in guests), "they have no model"
-    assert psutil.Process(host).memory_full_info().uss > 50e6
+    assert all(psutil.Process(pid).memory_full_info().uss < 20e6 for pid in followers), "they have no model"
+    assert psutil.Process(leader).memory_full_info().uss > 50e6
 
 
-@pytest.mark.parametrize("whose", ["host", "guest"])
-def test_a_host_or_a_guest_that_is_killed_comes_back(
+@pytest.mark.parametrize("whose", ["leader", "follower"])
+def test_a_leader_or_a_follower_that_is_killed_comes_back(
     server: Serving, http: httpx.Client, threads: ThreadPoolExecutor, gate: Gate, whose: str
 ) -> None:
-    (host,), guests = hosts_and_guests(server)
+    (leader,), followers = leaders_and_followers(server)
     inside = threads.submit(http.post, "/predictions/shared", content=gate.body)
     wait_for(gate.begun)
-    os.kill(host if whose == "host" else guests[0], signal.SIGKILL)
-    killed, left = time.monotonic(), 0 if whose == "host" else 2
+    os.kill(leader if whose == "leader" else followers[0], signal.SIGKILL)
+    killed, left = time.monotonic(), 0 if whose == "leader" else 2
     # TorchServe (0.12.0) never answers a request that it is handing to a worker while that one's connection closes.
     wait_for(lambda: sum(worker.ready for worker in workers(server, "shared")) == left)
     meanwhile = [threads.submit(http.post, "/predictions/shared", content="a") for _ in range(6)]
@@ -232,9 +236,9 @@ def test_a_host_or_a_guest_that_is_killed_comes_back(
     assert {future.result().status_code for future in meanwhile} == {200}
     assert time.monotonic() < killed + WITHIN_S, "nobody waits for an answer"
     gate.open()
-    assert inside.result().status_code in ({500, 507} if whose == "host" else {200, 500, 507})
-    hosts, guests = hosts_and_guests(server)
-    assert (len(hosts), len(guests)) == (1, 2)
+    assert inside.result().status_code in ({500, 507} if whose == "leader" else {200, 500, 507})
+    leaders, followers = leaders_and_followers(server)
+    assert (len(leaders), len(followers)) == (1, 2)
     assert [http.post("/predictions/shared", content="b").json() for _ in range(6)] == [{"text": "B"}] * 6
 
 
