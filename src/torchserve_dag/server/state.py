@@ -1,4 +1,4 @@
-"""A project's state folder: what runs, its keys, its logs. Nothing is written outside it."""
+"""A project's state folder: the running server, its keys, its logs. Nothing is written outside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchserve_dag.server.ports import Addresses
 
 FOLDER = ".torchserve-dag"
 KEPT_S = 30.0
-"""How long a change of what is kept may wait for another; it takes milliseconds."""
+"""How long a change of the kept files may wait for another change, which takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +49,21 @@ class State:
         self._retired = self.folder / "retired.json"
 
     def prepare(self) -> None:
-        """Make the folder, and take away what an earlier server left in it, apart from its logs."""
+        """Make the folder, and delete what an earlier server left in it, except its logs."""
         self.logs.mkdir(parents=True, exist_ok=True)
         (self.folder / ".gitignore").write_text("*\n", "utf-8")
         self.clear()
         self.tmp.mkdir(mode=0o700)
 
     def clear(self) -> None:
-        """Take away what a server that has ended left: its record, its keys, its unpacked archives."""
+        """Delete what a server that has ended left: its record, its keys, its unpacked archives."""
         for path in (self._server, self.key_file):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tmp, ignore_errors=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Raises ServerError where another `up` or `down` of this project is at work."""
+        """Raises ServerError while another `up` or `down` of this project runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         busy = "Another torchserve-dag up or down of this project is at work: wait for it."
         with locked(self.folder / "lock", 0.0, busy):
@@ -73,14 +73,14 @@ class State:
         """The server that was started last, whether it still runs or not."""
         try:
             return plain.build(TorchServeProcess, _read(self._server))
-        except plain.WrongDataError:  # there is none, or another version's
+        except plain.WrongDataError:  # no record, or the record of another version of this package
             return None
 
     def save(self, record: TorchServeProcess) -> None:
         _write(self._server, plain.flatten(record))
 
     def defaults(self) -> dict[str, str]:
-        """The version that somebody set as the default, by model."""
+        """The default version of each model for which `torchserve-dag default` was used."""
         return {str(name): str(version) for name, version in (_read(self._defaults) or {}).items()}
 
     def save_default(self, name: str, version: str) -> None:
@@ -88,7 +88,7 @@ class State:
             _write(self._defaults, {**self.defaults(), name: version})
 
     def retired(self) -> set[tuple[str, str]]:
-        """Models' versions that are not served, though their archives are there."""
+        """The versions of models that are not served although their archives are in the store."""
         found = _read(self._retired) or {}
         return {(str(name), str(version)) for name, versions in found.items() for version in versions}
 
@@ -100,7 +100,7 @@ class State:
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """One at a time reads and writes what is kept; each does so at once."""
+        """The lock for reading and writing the kept files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(
             self.folder / "kept.lock", KEPT_S, f"Another command holds {self.folder / 'kept.lock'}: try again."
@@ -110,7 +110,7 @@ class State:
 
 @contextmanager
 def locked(path: Path, wait_s: float, busy: str) -> Iterator[None]:
-    """One thread of one process at a time. Raises ServerError with `busy` where the turn does not come in time."""
+    """Hold a lock between threads and processes. Raises ServerError with `busy` if it is not free in time."""
     deadline = time.monotonic() + wait_s
     with path.open("w") as file:
         while True:

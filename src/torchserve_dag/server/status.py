@@ -20,7 +20,7 @@ class WorkerStatus:
     ready: bool
     device: str
     memory_mb: int | None
-    """Resident; nothing for a process that is not on this machine any more."""
+    """Resident memory; None if the process has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Status:
 
 
 def status(record: TorchServeProcess, client: Client) -> Status:
-    """The server and all that it serves. Raises ServingError."""
+    """The server and every version that it serves. Raises ServingError."""
     where = record.addresses
     versions = [_version(model.name, version) for model in client.models() for version in model.versions]
     return Status(record.pid, {name: getattr(where, name) for name in where.__slots__}, versions)

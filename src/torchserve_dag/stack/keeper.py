@@ -1,9 +1,9 @@
-"""The process that keeps the front door: Envoy is started again if it ends, versions that keep failing are ejected
-for a while, and rollouts run without a terminal.
+"""The keeper, a process beside the front door: it restarts Envoy if Envoy ends, ejects versions that keep failing for a
+while, and runs rollouts without a terminal.
 
     python -m torchserve_dag.stack.keeper PROJECT
 
-A SIGTERM to it lets the front door drain, and then ends Envoy and TorchServe: no request that was accepted is lost.
+On SIGTERM it drains the front door, and then ends Envoy and TorchServe: no accepted request is lost.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from torchserve_dag.server.state import State
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
+"""The pause between two rounds of the keeper's steps."""
 LOG, LOG_BYTES = "front_door_keeper.log", 2 * 2**20
 PAUSES_S = (0, 1, 1, 2, 3, 5)
-"""Before Envoy is started again; the last one from then on."""
+"""Seconds before each restart of Envoy; the last pause is repeated."""
 
 
 class Keeper:
-    """Of one project."""
+    """The keeper of one project."""
 
     def __init__(self, root: Path) -> None:
         self.state = State(root)
@@ -45,12 +46,12 @@ class Keeper:
         self._shown: tuple[bytes, bytes] | None = None
 
     def run(self) -> None:
-        """Until it is told to end."""
+        """Runs until `end` is called."""
         envoy, ends = Envoy(self.state), 0
         self.rollouts.store.forget_running()
         while not self._ending.wait(LOOK_S):
             if envoy.ended() is not None:
-                logger.warning("Envoy ended with %s; it is started again", envoy.ended())
+                logger.warning("Envoy ended with %s and is restarted", envoy.ended())
                 self._ending.wait(PAUSES_S[min(ends, len(PAUSES_S) - 1)])
                 ends += 1
                 _try(envoy.start)
@@ -65,11 +66,11 @@ class Keeper:
             java.terminate()
 
     def end(self, _signal: int, _frame: FrameType | None) -> None:
-        """What a signal calls."""
+        """The handler of SIGTERM."""
         self._ending.set()
 
     def renew(self) -> None:
-        """A certificate that was renewed is shown, without a restart."""
+        """Have Envoy use a renewed certificate, without a restart."""
         record = self.door.record()
         if record:
             pems = (Path(record.certificate).read_bytes(), Path(record.key).read_bytes())
@@ -78,7 +79,7 @@ class Keeper:
             self._shown = pems
 
     def eject(self) -> None:
-        """A version with a fallback that keeps failing gets no requests for a while."""
+        """Eject for a while each version that keeps failing and has a fallback: it gets no requests."""
         traffic = self.door.traffic()
         failing = {
             cluster["name"]
@@ -87,23 +88,23 @@ class Keeper:
             if host["health_status"].get("failed_outlier_check")
         }
         ejected = tuple(
-            (one.model, one.version)
-            for one in traffic.served
-            if any(cluster_name(protocol, one) + GUARDED in failing for protocol in PROTOCOLS)
+            (served.model, served.version)
+            for served in traffic.served
+            if any(cluster_name(protocol, served) + GUARDED in failing for protocol in PROTOCOLS)
         )
         if ejected != traffic.ejected:
-            logger.warning("ejected: %s", ", ".join("/".join(one) for one in ejected) or "none")
+            logger.warning("ejected: %s", ", ".join("/".join(version) for version in ejected) or "none")
             self.door.change(lambda now: replace(now, ejected=ejected))
 
 
 def _try(step: Callable[[], None]) -> None:
-    """What does not succeed now may at the next look."""
+    """Run a step of the keeper. A step that fails is logged, and runs again in the next round."""
     try:
         step()
     except (ServerError, OSError) as error:
         logger.warning("%s", error)
-    except Exception:  # the front door must not lose its keeper
-        logger.exception("the keeper goes on")
+    except Exception:  # one failing step must not end the keeper
+        logger.exception("a step of the keeper failed")
 
 
 def main() -> None:
@@ -112,7 +113,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s [%(levelname)s] %(name)s - %(message)s", handlers=[log])
     keeper = Keeper(root)
     signal.signal(signal.SIGTERM, keeper.end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in its terminal is not meant for it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is meant for `up`
     keeper.run()
 
 

@@ -43,13 +43,13 @@ def start(
 ) -> Running:
     """Start the front door and TorchServe, and wait until every archive is served.
 
-    Raises ServerError or CheckError; then nothing of it runs any more, and its logs are there to read.
+    Raises ServerError or CheckError; then no process is left, and the logs are.
     """
     options = options or torchserve.StartOptions()
     state = State(root)
     with state.lock():
         torchserve.refuse_second(state)
-        processes.kill(processes.family(state))  # what outlived an earlier server; it may hold its ports
+        processes.kill(processes.family(state))  # processes that outlived an earlier server may hold its ports
         planned = torchserve.plan(root, options, state.retired())
         serving_settings = settings.read(root, planned.archives)
         door_settings = serving_settings.front_door
@@ -63,20 +63,20 @@ def start(
             if with_front_door:
                 max_body = int(planned.properties.get("max_request_size", front_door.MAX_BODY))
                 door = front_door.start(root, door_settings, planned.where, max_body, KEEPER)
-            # A rollout registers versions while it serves: with TorchServe's management token, on this machine.
+            # A rollout registers versions while TorchServe runs: with its management token, on this machine.
             changes = {"enable_model_api": "true"} if door else {}
             record = torchserve.start(state, planned, options, progress, changes=changes)
             if door:
                 with torchserve_client(state) as serving:
                     open_door(state, serving, serving_settings.routes)
-        except BaseException:  # an interrupt as well: what is not served is not left behind
+        except BaseException:  # an interrupt too: a server that does not serve is not left running
             torchserve.end(state)
             raise
     return Running(record, door)
 
 
 def stop(root: Path) -> bool:
-    """Let the front door drain, and stop every process of the project's server; whether there was one."""
+    """Drain the front door, and stop every process of the project's server. False if there was none."""
     state = State(root)
     if not state.folder.is_dir():
         return False
@@ -90,30 +90,30 @@ def _kind(archive: Path) -> tuple[bool, bool]:
 
 
 def _check_inside(where: Addresses) -> None:
-    """Raises ServerError where TorchServe would listen beyond this machine."""
+    """Raises ServerError if TorchServe would listen beyond loopback."""
     for name in where.__slots__:
         host, _ = host_and_port(getattr(where, name))
         if not is_loopback(host):
             raise ServerError(
-                f"config.properties has TorchServe listen at {host}, beyond this machine: that is the front door's "
-                "(front_door.yaml); write 127.0.0.1 there."
+                f"config.properties lets TorchServe listen at {host}, beyond this machine, where only the front door "
+                "may listen (front_door.yaml): write 127.0.0.1 in config.properties."
             )
 
 
 def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) -> Traffic:
-    """Let requests in, to all that TorchServe serves."""
+    """Route requests to every version that TorchServe serves."""
     models, store = serving.models(), Path(running(state).store)
     served = tuple(
-        ServedVersion(model.name, one.version, float(one.response_timeout_s), *_kind(store / one.archive))
+        ServedVersion(model.name, version.version, float(version.response_timeout_s), *_kind(store / version.archive))
         for model in models
-        for one in model.versions
+        for version in model.versions
     )
     chosen = {model.name: model.default.version for model in models}
     return Door(state).change(lambda now: replace(now, served=served, defaults=chosen, routes=dict(routes)))
 
 
 def set_default(root: Path, name: str, version: str) -> None:
-    """Let a version answer where a call names none, now and at each start from now on. Raises ServerError."""
+    """Make a version answer the calls without a version, now and at every later start. Raises ServerError."""
     state = State(root)
     door = Door(state)
     if door.record() and name in door.traffic().routes:
