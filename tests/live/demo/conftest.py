@@ -30,7 +30,7 @@ class Demo(Serving):
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This project in a folder of its own, at ports that nobody has, with this environment as its `.venv`."""
     root = tmp_path_factory.mktemp("demo")
-    for name in ("handlers", "workflows", "weights", "photos", "log4j2.xml", "pyproject.toml", "constraints.txt"):
+    for name in ("handlers", "workflows", "weights", "photos", "pyproject.toml", "constraints.txt"):
         (root / name).symlink_to(ROOT / name)
     (root / "scripts").mkdir()
     for path in (ROOT / "scripts").iterdir():
