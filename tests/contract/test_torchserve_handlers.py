@@ -106,7 +106,7 @@ OWN = """
     output: label
 """
 OWN_FUNCTIONS = """
-    from torchserve_dag.runtime.messages import Label, Text
+    from torchserve_dag import Label, Text
 
     def label(colour: Text) -> Label:
         return Label(colour.text, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def serve_files(request: pytest.FixtureRequest, root: Path, *words: str) -> Iter
         (root / folder).mkdir()
     for name in ("config.properties", "log4j2.xml"):
         shutil.copy(ROOT / name, root)
-    rest, grpc = ports.free_run("127.0.0.1", 3, start=21_000), ports.free_run("127.0.0.1", 2, start=22_000)
+    rest = ports.free_run("127.0.0.1", 5, start=random.randrange(10_000, 30_000))  # others may look at the same time
+    grpc = rest + 3
     listen, metrics = ports.free(["127.0.0.1", "127.0.0.1"])
     (root / "front_door.yaml").write_text(f"listen: 127.0.0.1:{listen}\nmetrics: 127.0.0.1:{metrics}\n")
     for module in {item.getparent(pytest.Module) for item in request.session.items}:

@@ -43,7 +43,7 @@ WITHIN_S = 60
 FUNCTIONS = """
 from __future__ import annotations
 import os, time
-from torchserve_dag.runtime.messages import InputError, Text
+from torchserve_dag import InputError, Text
 
 def answer(text: str, version: str) -> Text:
     if text == "refuse": raise InputError("That is refused.", 422)

@@ -30,7 +30,7 @@ ROLLED_BACK_WITHIN_S = 15
 FUNCTIONS = """
 from __future__ import annotations
 import os, random, time
-from torchserve_dag.runtime.messages import Text
+from torchserve_dag import Text
 
 def old(text: Text) -> Text: time.sleep(0.005); return Text("1.0")
 def good(text: Text) -> Text: time.sleep(0.005); return Text("2.0")
@@ -46,7 +46,7 @@ def crashing(text: Text) -> Text:
 NEVER = """
 from __future__ import annotations
 import os
-from torchserve_dag.runtime.messages import Text
+from torchserve_dag import Text
 if "LOG_LOCATION" in os.environ: raise RuntimeError("this version cannot be loaded")
 def never(text: Text) -> Text: return text
 """

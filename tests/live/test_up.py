@@ -30,8 +30,7 @@ ROOT = Path(__file__).parents[2]
 HANDLER = """
 from __future__ import annotations
 from dataclasses import dataclass
-from torchserve_dag.runtime.handler import Handler
-from torchserve_dag.runtime.messages import InputError, Text
+from torchserve_dag import Handler, InputError, Text
 
 @dataclass(frozen=True)
 class Settings:

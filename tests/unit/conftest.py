@@ -62,8 +62,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from torchserve_dag.runtime.handler import Handler
-from torchserve_dag.runtime.messages import InputError, Skipped, Text
+from torchserve_dag import Handler, InputError, Skipped, Text
 
 def wait_at(gate: str) -> None:
     end = time.monotonic() + 60

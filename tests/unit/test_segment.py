@@ -121,8 +121,7 @@ HANDLER = """
     from __future__ import annotations
     from dataclasses import dataclass
     from typing import Any
-    from torchserve_dag.runtime.handler import Handler
-    from torchserve_dag.runtime.messages import Photo, Text
+    from torchserve_dag import Handler, Photo, Text
 
     @dataclass(frozen=True)
     class Found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -112,16 +111,6 @@ def test_settings_in_braces_are_refused(tmp_path: Path) -> None:
     file.write_text("name: a\nrun: {batch: 1}\n")
     with pytest.raises(CheckError, match=r"a\.yaml:2: run: is written in braces"):
         write_settings(file, {"batch": 2}, "tuned")
-
-
-def test_the_command_measures_a_real_handler(project: Path) -> None:
-    words = ["tune", "upper", "--seconds", "0.1", "--dry-run", "--json", "--project", str(project)]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found["chosen"].keys() == {"runtime", "precision", "channels_last", "batch"}
-    assert found["changed"] == []
-    assert all(trial["together"] > 0 and trial["off"] == 0 for trial in found["trials"])
 
 
 def test_the_command_says_what_is_wrong(project: Path, tmp_path: Path) -> None:

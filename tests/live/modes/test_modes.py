@@ -36,7 +36,7 @@ serve: {{mode: {mode}, max_inside: {inside}, timeout_s: 110}}
 CODE = """
 import time
 from pathlib import Path
-from torchserve_dag.runtime.messages import Text
+from torchserve_dag import Text
 
 def shout(request: Text) -> Text:
     if request.text.startswith("gate "):

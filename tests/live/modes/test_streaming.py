@@ -41,7 +41,7 @@ FILES = {
         import time
         from collections.abc import Iterator
         from pathlib import Path
-        from torchserve_dag.runtime.messages import InputError, Text
+        from torchserve_dag import InputError, Text
 
         def tell(request: Text) -> Iterator[Text]:
             for word in request.text.split():
@@ -81,7 +81,7 @@ FILES = {
         from __future__ import annotations
         from collections.abc import Iterator
         from dataclasses import dataclass
-        from torchserve_dag.runtime.messages import Text
+        from torchserve_dag import Text
 
         @dataclass(frozen=True)
         class Word:
@@ -100,7 +100,7 @@ FILES = {
         output: capitals
         """,
     "workflows/whole.py": """
-        from torchserve_dag.runtime.messages import Text
+        from torchserve_dag import Text
 
         def capitals(request: Text) -> Text: return Text(request.text.upper())
         """,

@@ -14,8 +14,7 @@ from torchserve_dag.runtime.messages import Text
 CODE = """
 from __future__ import annotations
 import time
-from torchserve_dag.runtime.handler import Handler
-from torchserve_dag.runtime.messages import Text
+from torchserve_dag import Handler, Text
 
 class Sleeper(Handler[Text, str, str, Text]):
     def load(self, folder, settings, placement): pass

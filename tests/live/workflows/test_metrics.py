@@ -27,7 +27,7 @@ output: add
 """
 
 FUNCTIONS = """
-from torchserve_dag.runtime.messages import InputError, Text
+from torchserve_dag import InputError, Text
 
 def split(item: Text) -> list[str]:
     if item.text == "?":

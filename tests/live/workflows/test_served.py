@@ -22,8 +22,7 @@ import os
 import re
 import time
 from pathlib import Path
-from torchserve_dag.runtime.handler import Handler
-from torchserve_dag.runtime.messages import InputError, Label, Labels, Text
+from torchserve_dag import Handler, InputError, Label, Labels, Text
 
 class Upper(Handler[Text, str, str, Labels]):
     def load(self, folder, settings, placement): pass
@@ -53,7 +52,7 @@ card: {does: Shouts., input: Text., output: "The text in capitals, and who did i
 
 FUNCTIONS = """
 from __future__ import annotations
-from torchserve_dag.runtime.messages import Labels, Text
+from torchserve_dag import Labels, Text
 
 def split(text: Text) -> list[Text]:
     return [Text(word) for word in text.text.split()]

@@ -53,7 +53,7 @@ output: answer
 CODE = '''"""Functions of the shapes."""
 
 
-from torchserve_dag.runtime.messages import InputError, Text
+from torchserve_dag import InputError, Text
 
 
 
