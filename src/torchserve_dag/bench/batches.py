@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 
 import httpx
 
-_SERIES = re.compile(r"torchserve_dag_node_batch_size_(sum|count)\{(.*)\} (\S+)")
-_NODE = re.compile(r'\bnode="([^"]*)"')
+from torchserve_dag.server import prometheus
+
 _LIMIT_S = 10.0
 
 Reading = dict[str, tuple[float, float]]
@@ -24,10 +23,9 @@ def read(address: str | None) -> Reading:
     except httpx.HTTPError:
         return {}
     found: dict[str, dict[str, float]] = defaultdict(lambda: {"sum": 0.0, "count": 0.0})
-    for what, labels, value in _SERIES.findall(answer.text):
-        node = _NODE.search(labels)
-        if node:
-            found[node[1]][what] += float(value)
+    for what, labels, value in prometheus.samples(answer.text, "torchserve_dag_node_batch_size_"):
+        if what in {"sum", "count"}:
+            found[labels["node"]][what] += value
     return {node: (counted["sum"], counted["count"]) for node, counted in found.items()}
 
 

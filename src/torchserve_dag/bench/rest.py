@@ -1,4 +1,9 @@
-"""Requests over REST: HTTP/1.1 by hand, because the load generator shares the machine with the server it measures."""
+"""Requests over REST, at little cost: the load generator shares the machine with the server that it measures.
+
+On 2 cores, 32 clients of a server that does nothing: 57 us of CPU a request with an answer of 0.5 kB and 98 us with one
+of 106 kB; a parser of our own in Python took 65 and 125, h11 some 200 more. All connections receive into one buffer:
+asyncio by itself allocates 256 KiB each time, which took another 50 us.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,16 @@ from urllib.parse import urlsplit
 from torchserve_dag.bench.http_answer import AnswerReader
 from torchserve_dag.bench.sender import LOST, TOO_LATE, UNREACHABLE, Answer, Done, Sender
 
-_LOOK_EVERY_S = 0.25
-"""How often requests are looked for that have been out too long: cheaper than a timer for each."""
+_CHECK_EVERY_S = 0.25
+"""How often requests that exceed the time limit are looked for: cheaper than a timer for each."""
+_BUFFER_BYTES = 256 * 2**10
 
 
 class RestSender(Sender):
-    """Connections that are kept and used again, one request at a time on each, as many as are needed at once.
+    """As many connections as there are requests at once; each is kept open, and carries one request at a time.
 
-    `headers` go with every request, and stand in for those that are written here. Raises ValueError for an address
-    that is not http://.
+    `headers` are sent with every request, and override the default ones. Raises ValueError for an address that does
+    not begin with http://.
     """
 
     def __init__(self, address: str, headers: dict[str, str], bodies: Sequence[bytes], limit_s: float) -> None:
@@ -29,13 +35,16 @@ class RestSender(Sender):
         self.requests = [_request(target, url.netloc, headers, body) for body in bodies]
         self.loop = asyncio.get_running_loop()
         self.idle: list[_Connection] = []
+        self.buffer = bytearray(_BUFFER_BYTES)
+        """What was received last, on any connection: the event loop hands it over before it receives more."""
+        self.received = memoryview(self.buffer)
         self._limit_s = limit_s
         self._connections: set[_Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
-        self._timer = self.loop.call_later(_LOOK_EVERY_S, self._look)
+        self._timer = self.loop.call_later(_CHECK_EVERY_S, self._check)
 
     def send(self, body: int, done: Done) -> None:
-        # The one used last is the least likely to have been closed by a server that tires of waiting.
+        # The connection used last is the least likely to have been closed by the server for being idle.
         if self.idle:
             self.idle.pop().send(body, done, self.loop.time())
         else:
@@ -55,7 +64,7 @@ class RestSender(Sender):
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
-    def gone(self, connection: _Connection) -> None:
+    def forget(self, connection: _Connection) -> None:
         self._connections.discard(connection)
         if connection in self.idle:
             self.idle.remove(connection)
@@ -70,15 +79,15 @@ class RestSender(Sender):
         self._connections.add(connection)
         connection.send(body, done, sent)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         oldest = self.loop.time() - self._limit_s
         for connection in tuple(self._connections):
             if connection.sent < oldest:
                 connection.give_up()
-        self._timer = self.loop.call_later(_LOOK_EVERY_S, self._look)
+        self._timer = self.loop.call_later(_CHECK_EVERY_S, self._check)
 
 
-class _Connection(asyncio.Protocol):
+class _Connection(asyncio.BufferedProtocol):
     def __init__(self, sender: RestSender) -> None:
         self._sender = sender
         self._reader = AnswerReader()
@@ -86,9 +95,9 @@ class _Connection(asyncio.Protocol):
         self._done: Done | None = None
         self._body = 0
         self._used = False
-        """Whether it has brought an answer."""
+        """Whether it has carried an answer."""
         self.sent = float("inf")
-        """When the request that is out was sent, in the loop's seconds."""
+        """When the outstanding request was sent, in the event loop's seconds; infinite without one."""
 
     def send(self, body: int, done: Done, sent: float) -> None:
         self._body, self._done, self.sent = body, done, sent
@@ -109,9 +118,13 @@ class _Connection(asyncio.Protocol):
             raise TypeError(f"{transport} cannot be written to")
         self._transport = transport
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        del sizehint
+        return self._sender.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         try:
-            answer = self._reader.feed(data)
+            answer = self._reader.feed(self._sender.received[:nbytes])
         except ValueError as error:
             self._end(Answer(0, reason=str(error)))
             self.drop()
@@ -127,7 +140,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         del error
-        self._sender.gone(self)
+        self._sender.forget(self)
         done = self._done
         if done is None:
             return

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,6 +116,8 @@ def _only(plan: BenchmarkFile, parts: list[str]) -> BenchmarkFile:
 
 
 def _measure(run: BenchmarkRun, folder: Path, environments: Path) -> None:
+    if find_spec("httptools") is None:
+        fail("The load generator needs httptools, which is missing: pip install 'torchserve-dag[bench]'.")
     from torchserve_dag.bench.measure import Benchmark, measure
 
     benchmark = Benchmark(run.plan, Path(run.plan_file).parent, run.programs, environments, folder)

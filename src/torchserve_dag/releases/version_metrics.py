@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +10,8 @@ from http import HTTPStatus
 
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, STANDS_IN
+from torchserve_dag.server import prometheus
 
-_SERIES = re.compile(r"envoy_tries_(\w+)\{(.*)\} (\S+)")
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 LEFT = frozenset({"-", "DC", "DR"})
 """Envoy's response flags, without a status, for a client that disconnected."""
 
@@ -72,8 +70,7 @@ def parse(text: str) -> dict[ModelVersion, VersionMetrics]:
     errors: dict[ModelVersion, int] = defaultdict(int)
     left: dict[ModelVersion, int] = defaultdict(int)
     buckets: dict[ModelVersion, dict[float, int]] = defaultdict(lambda: defaultdict(int))
-    for metric, inside, value in _SERIES.findall(text):
-        labels = dict(_LABEL.findall(inside))
+    for metric, labels, value in prometheus.samples(text, "envoy_tries_"):
         protocol, _, name = labels["version"].partition(":")
         model, _, version = name.partition(STANDS_IN)[0].removesuffix(GUARDED).rpartition("/")
         if protocol not in PROTOCOLS or not model or labels["route"] == f"{model}/{version}":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,13 +10,12 @@ from collections.abc import Mapping
 import httpx
 
 from torchserve_dag.pictures.picture import NodeRates
+from torchserve_dag.server import prometheus
 from torchserve_dag.server.errors import ServerError
 
 Reading = Mapping[str, Mapping[tuple[str, str], float]]
 """Node → (metric, upper bound of a histogram's bucket or "") → sum over all workers."""
 
-_SERIES = re.compile(r"torchserve_dag_node_(\w+)\{(.*)\} (\S+)")
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _TIMEOUT_S = 10.0
 
 
@@ -41,10 +39,9 @@ def watch(address: str, workflow: str, version: str, seconds: float) -> dict[str
 def read(text: str, workflow: str, version: str) -> Reading:
     """Read the metrics of one version of a workflow from Prometheus's text."""
     found: dict[str, dict[tuple[str, str], float]] = defaultdict(lambda: defaultdict(float))
-    for metric, inside, value in _SERIES.findall(text):
-        labels = dict(_LABEL.findall(inside))
+    for metric, labels, value in prometheus.samples(text, "torchserve_dag_node_"):
         if (labels.get("workflow"), labels.get("version")) == (workflow, version):
-            found[labels["node"]][metric, labels.get("le", "")] += float(value)
+            found[labels["node"]][metric, labels.get("le", "")] += value
     return found
 
 
@@ -68,9 +65,9 @@ def _rates(grown: Mapping[tuple[str, str], float], seconds: float) -> NodeRates:
 
     buckets = [(float(bound), count) for (metric, bound), count in grown.items() if metric == "run_seconds_bucket"]
     return NodeRates(
-        items_s=total("items_total") / seconds,
-        failures_s=total("failures_total") / seconds,
-        skipped_s=total("skipped_total") / seconds,
+        items_s=total("items") / seconds,
+        failures_s=total("failures") / seconds,
+        skipped_s=total("skipped") / seconds,
         batch=mean("batch_size"),
         run_s=mean("run_seconds"),
         run_p95_s=quantile(0.95, buckets),
