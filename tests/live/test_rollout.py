@@ -34,7 +34,7 @@ from torchserve_dag import Text
 
 def old(text: Text) -> Text: time.sleep(0.005); return Text("1.0")
 def good(text: Text) -> Text: time.sleep(0.005); return Text("2.0")
-def slow(text: Text) -> Text: time.sleep(0.015); return Text("2.0")
+def slow(text: Text) -> Text: time.sleep(0.06); return Text("2.0")
 def failing(text: Text) -> Text:
     time.sleep(0.005)
     if random.random() < 0.05: raise RuntimeError("one of twenty")

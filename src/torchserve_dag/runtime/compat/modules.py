@@ -81,13 +81,13 @@ class FolderModules:
             finally:
                 os.chdir(before)
                 sys.meta_path.remove(finder)
-                for name in [name for name in sys.modules if name.partition(".")[0] in self._own]:
+                for name in [name for name in list(sys.modules) if name.partition(".")[0] in self._own]:
                     del sys.modules[name]
                 sys.modules.update(hidden)
 
     def close(self) -> None:
         _folders.pop(self._package, None)
-        for name in [name for name in sys.modules if name.partition(".")[0] == self._package]:
+        for name in [name for name in list(sys.modules) if name.partition(".")[0] == self._package]:
             del sys.modules[name]
 
 
