@@ -44,8 +44,8 @@ class FrontEnd:
 
     def ask_together(self, bodies: dict[str, bytes]) -> None:
         """One batch of requests over REST."""
-        asked = [request(name, {"body": body}, REST)[1:-4] for name, body in bodies.items()]
-        self._connection.sendall(b"I" + b"".join(asked) + struct.pack("!i", -1))
+        requests = [request(name, {"body": body}, REST)[1:-4] for name, body in bodies.items()]
+        self._connection.sendall(b"I" + b"".join(requests) + struct.pack("!i", -1))
 
     def part(self, request_id: str) -> Part:
         """The next that comes for a request; what comes for others meanwhile is kept."""
@@ -63,7 +63,7 @@ class FrontEnd:
         return part
 
     def settle(self) -> None:
-        """Returns when all that was asked is inside: the worker takes in one after another."""
+        """Returns when all requests are inside: the worker reads them one after another."""
         self.ask("settle", b"", {**REST, "x-cancel": "nobody's"})
         assert self.answer("settle").json == {"cancelled": False}
 
@@ -74,14 +74,14 @@ class FrontEnd:
     def _message(self) -> list[tuple[str, Part]]:
         code, _ = self._int(), self._bytes()
         assert code == 200, "any other would fail every request of the worker"
-        found = []
+        parts = []
         while (size := self._int()) != -1:
             name, _ = self._file.read(size).decode(), self._bytes()
             status, _ = self._int(), self._bytes()
             headers = {self._bytes().decode(): self._bytes().decode() for _ in range(self._int())}
-            found.append((name, Part(status, headers, self._bytes())))
-        assert found, "a message without answers ends the loading of a model"
-        return found
+            parts.append((name, Part(status, headers, self._bytes())))
+        assert parts, "a message without answers ends the loading of a model"
+        return parts
 
     def _int(self) -> int:
         return int(struct.unpack("!i", self._file.read(4))[0])

@@ -1,4 +1,4 @@
-"""Asynchronous mode, as TorchServe's end of the socket sees it: answers one by one, in pieces, and whatever ends."""
+"""Asynchronous mode, as TorchServe's end of the socket sees it: responses one by one, in chunks, and processes that end."""
 
 from __future__ import annotations
 
@@ -209,19 +209,19 @@ TELL = """
             if word == "bad": raise InputError("That word is bad.", 422)
             if word == "slow": time.sleep(0.5)
             if word.startswith("gate:"): wait_at(word[5:])
-            yield PIECE
+            yield CHUNK
 """
 
 
 @pytest.fixture
 def tell(write: Write) -> Callable[..., Path]:
-    def of(kind: str = "Text", piece: str = "Text(word + ' ')") -> Path:
-        return write("answer: {function: tell}", TELL.replace("KIND", kind).replace("PIECE", piece))
+    def of(kind: str = "Text", chunk: str = "Text(word + ' ')") -> Path:
+        return write("answer: {function: tell}", TELL.replace("KIND", kind).replace("CHUNK", chunk))
 
     return of
 
 
-def test_pieces_of_text_leave_one_by_one_as_they_are(serve: Serve, tell: Callable[..., Path], tmp_path: Path) -> None:
+def test_chunks_of_text_leave_one_by_one_as_they_are(serve: Serve, tell: Callable[..., Path], tmp_path: Path) -> None:
     tell()
     front = serve("workflows/flow.yaml")
     gate = tmp_path / "gate"
@@ -240,7 +240,7 @@ def test_pieces_of_text_leave_one_by_one_as_they_are(serve: Serve, tell: Callabl
     assert first.headers["content-type"] == "text/plain; charset=utf-8"
 
 
-def test_other_pieces_are_lines_of_json(serve: Serve, tell: Callable[..., Path]) -> None:
+def test_other_chunks_are_lines_of_json(serve: Serve, tell: Callable[..., Path]) -> None:
     tell("list[str]", "[word]")
     front = serve("workflows/flow.yaml")
     front.ask("id-1", b"one two")
@@ -250,7 +250,7 @@ def test_other_pieces_are_lines_of_json(serve: Serve, tell: Callable[..., Path])
     assert parts[0].headers["content-type"] == "application/x-ndjson"
 
 
-def test_a_failure_in_the_middle_is_the_last_piece(serve: Serve, tell: Callable[..., Path]) -> None:
+def test_a_failure_in_the_middle_is_the_last_chunk(serve: Serve, tell: Callable[..., Path]) -> None:
     tell()
     front = serve("workflows/flow.yaml")
     front.ask("id-1", b"one bad")
@@ -262,7 +262,7 @@ def test_a_failure_in_the_middle_is_the_last_piece(serve: Serve, tell: Callable[
     assert front.answer("id-2").status == 422, "where nothing is out yet, the status can say so"
 
 
-def test_an_answer_of_no_pieces_is_empty(serve: Serve, tell: Callable[..., Path]) -> None:
+def test_an_answer_of_no_chunks_is_empty(serve: Serve, tell: Callable[..., Path]) -> None:
     tell()
     front = serve("workflows/flow.yaml")
     front.ask("id-1", b" ")
@@ -270,8 +270,8 @@ def test_an_answer_of_no_pieces_is_empty(serve: Serve, tell: Callable[..., Path]
     assert (front.answer("id-1").status, front._parts) == (200, {"id-1": []})
 
 
-def test_over_grpc_pieces_must_be_asked_for(serve: Serve, tell: Callable[..., Path]) -> None:
-    """TorchServe does not tell which call it is, and a second piece to Predictions would end the worker."""
+def test_over_grpc_chunks_must_be_asked_for(serve: Serve, tell: Callable[..., Path]) -> None:
+    """TorchServe does not tell which call it is, and a second chunk to Predictions would end the worker."""
     tell()
     front = serve("workflows/flow.yaml")
     front.ask("id-1", b"one two", {})

@@ -309,10 +309,10 @@ def test_a_request_to_describe_is_answered_with_what_the_archive_says(entry: Pat
 
 def test_a_client_that_asks_to_describe_does_not_touch_its_neighbours(entry: Path) -> None:
     """TorchServe hands every header of every client on."""
-    mine, asked = batched.handle([{"body": b"a"}, {}], context(entry, {}, {"describe": "True"}))
+    mine, described = batched.handle([{"body": b"a"}, {}], context(entry, {}, {"describe": "True"}))
 
     assert mine == b'{"text": "A"}'
-    assert json.loads(asked)["name"] == "upper"
+    assert json.loads(described)["name"] == "upper"
 
 
 def test_a_whole_answer_ends_a_stream_over_grpc_only(entry: Path) -> None:

@@ -1,4 +1,4 @@
-"""Build archives: which handlers and workflows are meant, and what becomes of each."""
+"""Build archives of the chosen handlers and workflows, and report which were built, left out or refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LeftOut:
 class Report:
     built: list[Built] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    """Their weights are not on this machine; nobody asked for them by name."""
+    """Their weights are not on this machine, and they were not named."""
     not_exported: list[LeftOut] = field(default_factory=list)
     """Workflows that TorchServe's own engine cannot run: they have no `.war`."""
     updated: list[cards.Updated] = field(default_factory=list)
@@ -89,29 +89,31 @@ def build(
 
 
 def targets(project: Project, names: Sequence[str], problems: list[Problem]) -> list[Target]:
-    """What `names` mean, or everything; what is wrong with them goes to `problems`."""
-    asked = {name.partition("/")[0] for name in names}
-    found: dict[tuple[str, str], Target] = {}
+    """The targets that `names` mean, or all targets; mistakes in their files and in the names go to `problems`."""
+    stems = {name.partition("/")[0] for name in names}
+    by_version: dict[tuple[str, str], Target] = {}
     for folder in FOLDERS:
         for path in project.files(folder):
             try:
                 target = _target(folder, path)
             except CheckError as error:
-                if not names or path.stem in asked:
+                if not names or path.stem in stems:
                     problems.extend(error.problems)
                 continue
-            first = found.setdefault((target.name, target.version), target)
-            if first is not target and (not names or target.name in asked):
+            first = by_version.setdefault((target.name, target.version), target)
+            if first is not target and (not names or target.name in stems):
                 what = f"{target.name} {target.version} is {first.file.path} already"
                 problems.append(target.file.problem(("version",), what, "give it a name or a version of its own"))
     if not names:
-        return list(found.values())
+        return list(by_version.values())
     chosen: dict[int, Target] = {}
     for name in names:
-        matches = [t for t in found.values() if name in {t.name, f"{t.name}/{t.version}"}]
+        matches = [t for t in by_version.values() if name in {t.name, f"{t.name}/{t.version}"}]
         chosen |= {id(target): target for target in matches}
         if not matches and not any(Path(problem.file).stem == name.partition("/")[0] for problem in problems):
-            known = sorted({t.name for t in found.values()} | {f"{t.name}/{t.version}" for t in found.values()})
+            known = sorted(
+                {t.name for t in by_version.values()} | {f"{t.name}/{t.version}" for t in by_version.values()}
+            )
             what = f'there is no handler or workflow "{name}"'
             problems.append(Problem(str(project.root / "handlers"), 1, what, plain.did_you_mean(name, known)))
     return list(chosen.values())

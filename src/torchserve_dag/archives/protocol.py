@@ -30,8 +30,8 @@ def why_not_spoken(build: Mapping[str, Any]) -> str | None:
     if spoken == PROTOCOL:
         return None
     archive = f"{build.get('name')} {build.get('version')}"
-    speaks = "no protocol, for it was built before there was one" if spoken is None else f"protocol {spoken}"
+    speaks = "no protocol (it was built before there were protocols)" if spoken is None else f"protocol {spoken}"
     return (
-        f"{archive} speaks {speaks}, and this torchserve-dag hosts archives that speak protocol {PROTOCOL}: "
+        f"{archive} speaks {speaks}, and a host of this torchserve-dag needs protocol {PROTOCOL}: "
         "build it again under a new version, or let TorchServe serve it as it is."
     )

@@ -46,5 +46,5 @@ def test_status_says_which_protocol_an_archive_speaks(server: Serving) -> None:
     with server.rest() as client:
         earlier, today = (about(client, "count_words", version) for version in ("1.0", "2.0"))
 
-    assert str(earlier["protocol"]).startswith("count_words 1.0 speaks no protocol, ")
+    assert str(earlier["protocol"]).startswith("count_words 1.0 speaks no protocol ")
     assert today["protocol"] == 1
