@@ -13,4 +13,5 @@ else:
 
 def parse(text: str) -> dict[str, Any]:
     """Raises ValueError, which names the line."""
-    return tomllib.loads(text)
+    data: dict[str, Any] = tomllib.loads(text)
+    return data

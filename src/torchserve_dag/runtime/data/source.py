@@ -108,8 +108,9 @@ def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repe
             if name in seen:  # YAML keeps the last one silently
                 repeats.append(Problem(file, line, f'"{name}" is written twice', "keep one"))
             seen.add(name)
-            lines[(*path, name)] = line
-            _lines(value, (*path, name), lines, repeats, file)
+            inside = (*path, name)
+            lines[inside] = line
+            _lines(value, inside, lines, repeats, file)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             _lines(value, (*path, i), lines, repeats, file)

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torchserve_dag.runtime.compat.runner import Row
 from torchserve_dag.runtime.data.options import read_options
@@ -122,12 +122,12 @@ class Pending:
         self._respond, self._on_chunk = respond, on_chunk
         self._after_chunks = False
 
-    def follow(self, running: Request) -> Self:
+    def follow(self, running: Request) -> Pending:
         """Wait for a request of the engine."""
         self._future, self._cancel = running.future, running.cancel
         return self
 
-    def refused(self, failure: Failure) -> Self:
+    def refused(self, failure: Failure) -> Pending:
         """Without the engine."""
         self._future, self._cancel = Future(), _do_nothing
         self._future.set_result(failure)
