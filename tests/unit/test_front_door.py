@@ -262,13 +262,13 @@ class TestCertificate:
         text = first.read_bytes()
 
         assert certificate.files(tmp_path, FrontDoor(), tmp_path)[0].read_bytes() == text
-        assert certificate.a_name(first) == "localhost"
+        assert certificate.subject_name(first) == "localhost"
 
     def test_files_that_are_none_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.pem").write_text("nothing")
         given = FrontDoor(certificate="a.pem", key="a.key")
 
         with pytest.raises(
-            ServerError, match=r"a\.pem and a\.key of front_door\.yaml are no matching certificate and key"
+            ServerError, match=r"a\.pem and a\.key of front_door\.yaml are not a matching certificate and key"
         ):
             certificate.files(tmp_path, given, tmp_path)

@@ -21,7 +21,7 @@ REQUESTS_LOG, FEEDBACK_LOG = "requests.log", "feedback.log"
 HEAP_BYTES = 2 * 2**30
 """The heap size at which Envoy starts to refuse requests."""
 SPARE_FILES = 1024
-"""File descriptors that are not for clients' connections: connections to TorchServe, logs."""
+"""File descriptors reserved for connections to TorchServe and for logs."""
 STREAM_WINDOW = 256 * 2**10
 BUCKETS_US = [round(1000 * 1.15**i) for i in range(-8, 84)]
 """Upper bounds of the histogram of durations, 15 % apart: from 0.3 ms to 2 minutes."""
@@ -193,7 +193,7 @@ def _feedback_field(key: str) -> Config:
 
 def _router() -> Config:
     """The router, which counts and times every attempt, including those that a fallback replaced."""
-    of = [
+    tags = [
         {"name": "version", "value_format": "%UPSTREAM_CLUSTER_RAW%"},
         {"name": "route", "value_format": "%ROUTE_NAME%"},
     ]
@@ -201,15 +201,15 @@ def _router() -> Config:
         "stat": {
             "name": "count",
             "tags": [
-                *of,
+                *tags,
                 {"name": "status", "value_format": "%RESPONSE_CODE%"},
                 {"name": "flags", "value_format": "%RESPONSE_FLAGS%"},
             ],
         },
         "value_fixed": 1,
     }
-    took = "%COMMON_DURATION(US_TX_BEG:US_RX_END:us)%"
-    histogram = {"stat": {"name": "us", "tags": of}, "unit": "Microseconds", "value_format": took}
+    duration = "%COMMON_DURATION(US_TX_BEG:US_RX_END:us)%"
+    histogram = {"stat": {"name": "us", "tags": tags}, "unit": "Microseconds", "value_format": duration}
     stats = {
         "@type": f"{TYPES}extensions.access_loggers.stats.v3.Config",
         "stats_scope": {"prefix": "tries"},

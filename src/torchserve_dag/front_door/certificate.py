@@ -32,25 +32,25 @@ def files(root: Path, door: FrontDoor, folder: Path) -> tuple[Path, Path]:
     certificate, key = (root / door.certificate).absolute(), (root / door.key).absolute()
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-    except OSError as error:  # an SSLError is one too
+    except OSError as error:  # SSLError is an OSError
         raise ServerError(
-            f"{door.certificate} and {door.key} of front_door.yaml are no matching certificate and key "
+            f"{door.certificate} and {door.key} of front_door.yaml are not a matching certificate and key "
             f"({error.strerror or error}): name PEM files."
         ) from None
     return certificate, key
 
 
-def a_name(certificate: Path) -> str:
+def subject_name(certificate: Path) -> str:
     """A name or an address that the certificate was issued for. Raises ServerError if it names none."""
-    found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
     try:
-        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         names = x509.SubjectAlternativeName([])
-    every = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
-    if not every:
+    hosts = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+    if not hosts:
         raise ServerError(f"{certificate} names no host (subjectAltName), so no client accepts it: issue it with one.")
-    return every[0].replace("*", "any")
+    return hosts[0].replace("*", "any")
 
 
 def _good(certificate: Path) -> bool:

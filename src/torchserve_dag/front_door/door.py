@@ -36,12 +36,12 @@ class FrontDoorProcess:
     """A front door that was started."""
 
     pid: int
-    """Of the process that keeps Envoy."""
+    """The id of the keeper, the process that starts and watches Envoy."""
     settings: FrontDoor
     certificate: str
-    """The file of PEM that it shows."""
+    """The PEM file with the certificate that clients see."""
     key: str
-    """That of its private key."""
+    """The PEM file with its private key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Traffic:
 
 
 class Door:
-    """What is kept of the front door in the project's state folder, and what Envoy is told."""
+    """The front door's files in the project's state folder: its record, its tokens, Envoy's dynamic configuration."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -81,7 +81,7 @@ class Door:
         self._record = self.folder / "door.json"
 
     def record(self) -> FrontDoorProcess | None:
-        """The front door that runs; nothing where none does."""
+        """The record of the running front door; None if none runs."""
         try:
             found = plain.build(FrontDoorProcess, json.loads(self._record.read_text("utf-8")))
         except (OSError, ValueError, plain.WrongDataError):
@@ -108,7 +108,9 @@ class Door:
                 self._apply(after)
             except ServerError:
                 atomic.write_private(self._traffic, json.dumps(plain.flatten(before)))
-                for name, kind, found in self._files(before):  # in case Envoy reads them later
+                for name, kind, found in self._files(
+                    before
+                ):  # Envoy may be slow rather than unable, and read the files later
                     self._write(name, kind, found)
                 raise
         return after

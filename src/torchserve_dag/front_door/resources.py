@@ -17,19 +17,20 @@ Resource = dict[str, Any]
 TYPES = "type.googleapis.com/envoy."
 PROTOCOLS = ("rest", "grpc")
 GUARDED, STANDS_IN = "?", "!"
-"""Suffixes of cluster names: a cluster with a fallback; a cluster that substitutes for the version that follows."""
+"""Suffixes of cluster names: GUARDED for a version with a fallback; STANDS_IN for the fallback in place of an ejected
+version, whose name follows."""
 MODEL, VERSION = "x-door-model", "x-door-version"
 """The headers that request.lua sets."""
 TOKEN_NAME = "x-door-token"  # noqa: S105 (a header)
 GRPC = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 
 EJECT_AFTER = 10
-"""Consecutive failures after which a version that has a fallback is ejected for a while."""
+"""Consecutive failures after which a version that has a fallback is ejected for EJECT_S seconds."""
 EJECT_S = 5
 GRACE_S = 5.0
 """Added to TorchServe's timeout, so that TorchServe's own error comes first."""
 WHOLE = 1_000_000
-"""What the integer weights of a model's clusters add up to."""
+"""The sum of the integer weights of a model's clusters."""
 MAX_REQUESTS = 4096
 """The most concurrent requests of one version; TorchServe's queue is far shorter."""
 UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 1}
@@ -37,7 +38,7 @@ UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request"
 
 
 def clusters(served: Iterable[ServedVersion], splits: Sequence[Split], where: Addresses, token: str) -> list[Resource]:
-    """A cluster for each version and protocol. Each writes its version into the request, as TorchServe expects it."""
+    """A cluster for each version and protocol. Each writes its version into requests for TorchServe."""
     by_model = {split.model: split for split in splits}
     found = []
     for one in served:
@@ -160,11 +161,11 @@ def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token:
         "refresh_cluster_on_retry": True,
         "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
     }
-    if (
-        not one.streams
-    ):  # the limit is for complete answers; a route's per-attempt timeout would apply to the fallback too
+    # Complete answers only. A route's per-attempt timeout would apply to the fallback too.
+    if not one.streams:
         options["common_http_protocol_options"] = {"max_stream_duration": _seconds(split.route.slow_s)}
-    # The panic threshold stays: an ejected host still gets requests until the keeper moves its share to the fallback.
+    # The cluster's only host still gets requests after its ejection (Envoy's panic threshold), until the keeper moves
+    # the version's share to the fallback.
     found["outlier_detection"] = {
         "consecutive_5xx": EJECT_AFTER,
         "interval": "1s",

@@ -26,15 +26,15 @@ class RouteFile:
     sticky: str | None = None
     """`header NAME`: requests with the same value in this header go to the same version."""
     always: dict[str, str] = field(default_factory=dict)
-    """`header NAME=VALUE` and a version: requests with that header go to that version, before all weights. The first
+    """`header NAME=VALUE` and a version: requests with that header go to that version, whatever the weights. The first
     rule that matches wins."""
     shadow: dict[str, float] = field(default_factory=dict)
     """A version, and the percentage of requests of which it gets a copy. Its answers are dropped."""
     fallback: str | None = None
     """The version that answers where another version fails (5xx), cannot be reached, or is slow."""
     slow_s: float = 10.0
-    """With a `fallback`: seconds after which it is asked, where another version has not begun to answer. Streamed
-    answers have no such limit."""
+    """With a `fallback`: seconds after which the fallback answers in place of a slower version. Versions that stream
+    their answers have no such limit."""
 
     def __post_init__(self) -> None:
         for version, weight in self.versions.items():
@@ -86,12 +86,12 @@ def _problems(routes: Source[Routes], name: str, known: Mapping[str, Sequence[st
     if name not in known:
         return [routes.problem((name,), f'there is no model "{name}"', plain.did_you_mean(name, list(known)))]
     route = routes.value[name]
-    said: list[tuple[tuple[str, ...], str]] = [(("versions", one), one) for one in route.versions]
-    said += [(("always", rule), one) for rule, one in route.always.items()]
-    said += [(("shadow", one), one) for one in route.shadow]
-    said += [(("fallback",), route.fallback)] if route.fallback else []
+    named: list[tuple[tuple[str, ...], str]] = [(("versions", one), one) for one in route.versions]
+    named += [(("always", rule), one) for rule, one in route.always.items()]
+    named += [(("shadow", one), one) for one in route.shadow]
+    named += [(("fallback",), route.fallback)] if route.fallback else []
     return [
         routes.problem((name, *path), f'{name}: there is no version "{one}"', f"known: {', '.join(known[name])}")
-        for path, one in said
+        for path, one in named
         if one not in known[name]
     ]

@@ -19,7 +19,7 @@ class Limits:
     """What the front door accepts."""
 
     connections: int = 15_000
-    """Open connections of all clients. Where the process may open fewer files, that limit less 1,000."""
+    """Open connections of all clients. If the process may open fewer files, the limit is that number minus 1,000."""
     streams: int = 100
     """Concurrent requests over one HTTP/2 connection."""
     headers_kib: int = 32

@@ -32,17 +32,17 @@ class RolloutShare:
 
     version: str
     share: float
-    """Of the requests, from 0 to 1."""
+    """The new version's share of the requests, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How the requests for a model that name no version are split, now."""
+    """How the requests for a model that name no version are split at present."""
 
     model: str
     weights: tuple[tuple[str, float], ...]
-    """Version and weight, in a stable order: a sticky user changes version only if the weights there change. A version
-    may occur several times."""
+    """Version and weight, in a stable order: a sticky user changes version only if the weights at its position change.
+    A version may occur several times."""
     route: RouteFile
     """The route's other settings."""
     ejected: frozenset[str] = frozenset()
@@ -74,21 +74,21 @@ def splits(
     ejected: Collection[tuple[str, str]] = (),
 ) -> list[Split]:
     """The split of each served model: its route, or 100 % to its default version; with the shares of rollouts."""
-    found = []
+    result = []
     for model in sorted({one.model for one in served}):
         route = routes.get(model) or RouteFile({defaults[model]: 100})
         weights = tuple(route.versions.items())
         weights = carved(weights, rollouts[model]) if model in rollouts else weights
-        here = {one.version for one in served if one.model == model}
-        out = frozenset(version for name, version in ejected if name == model)
-        found.append(Split(model, weights, _only(route, here), out))
-    return found
+        served_versions = {one.version for one in served if one.model == model}
+        ejected_versions = frozenset(version for name, version in ejected if name == model)
+        result.append(Split(model, weights, _only(route, served_versions), ejected_versions))
+    return result
 
 
 def carved(weights: tuple[tuple[str, float], ...], rolling: RolloutShare) -> tuple[tuple[str, float], ...]:
-    """The weights with the new version's share cut off the end of every other version's range.
+    """The weights, with the new version's share cut off the end of every other version's hash range.
 
-    So sticky users outside these parts keep their version.
+    So sticky users outside the parts that are cut off keep their version.
     """
     whole = sum(weight for _, weight in weights)
     own = sum(weight for version, weight in weights if version == rolling.version) / whole
@@ -102,11 +102,11 @@ def carved(weights: tuple[tuple[str, float], ...], rolling: RolloutShare) -> tup
     return tuple(found)
 
 
-def _only(route: RouteFile, here: Collection[str]) -> RouteFile:
+def _only(route: RouteFile, served: Collection[str]) -> RouteFile:
     """The route without rules, shadows and fallback of versions that are not served, such as retired ones."""
     return replace(
         route,
-        always={rule: version for rule, version in route.always.items() if version in here},
-        shadow={version: percent for version, percent in route.shadow.items() if version in here},
-        fallback=route.fallback if route.fallback in here else None,
+        always={rule: version for rule, version in route.always.items() if version in served},
+        shadow={version: percent for version, percent in route.shadow.items() if version in served},
+        fallback=route.fallback if route.fallback in served else None,
     )

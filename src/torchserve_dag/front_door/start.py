@@ -32,7 +32,7 @@ MAX_BODY = 26_214_400
 
 
 def with_free_ports(settings: FrontDoor) -> FrontDoor:
-    """The same hosts, with free ports."""
+    """The same hosts with free ports."""
     hosts = [host_and_port(address)[0] for address in (settings.listen, settings.metrics)]
     listen, metrics = (f"{host}:{port}" for host, port in zip(hosts, ports.free(hosts), strict=True))
     return replace(settings, listen=listen, metrics=metrics)
@@ -44,7 +44,7 @@ def check_free(settings: FrontDoor) -> None:
         problem = ports.why_not(*host_and_port(address))
         if problem:
             raise ServerError(
-                f"{problem}, which front_door.yaml wants: change it there, or use --free-ports or --no-front-door."
+                f"{problem} for the front door: change it in front_door.yaml, or use --free-ports or --no-front-door."
             )
 
 
@@ -83,7 +83,7 @@ def start(
 
 
 def stop(state: State) -> bool:
-    """Drain and end the front door if it runs; whether it did."""
+    """Drain and end the front door if it runs. Returns whether it ran."""
     record = Door(state).record()
     if record is None:
         return False

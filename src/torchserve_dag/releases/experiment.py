@@ -46,9 +46,9 @@ class Difference:
     high: float
     """The bounds of the 95 % confidence interval."""
     of: tuple[int, int]
-    """The number of requests of each version that have this measure."""
+    """How many requests of each version have this measure."""
     needed: int | None
-    """How many more requests of this model settle the difference; 0 if it is settled, None if there is none."""
+    """How many more requests of this model settle the difference; 0 if it is settled; None without a difference."""
 
     @property
     def settled(self) -> bool:
@@ -76,7 +76,7 @@ def compare(model: str, requests: Sequence[LoggedRequest]) -> Result:
     compared = tuple(sorted(arm.version for arm in most))
     first, second = (parts[version] for version in compared)
     whole = len(first) + len(second)
-    found = [_errors(first, second, whole)]
+    differences = [_errors(first, second, whole)]
     readings: tuple[tuple[str, Callable[[LoggedRequest], float | None]], ...] = (
         ("duration ms", lambda one: None if one.failed or one.left else one.ms),
         ("score", lambda one: one.score),
@@ -85,18 +85,18 @@ def compare(model: str, requests: Sequence[LoggedRequest]) -> Result:
     for what, reading in readings:
         values = [[value for one in part if (value := reading(one)) is not None] for part in (first, second)]
         if all(len(one) > 1 for one in values):
-            found.append(_means(what, values[0], values[1], whole))
-    return Result(model, arms, compared, found)
+            differences.append(_means(what, values[0], values[1], whole))
+    return Result(model, arms, compared, differences)
 
 
 def _arm(version: str, part: Sequence[LoggedRequest]) -> Arm:
     times = [one.ms for one in part if not one.left] or [0.0]
     cuts = quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     scores = [one.score for one in part if one.score is not None]
-    said = [one.feedback for one in part if one.feedback is not None]
+    feedback = [one.feedback for one in part if one.feedback is not None]
     errors, fell_back = sum(one.failed for one in part), sum(one.fell_back for one in part)
     left = sum(one.left for one in part)
-    mean_score, mean_feedback = (fmean(values) if values else None for values in (scores, said))
+    mean_score, mean_feedback = (fmean(values) if values else None for values in (scores, feedback))
     return Arm(version, len(part), errors, fell_back, left, cuts[49], cuts[98], mean_score, mean_feedback)
 
 

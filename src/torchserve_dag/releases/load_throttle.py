@@ -20,9 +20,9 @@ from types import TracebackType
 import psutil
 
 SLICE_S = 0.01
-"""How long a worker runs before the idle cores are counted again; until then it shares its core with others."""
+"""How long a worker runs until the idle cores are counted again; meanwhile it may compete with serving for its core."""
 SETTLE_S = 0.001
-"""How long a stopped process may take to leave its core."""
+"""How long after SIGSTOP a process may still be running on its core."""
 BUSY_SLICES = 10
 """With no idle core, run a loading worker in 1 slice of 10."""
 CHECK_EVERY_S = 0.25
@@ -47,7 +47,7 @@ class LoadThrottle:
         self._ids = frozenset(ids)
 
     def __enter__(self) -> LoadThrottle:
-        atexit.register(self._end)  # else stopped workers would stay stopped
+        atexit.register(self._end)  # a keeper that ends in mid-load would otherwise leave workers stopped
         self._thread.start()
         return self
 
@@ -82,7 +82,7 @@ class LoadThrottle:
             self._track(set())
 
     def _track(self, pids: set[int]) -> None:
-        """Throttle exactly these processes; others are continued. Moves the round-robin on by one."""
+        """Throttle exactly these processes, continue all others, and advance the round-robin by one."""
         for pid in list(self._workers)[:1]:
             self._workers[pid] = self._workers.pop(pid)
         left = self._workers.keys() - pids

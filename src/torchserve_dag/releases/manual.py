@@ -37,31 +37,31 @@ def roll_back(root: Path, model: str) -> Progress:
     served = {one.version for one in Door(State(root)).traffic().served if one.model == model}
     missing = [one for one, weight in last.before.items() if weight and one not in served]
     if missing:
-        raise ServerError(f"{model}/{missing[0]} is not served any more: roll it out again.")
+        raise ServerError(f"{model}/{missing[0]} is no longer served: load it again with torchserve-dag rollout.")
     settle(root, model, last.before)
-    gone = replace(last, stage="back", share=0.0, reason="it was rolled back by hand", ended=time.time())
-    store.save(gone)
-    return gone
+    rolled_back = replace(last, stage="back", share=0.0, reason="it was rolled back by hand", ended=time.time())
+    store.save(rolled_back)
+    return rolled_back
 
 
 def reload_routes(root: Path) -> Traffic:
     """Apply `routes.yaml` as it is now. Raises ServerError or CheckError; then nothing has changed."""
     door = Door(State(root))
-    found, traffic = routes_file.read(root), door.traffic()
+    in_file, traffic = routes_file.read(root), door.traffic()
     known: dict[str, list[str]] = {}
     for one in traffic.served:
         known.setdefault(one.model, []).append(one.version)
-    if found is not None:
-        routes_file.check(found, {model: sorted(versions, key=version_key) for model, versions in known.items()})
-        for model, route in found.value.items():  # a version named here is served at the next start, too
+    if in_file is not None:
+        routes_file.check(in_file, {model: sorted(versions, key=version_key) for model, versions in known.items()})
+        for model, route in in_file.value.items():  # a version that routes.yaml names is also loaded at later starts
             for version in {*route.versions, *route.always.values(), *route.shadow, *filter(None, [route.fallback])}:
                 door.state.save_retired(model, version, retired=False)
 
     def change(now: Traffic) -> Traffic:
-        """Also drops the share of a rollout that is over: Envoy may have been down when it was rolled back."""
+        """Also drop the shares of rollouts that are over: one may have been rolled back while Envoy was down."""
         going = {model for model in now.rollouts if (last := store.progress(model)) and not last.over}
         rollouts = {model: rolling for model, rolling in now.rollouts.items() if model in going}
-        return replace(now, routes={} if found is None else found.value, rollouts=rollouts)
+        return replace(now, routes={} if in_file is None else in_file.value, rollouts=rollouts)
 
     store = RolloutStore(door.state)
     return door.change(change)

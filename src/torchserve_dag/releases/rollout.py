@@ -32,7 +32,7 @@ POLL_S = 0.5
 ENVOY_DOWN_S = 30.0
 """How long Envoy may be down during a rollout: the keeper restarts it within seconds."""
 ROLL_BACK_S = 600.0
-"""How long rolling back is attempted."""
+"""How long rolling back is retried."""
 WHOLE = 100.0
 
 Stage = Literal["waiting", "loading", "rolling", "done", "back"]
@@ -41,7 +41,7 @@ Command = Literal["promote", "rollback"]
 
 @dataclass(frozen=True, slots=True)
 class RolloutPlan:
-    """What a rollout command asks for."""
+    """The options of the `rollout` command."""
 
     model: str
     version: str
@@ -52,7 +52,7 @@ class RolloutPlan:
     at_least: int
     """Requests that the new version must have had before the next step."""
     patience_s: float
-    """How long a step may wait for these requests."""
+    """Seconds after which a step that has had too few requests is rolled back."""
     ready_s: float
     """How long the new version may take to load."""
 
@@ -86,7 +86,7 @@ class Progress:
     new: StepMetrics | None = None
     old: StepMetrics | None = None
     brought: bool = False
-    """Whether the rollout loaded the new version: it was not served before."""
+    """Whether the rollout loaded the new version, which was not served before."""
     began: float = 0.0
     """In seconds since 1970."""
     ended: float = 0.0
@@ -159,23 +159,23 @@ class Rollouts:
                 thread.start()
 
 
-def run(root: Path, asked: Progress) -> None:
+def run(root: Path, requested: Progress) -> None:
     """Run one rollout: load the version, take every step, and finish or roll back."""
     state = State(root)
     store = RolloutStore(state)
-    now = asked
+    now = requested
     try:
-        now = _load(root, state, store, asked)
-        for share in asked.plan.steps:
+        now = _load(root, state, store, requested)
+        for share in requested.plan.steps:
             now = _step(Door(state), store, replace(now, share=share))
-        settle(root, asked.plan.model, {asked.plan.version: WHOLE})
+        settle(root, requested.plan.model, {requested.plan.version: WHOLE})
         reason = now.reason or "all steps passed"
         store.save(replace(now, stage="done", share=WHOLE, reason=reason, ended=time.time()))
     except _RollBackError as why:
-        _roll_back(state, store, asked.plan, str(why))
+        _roll_back(state, store, requested.plan, str(why))
     except Exception as error:
-        logger.exception("rollout of %s", asked.plan.model)
-        _roll_back(state, store, asked.plan, str(error))
+        logger.exception("rollout of %s", requested.plan.model)
+        _roll_back(state, store, requested.plan, str(error))
 
 
 def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
@@ -205,7 +205,7 @@ def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
     with torchserve_client(state) as client:
         client.set_default(model, version)
     state.save_default(model, version)
-    for one in weights:  # an earlier rollout of it may have been rolled back
+    for one in weights:  # an earlier rollout of this version, rolled back, may have retired it
         state.save_retired(model, one, retired=False)
 
 
@@ -213,8 +213,8 @@ class _RollBackError(Exception):
     """Why a rollout is rolled back: one sentence."""
 
 
-def _load(root: Path, state: State, store: RolloutStore, asked: Progress) -> Progress:
-    plan, door = asked.plan, Door(state)
+def _load(root: Path, state: State, store: RolloutStore, requested: Progress) -> Progress:
+    plan, door = requested.plan, Door(state)
     traffic = door.traffic()
     split = traffic.split(plan.model)
     if split is None:
@@ -224,9 +224,9 @@ def _load(root: Path, state: State, store: RolloutStore, asked: Progress) -> Pro
         raise _RollBackError(f"{plan.version} answers all requests already")
     if plan.model in traffic.routes:
         route_weights.check(root, plan.model)
-    else:  # a restart during the rollout must not choose the highest version as the default: it is the new one
+    else:  # after a restart in mid-rollout the highest version, which is the new one, must not become the default
         state.save_default(plan.model, traffic.defaults[plan.model])
-    now = replace(asked, stage="loading", before=before)
+    now = replace(requested, stage="loading", before=before)
     store.save(now)
     if not _is_served(traffic, plan):
         try:
@@ -254,7 +254,7 @@ def _is_served(traffic: Traffic, plan: RolloutPlan) -> bool:
 
 
 def _step(door: Door, store: RolloutStore, now: Progress) -> Progress:
-    """Hold one share until its time and requests are reached. Raises _RollBackError if the new version is worse."""
+    """Hold one share until the step is complete. Raises _RollBackError if the new version is worse."""
     plan = now.plan
     if now.reason:  # promoted: skip the remaining steps
         return replace(now, share=WHOLE)
@@ -267,7 +267,7 @@ def _step(door: Door, store: RolloutStore, now: Progress) -> Progress:
         found, took = _read_metrics(door), time.monotonic() - since
         new = _of(found, plan.model, plan.version).since(_of(begin, plan.model, plan.version))
         old = _of(found, plan.model, old_version).since(_of(begin, plan.model, old_version))
-        if not old.requests:  # at 100 percent: its metrics before this step
+        if not old.requests:  # at 100 % the old version gets no requests: compare with its metrics before this step
             old = _of(begin, plan.model, old_version)
         shown = replace(now, new=StepMetrics.of(new), old=StepMetrics.of(old))
         store.save(shown)
@@ -280,7 +280,7 @@ def _step(door: Door, store: RolloutStore, now: Progress) -> Progress:
             return shown
         if took >= max(plan.every_s, plan.patience_s):
             raise _RollBackError(
-                f"the step had only {new.requests} of the {plan.at_least} requests that it needs after {took:.0f} s"
+                f"after {took:.0f} s the step had only {new.requests} of the {plan.at_least} requests that it needs"
             )
 
 
@@ -301,7 +301,7 @@ def _of(found: Mapping[version_metrics.ModelVersion, VersionMetrics], model: str
 
 
 def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str) -> None:
-    """Restore the former weights; a version that this rollout loaded is not served at later starts."""
+    """Restore the former weights. Later starts do not load a version that only this rollout loaded."""
     last = store.progress(plan.model)
     if last and last.brought:
         state.save_retired(plan.model, plan.version)
@@ -316,9 +316,9 @@ def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str
                 reason += "; IT STILL GETS ITS SHARE, because the front door does not answer: run torchserve-dag routes"
                 break
             time.sleep(POLL_S)
-    gone = replace(last, stage="back", share=0.0, reason=reason, ended=time.time()) if last else None
-    if gone:
-        store.save(gone)
+    rolled_back = replace(last, stage="back", share=0.0, reason=reason, ended=time.time()) if last else None
+    if rolled_back:
+        store.save(rolled_back)
 
 
 def _read(path: Path) -> Progress | None:

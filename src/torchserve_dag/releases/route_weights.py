@@ -20,7 +20,7 @@ def write(root: Path, model: str, weights: Mapping[str, float]) -> None:
 
 
 def check(root: Path, model: str) -> None:
-    """Raises ServerError if `write` would."""
+    """Raises ServerError if `write` would fail."""
     changed((root / FILE).read_text("utf-8"), model, {"1.0": 1})
 
 

@@ -35,7 +35,7 @@ class Condition:
     def reason(self, new: VersionMetrics, old: VersionMetrics) -> str | None:
         """Why to roll back; None if the condition does not hold, or may hold by chance."""
         if self.what == "errors":
-            # An error rate no higher than the baseline's is tolerated: deadlines of clients make both versions fail.
+            # An error rate as high as the baseline's is tolerated: short client deadlines make both versions fail.
             limit = max(self.limit * old.error_rate, FEW_ERRORS) if self.relative else max(self.limit, old.error_rate)
             if not sure(new.errors, new.requests, limit):
                 return None
@@ -57,8 +57,8 @@ class Condition:
 def sure(count: int, of: int, share: float) -> bool:
     """Whether `count` of `of` requests exceed a share beyond chance.
 
-    True where the binomial distribution with that share gives so many or more with a probability below CHANCE. Its
-    upper tail is computed exactly: for few requests, and shares near 0, no approximation holds.
+    True if a binomial distribution with that share yields `count` or more with a probability below CHANCE. The upper
+    tail is computed exactly, because approximations fail for few requests and for shares near 0.
     """
     from scipy.special import bdtrc  # noqa: PLC0415 (scipy takes a while to import)
 
@@ -71,10 +71,10 @@ def read(text: str) -> list[Condition]:
 
 
 def reason(terms: list[Condition], new: VersionMetrics, old: VersionMetrics) -> str | None:
-    """The first reason to roll back. Clients that disconnect more often than from the old version always are one."""
+    """The first reason to roll back; a rate of disconnects above the old version's is always one."""
     limit = max(TOLERATED_DISCONNECTS, old.left / old.requests if old.requests else 0.0)
     if sure(new.left, new.requests, limit):
-        return f"clients disconnected before the answer of {new.left} of {new.requests} requests, over {limit:.2%}"
+        return f"clients disconnected before the answer in {new.left} of {new.requests} requests, over {limit:.2%}"
     return next((why for term in terms if (why := term.reason(new, old))), None)
 
 

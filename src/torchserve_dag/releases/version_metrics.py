@@ -54,13 +54,13 @@ class VersionMetrics:
         return low
 
     def slower_than(self, ms: float) -> int:
-        """How many attempts took longer; the bucket that contains the limit counts as faster."""
+        """How many attempts took longer than `ms`; attempts in the bucket that contains `ms` do not count."""
         whole = max(self.buckets.values(), default=0)
         return whole - min((count for bound, count in self.buckets.items() if bound >= ms), default=whole)
 
 
 def read(admin: Admin) -> dict[ModelVersion, VersionMetrics]:
-    """All versions, since Envoy started, without requests that named a version. Raises ServerError."""
+    """All versions' metrics since Envoy started. Requests that named a version do not count. Raises ServerError."""
     return parse(admin.prometheus("^tries"))
 
 

@@ -29,8 +29,8 @@ def load(
 ) -> None:
     """Register a version from the model store, and wait until its model is loaded and warm.
 
-    `check` is called repeatedly meanwhile, and may raise. Raises ServerError with the worker's error if the version
-    does not become ready. In both cases the version is unregistered again.
+    `check` is called repeatedly meanwhile, and may raise to give up. Raises ServerError with the worker's error if the
+    version does not become ready. In both cases the version is unregistered again.
     """
     record = running(state)
     archive = find_archive(Path(record.store), model, version)
@@ -69,13 +69,15 @@ def retire(state: State, client: Client, model: str, version: str) -> None:
     door.change(lambda now: replace(now, served=_without(now.served, leaves), leaving=(*now.leaving, leaves)))
     try:
         _wait_empty(door, leaves)
-        if traffic.defaults[model] == version:  # routes.yaml splits the requests, and TorchServe keeps its default
+        if (
+            traffic.defaults[model] == version
+        ):  # TorchServe refuses to unregister its default version, even if routes.yaml splits all requests
             weights = traffic.routes[model].versions
             other = max(weights, key=lambda one: weights[one])
             defaults.set_default(state, client, model, other)
             door.change(lambda now: replace(now, defaults={**now.defaults, model: other}))
         _unregister(client, model, version)
-    except BaseException:  # an interrupt as well
+    except BaseException:  # also after Ctrl-C
         door.change(lambda now: replace(now, served=(*now.served, leaves), leaving=_without(now.leaving, leaves)))
         raise
     door.change(lambda now: replace(now, leaving=_without(now.leaving, leaves)))

@@ -13,7 +13,7 @@ Protocol = Literal["rest", "grpc"]
 
 
 def running(state: State) -> TorchServeProcess:
-    """The server that runs. Raises ServerError where none does."""
+    """The running TorchServe of this project. Raises ServerError if there is none."""
     record = state.record()
     if record is None or processes.java(record, state) is None:
         raise ServerError("No server of this project is running: start it with torchserve-dag up.")
@@ -21,7 +21,7 @@ def running(state: State) -> TorchServeProcess:
 
 
 def torchserve_tokens(state: State) -> KeyFile:
-    """TorchServe's own. Raises ServerError."""
+    """TorchServe's own tokens, from its key file. Raises ServerError."""
     try:
         return KeyFile.read(state.key_file)
     except (OSError, ValueError):
@@ -29,7 +29,7 @@ def torchserve_tokens(state: State) -> KeyFile:
 
 
 def torchserve_client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> RestClient | GrpcClient:
-    """A client past the front door, on this machine alone; close it, or use it in a `with`. Raises ServerError."""
+    """A client that bypasses the front door, on this machine only. Close it, or use `with`. Raises ServerError."""
     where, tokens = running(state).addresses, torchserve_tokens(state)
     kind: type[GrpcClient | RestClient] = GrpcClient if protocol == "grpc" else RestClient
     inference, management = (

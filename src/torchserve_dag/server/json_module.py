@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class ModuleFailedError(Exception):
-    """Why the module gave no result: the last line of its standard error, or that it took too long."""
+    """The module gave no result. The message is the last line of its standard error, or says that it took too long."""
 
 
 def call(module: str, argument: object, result: type[T], timeout_s: float, log: Path | None = None) -> T:
@@ -42,7 +42,7 @@ def call(module: str, argument: object, result: type[T], timeout_s: float, log: 
 
 
 def serve(argument: type[T], compute: Callable[[T], Any]) -> None:
-    """Read the argument from standard input, and write what `compute` makes of it to standard output."""
+    """Read the argument from standard input, pass it to `compute`, and write the result to standard output."""
     result = compute(plain.build(argument, json.load(sys.stdin)))
     sys.stdout.write(json.dumps(plain.flatten(result)) + "\n")
 

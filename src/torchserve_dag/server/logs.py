@@ -11,14 +11,14 @@ _AT = re.compile(r"^\S+ \[\w+\s*\] (?P<thread>\S+) \S+ - (?P<message>.*)$")
 
 
 class Logs:
-    """The logs in a folder from now on; what earlier runs wrote is ignored."""
+    """The logs in a folder, without the lines that earlier runs wrote."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._starts = {path.name: path.stat().st_size for path in folder.glob("*.log")}
 
     def worker_failure(self, name: str, version: str) -> str | None:
-        """Why a worker of a model ended: the first exception of its last failure, the cause of the others."""
+        """Why a worker of a model ended: the first exception of its last failed start, which caused those after it."""
         model = re.compile(rf"W-\d+-{re.escape(name)}_{re.escape(version)}-std(out|err)")
         events = [at for line in self._lines("model_log.log") if (at := _AT.match(line))]
         messages = [at["message"] for at in events if model.match(at["thread"])]

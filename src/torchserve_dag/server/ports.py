@@ -35,7 +35,7 @@ class Addresses:
         return moved
 
     def with_free_ports(self) -> Addresses:
-        """The same hosts, with free ports."""
+        """The same hosts with free ports."""
         names = [field.name for field in fields(self)]
         ports = free([host_and_port(getattr(self, name))[0] for name in names])
         return replace(self, **{n: _with_port(getattr(self, n), p) for n, p in zip(names, ports, strict=True)})

@@ -63,8 +63,8 @@ def listening_at(where: Addresses) -> dict[str, str]:
 def write(source: Path, target: Path, changes: Mapping[str, str]) -> None:
     """Write `source` to `target` with `changes`; relative paths are resolved against `source`'s folder."""
     before = read(source)
-    here = {key: str((source.parent / before[key]).resolve()) for key in PATHS if key in before}
-    after = {**here, **changes}
+    absolute = {key: str((source.parent / before[key]).resolve()) for key in PATHS if key in before}
+    after = {**absolute, **changes}
     lines = [f"# Written by torchserve-dag from {source}: edit that file."]
     lines += [line for line in source.read_text("utf-8").splitlines() if (_pair(line) or ("",))[0] not in after]
     lines += [f"{key}={value}" for key, value in sorted(after.items())]

@@ -24,36 +24,36 @@ def watch(address: str, workflow: str, version: str, seconds: float) -> dict[str
     before, start = read(_text(address), workflow, version), time.monotonic()
     if not before:
         raise ServerError(
-            f"The running server has counted nothing of {workflow} {version}: build it, and restart the server."
+            f"The running server has no metrics of {workflow} {version}: build it, and restart the server."
         )
     time.sleep(seconds)
     after, elapsed = read(_text(address), workflow, version), time.monotonic() - start
-    found = rates(before, after, elapsed)
-    if not found:
+    node_rates = rates(before, after, elapsed)
+    if not node_rates:
         raise ServerError(
-            f"No request came to {workflow} {version} within {seconds:g} s: send some meanwhile, or watch for longer."
+            f"{workflow} {version} got no request within {seconds:g} s: send some meanwhile, or measure for longer."
         )
-    return found
+    return node_rates
 
 
 def read(text: str, workflow: str, version: str) -> Reading:
     """Read the metrics of one version of a workflow from Prometheus's text."""
-    found: dict[str, dict[tuple[str, str], float]] = defaultdict(lambda: defaultdict(float))
+    series: dict[str, dict[tuple[str, str], float]] = defaultdict(lambda: defaultdict(float))
     for metric, labels, value in prometheus.samples(text, "torchserve_dag_node_"):
         if (labels.get("workflow"), labels.get("version")) == (workflow, version):
-            found[labels["node"]][metric, labels.get("le", "")] += value
-    return found
+            series[labels["node"]][metric, labels.get("le", "")] += value
+    return series
 
 
 def rates(before: Reading, after: Reading, seconds: float) -> dict[str, NodeRates]:
     """Node → its rates between two readings; nodes without items are left out."""
-    found = {}
+    by_node = {}
     for node, now in after.items():
-        # A server that was restarted in between counts from 0.
+        # The counters of a server that was restarted between the readings began at 0 again.
         grown = {series: max(0.0, value - before.get(node, {}).get(series, 0.0)) for series, value in now.items()}
         if any(grown.values()):
-            found[node] = _rates(grown, seconds)
-    return found
+            by_node[node] = _rates(grown, seconds)
+    return by_node
 
 
 def _rates(grown: Mapping[tuple[str, str], float], seconds: float) -> NodeRates:

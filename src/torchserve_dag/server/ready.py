@@ -15,7 +15,7 @@ from torchserve_dag.server.processes import alive
 
 POLL_S = 0.3
 FAILURES = 3
-"""Failed starts of one worker after which waiting is given up."""
+"""After this many failed starts of one worker the wait ends with an error."""
 
 ModelVersion = tuple[str, str]
 
@@ -54,7 +54,7 @@ class StartupWait:
     def wait(
         self, client: Client, is_alive: Callable[[], bool], timeout_s: float, progress: Progress | None = None
     ) -> None:
-        """Raises ServerError if the server ends, a worker keeps failing, or the time is up."""
+        """Raises ServerError if the server ends, a worker keeps failing, or models are not ready in time."""
         deadline = time.monotonic() + timeout_s
         seen = [Readiness(name, version, 0, 0) for name, version in self.archives]
         while time.monotonic() < deadline:
@@ -65,17 +65,17 @@ class StartupWait:
                 seen = self._look(models)
             if progress:
                 progress(seen)
-            if all(one.done for one in seen):
+            if all(model.done for model in seen):
                 return
             time.sleep(POLL_S)
-        slow = ", ".join(f"{one.name} {one.version}" for one in seen if not one.done)
+        slow = ", ".join(f"{model.name} {model.version}" for model in seen if not model.done)
         raise ServerError(
-            f"Not ready after {timeout_s:g} s: {slow}; give it longer with --timeout, or see {self.logs.folder}."
+            f"Not ready after {timeout_s:g} s: {slow}; allow more time with --timeout, or see {self.logs.folder}."
         )
 
     def _look(self, models: list[ModelInfo]) -> list[Readiness]:
         versions = {(model.name, version.version): version for model in models for version in model.versions}
-        found = []
+        readiness = []
         for name, version in self.archives:
             info = versions.get((name, version))
             if info is None:  # TorchServe registers all archives before it answers the first request
@@ -86,8 +86,10 @@ class StartupWait:
                 if not worker.ready and worker.pid > 0:
                     self._count(name, version, worker.id, worker.pid)
             loading = tuple(worker.id for worker in info.workers if not worker.ready)
-            found.append(Readiness(name, version, len(info.workers) - len(loading), max(1, info.min_workers), loading))
-        return found
+            readiness.append(
+                Readiness(name, version, len(info.workers) - len(loading), max(1, info.min_workers), loading)
+            )
+        return readiness
 
     def _count(self, name: str, version: str, worker: str, pid: int) -> None:
         pids = self._pids.setdefault((name, version, worker), set())
@@ -95,7 +97,7 @@ class StartupWait:
         if len(pids) >= FAILURES or (len(pids) >= self._failures and _ended(pid)):
             why = self.logs.worker_failure(name, version) or "its log gives no reason"
             raise ServerError(
-                f"A worker of {name} {version} keeps failing: {why.rstrip('.')}; the rest is in "
+                f"A worker of {name} {version} keeps failing: {why.rstrip('.')}; the whole log is in "
                 f"{self.logs.folder / 'model_log.log'}."
             )
 

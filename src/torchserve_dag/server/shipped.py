@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(path: str) -> Path:
-    """A file or a folder, by its path in the repository: in the wheel's `shipped/`, or where a clone has it."""
+    """Where a file or folder of the repository is: in the wheel's `shipped/`, or in the clone itself."""
     in_wheel = _PACKAGE / "shipped"
     return (in_wheel if in_wheel.is_dir() else _PACKAGE.parents[1]) / path
 

@@ -19,18 +19,18 @@ from torchserve_dag.server.ports import Addresses
 
 FOLDER = ".torchserve-dag"
 KEPT_S = 30.0
-"""How long a change of the kept files may wait for another change, which takes milliseconds."""
+"""Seconds to wait for the lock of `defaults.json` and `retired.json`; a change of these files takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class TorchServeProcess:
-    """The TorchServe that was started: what a later command needs to find it again, and to take no other for it."""
+    """The TorchServe that was started: what a later command needs to find the same process again."""
 
     pid: int
-    """Of its Java process."""
+    """The id of its Java process."""
     addresses: Addresses
     store: str = "model_store"
-    """The folder of its archives."""
+    """The folder of the archives that it serves."""
 
 
 class State:
@@ -42,7 +42,7 @@ class State:
         self.logs = self.folder / "logs"
         self.tmp = self.folder / "tmp"
         self.key_file = self.folder / "key_file.json"
-        """TorchServe writes it into its working directory, which is this folder."""
+        """TorchServe writes its key file into its working directory, which is this folder."""
         self.front_door = self.folder / "front_door"
         self._server = self.folder / "server.json"
         self._defaults = self.folder / "defaults.json"
@@ -65,7 +65,7 @@ class State:
     def lock(self) -> Iterator[None]:
         """Raises ServerError while another `up` or `down` of this project runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        busy = "Another torchserve-dag up or down of this project is at work: wait for it."
+        busy = "Another torchserve-dag up or down of this project is running: wait until it ends."
         with locked(self.folder / "lock", 0.0, busy):
             yield
 
@@ -89,18 +89,18 @@ class State:
 
     def retired(self) -> set[tuple[str, str]]:
         """The versions of models that are not served although their archives are in the store."""
-        found = _read(self._retired) or {}
-        return {(str(name), str(version)) for name, versions in found.items() for version in versions}
+        by_model = _read(self._retired) or {}
+        return {(str(name), str(version)) for name, versions in by_model.items() for version in versions}
 
     def save_retired(self, name: str, version: str, *, retired: bool = True) -> None:
         with self._change():
-            found = _read(self._retired) or {}
-            versions = [one for one in found.get(name, []) if one != version]
-            _write(self._retired, {**found, name: [*versions, version] if retired else versions})
+            by_model = _read(self._retired) or {}
+            versions = [other for other in by_model.get(name, []) if other != version]
+            _write(self._retired, {**by_model, name: [*versions, version] if retired else versions})
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """The lock for reading and writing the kept files."""
+        """Hold the lock for reading and writing `defaults.json` and `retired.json`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(
             self.folder / "kept.lock", KEPT_S, f"Another command holds {self.folder / 'kept.lock'}: try again."

@@ -1,4 +1,4 @@
-"""What the running server serves: versions, workers, queues, and why a model is there."""
+"""What the running server serves: versions, workers, queues, and what an archive says about its model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def status(record: TorchServeProcess, client: Client) -> Status:
 def about(client: Client, name: str, version: str | None = None) -> Mapping[str, Any]:
     """What an archive's `build.json` says: its card, its inputs, its graph, the protocol that it speaks.
 
-    Where that is not this version's protocol, a sentence says what follows from it. Raises ServingError.
+    If this package does not speak that protocol, a sentence in its place says what to do. Raises ServingError.
     """
     described = client.describe(name, version).get("customizedMetadata")
     if not isinstance(described, dict):
@@ -72,7 +72,7 @@ def _worker(info: WorkerInfo) -> WorkerStatus:
 
 
 def _memory_mb(pid: int) -> int | None:
-    # TorchServe says so too, once a minute; for the first minute it says 0.
+    # TorchServe reports it only once a minute, and 0 in the first minute.
     try:
         return round(psutil.Process(pid).memory_info().rss / 2**20) if pid > 0 else None
     except psutil.Error:

@@ -55,11 +55,11 @@ class LaunchPlan:
 
 
 def plan(root: Path, options: StartOptions, retired: Collection[ModelVersion] = ()) -> LaunchPlan:
-    """Check the project's configuration; all archives but the `retired` will be served. Raises ServerError."""
+    """Check the project's configuration. All archives except the `retired` will be served. Raises ServerError."""
     source = properties.find(root)
     configured = properties.read(source)
     store = (options.store or root / configured.get("model_store", "model_store")).resolve()
-    archives = {one: archive for one, archive in _archives(store).items() if one not in retired}
+    archives = {version: archive for version, archive in _archives(store).items() if version not in retired}
     where = _addresses(configured, options)
     where.check_free()
     return LaunchPlan(source, configured, store, archives, where, java.find())
@@ -92,16 +92,16 @@ def start(
 
 
 def end(state: State) -> bool:
-    """Stop TorchServe and every process of the project's server; whether it ran. Raises ServerError."""
+    """Stop TorchServe and every process of the project's server. Returns whether it ran. Raises ServerError."""
     record = state.record()
     process = processes.java(record, state) if record else None
     if process:
         process.terminate()
         processes.wait([process], STOP_S)
-    family = processes.family(state)  # now, not before: it may have started processes while it ended
+    family = processes.family(state)  # read only now: TorchServe may start processes while it shuts down
     processes.kill(left := processes.wait(family, 1.0))
     if processes.wait(left, 5.0):
-        pids = ", ".join(str(one.pid) for one in left)
+        pids = ", ".join(str(survivor.pid) for survivor in left)
         raise ServerError(f"These processes of the server do not end: {pids}.")
     state.clear()
     return process is not None
@@ -158,10 +158,10 @@ def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) 
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in this terminal must not reach it
+            start_new_session=True,  # Ctrl-C in this terminal must not stop the server
         )
         starter.wait()
-    try:  # TorchServe's command ends once Java runs, and leaves its pid here
+    try:  # TorchServe's command ends once Java runs, and writes its pid into this file
         pid = int((state.tmp / ".model_server.pid").read_text("utf-8"))
         record = TorchServeProcess(pid, planned.where, str(planned.store))
     except (OSError, ValueError):

@@ -27,7 +27,7 @@ def client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> 
         token=front_door.own_token(state),
         management_token=torchserve_tokens(state).management,
         ca=shown,
-        server_name=certificate.a_name(shown),
+        server_name=certificate.subject_name(shown),
         timeout=timeout,
     )
 
@@ -35,5 +35,5 @@ def client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> 
 def local_address(settings: FrontDoor) -> str:
     """Where the front door is reached from its own machine, as HOST:PORT."""
     host, port = host_and_port(settings.listen)
-    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (it is compared)
-    return f"[{here}]:{port}" if ":" in here else f"{here}:{port}"
+    own_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (it is compared)
+    return f"[{own_host}]:{port}" if ":" in own_host else f"{own_host}:{port}"

@@ -79,7 +79,7 @@ class Keeper:
             self._shown = pems
 
     def eject(self) -> None:
-        """Eject for a while each version that keeps failing and has a fallback: it gets no requests."""
+        """Eject each version that keeps failing and has a fallback: for a while, the fallback gets its requests."""
         traffic = self.door.traffic()
         failing = {
             cluster["name"]

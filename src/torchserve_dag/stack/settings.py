@@ -21,7 +21,7 @@ FILE = "torchserve-dag.yaml"
 
 @dataclass(frozen=True, slots=True)
 class ProjectSettings:
-    """What holds for the project as a whole."""
+    """Settings of the project as a whole."""
 
     host: Literal["torchserve"] = "torchserve"
     """The server that the models' workers belong to."""
@@ -37,7 +37,7 @@ class ServingSettings:
 
 
 def read(root: Path, known: Iterable[ModelVersion]) -> ServingSettings:
-    """The settings of a project whose models and versions are `known`. Raises CheckError with the problems of all."""
+    """The settings of a project with these `known` models and versions. Raises CheckError with all files' problems."""
     problems: list[Problem] = []
     project, front_door, routes = ProjectSettings(), FrontDoor(), dict[str, RouteFile]()
     try:

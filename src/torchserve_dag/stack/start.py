@@ -43,7 +43,7 @@ def start(
 ) -> Running:
     """Start the front door and TorchServe, and wait until every archive is served.
 
-    Raises ServerError or CheckError; then no process is left, and the logs are.
+    Raises ServerError or CheckError; then no process is left running, and the logs are kept.
     """
     options = options or torchserve.StartOptions()
     state = State(root)
@@ -69,7 +69,7 @@ def start(
             if door:
                 with torchserve_client(state) as serving:
                     open_door(state, serving, serving_settings.routes)
-        except BaseException:  # an interrupt too: a server that does not serve is not left running
+        except BaseException:  # also after Ctrl-C: a half-started server must not keep running
             torchserve.end(state)
             raise
     return Running(record, door)
@@ -113,7 +113,7 @@ def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) ->
 
 
 def set_default(root: Path, name: str, version: str) -> None:
-    """Make a version answer the calls without a version, now and at every later start. Raises ServerError."""
+    """Set the version that answers requests without a version, now and after restarts. Raises ServerError."""
     state = State(root)
     door = Door(state)
     if door.record() and name in door.traffic().routes:
