@@ -169,7 +169,7 @@ def test_a_request_is_answered_at_its_time_limit_and_the_worker_known_to_hang(wr
         assert quick == Text("QUICK")
         assert (slow.status, slow.node) == (504, "answer")
         assert time.monotonic() - begin < 20
-        wait_for(workflow.engine.stuck)
+        wait_for(workflow.engine.hangs)
 
 
 def test_closing_answers_what_is_inside_and_ends_the_threads(write: Write) -> None:

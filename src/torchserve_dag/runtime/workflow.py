@@ -76,9 +76,9 @@ class Workflow:
             requests.append(self.submit(item, parameters))
         return [request.future.result() for request in requests]
 
-    def stuck(self) -> bool:
+    def hangs(self) -> bool:
         """Whether a model hangs. A thread cannot be ended in Python, so only ending the process helps."""
-        return self.engine.stuck() or any(loaded.hangs() for loaded in self._loaded.values())
+        return self.engine.hangs() or any(loaded.hangs() for loaded in self._loaded.values())
 
     def submit(
         self,

@@ -380,7 +380,7 @@ class Engine:
         with self._lock:
             return {name: station.counts.copy() for name, station in self._stations.items()}
 
-    def stuck(self) -> bool:
+    def hangs(self) -> bool:
         """Whether a lane hangs: in one batch for half of the time limit, when nobody waits for its items any more."""
         now = time.monotonic()
         with self._lock:

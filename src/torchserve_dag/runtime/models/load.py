@@ -16,7 +16,7 @@ from torchserve_dag.runtime.engine.runner import Runner, Starter, function_runne
 from torchserve_dag.runtime.graph.graph import Code, Graph
 from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, ServedCode
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
-from torchserve_dag.runtime.models.remote import ServedModel
+from torchserve_dag.runtime.models.served import ServedModel
 from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile

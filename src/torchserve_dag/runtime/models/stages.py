@@ -17,7 +17,8 @@ from torchserve_dag.runtime.project.handler_file import MicroBatch
 
 logger = logging.getLogger(__name__)
 
-END: Final = object()
+_END: Final = object()
+"""After the last output of a handler's stream."""
 
 Batch = list[Any]
 """Values of items before or after a stage; a Failure stands where an item has ended."""
@@ -69,8 +70,8 @@ class Stages:
             with (
                 self.placement.inferring()
             ):  # the setting is the thread's, and another thread may compute the next chunk
-                output = next(outputs, END)
-            if output is END:
+                output = next(outputs, _END)
+            if output is _END:
                 return
             yield self.handler.postprocess(output, item)
 

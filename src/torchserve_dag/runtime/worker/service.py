@@ -90,7 +90,7 @@ class WorkflowService:
         return series_of(self._workflow.counts())
 
     def hangs(self) -> bool:
-        return self._workflow.stuck()
+        return self._workflow.hangs()
 
     def close(self) -> None:
         self._workflow.close()

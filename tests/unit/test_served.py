@@ -26,7 +26,7 @@ from torchserve_dag.runtime.data.options import TIMEOUT
 from torchserve_dag.runtime.engine.flow import FINAL, WORTH_RETRYING
 from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, Label, Labels, Photo, Text
-from torchserve_dag.runtime.models.remote import ServedModel
+from torchserve_dag.runtime.models.served import ServedModel
 from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc
 
 JAVA = "org.pytorch.serve"
@@ -445,7 +445,7 @@ def test_a_worker_finds_the_tokens_in_the_folder_of_its_torchserve(serve: Serve,
     worker = (
         "import sys, threading\n"
         "from torchserve_dag.runtime.graph.kinds import ServedCode\n"
-        "from torchserve_dag.runtime.models.remote import ServedModel\n"
+        "from torchserve_dag.runtime.models.served import ServedModel\n"
         "ended = threading.Event()\n"
         "ServedModel(ServedCode('echo', None, sys.argv[1], None), bytes)(b'1', 20, lambda answer: ended.set())\n"
         "assert ended.wait(20)\n"

@@ -59,7 +59,7 @@ class ServedModel:
         self._gives = gives
         self._calls: set[Any] = set()
         self._closed = False
-        self._line = _Channel.to(served.address)
+        self._channel = _Channel.to(served.address)
 
     def __call__(self, value: Any, timeout_s: float, done: Done) -> Cancel:
         """Start one call."""
@@ -68,12 +68,12 @@ class ServedModel:
             body = _body_of(value)
             # TorchServe does not tell its worker how long the client waits, so the inputs say it, too.
             limit = str(max(1, math.ceil(timeout_s * 1000))).encode()
-            request = self._line.request(
+            request = self._channel.request(
                 model_name=served.name, model_version=served.version or "", input={"body": body, TIMEOUT: limit}
             )
             token = self._token()
             metadata = (("authorization", f"Bearer {token}"),) if token else ()
-            call = self._line.predictions(request, timeout=timeout_s, metadata=metadata)
+            call = self._channel.predictions(request, timeout=timeout_s, metadata=metadata)
         except Exception:
             logger.exception("%s cannot be called", self._name)
             done(Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self._name} cannot be called.", "InternalError"))
@@ -93,7 +93,7 @@ class ServedModel:
         self._closed = True
         for call in self._calls.copy():
             call.cancel()
-        self._line.leave()
+        self._channel.leave()
 
     @property
     def _name(self) -> str:
@@ -195,18 +195,18 @@ class _Channel:
             raise ImportError(what) from None
         self._address = address
         self._users = 0
-        self._channel = grpc.insecure_channel(address, OPTIONS)
+        self._grpc_channel = grpc.insecure_channel(address, OPTIONS)
         self.request = inference_pb2.PredictionsRequest
-        self.predictions = inference_pb2_grpc.InferenceAPIsServiceStub(self._channel).Predictions.future
+        self.predictions = inference_pb2_grpc.InferenceAPIsServiceStub(self._grpc_channel).Predictions.future
 
     @classmethod
     def to(cls, address: str) -> _Channel:
         with cls._changes:
-            line = cls._open.get(address)
-            if line is None:
-                line = cls._open[address] = cls(address)
-            line._users += 1
-            return line
+            channel = cls._open.get(address)
+            if channel is None:
+                channel = cls._open[address] = cls(address)
+            channel._users += 1
+            return channel
 
     def leave(self) -> None:
         with self._changes:
@@ -214,7 +214,7 @@ class _Channel:
             if self._users:
                 return
             del self._open[self._address]
-        self._channel.close()
+        self._grpc_channel.close()
 
 
 def _body_of(value: Any) -> bytes:
