@@ -118,7 +118,7 @@ def read_text(archive: Path, entry: str) -> str:
 
 
 def versions_in(store: Path) -> dict[tuple[str, str], Path]:
-    """The archives of a folder, by what TorchServe registers them under; what is none is left out."""
+    """The archives of a folder, by the name and version that TorchServe registers; other files are skipped."""
     found = {}
     for path in sorted(store.glob("[!.]*.mar")):
         try:
@@ -138,7 +138,7 @@ def is_ours(archive: Path) -> bool:
 
 
 def is_asynchronous(archive: Path) -> bool:
-    """Whether its answers may come in pieces: TorchServe's asynchronous mode."""
+    """Whether its answers may come in chunks: TorchServe's asynchronous mode."""
     try:
         found = yaml.safe_load(read_text(archive, SETTINGS))
     except (OSError, KeyError, zipfile.BadZipFile, yaml.YAMLError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 OWN = "torchserve-dag"
 PACKAGES = (OWN, "torch", "torchserve", "transformers", "pillow", "numpy", "safetensors")
-"""Those whose code a worker runs."""
+"""Packages whose versions `build.json` names."""
 
 
 def inputs(root: Path, weights: dict[str, str]) -> dict[str, object]:

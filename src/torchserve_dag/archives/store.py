@@ -73,7 +73,7 @@ def place(
 
 @dataclass(frozen=True)
 class _Read:
-    """What there is in an archive, by where it comes from; without the commit, which may differ."""
+    """The content of an archive, by its origin; without the commit, which may differ."""
 
     project: Entries
     """The project's handlers, workflows and weights."""

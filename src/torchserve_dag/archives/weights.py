@@ -78,8 +78,8 @@ def files(path: Path) -> list[Path]:
 def _of_file(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

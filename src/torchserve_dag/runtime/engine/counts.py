@@ -43,7 +43,7 @@ class NodeCounts:
     batch: Histogram = field(default_factory=lambda: Histogram(SIZES))
     """By batch: how many items it had."""
     failures: int = 0
-    """Failed tries; an item that is retried may still succeed."""
+    """Failed attempts; an item that is retried may still succeed."""
     skipped: int = 0
     """Items that a `when`, a skipped input or `on_error: skip` left out."""
 

@@ -239,7 +239,7 @@ class Engine:
         self._enqueue(Changes(queued=[item]))
 
     def _time_out(self, limit: float, item: Item) -> None:
-        """Fail a try that has reached its node's own time limit; its late answer will be dropped."""
+        """Fail an attempt that has reached its node's own time limit; its late answer will be dropped."""
         failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, f"{item.station.name} took longer than {limit:g} s.", "Timeout")
         changes = Changes()
         with self._lock:
@@ -427,10 +427,10 @@ def _finish(future: Future[Any], answer: Any) -> None:
 
 
 def _add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> None:
-    """Keep the span of an item's try."""
+    """Keep the span of an attempt of an item."""
     end = time.time_ns()
     root = item.request.root
-    attributes = {"queue_s": began - item.since, "batch": batch, "tries": item.failed_tries}
+    attributes = {"queue_s": began - item.since, "batch": batch, "tries": item.failed_attempts}
     failure = answer if isinstance(answer, Failure) else None
     start_ns = end - int((now - began) * 1e9)
     root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))

@@ -110,12 +110,12 @@ def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
 def _failed(item: Item, failure: Failure, changes: Changes) -> None:
     """Apply the node's policy: retry, skip, default, fallback, or fail the request."""
     policy, final = item.node.policy, item.code is item.node.policy.fallback or item.code.yields
-    pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**item.failed_tries)
+    pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**item.failed_attempts)
     in_time = time.monotonic() + pause < item.request.root.deadline
     transient = failure.status in WORTH_RETRYING and failure.type not in FINAL
     if final or (policy.on_error == "fail" and not policy.retries):
         _fail(item, failure, changes)
-    elif item.failed_tries < policy.retries and in_time and transient:
+    elif item.failed_attempts < policy.retries and in_time and transient:
         item.ended = True
         changes.retries.append((pause, item.retry()))
     elif policy.on_error == "skip":

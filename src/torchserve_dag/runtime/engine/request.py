@@ -32,7 +32,7 @@ class Request:
     values: dict[str, Any]
     """What its expressions read: the parameters, the decoded request, and the result of each node that has ended."""
     finish: Callable[[Any], None]
-    """Called once, with the answer or a Failure."""
+    """Gives the client its answer or a Failure; called once, by `Engine._end`."""
     end: Callable[[Request, Any], None]
     """Engine._end: ends the request with an answer or a Failure, unless it has ended already."""
     options: Options = field(default_factory=Options)
@@ -95,7 +95,7 @@ class Item(_WeaklyReferenceable):
     """… and the place in that list."""
     fallback_value: Any = None
     """What the fallback would be called with."""
-    failed_tries: int = 0
+    failed_attempts: int = 0
     since: float = field(default_factory=time.monotonic)
     """When it was queued, on time.monotonic()'s clock."""
     ended: bool = False
@@ -105,7 +105,7 @@ class Item(_WeaklyReferenceable):
         return self.request.plan.stations[self.code.name]
 
     def retry(self) -> Item:
-        """The item of its next try; an answer that still comes for this one is dropped."""
+        """The item for the next attempt; a late answer to this item is dropped."""
         return Item(
             self.request,
             self.node,
@@ -114,11 +114,11 @@ class Item(_WeaklyReferenceable):
             self.answers,
             self.index,
             self.fallback_value,
-            self.failed_tries + 1,
+            self.failed_attempts + 1,
         )
 
     def fall_back(self, fallback: Code) -> Item:
-        """The item that runs the fallback in its stead."""
+        """The item that runs the fallback instead of this one."""
         return Item(self.request, self.node, fallback, self.fallback_value, self.answers, self.index)
 
     @property

@@ -1,4 +1,4 @@
-"""What an observer gets of a request that has ended: a span for each try of each item, and one for the whole."""
+"""What an observer gets of a request that has ended: a span for each attempt of each item, and one for the whole."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """The line between a host and an archive: what a server may ask of the model that it serves.
 
-A **host** receives requests and sends responses; its loop belongs to the installed package. The handlers, the engine
-and the codec belong to the **archive**, which runs with the copy of this package that it was built with. The versions
-of the two may differ, so a host uses what this file names and nothing else of an archive: it imports `load` from the
-archive's own `torchserve_dag.runtime.worker.service`, and calls the methods of `Service`. The values are strings,
-bytes, numbers, mappings of these, and the two dataclasses below.
+A **host** receives requests and sends responses. The handlers, the engine and the codec belong to the **archive**,
+which runs with the copy of this package that it was built with. TorchServe's workers run the loop in `torchserve/`
+beside this file, which the archive carries too, so that the two always fit. Any other host has the loop of the
+installed package, whose version may be another. So a host uses what this file names and nothing else of an archive: it
+imports `load` from the archive's own `torchserve_dag.runtime.worker.service`, and calls the methods of `Service`. The
+values are strings, bytes, numbers, mappings of these, and the two dataclasses below.
 
 An archive's `build.json` says which `protocol` it speaks; `archives/protocol.py` reads it. Whoever changes the
 meaning of anything here raises PROTOCOL.

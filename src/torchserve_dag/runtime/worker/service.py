@@ -110,7 +110,10 @@ _NOTHING_LEFT = ServiceResponse(b"")
 
 
 class Pending:
-    """A PendingResponse. The answer is encoded by the thread that waits for it, or by the thread that finishes it."""
+    """A PendingResponse, once `follow` or `refused` was called: `send_chunk` must exist before the request does.
+
+    The answer is encoded by the thread that waits for it, or by the thread that finishes it.
+    """
 
     __slots__ = ("_after_chunks", "_cancel", "_future", "_on_chunk", "_respond")
 
@@ -128,7 +131,7 @@ class Pending:
         return self
 
     def refused(self, failure: Failure) -> Pending:
-        """Without the engine."""
+        """Answer with a failure, without the engine."""
         self._future, self._cancel = Future(), _do_nothing
         self._future.set_result(failure)
         return self

@@ -1,4 +1,8 @@
-"""A request's responses on their way to TorchServe, in the form that its client's protocol wants."""
+"""A request's responses on their way to TorchServe, in the form that its client's protocol wants.
+
+A chunk comes from the engine (`engine/streaming.py`), is encoded by the service (`Pending.send_chunk`), and is sent by
+`asynchronous.py`.
+"""
 
 from __future__ import annotations
 

@@ -76,13 +76,13 @@ class Guard:
         self._connection = connection
         connection.settimeout(0)
         self._hand_over(connection)
-        tries = 0
+        starts = 0
         while True:
             if not self._step():
                 continue
-            tries = 1 if self._loaded else tries + 1
+            starts = 1 if self._loaded else starts + 1
             self._fail_requests()
-            if tries > STARTS:
+            if starts > STARTS:
                 logger.error("the worker ends: its model cannot be loaded any more")
                 self._flush()
                 self._finish(1)

@@ -24,7 +24,7 @@ _END = -1
 
 
 class NotAllThereError(Exception):
-    """The bytes end before the message does, which has at least `needed`."""
+    """The message is incomplete: it has at least `needed` bytes."""
 
     def __init__(self, needed: int) -> None:
         super().__init__(needed)
@@ -43,7 +43,7 @@ class WireRequest:
     row: dict[str, Any]
     """Its body as `body`, or a form's parts by their names: bytes from the socket."""
     headers: dict[str, Any]
-    """The request's, and under each part's name its content type."""
+    """The request's headers, and under each part's name a mapping with its content type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def write_responses(responses: Sequence[WireResponse], code: int = 200, message:
 
 @dataclass(frozen=True, slots=True)
 class ResponseHeads:
-    """Of a message of responses, what has to be known to pass it on."""
+    """The parts of a message of responses that the guard needs to pass it on."""
 
     code: int
     message: str
@@ -118,7 +118,7 @@ class ResponseHeads:
 
 
 def read_response_heads(data: bytearray) -> tuple[ResponseHeads, int]:
-    """Of the first message of `data`, and where it ends. Raises NotAllThereError."""
+    """The heads of the first message of `data`, and where it ends. Raises NotAllThereError."""
     reader = _Cursor(data, 0)
     code, message = reader.size(), reader.text(reader.size())
     more = []
