@@ -142,7 +142,7 @@ class TestLoadOverRest:
         assert 10 <= counts.requests <= 101
         assert counts.objects == 2 * counts.requests
         assert counts.latency_ms.p50 >= 20
-        assert (counts.errors, counts.different, counts.found) == ({}, 0, [2])
+        assert (counts.errors, counts.different, counts.objects_by_body) == ({}, 0, [2])
         assert counts.client_cpu_us > 0
 
     def test_requests_carry_the_servers_headers_and_the_bodies_in_turn(self):
@@ -259,7 +259,7 @@ class TestLoadOverRest:
         assert counts.latency_ms.p95 > 200
 
     def test_an_open_loop_sends_no_more_than_can_be_out(self, monkeypatch):
-        monkeypatch.setattr("torchserve_dag.bench.loops.MOST_OUT", 3)
+        monkeypatch.setattr("torchserve_dag.bench.loops.MOST_OUTSTANDING", 3)
 
         async def slow(body: bytes) -> bytes:
             await asyncio.sleep(0.2)
@@ -312,7 +312,7 @@ class TestLoadOverGrpc:
         assert counts.requests
         assert counts.errors.keys() == {"503", "504", "UNAVAILABLE"}
         assert counts.refused == counts.errors["UNAVAILABLE"] + counts.errors["503"]
-        assert counts.said["UNAVAILABLE"] == "queue is full"
+        assert counts.error_texts["UNAVAILABLE"] == "queue is full"
 
 
 class TestAnswers:
@@ -325,15 +325,15 @@ class TestAnswers:
     def test_objects_are_a_list_or_their_number(self):
         answers = Answers(3)
 
-        assert answers.see(0, b'{"objects": [1, 2, 3]}').objects == 3
-        assert answers.see(1, b'{"objects": 5}').objects == 5
+        assert answers.judge(0, b'{"objects": [1, 2, 3]}').objects == 3
+        assert answers.judge(1, b'{"objects": 5}').objects == 5
         assert answers.objects() == [3, 5, None]
 
     def test_an_answer_may_be_only_the_end_of_what_comes(self):
         answers = Answers(1, at_end=True)
 
-        assert answers.see(0, b'{"outputs": []}\x7b\x00\x00\x00{"objects": [{"a": 1}]}').objects == 1
-        assert answers.see(0, b'{"outputs": [1]}\x13\x00\x00\x00{"objects": [{"a": 1}]}').same
+        assert answers.judge(0, b'{"outputs": []}\x7b\x00\x00\x00{"objects": [{"a": 1}]}').objects == 1
+        assert answers.judge(0, b'{"outputs": [1]}\x13\x00\x00\x00{"objects": [{"a": 1}]}').same
 
     def test_percentiles_are_nearest_ranks_in_ms(self):
         assert percentiles([i / 1000 for i in range(1, 101)]) == Percentiles(50.0, 95.0, 99.0)

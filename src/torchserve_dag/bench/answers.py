@@ -7,52 +7,55 @@ import math
 from typing import Any, NamedTuple
 
 _CLOSE = 1e-3
-"""How far numbers may differ: batches of other sizes add floating-point numbers up in another order."""
+"""How far numbers may differ: the batch size changes the order in which floating-point numbers are added up."""
 _KNOWN = 64
 """How many different answers to one body are kept, so that each is read as JSON only once."""
 
 
-class Seen(NamedTuple):
+class Verdict(NamedTuple):
     objects: int
     same: bool
-    """As the first answer to this body."""
+    """Whether it says the same as the first answer to this body."""
 
 
 class Answers:
-    """`at_end`: an answer is only the end of the content that comes, behind what a protocol puts before it."""
+    """Compares answers with the first answer to the same body.
+
+    `at_end`: the answer is the end of the content; a protocol's framing precedes it.
+    """
 
     def __init__(self, bodies: int, *, at_end: bool = False) -> None:
         self._read = _read_end if at_end else _read
-        self._first: list[tuple[bytes, Any, Seen] | None] = [None] * bodies
-        """The first answer to each body: its bytes, what they hold, what is to be said of them."""
-        self._others: list[dict[bytes, Seen]] = [{} for _ in range(bodies)]
+        self._first: list[tuple[bytes, Any, Verdict] | None] = [None] * bodies
+        """The first answer to each body: its bytes, its data, and its verdict."""
+        self._others: list[dict[bytes, Verdict]] = [{} for _ in range(bodies)]
 
-    def see(self, body: int, content: bytes) -> Seen:
-        """What is to be said of an answer to the body with this number."""
+    def judge(self, body: int, content: bytes) -> Verdict:
+        """The verdict on an answer to the body with this number."""
         first = self._first[body]
         if first is None:
             read = self._read(content)
-            seen = Seen(_objects(read), same=True)
-            self._first[body] = (content, read, seen)
-            return seen
+            verdict = Verdict(_objects(read), same=True)
+            self._first[body] = (content, read, verdict)
+            return verdict
         if content == first[0]:
             return first[2]
         others = self._others[body]
         known = others.get(content)
         if known is None:
             read = self._read(content)
-            known = Seen(_objects(read), alike(read, first[1]))
+            known = Verdict(_objects(read), alike(read, first[1]))
             if len(others) < _KNOWN:
                 others[content] = known
         return known
 
     def objects(self) -> list[int | None]:
-        """How many the first answer to each body has; None where none came."""
+        """The number of objects in the first answer to each body; None for a body without an answer."""
         return [first and first[2].objects for first in self._first]
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two answers say the same: numbers with a point may differ by a thousandth."""
+    """Whether two answers say the same: floating-point numbers may differ by a thousandth."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
     if isinstance(one, list) and isinstance(other, list):
@@ -71,7 +74,7 @@ def _read(content: bytes) -> Any:
 
 
 def _read_end(content: bytes) -> Any:
-    """The JSON object that ends the content, where there is one; what comes before may hold braces too."""
+    """The JSON object at the end of the content, if there is one; the framing before it may contain braces."""
     start = content.find(b"{")
     while start >= 0:
         answer = _read(content[start:])

@@ -1,4 +1,4 @@
-"""The bare loop: a workflow's models and functions in a loop, without any server. What the others are compared with."""
+"""The bare loop: a workflow's models and functions in a loop, without any server: the baseline of the other systems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _START_S = 180.0
 
 @dataclass(frozen=True, slots=True)
 class BareLoopResult:
-    """What the loop says of itself."""
+    """The measurements that the loop prints."""
 
     requests: int
     seconds: float
@@ -42,9 +42,9 @@ def run(
         "--batch": arrangement.batch,
     }
     words = [*command, str(workflow), *(str(word) for option in options.items() for word in option)]
-    with log.open("ab") as said, tempfile.TemporaryFile() as output:
+    with log.open("ab") as errors, tempfile.TemporaryFile() as output:
         process = subprocess.Popen(  # noqa: S603 (a program of the plan)
-            words, stdin=subprocess.DEVNULL, stdout=output, stderr=said, start_new_session=True
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
         )
         try:
             status = process.wait(_START_S + 2 * seconds)
@@ -61,4 +61,4 @@ def run(
     try:
         return plain.build(BareLoopResult, json.loads(lines[-1]))
     except (ValueError, plain.WrongDataError) as error:
-        raise BenchError(f"what the bare loop says is wrong: {error}") from None
+        raise BenchError(f"the output of the bare loop is wrong: {error}") from None

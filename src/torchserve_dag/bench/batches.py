@@ -11,11 +11,11 @@ from torchserve_dag.server import prometheus
 _LIMIT_S = 10.0
 
 Reading = dict[str, tuple[float, float]]
-"""By node: how many items there were, in how many batches."""
+"""Node → the number of items, and of batches."""
 
 
 def read(address: str | None) -> Reading:
-    """What a server has counted so far; nothing where it does not tell."""
+    """The counters of a server; empty for a server without them."""
     if address is None:
         return {}
     try:
@@ -30,7 +30,7 @@ def read(address: str | None) -> Reading:
 
 
 def means(before: Reading, after: Reading) -> dict[str, float]:
-    """The mean batch between two readings, of the nodes that had any."""
+    """The mean batch of each node between two readings; nodes without batches are left out."""
     found = {}
     for node, (items, batches) in after.items():
         items_before, batches_before = before.get(node, (0.0, 0.0))

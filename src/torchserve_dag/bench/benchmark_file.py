@@ -1,4 +1,4 @@
-"""What is measured: works, loads, and how often; from a TOML file."""
+"""The plan of a benchmark, a TOML file: the works, the loads, and the number of rounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Number = int | Literal["cores"]
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """How the bare loop runs: so many processes, each with so many threads of torch, and requests in a batch."""
+    """How the bare loop runs: its processes, the torch threads of each process, and the requests in a batch."""
 
     processes: Number
     threads: Number
@@ -29,25 +29,25 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A workflow with the bodies that it is sent, and the loads. Its bodies are files, or generated."""
+    """A workflow, the bodies that are sent to it, and the loads. The bodies are files, or generated."""
 
     name: str
     workflow: str
-    """Its file, relative to the plan."""
+    """The workflow's file, relative to the plan."""
     bodies: list[str] = field(default_factory=list)
-    """Files, likewise, sent in turn."""
+    """Files relative to the plan, sent in turn."""
     bytes: int | None = None
-    """One body of so many bytes."""
+    """The size of one generated body."""
     mix: list[int] = field(default_factory=list)
-    """A body `{"objects": N}` for each."""
+    """For each number N, a generated body `{"objects": N}`."""
     clients: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
-    """Of closed loops."""
+    """The numbers of clients of the closed loops."""
     open: list[int] = field(default_factory=list)
-    """Open loops, in per cent of the best closed loop of the same system and round."""
+    """The rates of the open loops, in per cent of the best closed loop of the same system and round."""
     bare: list[Arrangement] | None = None
-    """How the bare loop runs, where not as the plan has it."""
+    """The arrangements of the bare loop, if they differ from the plan's."""
     series: str = ""
-    """Works of one series are drawn in one picture, each above its `at`; the series is what `at` counts."""
+    """Works of the same series share a picture; `series` is the label of its x axis, and `at` a work's place on it."""
     at: float | None = None
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Workload:
 
     @property
     def slug(self) -> str:
-        """Its name as a file's."""
+        """The name as a file name."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
@@ -75,11 +75,11 @@ class BenchmarkFile:
     """The system that is highlighted: NAME of with_NAME.py."""
     rounds: int = 3
     seconds: float = 6.0
-    """Of a window; likewise below."""
+    """The length of a window."""
     warm_up: float = 2.0
-    """Before a system's first window."""
+    """Seconds before a system's first window."""
     settle: float = 0.5
-    """Before each further one."""
+    """Seconds before each further window."""
     bare: list[Arrangement] = field(
         default_factory=lambda: [Arrangement("cores", 1, 1), Arrangement(1, "cores", 1), Arrangement("cores", 1, 8)]
     )
@@ -103,7 +103,7 @@ def read(path: Path) -> BenchmarkFile:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

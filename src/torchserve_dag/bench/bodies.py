@@ -1,4 +1,4 @@
-"""The bodies of a work as the files of one folder: copies of those that it names, or generated ones."""
+"""The bodies of a work as the files of one folder: copied or generated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torchserve_dag.bench.errors import BenchError
 
 
 def prepare(work: Workload, base: Path, below: Path) -> list[Path]:
-    """Write them into a folder `below`, named so that they sort in the order in which they are sent; their paths.
+    """Write the bodies into a folder `below`; the order of their names is the order of sending. Returns the paths.
 
-    `base` is the plan's folder. Raises BenchError where one that the work names is missing.
+    `base` is the plan's folder. Raises BenchError if a file of the work is missing.
     """
     folder = below / work.slug
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A virtual environment for each system that has pins: they win, and torch comes from the environment that runs."""
+"""A virtual environment for each system with pinned packages; torch and the rest come from the running environment."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _LIMIT_S = 900
 
 
 def python_for(program: Program, folder: Path) -> Path:
-    """The Python that runs a program; its environment is made below `folder` where it is not there yet.
+    """The Python that runs a program; its environment is made below `folder` if it is missing.
 
-    Raises BenchError where pip fails; its own words are then in `folder`/NAME.log.
+    Raises BenchError if pip fails; pip's output is in `folder`/NAME.log.
     """
     if not program.dependencies:
         return Path(sys.executable)
@@ -34,7 +34,8 @@ def python_for(program: Program, folder: Path) -> Path:
     log = folder / f"{program.key}.log"
     _run([sys.executable, "-m", "venv", str(home)], log, program)
     (site,) = (home / "lib").glob("python*/site-packages")
-    # Before pip runs, so that it takes what is there for installed. A .pth file's folders come after the environment's.
+    # Before pip runs, so that pip sees the shared packages. The pinned packages come first: a .pth file adds folders at
+    # the end of the path.
     (site / "bench.pth").write_text("".join(f"{path}\n" for path in _shared()), "utf-8")
     pip = [str(python), "-m", "pip", "install", "--no-compile", "--disable-pip-version-check"]
     _run([*pip, *program.dependencies], log, program)
@@ -43,7 +44,7 @@ def python_for(program: Program, folder: Path) -> Path:
 
 
 def _shared() -> list[str]:
-    """Where the packages of the Python that runs are, and this package, which an editable install has elsewhere."""
+    """The folders of the running environment's packages, and of this package, which may be an editable install."""
     return [sysconfig.get_path("purelib"), str(Path(torchserve_dag.__file__).parents[1])]
 
 

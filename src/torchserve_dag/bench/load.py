@@ -17,7 +17,7 @@ from torchserve_dag.bench.window import Counts, Window
 from torchserve_dag.server import json_module
 
 _CONNECTIONS = 8
-"""Over gRPC, which sends many requests over one, as many clients do who share a channel."""
+"""gRPC connections; each carries many requests at a time, like a channel that many clients share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,16 @@ class Spec:
     bodies: list[str]
     """Files, sent in turn."""
     seconds: float
-    """Of the window; likewise below."""
+    """The length of the window."""
     warm_up: float
-    """Before it, at least: it begins when every client of a closed loop has had an answer."""
+    """The least time before the window, in seconds; it begins when every client of a closed loop has an answer."""
     clients: int | None = None
     rate: float | None = None
     seed: int = 0
     limit: float = 30.0
-    """A request that takes longer is an error."""
+    """The time limit of a request, in seconds; a longer one is an error."""
     answer_ends: bool = False
-    """Whether an answer is only the end of the content that comes, behind what a protocol puts before it."""
+    """Whether the answer is only the end of the content: a protocol's framing precedes it."""
 
     def __post_init__(self) -> None:
         if (self.clients is None) == (self.rate is None):
@@ -63,7 +63,7 @@ class Spec:
 
 
 async def run(spec: Spec, bodies: list[bytes]) -> Counts:
-    """Send the load and wait for what is out at the end."""
+    """Send the load, and wait for the requests that are outstanding at the end."""
     window = Window(Answers(len(bodies), at_end=spec.answer_ends))
     sender = _sender(spec, bodies)
     loop: Loop
@@ -78,7 +78,7 @@ async def run(spec: Spec, bodies: list[bytes]) -> Counts:
     await asyncio.sleep(spec.seconds)
     window.end()
     loop.stop()
-    await _set(loop.quiet, spec.limit)  # the next load finds a server that is done with this one
+    await _set(loop.quiet, spec.limit)  # the next load must not find requests of this one
     await sender.close()
     return window.counts()
 

@@ -34,7 +34,7 @@ class Loads:
     first: bool = True
 
     def run(self) -> Iterator[tuple[str, LoadRow | None]]:
-        """What is measured next, and then its row. Raises BenchError."""
+        """For each load, what is measured next, and then its row. Raises BenchError."""
         protocols: list[Protocol] = ["rest", "grpc"] if self.system.serving.grpc else ["rest"]
         for protocol in protocols:
             best = 0.0

@@ -1,4 +1,4 @@
-"""How requests follow one another: clients that wait for their answers, or arrivals that wait for nothing."""
+"""Closed loops, whose clients wait for their answers, and open loops, whose arrivals wait for nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torchserve_dag.bench.sender import Answer, Sender
 from torchserve_dag.bench.window import Window
 
 PAUSE_S = 0.1
-"""A client of a closed loop whose request failed waits before it asks again, as clients do."""
-MOST_OUT = 2000
-"""An open loop holds no more requests than this; further arrivals count as not sent."""
+"""How long a client of a closed loop waits after a failed request."""
+MOST_OUTSTANDING = 2000
+"""The most outstanding requests of an open loop; further arrivals count as not sent."""
 
 
 class Loop(ABC):
-    """Requests that follow one another. The bodies are sent in turn."""
+    """Sends requests until it is stopped, the bodies in turn."""
 
     def __init__(self, sender: Sender, window: Window, bodies: int) -> None:
         self._sender = sender
@@ -26,35 +26,35 @@ class Loop(ABC):
         self._next = 0
         self._stopped = False
         self._loop = asyncio.get_running_loop()
-        self._out = 0
+        self._outstanding = 0
         self.steady = asyncio.Event()
-        """Set when the server is as busy with it as it will be."""
+        """Set when the load has reached its steady state."""
         self.quiet = asyncio.Event()
-        """Set when it has stopped, and nothing is out."""
+        """Set when the loop is stopped and no request is outstanding."""
 
     @abstractmethod
     def start(self) -> None:
-        """Begin to send."""
+        """Begin to send requests."""
 
     def stop(self) -> None:
-        """Send no more."""
+        """Send no more requests."""
         self._stopped = True
-        self._look()
+        self._check_quiet()
 
     def _send(self, began: float) -> None:
         body = self._next
         self._next = (body + 1) % self._bodies
-        self._out += 1
+        self._outstanding += 1
         self._sender.send(body, partial(self._ended, body, began))
 
     def _ended(self, body: int, began: float, answer: Answer) -> None:
-        self._out -= 1
+        self._outstanding -= 1
         self._window.ended(body, self._loop.time() - began, answer)
         if self._stopped:
-            self._look()
+            self._check_quiet()
 
-    def _look(self) -> None:
-        if not self._out:
+    def _check_quiet(self) -> None:
+        if not self._outstanding:
             self.quiet.set()
 
 
@@ -65,8 +65,8 @@ class ClosedLoop(Loop):
         super().__init__(sender, window, bodies)
         self._clients = clients
         self._began = 0.0
-        self._waiting = clients
-        """How many clients are without an answer. When none is, those that follow come evenly."""
+        self._without_answer = clients
+        """The clients that wait for their first answer. When every client has one, answers arrive evenly."""
 
     def start(self) -> None:
         self._began = self._loop.time()
@@ -76,8 +76,8 @@ class ClosedLoop(Loop):
     def _ended(self, body: int, began: float, answer: Answer) -> None:
         super()._ended(body, began, answer)
         if began == self._began:
-            self._waiting -= 1
-            if not self._waiting:
+            self._without_answer -= 1
+            if not self._without_answer:
                 self.steady.set()
         if self._stopped:
             return
@@ -92,15 +92,15 @@ class ClosedLoop(Loop):
 
 
 class OpenLoop(Loop):
-    """Poisson arrivals at `rate` a second, alike for a `seed`.
+    """Poisson arrivals at `rate` a second, the same for the same `seed`.
 
-    A latency is counted from the arrival as it was planned, so that a generator that is held up hides no wait.
+    A latency is counted from the planned arrival, so that a delayed load generator hides no waiting time.
     """
 
     def __init__(self, sender: Sender, window: Window, bodies: int, rate: float, seed: int) -> None:
         super().__init__(sender, window, bodies)
         self._rate = rate
-        self._chance = random.Random(seed)  # noqa: S311 (no secret)
+        self._random = random.Random(seed)  # noqa: S311 (no secret)
         self._planned = 0.0
 
     def start(self) -> None:
@@ -109,15 +109,15 @@ class OpenLoop(Loop):
         self._arrive()
 
     def _arrive(self) -> None:
-        """Send all that is due, and come again for the next."""
+        """Send the requests whose arrival is due, and schedule the next arrival."""
         if self._stopped:
             return
         now = self._loop.time()
         while self._planned <= now:
-            if self._out < MOST_OUT:
+            if self._outstanding < MOST_OUTSTANDING:
                 self._window.sent(now - self._planned)
                 self._send(self._planned)
             else:
                 self._window.could_not_send()
-            self._planned += self._chance.expovariate(self._rate)
+            self._planned += self._random.expovariate(self._rate)
         self._loop.call_at(self._planned, self._arrive)

@@ -1,4 +1,4 @@
-"""Where a benchmark ran: what its figures cannot be read without."""
+"""The machine and the packages of a benchmark: its figures are comparable only with the same ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("torchserve-dag", "torch", "torchserve", "transformers", "pillow", 
 class Machine:
     processor: str
     cores: int
-    """Those that the benchmark may use."""
+    """The cores that the benchmark may use."""
     memory_gb: float
     system: str
     python: str

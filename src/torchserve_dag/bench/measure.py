@@ -1,4 +1,4 @@
-"""Rounds of works of systems: every figure of a round is measured close in time to those it is compared with."""
+"""Measures every system in rounds: figures that are compared with one another are measured close in time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from torchserve_dag.bench.window import percentiles
 
 T = TypeVar("T")
 Show = Callable[[str, int, int], None]
-"""What is done now; how many steps are done, of how many."""
+"""Called with the current step, the number of steps done, and the number of all steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """What is measured, and where things are."""
+    """What is measured, and the folders that it uses."""
 
     plan: BenchmarkFile
     base: Path
-    """The plan's folder: what the plan names is relative to it."""
+    """The plan's folder; the paths in the plan are relative to it."""
     programs: list[Program]
     environments: Path
     """The folder of the systems' virtual environments."""
@@ -42,7 +42,7 @@ class Benchmark:
 
 @dataclass(slots=True)
 class _Steps:
-    """Every (round, work, program or arrangement), and how many of them are done."""
+    """The steps of a benchmark, one for each (round, work, program or arrangement), and how many are done."""
 
     benchmark: Benchmark
     pythons: dict[str, Path]
@@ -51,14 +51,14 @@ class _Steps:
     total: int = 0
     done: int = 0
     known: set[tuple[int, str, str]] = field(default_factory=set)
-    """What was measured before; it is not measured again."""
+    """The steps that an earlier run has measured."""
 
     def say(self, text: str) -> None:
         self.show(text, self.done, self.total)
 
 
 def measure(benchmark: Benchmark, show: Show) -> None:
-    """Measure what the results do not have yet, and append it to them as it comes.
+    """Measure what is missing in the results, and append each row when it is measured.
 
     Raises BenchError where a work has no bodies or workflow, or an environment cannot be made. A system that does not
     start, or ends while it is measured, becomes a row that says so.
@@ -69,16 +69,16 @@ def measure(benchmark: Benchmark, show: Show) -> None:
             for step in rotated(_steps_of(benchmark, work), number - 1):
                 name = step.key if isinstance(step, Program) else str(step)
                 if (number, work.name, name) not in steps.known:
-                    said = f"round {number} of {benchmark.plan.rounds}: {work.name}: "
+                    title = f"round {number} of {benchmark.plan.rounds}: {work.name}: "
                     if isinstance(step, Program):
-                        _measure_system(steps, number, work, step, said + step.name)
+                        _measure_system(steps, number, work, step, title + step.name)
                     else:
-                        _measure_bare(steps, number, work, step, f"{said}bare loop, {step}")
+                        _measure_bare(steps, number, work, step, f"{title}bare loop, {step}")
                 steps.done += 1
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:
-    """So that none is always the first, when the machine is cool, nor always after the same one."""
+    """The items in another order for each round: no system is always first, when the machine is cool."""
     first = by % len(items) if items else 0
     return [*items[first:], *items[:first]]
 
@@ -120,9 +120,9 @@ def _program(benchmark: Benchmark, key: str) -> Program:
     return next(program for program in benchmark.programs if program.key == key)
 
 
-def _measure_bare(steps: _Steps, number: int, work: Workload, arrangement: Arrangement, said: str) -> None:
+def _measure_bare(steps: _Steps, number: int, work: Workload, arrangement: Arrangement, title: str) -> None:
     benchmark, log = steps.benchmark, _log(steps.benchmark, number, work, BARE)
-    steps.say(said)
+    steps.say(title)
     command = [str(steps.pythons[BARE]), _program(benchmark, BARE).path]
     folder = steps.bodies[work.name][0].parent
     try:
@@ -144,16 +144,16 @@ def _measure_bare(steps: _Steps, number: int, work: Workload, arrangement: Arran
     rows.append(benchmark.results, [row])
 
 
-def _measure_system(steps: _Steps, number: int, work: Workload, program: Program, said: str) -> None:
+def _measure_system(steps: _Steps, number: int, work: Workload, program: Program, title: str) -> None:
     benchmark, log = steps.benchmark, _log(steps.benchmark, number, work, program.key)
-    steps.say(f"{said}: starting")
+    steps.say(f"{title}: starting")
     startup_s = memory_mb = problem = None
     try:
         with started(steps.pythons[program.key], Path(program.path), benchmark.base / work.workflow, log) as system:
             startup_s = system.startup_s
             loads = Loads(benchmark.plan, number, work, program, system, steps.bodies[work.name], log)
             for what, row in loads.run():
-                steps.say(f"{said}: {what}")
+                steps.say(f"{title}: {what}")
                 if row is not None:
                     rows.append(benchmark.results, [row])
             memory_mb = system.memory_mb()

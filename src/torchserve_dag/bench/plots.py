@@ -17,10 +17,10 @@ _OTHERS = ("#c2571a", "#3c8d5a", "#8a4fb5", "#a3842c", "#b03a5b", "#4b8fa3", "#6
 _MARKERS = "osD^vPX*"
 _LINES = {"rest": "-", "grpc": (0, (4, 2))}
 _ENOUGH = 3
-"""Numbers of clients that make a line worth drawing."""
+"""The fewest points of a line that is drawn."""
 
 _WORTH_COMPARING = 0.1
-"""The part of the bare loop's rate that some system reaches, for ratios to be drawn."""
+"""Ratios to the bare loop are drawn if some system's ratio is above this; else rates are drawn."""
 
 Points = list[tuple[float, float]]
 Series = list[tuple[SystemSummary, Points]]
@@ -52,7 +52,7 @@ def _of_work(drawing: _Drawing, work: WorkloadSummary) -> list[str]:
             files += drawing.lines(
                 f"{slug}-rate", ratios, title, "clients", "rate / bare loop's rate", log_x=True, one="bare loop"
             )
-        else:  # the bare loop has next to nothing to do, and says nothing of a server
+        else:  # the bare loop does next to nothing in this work, so its rate is no baseline
             rates = _each(work, lambda one: [(c.clients, c.rps) for c in one.closed])
             files += drawing.lines(f"{slug}-rate", rates, title, "clients", "requests a second", log_x=True)
     if len(work.work.open) >= _ENOUGH:

@@ -1,4 +1,4 @@
-"""The summary as Markdown: for each work, what the bare loop does, and every system beside it."""
+"""The summary as Markdown: for each work, the bare loop and every system."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _OPEN = (
     " ms, counted from the planned arrival; what was refused, and how fast, p50 / p99 in ms:"
 )
 _LATE_MS = 5.0
-"""Asyncio wakes within a millisecond; a load generator that is later than this had to wait for a core."""
-_WORTH_SAYING = 0.01
-"""Where the bare loop has next to nothing to do, its rate says nothing of a server."""
+"""Asyncio wakes within a millisecond; a load generator that is later than this waited for a core."""
+_LEAST_RATIO = 0.01
+"""A smaller ratio is left out: the bare loop does next to nothing in that work, so its rate is no baseline."""
 _TEN, _HUNDRED = 10, 100
 
 
@@ -32,7 +32,7 @@ def markdown(summary: Summary, pictures: dict[str, list[str]]) -> str:
 
 
 def label(system: SystemSummary) -> str:
-    """A system's name as it stands in tables and pictures."""
+    """A system's name in tables and pictures."""
     return system.name if system.protocol == "rest" else f"{system.name}, {_PROTOCOLS[system.protocol]}"
 
 
@@ -157,7 +157,7 @@ def _remarks(found: WorkloadSummary) -> Iterable[str]:
         if problem:
             yield f"- {name}: {problem}"
     for system in found.systems:
-        for name, text in system.said.items():
+        for name, text in system.error_texts.items():
             yield f"- {label(system)}, the first {name}: `{text}`"
         if system.other_objects:
             yield f"- {label(system)} finds another number of objects than most in {system.other_objects} bodies."
@@ -177,7 +177,7 @@ def _accepted(one: Open) -> str:
 
 
 def _rate(one: Closed) -> str:
-    return _figure(one.rps) + ("" if one.ratio is None or one.ratio < _WORTH_SAYING else f" ({one.ratio:.2f})")
+    return _figure(one.rps) + ("" if one.ratio is None or one.ratio < _LEAST_RATIO else f" ({one.ratio:.2f})")
 
 
 def _three(found: Percentiles | None) -> str:
@@ -193,7 +193,7 @@ def _name(system: SystemSummary) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Three digits, as many as are worth reading."""
+    """A number with three digits; more are noise."""
     if value is None:
         return _NONE
     return f"{value:,.0f}" if value >= _HUNDRED else f"{value:.1f}" if value >= _TEN else f"{value:.2f}"

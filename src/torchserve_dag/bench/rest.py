@@ -147,7 +147,7 @@ class _Connection(asyncio.BufferedProtocol):
         answer = self._reader.closed()
         if answer is not None:
             self._end(Answer(answer.status, answer.content))
-        elif self._used and not self._reader.begun:  # closed for being idle, while the request was on its way
+        elif self._used and not self._reader.begun:  # closed as idle, while the request was on its way
             self._sender.open(self._body, done, self.sent)
         else:
             self._end(Answer(0, reason=LOST))

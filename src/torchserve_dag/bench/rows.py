@@ -17,16 +17,16 @@ Protocol = Literal["rest", "grpc"]
 
 @dataclass(frozen=True, slots=True)
 class SystemRow:
-    """One start of a system; written after its loads, so that it says that they are complete."""
+    """One start of a system; written after its loads, so a start without this row is incomplete."""
 
     round: int
     work: str
     system: str
     startup_s: float | None = None
     memory_mb: float | None = None
-    """At the end of its loads, of all its processes (PSS)."""
+    """The memory of all its processes after its loads; shared pages count once (PSS)."""
     problem: str | None = None
-    """Why it was not measured, or not to the end."""
+    """Why the measurement failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,13 @@ class LoadRow:
     cpu_ms: float
     """The system's CPU time for each answer."""
     clients: int | None = None
-    """Of a closed loop."""
+    """The number of clients of a closed loop."""
     percent: int | None = None
-    """Of an open loop: its rate, in per cent of the best closed loop of this start and protocol."""
+    """The rate of an open loop, in per cent of the best closed loop of this start and protocol."""
     rate: float | None = None
-    """Arrivals a second."""
+    """The rate of an open loop, in arrivals per second."""
     batches: dict[str, float] = field(default_factory=dict)
-    """The mean batch of each node, where the system tells."""
+    """The mean batch of each node, if the system has such a metric."""
 
 
 @dataclass(frozen=True, slots=True)

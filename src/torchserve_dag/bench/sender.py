@@ -12,18 +12,18 @@ LOST = "connection lost"
 UNREACHABLE = "cannot connect"
 
 REFUSED = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
-"""How a server says that it has too much to do."""
+"""The statuses of a server that refuses requests because it is overloaded."""
 
 
 class Answer(NamedTuple):
-    """How a request ended: with a status and content, or for a reason that no server gave."""
+    """How a request ended: with a status and content, or without an answer for some reason."""
 
     status: int
-    """HTTP's, over gRPC too; 0 where no answer came."""
+    """The HTTP status, over gRPC too; 0 without an answer."""
     content: bytes = b""
-    """The answer, or what was said instead of one."""
+    """The answer's body, or the error's text."""
     reason: str = ""
-    """Why no answer came, or gRPC's own name of its status."""
+    """Why no answer came, or the name of gRPC's status."""
 
     @property
     def ok(self) -> bool:
@@ -34,7 +34,7 @@ Done = Callable[[Answer], None]
 
 
 class Sender(ABC):
-    """The connections to one server. It belongs to the event loop that runs when it is made."""
+    """The connections to one server. It belongs to the event loop that is running when it is made."""
 
     @abstractmethod
     def send(self, body: int, done: Done) -> None:
@@ -42,4 +42,4 @@ class Sender(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Give the connections back; what is outstanding is dropped."""
+        """Close the connections; outstanding requests are dropped."""

@@ -1,4 +1,4 @@
-"""What the rows of all rounds come to: medians, and ratios to the bare loop of the same round."""
+"""The summary of all rounds: medians, and ratios to the bare loop of the same round."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """A closed loop. Rates are a second, latencies in ms."""
+    """A closed loop. Rates are requests per second, latencies are in ms."""
 
     clients: int
     rps: float
     spread: float
-    """How far the rounds lie apart: highest less lowest, over the median."""
+    """The spread of the rounds: (highest - lowest) / median."""
     ratio: float | None
-    """To the best arrangement of the bare loop; None where that was not measured."""
+    """The rate divided by that of the best arrangement of the bare loop; None if that was not measured."""
     latency_ms: Percentiles | None
 
 
@@ -36,12 +36,12 @@ class Open:
 
     percent: int
     latency_ms: Percentiles | None
-    """Of what was answered with success; None where nothing was."""
+    """Of the successful requests; None without any."""
     refused: float
-    """The part of all that ended that was refused."""
+    """The share of the requests that were refused."""
     refused_ms: Percentiles | None
     not_sent: int
-    """In all rounds."""
+    """The sum of all rounds."""
     late_ms: Percentiles | None
     """How much later than planned requests were sent."""
 
@@ -59,14 +59,14 @@ class SystemSummary:
     memory_mb: float | None
     startup_s: float | None
     batches: dict[str, float]
-    """Of each node, with the most clients."""
+    """The mean batch of each node, with the most clients."""
     errors: dict[str, int]
-    """In all windows of all rounds; likewise below."""
+    """The sums of all windows of all rounds; likewise below."""
     different: int
     other_objects: int
-    """For how many bodies it finds another number of objects than most systems do."""
-    said: dict[str, str]
-    """What came with the first of each error, where something did."""
+    """The number of bodies for which its number of objects differs from that of most systems."""
+    error_texts: dict[str, str]
+    """For each kind of error, the first text that came with it."""
     problem: str | None
 
 
@@ -86,17 +86,17 @@ class WorkloadSummary:
     work: Workload
     bare: list[BareSummary]
     best_rps: float | None
-    """Of the bare loop: the best arrangement of each round, and the median of these."""
+    """The rate of the bare loop's best arrangement of each round, the median of these."""
     best_p50_ms: float | None
     systems: list[SystemSummary]
-    """The highest rate with the most clients first."""
+    """Sorted by the rate with the most clients, the highest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     run: BenchmarkRun
     rounds: int
-    """How many have been begun."""
+    """The number of rounds that have begun."""
     works: list[WorkloadSummary]
     client_cpu_us: dict[str, float]
     """The load generator's own CPU time for each request, by protocol."""
@@ -172,9 +172,9 @@ def _system(
         startup_s=_median(row.startup_s for row in starts if row.startup_s is not None),
         batches={node: median(row.batches[node] for row in busiest if node in row.batches) for node in nodes},
         errors=dict(errors),
-        said={name: text for row in reversed(own) for name, text in row.counts.said.items()},
+        error_texts={name: text for row in reversed(own) for name, text in row.counts.error_texts.items()},
         different=sum(row.counts.different for row in own),
-        other_objects=max((_others(row.counts.found, usual) for row in own), default=0),
+        other_objects=max((_others(row.counts.objects_by_body, usual) for row in own), default=0),
         problem=next((row.problem for row in starts if row.problem), None),
     )
 
@@ -221,8 +221,8 @@ def _rps(row: LoadRow) -> float:
 
 
 def _usual(rows: Iterable[LoadRow]) -> list[int | None]:
-    """The number of objects that most systems find, for each body."""
-    by_system = {row.system: row.counts.found for row in rows}
+    """For each body, the number of objects in the answers of most systems."""
+    by_system = {row.system: row.counts.objects_by_body for row in rows}
     found = [[count for count in of if count is not None] for of in zip(*by_system.values(), strict=False)]
     return [Counter(counts).most_common(1)[0][0] if counts else None for counts in found]
 
@@ -232,7 +232,7 @@ def _others(found: list[int | None], usual: list[int | None]) -> int:
 
 
 def _percentiles(found: Iterable[Percentiles | None]) -> Percentiles | None:
-    """The median over the rounds of each."""
+    """The median over the rounds of each percentile."""
     known = [one for one in found if one]
     if not known:
         return None

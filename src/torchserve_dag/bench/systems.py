@@ -24,7 +24,7 @@ from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.processes import alive, kill, wait
 
 MARK = "TORCHSERVE_DAG_BENCH"
-"""An environment variable that a system's processes have, those too that leave its process group."""
+"""An environment variable that marks a system's processes, also those that leave its process group."""
 
 _START_S = 300.0
 _STOP_S = 20.0
@@ -32,20 +32,20 @@ _STOP_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """What a program says of the server that it has started: its one line of JSON."""
+    """Where the server of a program listens: the line of JSON that the program prints when it serves."""
 
     rest: str
     headers: dict[str, str] = field(default_factory=dict)
     grpc: Grpc | None = None
     metrics: str | None = None
-    """Where Prometheus's text is."""
+    """The address of its metrics, in Prometheus's format."""
     answer_ends: bool = False
-    """Whether an answer is only the end of the content that comes, behind what a protocol puts before it."""
+    """Whether the answer is only the end of the content: a protocol's framing precedes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One that serves."""
+    """A system that is serving."""
 
     serving: Endpoints
     startup_s: float
@@ -54,14 +54,14 @@ class System:
 
     @property
     def ended(self) -> bool:
-        """Whether its program has ended by itself."""
+        """Whether the program has ended by itself."""
         return self.program.poll() is not None
 
     def processes(self) -> list[psutil.Process]:
         return _marked_by(self.mark)
 
     def memory_mb(self) -> float:
-        """Of all its processes; what they share counts once (PSS)."""
+        """The memory of all its processes; shared pages count once (PSS)."""
         total = 0
         for process in self.processes():
             with suppress(psutil.Error):
@@ -69,7 +69,7 @@ class System:
         return total / 1e6
 
     def cpu_s(self) -> float:
-        """What all its processes have used so far."""
+        """The CPU time of all its processes so far."""
         total = 0.0
         for process in self.processes():
             with suppress(psutil.Error):
@@ -80,7 +80,7 @@ class System:
 
 @contextmanager
 def started(python: Path, program: Path, workflow: Path, log: Path) -> Iterator[System]:
-    """Start a system, and stop it at the end. What it says goes to `log`. Raises BenchError where it does not serve."""
+    """Start a system, and stop it at the end. Its output goes to `log`. Raises BenchError if it does not serve."""
     mark, began = uuid.uuid4().hex, time.monotonic()
     with log.open("ab") as file:
         process = subprocess.Popen(  # noqa: S603 (a program of the plan)
@@ -116,7 +116,7 @@ def _serving(process: subprocess.Popen[bytes], log: Path) -> Endpoints:
 
 
 def _read(output: IO[bytes], lines: queue.SimpleQueue[bytes], log: Path) -> None:
-    """The first line; what follows is read too, for a full pipe would hold the program up."""
+    """Read the first line, and copy the others to the log: a full pipe would block the program."""
     lines.put(output.readline())
     with log.open("ab") as file:
         for line in output:
@@ -124,7 +124,7 @@ def _read(output: IO[bytes], lines: queue.SimpleQueue[bytes], log: Path) -> None
 
 
 def last_line(log: Path) -> str:
-    """What a program said last, for a person."""
+    """The last line of a program's log, for a message."""
     lines = log.read_text("utf-8", "replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
@@ -138,7 +138,7 @@ def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + _STOP_S
-    while (left := _marked_by(mark)) and time.monotonic() < deadline:  # they may start others meanwhile
+    while (left := _marked_by(mark)) and time.monotonic() < deadline:  # a process may have started another meanwhile
         kill(left)
         wait(left, 1.0)
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from torchserve_dag.bench.answers import Answers
 from torchserve_dag.bench.sender import REFUSED, Answer
 
-_SAID = 300
-"""How many bytes of an error are kept."""
+_TEXT_BYTES = 300
+"""How many bytes of an error's text are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of latencies, in ms."""
+    """Percentiles of latencies, in ms."""
 
     p50: float
     p95: float
@@ -26,39 +26,39 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one load of one window came to."""
+    """The counts of one load in one window."""
 
     seconds: float
     requests: int
-    """Answered with success."""
+    """Requests that were answered with success."""
     objects: int
-    """In their answers; 0 where these are not JSON with `objects`, a list or a number."""
+    """Objects in these answers; 0 for an answer that is not JSON with `objects`, a list or a number."""
     errors: dict[str, int]
-    """By HTTP status, by gRPC's own name where it stands for none, or by what went wrong before any answer."""
-    said: dict[str, str]
-    """What came with the first of each, where something did; its beginning."""
+    """By HTTP status, by gRPC's status where HTTP has none, or by the reason why no answer came."""
+    error_texts: dict[str, str]
+    """For each kind of error, the beginning of the first text that came with it."""
     refused: int
-    """Of the errors, those with which a server says that it has too much to do: status 429 and 503."""
+    """The errors with which an overloaded server refuses a request: status 429 and 503."""
     different: int
-    """Of the successes, those that are not as the first answer to the same body."""
+    """The successful answers that differ from the first answer to the same body."""
     not_sent: int
-    """Arrivals of an open loop for which too many requests were out already."""
+    """Arrivals of an open loop that were not sent, because too many requests were outstanding."""
     latency_ms: Percentiles | None
-    """Of the successes; None where there were none."""
+    """Of the successful requests; None without any."""
     refused_ms: Percentiles | None
     late_ms: Percentiles | None
-    """How much later than planned the requests of an open loop were sent. Their latencies hold it."""
+    """How much later than planned the requests of an open loop were sent; their latencies include this delay."""
     client_cpu_us: float
     """The load generator's own CPU time, per request that ended."""
     answered: int
-    """Every answer of the run with success, of the warm-up too and of what was still out when the window closed."""
-    found: list[int | None]
-    """How many objects the first answer to each body has; None where none came."""
+    """All successful answers of the run, with those of the warm-up and those that came after the window."""
+    objects_by_body: list[int | None]
+    """The number of objects in the first answer to each body; None for a body without an answer."""
 
 
 @dataclass(slots=True)
 class Window:
-    """Open from `begin` to `end`; it goes on noting how many answers come in all. Times are in seconds."""
+    """Counts what ends between `begin` and `end`, and all answers of the run. Times are in seconds."""
 
     answers: Answers
     requests: int = 0
@@ -68,7 +68,7 @@ class Window:
     not_sent: int = 0
     answered: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    said: dict[str, str] = field(default_factory=dict)
+    error_texts: dict[str, str] = field(default_factory=dict)
     _latencies: list[float] = field(default_factory=list)
     _refused: list[float] = field(default_factory=list)
     _late: list[float] = field(default_factory=list)
@@ -93,20 +93,20 @@ class Window:
             self.not_sent += 1
 
     def ended(self, body: int, latency: float, answer: Answer) -> None:
-        seen = self.answers.see(body, answer.content) if answer.ok else None
+        verdict = self.answers.judge(body, answer.content) if answer.ok else None
         self.answered += answer.ok
         if not self._open:
             return
-        if seen is not None:
+        if verdict is not None:
             self._latencies.append(latency)
             self.requests += 1
-            self.objects += seen.objects
-            self.different += not seen.same
+            self.objects += verdict.objects
+            self.different += not verdict.same
             return
         name = answer.reason or str(int(answer.status))
         self.errors[name] += 1
-        if answer.content and name not in self.said:
-            self.said[name] = " ".join(answer.content[:_SAID].decode("utf-8", "replace").split())
+        if answer.content and name not in self.error_texts:
+            self.error_texts[name] = " ".join(answer.content[:_TEXT_BYTES].decode("utf-8", "replace").split())
         if answer.status in REFUSED:
             self.refused += 1
             self._refused.append(latency)
@@ -118,7 +118,7 @@ class Window:
             requests=self.requests,
             objects=self.objects,
             errors=dict(self.errors),
-            said=self.said,
+            error_texts=self.error_texts,
             refused=self.refused,
             different=self.different,
             not_sent=self.not_sent,
@@ -127,12 +127,12 @@ class Window:
             late_ms=percentiles(self._late),
             client_cpu_us=1e6 * self._cpu / ended if ended else 0.0,
             answered=self.answered,
-            found=self.answers.objects(),
+            objects_by_body=self.answers.objects(),
         )
 
 
 def percentiles(seconds: Sequence[float]) -> Percentiles | None:
-    """The nearest ranks, in ms, of times in seconds."""
+    """Percentiles by nearest rank, in ms, of times in seconds."""
     if not seconds:
         return None
     ordered = sorted(seconds)
