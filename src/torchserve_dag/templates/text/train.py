@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 
 import torch
-from handlers.language import LanguageModel, trigrams
 from safetensors.torch import save_file
 from torch.nn import functional
+
+from handlers.language import LanguageModel, trigrams
 
 ROOT = Path(__file__).parent
 WEIGHTS = ROOT / "weights" / "language"
@@ -33,7 +34,7 @@ def main() -> None:
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(torch.cat(texts), starts), wanted)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     WEIGHTS.mkdir(parents=True, exist_ok=True)

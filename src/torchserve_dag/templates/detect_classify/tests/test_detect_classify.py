@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
 from torchserve_dag import Box, DetectedObject, Label, Labels, Objects, Photo, Workflow
 
+from workflows.detect_classify import crop, describe
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "workflows"))
-
-from detect_classify import crop, describe  # noqa: E402 (found by the line above)
-
 CUP = DetectedObject("cup", 0.9, Box(10, 20, 30, 60))
 
 

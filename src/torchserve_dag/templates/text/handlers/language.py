@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
 from torchserve_dag import Handler, InputError, Label, Labels, Placement, Text
 
 BUCKETS = 4096
