@@ -30,7 +30,14 @@ def blocks(kind: str) -> list[str]:
 
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
-    assert {name for name, _ in BLOCKS} == {"sh", "text", "yaml", "mermaid", "python"}
+    assert {name for name, _ in BLOCKS} == {
+        "sh",
+        "console",
+        "text",
+        "yaml",
+        "mermaid",
+        "python",
+    }  # console: test_wheel.py
     assert blocks("sh")[0] == SCRIPTS  # the first is run below, and the second is what runs this
 
 
