@@ -206,6 +206,7 @@ def test_options_are_headers(rest: Callable[..., Any], parameters: dict[str, str
     for method in ("predict", "stream"):
         run(getattr(rest(server), method)("a", b"GIF8 x", parameters=parameters, options=OPTIONS))
 
+    assert len(server.requests) >= 2
     for request in server.requests:
         assert {name: value for name, value in request.headers.items() if name in ASKED} == ASKED
         assert b"GIF8 x" in request.content

@@ -1,7 +1,8 @@
-"""Where boxes, labels and lines go, in columns from left to right.
+"""The places of boxes, labels and lines, in columns from left to right.
 
-After Sugiyama: an edge over several columns becomes a chain of points, one in each, and so does its label; the points
-of each column are ordered by the mean place of what they are joined to, and then moved apart no more than they must be.
+After Sugiyama: an edge over several columns becomes a chain of points, one in each column, and its label is one of
+them. The points of each column are ordered by the mean place of their neighbours, which leaves few crossings, and then
+moved apart as little as possible.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 _GAP, _TIGHT = 22.0, 9.0
-"""Between two boxes in a column; between labels or lines."""
+"""The gap between two boxes in a column, and between labels or lines."""
 _BEND = 26.0
-"""How wide a line's bend is."""
+"""The width of a line's bend."""
 PORT = 12.0
-"""Between two lines at one side of a box, if it is high enough."""
+"""The gap between two lines at the side of a box that is high enough."""
 _SWEEPS = 24
 _STILL = 0.05
-"""Where nothing moves further in a sweep, all are in their places."""
+"""The sweeps end when no point moves further than this."""
 _STIFF = 30.0
-"""How much harder a line holds to itself than to its boxes."""
+"""The weight of a straight line, against 1 for a place near its boxes."""
 
 
 @dataclass(slots=True, eq=False)
 class Point:
-    """A box, an edge's label, or where an edge passes: its middle, and its size."""
+    """A box, an edge's label, or a place where an edge crosses a column. `x` and `y` are its middle."""
 
     column: int
-    """Even for boxes, odd for labels between them."""
+    """Boxes are in even columns, labels in odd ones."""
     width: float = 0.0
     height: float = 0.0
     x: float = 0.0
@@ -51,7 +52,7 @@ class Link:
 @dataclass(frozen=True, slots=True)
 class Route:
     level: Sequence[tuple[float, float, float]]
-    """Where the line is level: from x, to x, at y. Between these it bends."""
+    """The level parts of the line: from x, to x, at y. Between them the line bends."""
     label: Point
 
 
@@ -65,7 +66,7 @@ class Layout:
 
 
 def layout(sizes: Mapping[str, tuple[int, float, float]], links: Sequence[Link]) -> Layout:
-    """The places of boxes, of which each has a column, a width and a height; a link leads to a later column."""
+    """Lay out boxes, given as (column, width, height) by name; a link leads to a later column."""
     boxes = {name: Point(2 * column, width, height, gap=_GAP) for name, (column, width, height) in sizes.items()}
     chains = [_chain(boxes[link.start], boxes[link.end], link) for link in links]
     points = [*boxes.values(), *(point for chain in chains for point in chain[1:-1])]
@@ -93,7 +94,7 @@ def layout(sizes: Mapping[str, tuple[int, float, float]], links: Sequence[Link])
 
 
 def _chain(start: Point, end: Point, link: Link) -> list[Point]:
-    """From box to box, a point in each column between; the last has the label."""
+    """The points of an edge: both boxes, and one in each column between them; the last of these is the label."""
     between = [Point(column) for column in range(start.column + 1, end.column)]
     between[-1].width, between[-1].height = link.width, link.height
     chain = [start, *between, end]
@@ -129,7 +130,7 @@ def _crossings(columns: Sequence[Sequence[Point]]) -> int:
 
 
 def _move_apart(columns: Sequence[Sequence[Point]]) -> None:
-    """Give each point its y: near what it is joined to, in its column's order, and clear of its neighbours."""
+    """Give each point its y: near its neighbours in the chain, in its column's order, without overlaps."""
     for sweep in range(10 * _SWEEPS):
         furthest = 0.0
         for column in columns if sweep % 2 == 0 else reversed(columns):
@@ -143,9 +144,9 @@ def _move_apart(columns: Sequence[Sequence[Point]]) -> None:
 
 
 def _pull(point: Point) -> tuple[float, float]:
-    """Where a point would be best, and how much that matters.
+    """The best y of a point, and its weight.
 
-    Lines are stiff, and what many are joined to pulls each of them less.
+    Straight lines weigh more, and a box with many lines weighs less for each of them.
     """
     joined = [(q, len(q.after)) for q in point.before] + [(q, len(q.before)) for q in point.after]
     weights = [(_STIFF if q.gap == point.gap == _TIGHT else 1) / many**2 for q, many in joined]
@@ -154,11 +155,11 @@ def _pull(point: Point) -> tuple[float, float]:
 
 
 def spread(pulls: Sequence[tuple[float, float]], gaps: Sequence[float]) -> list[float]:
-    """The places nearest to those wanted, by least squares with a weight for each, in order and with gaps between."""
+    """The places nearest to the wanted ones (weighted least squares) that keep the order and the gaps."""
     offsets = [0.0]
     for gap in gaps:
         offsets.append(offsets[-1] + gap)
-    blocks: list[tuple[float, float, int]] = []  # a mean, its weight, and of how many: pool adjacent violators
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, count: pool adjacent violators
     for (want, pull), offset in zip(pulls, offsets, strict=False):
         mean, weight, count = want - offset, pull, 1
         while blocks and blocks[-1][0] > mean:
@@ -171,7 +172,7 @@ def spread(pulls: Sequence[tuple[float, float]], gaps: Sequence[float]) -> list[
 
 
 def _across(columns: Sequence[Sequence[Point]]) -> tuple[list[tuple[float, float]], float]:
-    """Give each point its x; where each column begins and ends, and how wide all are."""
+    """Give each point its x. Returns the span of each column, and the width of all."""
     spans: list[tuple[float, float]] = []
     left = 0.0
     for i, column in enumerate(columns):
@@ -184,7 +185,7 @@ def _across(columns: Sequence[Sequence[Point]]) -> tuple[list[tuple[float, float
 
 
 def _ports(boxes: Mapping[str, Point], chains: Sequence[list[Point]], side: int) -> dict[int, float]:
-    """The y at which each line leaves its box (side -1) or arrives at it (1): level with its next point, if it can."""
+    """The y at which each line leaves its box (side -1) or reaches it (1): level with the next point, if possible."""
     leaves: dict[int, float] = {}
     for box in boxes.values():
         mine = [i for i, chain in enumerate(chains) if chain[-1 if side == 1 else 0] is box]

@@ -12,7 +12,7 @@ _WORDS = {
     "answer", "call", "classDef", "click", "default", "end", "flowchart", "graph", "href", "interpolate", "linkStyle",
     "style", "subgraph",
 }  # fmt: skip
-"""Node names that mean something else to Mermaid, or here; and those that begin with a _."""
+"""Node names that are reserved, in Mermaid or here; names that begin with _ are too."""
 
 
 def mermaid(graph: Graph, live: LiveRates | None = None) -> str:
@@ -24,7 +24,7 @@ def _lines(drawn: Picture, within: str, indent: str) -> Iterable[str]:
     for shape in drawn.shapes:
         lines = [indent + line for line in _shape(shape, within)]
         end = _id(shape.name, within)
-        if shape.name == ANSWER:  # it is what its arrows lead to, and needs no line of its own
+        if shape.name == ANSWER:  # the arrows to it define it
             end = lines.pop().strip()
         yield from lines
         for arrow in drawn.arrows:
@@ -44,7 +44,7 @@ def _shape(shape: Shape, within: str) -> Iterable[str]:
         title = ": ".join([f"<b>{shape.title}</b>", *(_text(row.text) for row in shape.rows[:first])])
         yield f'subgraph {name}["{title}"]'
         yield "  direction LR"
-        if more := [_text(row.text) for row in shape.rows[first:]]:  # in the title they would run into what is inside
+        if more := [_text(row.text) for row in shape.rows[first:]]:  # in the title they would overlap the nodes inside
             yield f'  {name}-0>"{"<br/>".join(more)}"]'
         for i, inner in enumerate(shape.inner):
             yield from _lines(inner, f"{name}-{i}-" if i else f"{name}-", "  ")

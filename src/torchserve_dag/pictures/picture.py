@@ -23,7 +23,7 @@ _DRAWN_FIRST: tuple[DrawnAs, ...] = (
     "model",
     "function",
 )
-"""How a node is drawn that may run code of several kinds: as the first of these."""
+"""A node that may run code of several kinds is drawn as the first of these kinds that it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,13 @@ class NodeRates:
     """The work of a node's code on a server, measured over a few seconds."""
 
     items_s: float
-    """Items per second; so are the next two."""
+    """In items per second, like the next two."""
     failures_s: float
     skipped_s: float
     batch: float
     """The mean number of items in a batch."""
     run_s: float
-    """The mean time of a batch, in seconds; so are the next two."""
+    """The mean run time of a batch, in seconds, like the next two."""
     run_p95_s: float
     wait_s: float
     """The mean time of an item in the queue."""

@@ -19,10 +19,10 @@ _WIDTHS = {0.36: " '!ijl,./:;\\|IJf-", 0.43: '"()[]tr·', 0.59: "*_`cszk?xvyFL",
 _WIDTH = {character: width for width, characters in _WIDTHS.items() for character in characters}
 _SIZES = {"title": 14.0, "label": 11.0}
 _SIZE = 12.0
-"""Of a row's text."""
+"""The font size of a row's text."""
 _LONGEST = {"label": 130.0}
 _LONG = 205.0
-"""Where a line of text is wrapped, if it can be."""
+"""The width at which a line of text is wrapped, if possible."""
 _LINE, _PAD, _HEATS, _MARGIN = 1.35, 12.0, 5, 16.0
 
 _LIGHT = {"paper": "#ffffff", "ink": "#1f2328", "quiet": "#59636e", "line": "#6e7781", "amber": "#8a4600",
@@ -87,7 +87,7 @@ def _picture(drawn: Picture) -> _Drawn:
 
 
 def _box(shape: Shape, lines: int) -> _Drawn:
-    """A box with its title and rows, and what is inside it below; high enough for that many lines at a side."""
+    """A box: its title and rows, the workflows inside it below, and room for `lines` lines at each side."""
     texts = [("title", shape.title), *((row.kind, line) for row in shape.rows for line in _wrap(row.kind, row.text))]
     inner = [_picture(workflow) for workflow in shape.inner]
     several = sum(row.kind == "runs" for row in shape.rows) > 1
@@ -100,7 +100,7 @@ def _box(shape: Shape, lines: int) -> _Drawn:
     parts: list[str] = []
     for indent, (kind, text) in zip(indents, texts, strict=True):
         y += _height(kind)
-        look = "runs" if shape.heat and kind != "title" else kind  # no other ink is readable on every heat
+        look = "runs" if shape.heat and kind != "title" else kind  # no other colour of text is readable on every heat
         parts.append(_text(look, _PAD + indent if several or inner else None, width, y, text))
     for drawn in inner:
         parts += _moved(drawn.parts, (width - drawn.width) / 2, height)
@@ -113,7 +113,7 @@ def _box(shape: Shape, lines: int) -> _Drawn:
 
 
 def _line(arrow: Arrow, route: Route) -> Iterable[str]:
-    """From box to box: level where the route is, bent between, and an arrow's head at its end."""
+    """The line of a route, with an arrowhead at its end."""
     from_, x, y = route.level[-1]
     levels = [*route.level[:-1], (min(from_, x - 8), x - 8, y)]
     path = f"M{_n(levels[0][0])} {_n(levels[0][2])}H{_n(levels[0][1])}"
@@ -128,7 +128,7 @@ def _line(arrow: Arrow, route: Route) -> Iterable[str]:
 
 
 def _label(lines: Sequence[str]) -> _Drawn:
-    """An edge's, which hides the line below it."""
+    """The label of an edge; its background hides the line."""
     if not lines:
         return _Drawn(0.0, 0.0, ())
     width, height = max(_measure("label", line) for line in lines) + 8, len(lines) * _height("label")
@@ -138,7 +138,7 @@ def _label(lines: Sequence[str]) -> _Drawn:
 
 
 def _text(kind: str, left: float | None, width: float, below: float, text: str) -> str:
-    """A line of text that begins at `left`, or else is in the middle of the width."""
+    """A line of text that begins at `left`; with None it is centred in the width."""
     place = f'x="{_n(width / 2)}" text-anchor="middle"' if left is None else f'x="{_n(left)}"'
     shown = "".join(c if c.isprintable() else " " for c in text)
     return f'<text class="{kind}" {place} y="{_n(below - 0.26 * _height(kind))}">{escape(shown)}</text>'
@@ -149,12 +149,12 @@ def _moved(parts: Sequence[str], x: float, y: float) -> list[str]:
 
 
 def _height(kind: str) -> float:
-    """Of a line of text."""
+    """The height of a line of text."""
     return _LINE * _SIZES.get(kind, _SIZE)
 
 
 def _measure(kind: str, text: str) -> float:
-    """How wide a text is at the most."""
+    """The greatest width of a text."""
     share = 1.13 if kind == "title" else 1.0  # bold
     return share * _SIZES.get(kind, _SIZE) * sum(_WIDTH.get(c, 0.65 if c.isascii() else 1.0) for c in text)
 
