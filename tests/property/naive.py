@@ -40,7 +40,7 @@ class Fail:
     message: str | None
     """None: any message."""
     node: str
-    """`NODE`, or `NODE/NODE` in a workflow inside."""
+    """`NODE`, or `NODE/NODE` in a sub-workflow."""
     call: Call | None = None
 
 
@@ -87,7 +87,7 @@ class _Book:
 
 
 class _Request:
-    """A request's way through a workflow, or an item's through a workflow inside."""
+    """A request's way through a workflow, or an item's through a sub-workflow."""
 
     def __init__(self, flow: Flow, parameters: Mapping[str, str], book: _Book, place: tuple[Any, ...]) -> None:
         self.flow = flow

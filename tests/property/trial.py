@@ -182,7 +182,7 @@ def left_behind(workflow: Workflow) -> list[str]:
             f"{station.name}: {len(station)} wait" for station in workflow.engine._stations.values() if len(station)
         ]
         left += [f"{s.name}: {s.in_flight} in flight" for s in workflow.engine._stations.values() if s.in_flight]
-        left += [f"{workflow.engine.inside} requests"] if workflow.engine.inside else []
+        left += [f"{workflow.engine.in_flight} requests"] if workflow.engine.in_flight else []
         left += [f"{shared.in_flight} calls"] if shared.in_flight else []
         if not left or time.monotonic() > deadline:
             return [f"left behind: {what}" for what in left]

@@ -459,7 +459,7 @@ def test_a_chunk_that_cannot_be_given_fails_the_stream_and_ends_it(write: Write)
 
         with Workflow.load(path) as workflow:
             request = workflow.submit(b"a b c", on_chunk=give)
-            wait_for(lambda workflow=workflow: not workflow.engine.inside)
+            wait_for(lambda workflow=workflow: not workflow.engine.in_flight)
             hold.set()
             failure = request.future.result(5)
             assert (failure.status, len(given)) == (500, 1)

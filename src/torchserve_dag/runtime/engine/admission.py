@@ -13,13 +13,13 @@ from torchserve_dag.runtime.engine.timers import Timers
 from torchserve_dag.runtime.messages import Failure
 
 SWEEP_S = 0.5
-"""After a request has missed its deadline, until its items are dropped from the queues."""
+"""Seconds from a missed deadline until the request's items are dropped from the queues."""
 
 CLOSING = Failure(HTTPStatus.SERVICE_UNAVAILABLE, "The workflow is closing.", "Overloaded")
 
 
 class Admission:
-    """The requests inside an engine."""
+    """The requests in flight in an engine."""
 
     def __init__(
         self, max_inside: int, timeout_s: float, lock: threading.Lock, timers: Timers, sweep: Callable[[], None]
@@ -32,26 +32,26 @@ class Admission:
         self._timers = timers
         self._sweep = sweep
         self._sweep_scheduled = False
-        self._inside: dict[Request, None] = {}
+        self._in_flight: dict[Request, None] = {}
         self._by_cancel_key: dict[str, Request] = {}
 
     def __len__(self) -> int:
-        """How many requests are inside."""
-        return len(self._inside)
+        """How many requests are in flight."""
+        return len(self._in_flight)
 
     def limit_s(self, options: Options) -> float:
         """How long a request may take: as long as the client waits, and no longer than the workflow allows."""
         return min(self.timeout_s, options.timeout_s or self.timeout_s)
 
     def admit(self, request: Request) -> Failure | None:
-        """Register a request and schedule its deadline; or the reason why it is refused."""
+        """Register a request and schedule its deadline. Returns a Failure instead where the request is refused."""
         with self._lock:
             if self.closed:
                 return CLOSING
-            if len(self._inside) >= self.max_inside:
-                message = f"{self.max_inside:,} requests are inside; try again in a second."
+            if len(self._in_flight) >= self.max_inside:
+                message = f"{self.max_inside:,} requests are in progress; try again in a second."
                 return Failure(HTTPStatus.SERVICE_UNAVAILABLE, message, "Overloaded")
-            self._inside[request] = None
+            self._in_flight[request] = None
             if request.options.cancel_key:
                 self._by_cancel_key[request.options.cancel_key] = request
             self._timers.schedule(request.deadline, request, self._expire)
@@ -59,7 +59,7 @@ class Admission:
 
     def remove(self, request: Request) -> None:
         """Forget a request that has ended. Under the lock."""
-        self._inside.pop(request, None)
+        self._in_flight.pop(request, None)
         key = request.options.cancel_key
         if key and self._by_cancel_key.get(key) is request:
             del self._by_cancel_key[key]
@@ -69,17 +69,17 @@ class Admission:
             return self._by_cancel_key.get(key)
 
     def close(self) -> list[Request]:
-        """Refuse requests from now on; the requests inside. Under the lock."""
+        """Refuse requests from now on. Returns the requests in flight. Under the lock."""
         self.closed = True
-        return list(self._inside)
+        return list(self._in_flight)
 
     @property
     def finished(self) -> bool:
-        """Closed: no timer acts on it any more."""
+        """Whether timers must skip the scheduled sweep, because the engine is closed."""
         return self.closed
 
     def _expire(self, request: Request) -> None:
-        """Fail a request that is still inside at its deadline."""
+        """Fail a request that is still in flight at its deadline."""
         waiting = next((name for name in request.plan.nodes if name not in request.values), None)
         message = f"No answer within {self.limit_s(request.options):g} s."
         request.fail(Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout", waiting))
@@ -88,6 +88,6 @@ class Admission:
             self._timers.schedule(time.monotonic() + SWEEP_S, self, Admission._sweep_queues)
 
     def _sweep_queues(self) -> None:
-        """Lanes drop finished items as they take others; where every lane hangs, nothing else drops them."""
+        """Drop finished items from the queues. Lanes do so when they take items, but not while every lane hangs."""
         self._sweep_scheduled = False
         self._sweep()

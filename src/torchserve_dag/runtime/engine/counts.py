@@ -1,4 +1,4 @@
-"""What a node has done so far: how long items waited and ran, in batches of what size, failures, skipped items."""
+"""A node's counters: waits, run times, batch sizes, failures, skipped items."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Histogram:
 @dataclass
 class NodeCounts:
     queue_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    """By item: the time from when it was ready until a batch took it."""
+    """For each item: seconds in the queue, until a batch took it."""
     run_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    """By batch."""
+    """For each batch: seconds of its run."""
     batch: Histogram = field(default_factory=lambda: Histogram(SIZES))
-    """By batch: how many items it had."""
+    """For each batch: its number of items."""
     failures: int = 0
     """Failed attempts; an item that is retried may still succeed."""
     skipped: int = 0
-    """Items that a `when`, a skipped input or `on_error: skip` left out."""
+    """Items skipped by a `when`, a skipped input or `on_error: skip`."""
 
     @property
     def batches(self) -> int:

@@ -1,7 +1,7 @@
-"""Items that run elsewhere, in a served model or a workflow inside: they take no lane, and can be cancelled.
+"""Items that run elsewhere, in a served model or a sub-workflow: they occupy no lane, and can be cancelled.
 
-Each station has a number of items that may be in flight. While an item is, its request holds how to cancel it
-(`Request.elsewhere`): the engine does so when the request ends, and when the item reaches its node's own time limit.
+Each station limits its items in flight. While an item is in flight, its request keeps how to cancel it
+(`Request.elsewhere`). The engine cancels it when the request ends, or when the item reaches its node's own time limit.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torchserve_dag.runtime.graph.graph import REQUEST
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Station[Item], Sequence[Item], Sequence[Any], float], None]
-"""Takes the answers of items, and when their run began."""
+"""Receives the answers to a station's items, and when their run began."""
 
 Begin = Callable[[Request, Any], None]
-"""Lets a request with its decoded message into the graph of a workflow inside."""
+"""Starts the graph of a sub-workflow for a request whose message is decoded already."""
 
 
 class Elsewhere:
-    """Starts items elsewhere, in the order of their queues, and hands their answers on."""
+    """Starts items elsewhere in the order of their queues, and passes their answers to the engine."""
 
     def __init__(self, lock: threading.Lock, dropped: list[Item], deliver: Deliver, begin: Begin) -> None:
         """`lock` is the engine's; for `dropped` see FairQueue."""
@@ -41,17 +41,17 @@ class Elsewhere:
         self._starting = _Starting()
 
     def start_items(self, station: Station[Item]) -> None:
-        """Start the items that wait at a station, as many as may be in flight."""
+        """Start a station's queued items, up to its limit of items in flight."""
         stations = self._starting.stations
         stations.append(station)
-        if len(stations) > 1:  # a caller further up this thread's stack goes on: answers that come at once must not
+        if len(stations) > 1:  # a caller further up this thread's stack starts them: answers that come at once must not
             return  # deepen the stack
         try:
             while stations:
                 self._start_items_of(stations[0])
                 del stations[0]
         finally:
-            stations.clear()  # else this thread would start nothing any more
+            stations.clear()  # otherwise this thread would never start items again
 
     def start_served(self, starter: Starter, item: Item) -> None:
         """Start an item in a served model."""
@@ -67,7 +67,7 @@ class Elsewhere:
         self._keep_cancel(item, cancel)
 
     def start_inner(self, plan: Plan[Item], item: Item) -> None:
-        """Start an item in a workflow inside: as a request of its own, whose answer is the item's."""
+        """Start an item in a sub-workflow, as a separate request whose answer becomes the item's."""
         outer, began = item.request, time.monotonic()
         values = {"parameters": outer.values.get("parameters", {}), REQUEST: item.value}
 
@@ -96,7 +96,7 @@ class Elsewhere:
                     self._answered(item, internal_error(station.name), time.monotonic())
 
     def _keep_cancel(self, item: Item, cancel: Cancel) -> None:
-        """Keep how to cancel an item that has been started; cancel it at once if its request has ended meanwhile."""
+        """Keep `cancel` for a started item; cancel at once if the item's request has ended meanwhile."""
         with self._lock:
             finished = item.finished
             if not finished:

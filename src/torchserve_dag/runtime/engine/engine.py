@@ -6,10 +6,10 @@
     plan.py        which nodes a request runs, and what each waits for
     request.py     a request on its way, and its items; fan_out.py: from a ready node to its items
     queue.py       in which order the items of several requests are taken
-    station.py     a node's code at work, with its queue
+    station.py     the queue of one code, with what runs it
     lanes.py       the threads of a device, and which batch each takes next
-    elsewhere.py   items that take no lane: in served models and workflows inside; cancelling them
-    flow.py        what an answer changes: results, retries, failures, the nodes that are ready next
+    elsewhere.py   items that take no lane: in served models and sub-workflows; cancelling them
+    flow.py        the effects of an answer: results, retries, failures, nodes that are ready next
     streaming.py   the chunks of an answer, to the client
     timers.py      deadlines, and the pauses before retries
 
@@ -69,7 +69,7 @@ class Engine:
         observer: Observer | None = None,
         set_alone: SetAlone = lambda _: None,
     ) -> None:
-        """`lanes`: how many each device has; `devices`: where each code runs, by default on `cpu`."""
+        """`lanes`: the number of worker threads of each device; `devices`: where each code runs, `cpu` by default."""
         self.graph = graph
         self._observer = observer
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class Engine:
             for device, count in lanes.items()
         }
 
-    # The graph's codes, as stations; a workflow inside has a plan of its own.
+    # Each code of the graph gets a station; a sub-workflow gets a plan of its own.
 
     def _make_plan(self, graph: Graph, prefix: str, depth: tuple[int, ...]) -> Plan[Item]:
         stations = {
@@ -167,7 +167,7 @@ class Engine:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Queue what this thread submits inside the block at the block's end: once for all costs less."""
+        """Queue the requests that this thread submits within the block together, at its end, which costs less."""
         entering: list[Item] = []
         self._entering.items = entering
         try:
@@ -184,17 +184,17 @@ class Engine:
             self._entering.items.append(item)
 
     def cancel(self, key: str) -> bool:
-        """Cancel the request that came with this `cancel_key`; whether there was one."""
+        """Cancel the request with this `cancel_key`. Returns whether there was one."""
         request = self._admission.with_cancel_key(key)
         if request is None:
             return False
         request.cancel()
         return True
 
-    # Its nodes become items, and these queue.
+    # The request's nodes become items, which are queued.
 
     def _begin(self, request: Request, message: Any) -> None:
-        """Start the nodes that need nothing but the request's message."""
+        """Start the nodes that read nothing but the request's message."""
         self._apply(Changes(ended=[(request, REQUEST, message)]))
 
     def _start_nodes(self, ready: list[tuple[Request, Node]], changes: Changes) -> None:
@@ -252,7 +252,7 @@ class Engine:
             cancel()
         self._apply(changes)
 
-    # A lane takes a batch of them.
+    # A lane takes a batch of items.
 
     def _run(self, station: Station[Item], items: list[Item]) -> None:
         """Run one batch, in a lane."""
@@ -262,14 +262,14 @@ class Engine:
             answers = station.runner([item.value for item in items])
             if len(answers) != len(items):
                 logger.error("%s gave %d answers for %d items", station.name, len(answers), len(items))
-        except BaseException:  # a lane must not end: libraries raise SystemExit, and Rust's panics are no Exception
+        except BaseException:  # a lane must not end: libraries raise SystemExit, and a Rust panic is no Exception
             ids = ", ".join(item.request.id for item in items)
             logger.exception("%s raised; requests %s", station.name, ids)
         if len(answers) != len(items):
             answers = [internal_error(station.name)] * len(items)
         self._deliver(station, items, answers, began)
 
-    # The answers have their effects; flow.py decides which.
+    # The effects of the answers, which flow.py decides.
 
     def _deliver(self, station: Station[Item], items: Sequence[Item], answers: Sequence[Any], began: float) -> None:
         now = time.monotonic()
@@ -290,7 +290,7 @@ class Engine:
         self._apply(changes)
 
     def _apply(self, changes: Changes) -> None:
-        """Carry out changes and the changes that follow from them, until all that is left are items to queue."""
+        """Carry out changes, and those that follow from them, until only items to queue are left."""
         while changes.failed or changes.streamed or changes.ended:
             failed, changes.failed = changes.failed, []
             for request, failure in failed:
@@ -313,7 +313,7 @@ class Engine:
             self._enqueue(changes)
 
     def _answer(self, request: Request) -> None:
-        """End a request whose output has everything that it reads."""
+        """Answer a request: everything that its output reads is there."""
         with self._lock:
             if request.finished:
                 return
@@ -334,12 +334,20 @@ class Engine:
                 return
             request.ended = True
             cancels = list(request.elsewhere.values())
-            released = request.values, request.gathers, request.elsewhere  # kept until the lock is free
-            request.values, request.gathers, request.elsewhere = {}, {}, {}  # images are large; a client may keep it
+            released = (
+                request.values,
+                request.gathers,
+                request.elsewhere,
+            )  # deleted below, without the lock
+            request.values, request.gathers, request.elsewhere = (
+                {},
+                {},
+                {},
+            )  # a caller may keep the request, but not its images
             self._admission.remove(request)
             if request.stream:
                 request.stream.close(answer)
-        del released
+        del released  # it may run the `finally` of a user's generator
         for cancel in cancels:
             cancel()
         if request.stream:
@@ -362,7 +370,7 @@ class Engine:
         try:
             observer([whole, *request.spans])
         except Exception:
-            logger.exception("request %s: its spans could not be kept", request.id)
+            logger.exception("request %s: its spans could not be exported", request.id)
 
     # The engine as a whole.
 
@@ -371,12 +379,12 @@ class Engine:
         return self._admission.closed
 
     @property
-    def inside(self) -> int:
-        """How many requests are inside."""
+    def in_flight(self) -> int:
+        """How many requests are in flight."""
         return len(self._admission)
 
     def counts(self) -> dict[str, NodeCounts]:
-        """What each code has done so far, by its name; `request` is the decoding."""
+        """The counters of each code, by its name; `request` is the decoding of requests."""
         with self._lock:
             return {name: station.counts.copy() for name, station in self._stations.items()}
 
@@ -391,13 +399,13 @@ class Engine:
             )
 
     def close(self) -> None:
-        """Fail the requests inside, and end the threads; a lane that hangs in a node is left behind."""
+        """Fail the requests in flight, and end the threads, except a lane that hangs in a node."""
         with self._lock:
-            inside = self._admission.close()
+            in_flight = self._admission.close()
             for lanes in self._lanes.values():
                 lanes.close()
         self._timers.close()
-        for request in inside:
+        for request in in_flight:
             self._end(request, CLOSING)
         deadline = time.monotonic() + 1
         for thread in [self._timers.thread, *(thread for lanes in self._lanes.values() for thread in lanes.threads)]:
@@ -406,7 +414,7 @@ class Engine:
 
 
 class _Entering(threading.local):
-    """Inside `together`: the first items of the requests that the current thread has submitted."""
+    """Within `together`: the decoding items of the requests that the current thread has submitted."""
 
     def __init__(self) -> None:
         self.items: list[Item] | None = None
@@ -423,7 +431,7 @@ def _finish(future: Future[Any], answer: Any) -> None:
         if future.set_running_or_notify_cancel():
             future.set_result(answer)
     except BaseException:  # a future's callback must not end a lane
-        logger.exception("what waited for an answer raised")
+        logger.exception("a callback that waited for an answer raised")
 
 
 def _add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> None:

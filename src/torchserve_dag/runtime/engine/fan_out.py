@@ -12,11 +12,11 @@ from torchserve_dag.runtime.graph.graph import Code, Node
 from torchserve_dag.runtime.messages import InputError, Skipped
 
 MAX_ELEMENTS = 10_000
-"""Elements that one `each` may fan out over, and chunks that a node may yield; a request with more is refused."""
+"""The limit of elements in one `each`, and of chunks from one node; a request with more fails."""
 
 
 def fan_out(request: Request, node: Node, values: Mapping[str, Any]) -> tuple[Gather | None, list[Item], Any]:
-    """A ready node's gather and its items; for a node that is skipped, no gather and its result.
+    """A ready node's gather and items; for a skipped node, None, no items, and the Skipped.
 
     Raises InputError for too many elements.
     """
@@ -42,7 +42,7 @@ def fan_out(request: Request, node: Node, values: Mapping[str, Any]) -> tuple[Ga
 def follow(
     request: Request, node: Node, values: Mapping[str, Any], gather: Gather, chunks: Sequence[tuple[int, Any]]
 ) -> list[Item]:
-    """The items of a node that follows a stream, for new chunks with their places; a skipped chunk is answered here."""
+    """Items for new chunks (index, chunk) of the stream that a node follows; a skipped chunk is answered here."""
     items = []
     scope = dict(values)
     for index, chunk in chunks:
@@ -62,7 +62,7 @@ def too_many(what: str, count: int) -> InputError:
 
 
 class _Loops:
-    """A node's nested loops: items for the innermost elements, and a place for each answer."""
+    """A node's nested loops: an item for each innermost element, and a place for its answer."""
 
     def __init__(self, request: Request, node: Node, values: Mapping[str, Any]) -> None:
         self.request = request
@@ -105,7 +105,7 @@ class _Loops:
 def _item_or_skipped(
     request: Request, node: Node, scope: Mapping[str, Any], answers: list[Any], index: int
 ) -> Item | None:
-    """The item of one element; of a skipped one, the answer is written here."""
+    """The item of one element; None if the element is skipped, with the Skipped written as its answer."""
     if node.when is not None and not node.when.evaluate(scope):
         answers[index] = Skipped(node.name)
         return None
@@ -131,9 +131,9 @@ def _make_item(
 
 
 def _input_of(code: Code, scope: Mapping[str, Any]) -> Any:
-    """What code is called with for one item, or Skipped."""
-    taken = {parameter: expression.evaluate(scope) for parameter, expression in code.takes.items()}
-    for parameter, value in taken.items():
+    """The input of a code for one item, or Skipped."""
+    inputs = {parameter: expression.evaluate(scope) for parameter, expression in code.takes.items()}
+    for parameter, value in inputs.items():
         if isinstance(value, Skipped) and parameter not in code.sees_skipped:
             return value
-    return taken if code.kind.by_name else taken["item"]
+    return inputs if code.kind.by_name else inputs["item"]

@@ -1,7 +1,7 @@
-"""What an answer changes: results, chunks and failures, and the nodes that can start because of them.
+"""The effects of an answer: results, chunks and failures, and the nodes that can start because of them.
 
-Nothing here runs a model or takes a lock. What must happen without the engine's lock is put into Changes, and the
-engine carries it out.
+Nothing here runs a model or takes a lock. What must be done without the engine's lock is recorded in Changes, which
+the engine carries out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
 
 WORTH_RETRYING = frozenset({429, 500, 502, 503, 504, 507})
-"""Statuses of failures that may be transient. A 4xx that the sender must mend fails again."""
+"""Statuses of failures that may be transient. A 4xx would fail again: the sender has to mend the request."""
 
 FINAL = frozenset({"ModelNotFound", "Unauthorized"})
 """Types of failures of a served model that are not transient, whatever their status."""
@@ -31,7 +31,7 @@ FINAL = frozenset({"ModelNotFound", "Unauthorized"})
 
 @dataclass
 class Changes:
-    """What has happened, and has not had its effect yet."""
+    """Events whose effects are still to be carried out."""
 
     ended: list[tuple[Request, str, Any]] = field(default_factory=list)
     """Nodes that have ended, with their results."""
@@ -42,7 +42,7 @@ class Changes:
     retries: list[tuple[float, Item]] = field(default_factory=list)
     """Items to queue after a pause, in seconds."""
     streamed: list[tuple[Request, Node]] = field(default_factory=list)
-    """Streaming nodes that have new chunks, or have ended."""
+    """Streaming nodes with new chunks, or at their end."""
 
     def take_ended(self) -> list[tuple[Request, str, Any]]:
         ended, self.ended = self.ended, []
@@ -57,7 +57,7 @@ class Changes:
 
 
 def settle(item: Item, answer: Any, changes: Changes) -> None:
-    """An item has its answer, its next chunk, or a Failure."""
+    """Record an item's answer, its next chunk, or its Failure."""
     if item.node.streams:
         changes.streamed.append((item.request, item.node))
     if isinstance(answer, Failure):
@@ -69,7 +69,7 @@ def settle(item: Item, answer: Any, changes: Changes) -> None:
 
 
 def record_result(request: Request, name: str, value: Any) -> list[str]:
-    """Keep the result of a node that has ended. Returns the nodes that can start now, or have to look again."""
+    """Record the result of a node. Returns the nodes that can start now, and the started followers of the node."""
     if request.finished:
         return []
     request.values[name] = value
@@ -78,7 +78,7 @@ def record_result(request: Request, name: str, value: Any) -> list[str]:
         request.waits[after] -= 1
         if not request.waits[after]:
             ready.append(after)
-    # A follower that has started ends with the node that it follows, or is skipped with it.
+    # Followers have to look again: they end, or are skipped, with the node that they follow.
     return ready + [node.name for node in request.plan.followers.get(name, ()) if node.name in request.gathers]
 
 
@@ -134,7 +134,7 @@ def _failed(item: Item, failure: Failure, changes: Changes) -> None:
 
 def _fail(item: Item, failure: Failure, changes: Changes) -> None:
     item.ended = True
-    # A body that cannot be decoded belongs to no node; a failure inside a workflow inside has its node's name already.
+    # A body that cannot be decoded belongs to no node; a failure in a sub-workflow names its node already.
     node = failure.node or (None if item.node.name == REQUEST else item.station.name)
     changes.failed.append((item.request, Failure(failure.status, failure.message, failure.type, node)))
 
@@ -150,7 +150,7 @@ def _end_if_complete(request: Request, node: Node, gather: Gather, changes: Chan
 
 
 def read_inputs(request: Request, node: Node) -> tuple[Mapping[str, Any], list[tuple[int, Any]]]:
-    """The values that a ready node reads; of a node that follows another, also the new chunks, with their places."""
+    """The values that a ready node reads; for a node that follows a stream, also the new chunks with their indices."""
     if not node.follows or request.finished:
         return request.values, []
     gather = request.gathers.setdefault(node.name, Gather([], open=True))
@@ -164,7 +164,7 @@ def read_inputs(request: Request, node: Node) -> tuple[Mapping[str, Any], list[t
 
 
 Made = tuple[Gather | None, list[Item], Any]
-"""A node's gather and items; of a skipped node no gather, and its result."""
+"""A node's gather and items; for a skipped node None, no items, and the Skipped."""
 
 
 def make_items(request: Request, node: Node, values: Mapping[str, Any], chunks: list[tuple[int, Any]]) -> Made:
@@ -176,7 +176,7 @@ def make_items(request: Request, node: Node, values: Mapping[str, Any], chunks: 
 
 
 def start_node(request: Request, node: Node, made: Made, chunks: int, changes: Changes) -> None:
-    """Queue a node's items, or end it; `chunks` is how many chunks of the node that it follows they were made of."""
+    """Queue a node's items, or end the node; `chunks` is the number of followed chunks that `made` was made from."""
     gather, items, result = made
     if request.finished:
         return
@@ -191,7 +191,9 @@ def start_node(request: Request, node: Node, made: Made, chunks: int, changes: C
         counts.skipped += chunks - len(items)
         value = request.values.get(node.follows)
         if isinstance(value, Skipped) and not gather.ended:
-            gather.ended = True  # and stays open: when that is recorded, its own followers are skipped in turn
+            gather.ended = (
+                True  # `gather` stays open, so that recording this result skips the node's own followers in turn
+            )
             changes.ended.append((request, node.name, value))
         elif source is not None:
             gather.open = gather.open and (source.open or gather.consumed < len(source.answers))
@@ -204,6 +206,6 @@ def start_node(request: Request, node: Node, made: Made, chunks: int, changes: C
 
 
 def _stream_to_client(request: Request, node: Node, gather: Gather) -> None:
-    """Let the client have a node's chunks, where they are the answer's."""
+    """Connect a node's chunks to the client, if the answer consists of them."""
     if request.stream is not None and node.name == request.plan.streaming:
         request.stream.open(gather)

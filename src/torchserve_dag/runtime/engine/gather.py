@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PENDING: Any = object()
-"""Stands in a list of answers where an answer is still to come."""
+"""Marks an answer that is still to come in a list of answers."""
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Gather:
     open: bool = False
     """Whether more items may come: the node streams, or follows a node that streams."""
     consumed: int = 0
-    """Of a node that follows another: how many of the other's chunks have become items."""
+    """For a node that follows a stream: how many of the stream's chunks have become items."""
     skipped: int = 0
     ended: bool = False
 
@@ -31,7 +31,7 @@ class Gather:
         return list(enumerate(ready, first))
 
     def complete(self) -> bool:
-        """Whether the last answer has come; true only for the first call that finds it so."""
+        """Whether all answers are there; true only once, for the first call after the last answer."""
         if self.ended or self.pending or self.open:
             return False
         self.ended = True

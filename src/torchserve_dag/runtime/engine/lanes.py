@@ -1,8 +1,8 @@
 """The worker threads of one device (its lanes), and which batch each takes next.
 
-On a CPU there is one lane a core. A lane never takes so many items at once that another lane idles. A lane that finds
-no full batch does the work that may fill one, and only then takes what there is: a lone request never waits for
-others to fill its batch, and under load batches fill by themselves.
+On a CPU there is one lane for each core. A lane never takes so many items at once that another lane idles. If no
+station has a full batch, a lane first runs stations whose results may fill one, and only then takes a partial batch: a
+single request never waits for others to fill its batch, and under load batches fill by themselves.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ MAX_FILL_WAIT_S = 0.05
 """How long an item may wait for its batch to fill while a lane has other work to do."""
 
 BULK_EVERY = 8
-"""Every so many batches, a bulk request goes before the interactive ones, so that it is not starved."""
+"""Every eighth batch takes bulk items before interactive ones, so that bulk requests are not starved."""
 
 FAIR_EVERY = 5
-"""Every so many batches, the station goes first that was served least recently, so that a node with thousands of items
+"""Every FAIR_EVERY-th batch is of the station that was served least recently, so that a node with thousands of items
 does not starve the others."""
 
 Run = Callable[[Station[Item], list[Item]], None]
 
 SetAlone = Callable[[bool], None]
-"""Told in a lane's thread, before each batch, whether no other lane had anything to do when it was taken."""
+"""Called in a lane's thread before each batch, with whether all other lanes were idle when the lane took the batch."""
 
 
 class Lanes:
@@ -56,10 +56,9 @@ class Lanes:
         self._idle = 0
         self._turn = 0
         self.busy: dict[int, tuple[float, list[Item]]] = {}
-        """By lane: since when it runs a batch, and the batch's items; an empty list when it has just ended the batch.
-        """
+        """By lane: when its batch began, and the batch's items; no items if the batch has just ended."""
         self._next: dict[int, tuple[Station[Item], list[Item]]] = {}
-        """By lane: a batch that it takes next, past the queue."""
+        """By lane: the batch that the lane runs next, which bypasses the queue."""
         self.threads = [
             threading.Thread(target=self._lane, name=f"{name}-{device}-{i}", daemon=True) for i in range(count)
         ]
@@ -67,7 +66,7 @@ class Lanes:
             thread.start()
 
     def push(self, station: Station[Item], items: list[Item], *, only: bool) -> None:
-        """Queue items for a station; `only`: no other station gets any at the moment. Under the lock."""
+        """Queue items for a station. `only`: no other station gets items in the same step. Under the lock."""
         me = threading.get_ident()
         one_turn = self._fits_one_turn(station, len(items))
         if only and one_turn and self._may_go_on(me, station):
@@ -80,9 +79,9 @@ class Lanes:
             self._work.notify(turns - 1 if me in self.busy else turns)
 
     def _may_go_on(self, me: int, station: Station[Item]) -> bool:
-        """Whether the calling thread is a lane that may run this batch next itself, past the queue.
+        """Whether the calling thread is a lane that may run this batch next, bypassing the queue.
 
-        That is so where nothing that waits would be taken before it.
+        It may if no queued item would be taken before the batch.
         """
         return (
             me in self.busy
@@ -91,10 +90,9 @@ class Lanes:
         )
 
     def _fits_one_turn(self, station: Station[Item], items: int) -> bool:
-        """Whether one lane runs the items at once, because they are calls of a quick function.
+        """Whether one lane runs all these items in one turn, because they are calls of a quick function.
 
-        Not so where there is an idle lane for each of them: then no item waits for another, should it be slow after
-        all.
+        False if each of them can have an idle lane: then none has to wait, should another be slow after all.
         """
         return station.bundle and items <= station.max_items and not 1 < items <= 1 + self._idle
 
@@ -112,7 +110,7 @@ class Lanes:
                     del self.busy[me]
                     ran.in_flight -= 1
                     if ran.one_at_a_time and len(ran):
-                        self._work.notify()  # lanes passed it over meanwhile, and this lane may take something else
+                        self._work.notify()  # other lanes skipped this station, and this lane may take another
                     ran = None
                 while not self._closed and (taken := self._take()) is None and not self._dropped:
                     self._idle += 1
@@ -132,7 +130,7 @@ class Lanes:
             if taken:
                 self._set_alone(alone)
                 self._run(station, items)
-                items.clear()  # not under the lock; and an idle lane keeps no request's image alive
+                items.clear()  # so that an idle lane keeps no image alive; without the lock, because freeing takes time
                 ran = station
 
     def _take(self) -> tuple[Station[Item], list[Item]] | None:
@@ -148,8 +146,8 @@ class Lanes:
             station = self._choose(priority)
             if station is not None:
                 most = station.max_items
-                # Share with idle lanes. Not so what one turn runs; nor on a GPU, whose lanes are not cores, and which
-                # wants the batch whole.
+                # Share the items with idle lanes, unless one turn runs them all. On a GPU, whose lanes are not cores, a
+                # batch stays whole.
                 if self.device == CPU and not self._fits_one_turn(station, len(station)):
                     most = min(most, -(-len(station) // (1 + self._idle)))
                 station.turn = self._turn
@@ -157,9 +155,9 @@ class Lanes:
         return None
 
     def _choose(self, priority: Priority) -> Station[Item] | None:
-        # The stations come shallowest first. Of those that are due the last, so the deepest, is taken: a request
-        # that is nearly done leaves before another is begun. Where none is due, the first: its results may fill
-        # the batch of a station behind it.
+        # Stations are sorted by depth, shallowest first. A station is due if its batch is full or its first item has
+        # waited too long. The deepest due station goes first, so that requests finish before others begin. If none is
+        # due, the shallowest goes first: its results may fill the batch of a deeper one.
         first: Station[Item] | None = None
         due: list[Station[Item]] = []
         overdue = time.monotonic() - MAX_FILL_WAIT_S

@@ -18,7 +18,7 @@ ANSWER = ""
 """Stands for the answer among the names of nodes: it is ready when everything that the output reads has ended."""
 
 MAX_PLANS = 256
-"""Plans that are kept, one for each set of outputs that clients have asked for."""
+"""How many plans are cached; there is one for each set of outputs that clients request."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Plan(Generic[ItemT]):
     nodes: Mapping[str, Node]
     """The nodes that the output needs."""
     stations: Mapping[str, Station[ItemT]]
-    """By the name of the code."""
+    """Code name → its station."""
     waits: Mapping[str, int]
-    """By node: how many nodes it needs; a streaming node that it follows does not count."""
+    """Node → how many nodes must end before it starts; a streaming node that it follows does not count."""
     after: Mapping[str, Sequence[str]]
-    """By node: the nodes that wait for it."""
+    """Node → the nodes that wait for it."""
     followers: Mapping[str, Sequence[Node]]
-    """By streaming node: the nodes that take its chunks as they come."""
+    """Streaming node → the nodes that run on its chunks as these arrive."""
     streaming: str | None
     """The node whose chunks the answer consists of, where the answer streams."""
     prefix: str = ""
-    """Path of a workflow inside another, like `sub/`."""
+    """Prefix of the names of a sub-workflow's codes, like `sub/`; empty for the workflow itself."""
 
 
 def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station[ItemT]], prefix: str = "") -> Plan[ItemT]:
@@ -78,7 +78,7 @@ class Plans(Generic[ItemT]):
         self._plans: dict[tuple[str, ...], Plan[ItemT]] = {(): default}
 
     def for_outputs(self, names: tuple[str, ...]) -> Plan[ItemT]:
-        """The plan for nodes named by a client; none for the workflow's own output. Raises InputError."""
+        """The plan for nodes named by a client; without names, for the workflow's own output. Raises InputError."""
         plan = self._plans.get(names)
         if plan is None:
             graph = self.default.graph

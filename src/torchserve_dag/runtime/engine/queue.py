@@ -11,14 +11,14 @@ from torchserve_dag.runtime.data.options import Options
 
 
 class ClientRequest(Protocol):
-    """The client's request, among which a queue is fair."""
+    """A client's request; the queue is fair between these."""
 
     @property
     def options(self) -> Options: ...
 
 
 class Owner(Protocol):
-    """The request that an item belongs to: the client's, or that of a workflow inside it."""
+    """The request that an item belongs to: the client's, or a sub-workflow's."""
 
     @property
     def id(self) -> str: ...
@@ -31,13 +31,13 @@ class Queued(Protocol):
 
     value: Any
     since: float
-    """When it was queued, on time.monotonic()'s clock."""
+    """When the item was queued, on time.monotonic()'s clock."""
 
     @property
     def request(self) -> Owner: ...
     @property
     def finished(self) -> bool:
-        """Whether nobody waits for its answer any more."""
+        """Whether nobody waits for the item's answer any more."""
 
 
 ItemT = TypeVar("ItemT", bound=Queued)
@@ -58,10 +58,10 @@ class FairQueue(Generic[ItemT]):
         """
         self._dropped = dropped
         self.heap: list[tuple[int, int, ItemT]] = []
-        """What waits, by rank."""
+        """The queued items, by rank."""
         self._order = itertools.count()
         self._ranks: dict[ClientRequest, int] = {}
-        """For each request that waits: the rank of its last item."""
+        """For each request with items in the queue: the rank of its last item."""
         self._now = 0
 
     def push(self, item: ItemT) -> None:
@@ -71,13 +71,13 @@ class FairQueue(Generic[ItemT]):
         heapq.heappush(self.heap, (rank, next(self._order), item))
 
     def peek(self) -> ItemT | None:
-        """The next item, which stays. Finished items before it are dropped."""
+        """The next item, without taking it. Finished items before it are dropped."""
         while self.heap and self.heap[0][2].finished:
             self._dropped.append(self._pop())
         return self.heap[0][2] if self.heap else None
 
     def take(self, most: int) -> list[ItemT]:
-        """The next items, at most `most`."""
+        """Take up to `most` items."""
         items: list[ItemT] = []
         while self.heap and len(items) < most:
             item = self._pop()
@@ -85,7 +85,7 @@ class FairQueue(Generic[ItemT]):
         return items
 
     def drop_finished(self) -> None:
-        """Drop the finished items, wherever in the queue they are."""
+        """Drop the finished items, at any position in the queue."""
         waiting: Iterable[ItemT] = [item for _, _, item in sorted(self.heap, key=lambda entry: entry[:2])]
         self.heap, self._ranks = [], {}
         for item in waiting:

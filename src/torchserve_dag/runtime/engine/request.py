@@ -23,7 +23,7 @@ CANCELLED = Failure(499, "The client cancelled the request.", "Cancelled")
 
 @dataclass(eq=False)
 class Request:
-    """A client's request on its way through a graph; or an item's, through the workflow that its node runs."""
+    """A client's request on its way through a graph; or an item's, through the sub-workflow that its node runs."""
 
     id: str
     plan: Plan[Item]
@@ -37,9 +37,9 @@ class Request:
     """Engine._end: ends the request with an answer or a Failure, unless it has ended already."""
     options: Options = field(default_factory=Options)
     parent: Item | None = None
-    """Of a workflow inside another: the item whose node runs it."""
+    """For a sub-workflow's request: the item of the outer workflow that it answers."""
     stream: AnswerStream | None = None
-    """Where the client takes the answer in chunks."""
+    """Set where the client gets the answer in chunks."""
     future: Future[Any] = field(default_factory=Future)
     """The answer, or a Failure, at the deadline at the latest."""
     waits: dict[str, int] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Request:
     gathers: dict[str, Gather] = field(default_factory=dict)
     """The answers so far, for each node that has started."""
     elsewhere: dict[Item, Cancel] = field(default_factory=dict)
-    """Its items that run elsewhere, and how to cancel each."""
+    """The request's items that run elsewhere, and how to cancel each."""
     ended: bool = False
     spans: list[Span] = field(default_factory=list)
     began_ns: int = 0
@@ -60,19 +60,19 @@ class Request:
 
     @property
     def root(self) -> Request:
-        """The client's request: this one, or the one that this one is inside of."""
+        """The client's request: this one, or the outermost request around a sub-workflow's."""
         return self._root or self
 
     @property
     def finished(self) -> bool:
-        """Whether nobody waits for its answer any more: it has ended, or the request around it has."""
+        """Whether nobody waits for the answer any more: this request has ended, or a request around it has."""
         return self.ended or (self.parent is not None and self.parent.finished)
 
     def fail(self, failure: Failure) -> None:
         self.end(self, failure)
 
     def cancel(self) -> None:
-        """Stop its work; the future gives a Failure with the status 499."""
+        """Stop the request's work; its future gives a Failure with the status 499."""
         self.end(self, CANCELLED)
 
 
@@ -82,22 +82,22 @@ class _WeaklyReferenceable:
 
 @dataclass(eq=False, slots=True)
 class Item(_WeaklyReferenceable):
-    """What a node computes at once: the values of one element of its `each`, or of the whole request."""
+    """One call of a node's code: for one element of the node's `each`, or for the whole request."""
 
     request: Request
     node: Node
     code: Code
-    """What runs it: one of its node's branches, or the fallback."""
+    """The code that runs the item: a branch of its node, or the fallback."""
     value: Any
     answers: list[Any]
-    """The list that its answer belongs to …"""
+    """The list that the item's answer is written into …"""
     index: int
-    """… and the place in that list."""
+    """… and the index in that list."""
     fallback_value: Any = None
     """What the fallback would be called with."""
     failed_attempts: int = 0
     since: float = field(default_factory=time.monotonic)
-    """When it was queued, on time.monotonic()'s clock."""
+    """When the item was queued, on time.monotonic()'s clock."""
     ended: bool = False
 
     @property
@@ -123,5 +123,5 @@ class Item(_WeaklyReferenceable):
 
     @property
     def finished(self) -> bool:
-        """Whether nobody waits for its answer any more: it has ended, or its request is finished."""
+        """Whether nobody waits for the answer any more: the item has ended, or its request is finished."""
         return self.ended or self.request.finished

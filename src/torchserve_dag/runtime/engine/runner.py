@@ -1,4 +1,4 @@
-"""Runners: a call that answers a batch, that brings streams one chunk further, or that answers later."""
+"""The interfaces of code that runs items: a Runner answers a batch, or the next chunks; a Starter answers later."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from torchserve_dag.runtime.messages import Failure, InputError
 logger = logging.getLogger(__name__)
 
 Runner = Callable[[Sequence[Any]], Sequence[Any]]
-"""Answers a batch of items, one answer each, in order; a Failure for each item that has none. For code that takes
-values by their names an item is the dict of them. A runner with a true attribute `one_at_a_time` is never called by
-two threads at the same time."""
+"""Returns an answer for each item of a batch, in order; a Failure for an item without one. For code that is called by
+parameter names, an item is a dict. A runner with a true attribute `one_at_a_time` is never called by two threads at the
+same time."""
 
 Done = Callable[[Any], None]
-"""Takes an answer or a Failure, once, from any thread."""
+"""Called once, from any thread, with an answer or a Failure."""
 
 Cancel = Callable[[], None]
 """Cancels an item that runs elsewhere. It may be called after the item has been answered."""
 
 Starter = Callable[[Any, float, Done], Cancel]
-"""Starts one item elsewhere, given its value, the seconds that it may take, and who gets the answer. It does not
-block."""
+"""Starts one item elsewhere: its value, its time limit in seconds, and the callback for its answer. Does not block."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A runner's answer for an item that streams: the next chunk, and the stream that the item goes on with."""
+    """A runner's answer for an item that streams: the next chunk, and the stream for the chunk after it."""
 
     value: Any
     stream: Stream
@@ -38,7 +37,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The value of a streaming node's item after its first chunk."""
+    """The value of a streaming node's item, once its first chunk is there."""
 
     chunks: Iterator[Any]
 
@@ -57,7 +56,7 @@ def function_runner(name: str, answer: Callable[[Any], Any]) -> Runner:
 
 
 def stream_runner(name: str, begin: Callable[[Any], Iterator[Any]]) -> Runner:
-    """A runner for a generator function: each call brings every item one chunk further."""
+    """A runner for a generator function: each call returns the next chunk of every item."""
 
     def step(item: Any) -> Any:
         stream = item if isinstance(item, Stream) else Stream(iter(begin(item)))

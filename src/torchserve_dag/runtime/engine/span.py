@@ -1,4 +1,4 @@
-"""What an observer gets of a request that has ended: a span for each attempt of each item, and one for the whole."""
+"""The spans of an ended request, for an observer: one for each attempt of each item, and one for the request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchserve_dag.runtime.messages import Failure
 @dataclass(frozen=True, slots=True)
 class Span:
     name: str
-    """The node's code; of the request as a whole, the workflow."""
+    """The name of the node's code; for the whole request, that of the workflow."""
     request_id: str
     trace: str | None
     """The client's `traceparent`."""
@@ -23,4 +23,4 @@ class Span:
 
 
 Observer = Callable[[Sequence[Span]], None]
-"""Takes the spans of one request, that of the whole request first. It must not block."""
+"""Receives the spans of one request, with that of the whole request first. It must not block."""

@@ -1,4 +1,4 @@
-"""A node's code at work: its queue, what runs it, and where."""
+"""A station: the queue of a node's code, what runs it, and where."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU, ELSEWHERE = "cpu", "elsewhere"
 
 BUNDLE_S = 0.001
 """Functions run one item at a time, and taking an item from the queue costs more than many functions do. So a lane
-takes as many items at once as, going by recent run times, run in this time."""
+takes as many items at once as should run in this time, going by recent run times."""
 
 MAX_BUNDLE = 64
 
@@ -27,7 +27,7 @@ def _not_used(_: Any) -> Any:
 
 
 class Station(Generic[ItemT]):
-    """Items wait here for one code: a handler, a function, a served model, a workflow inside."""
+    """The queue of one piece of code (a handler, a function, a served model, a sub-workflow), and how its items run."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class Station(Generic[ItemT]):
         """
         self.name = name
         self.batch = batch
-        """Items of one batch; of a station whose items run elsewhere, how many may be in flight."""
+        """The largest batch; for items that run elsewhere, the limit of items in flight."""
         self.bundle = bundle
-        """Whether a lane may take several items at once though the code runs them one by one: see lanes.py."""
+        """Whether a lane may take several items in one turn although the code runs them one by one: see lanes.py."""
         self.depth = depth
         """The node's distance from the request; see lanes.py."""
         self.runner = runner or _not_used
@@ -57,9 +57,9 @@ class Station(Generic[ItemT]):
         self.start = start or _not_used
         self.one_at_a_time: bool = getattr(runner, "one_at_a_time", False)
         self.in_flight = 0
-        """Batches in lanes, or items elsewhere."""
+        """The number of batches that run in lanes, or of items that run elsewhere."""
         self.turn = 0
-        """In lanes: the device's turn in which this station's last batch was taken. Elsewhere: this station's turns."""
+        """In lanes: the device's turn that took this station's last batch. Elsewhere: this station's turns."""
         self.item_s = 0.0
         """Moving average of the run time of one item; 0 before the first."""
         self._interactive: FairQueue[ItemT] = FairQueue(dropped)
@@ -69,7 +69,7 @@ class Station(Generic[ItemT]):
 
     @property
     def max_items(self) -> int:
-        """The most items that a lane takes at once."""
+        """The most items that a lane takes in one turn."""
         if not self.bundle:
             return self.batch
         return max(1, min(MAX_BUNDLE, int(BUNDLE_S / self.item_s))) if self.item_s else 1
@@ -79,7 +79,7 @@ class Station(Generic[ItemT]):
         self.item_s += (run_s / items - self.item_s) * (EMA_WEIGHT if self.item_s else 1)
 
     def __len__(self) -> int:
-        """How many items wait."""
+        """How many items are queued."""
         return len(self._interactive.heap) + len(self._bulk.heap)
 
     def push(self, items: Iterable[ItemT]) -> None:
@@ -90,7 +90,7 @@ class Station(Generic[ItemT]):
         return self.queues[priority].peek()
 
     def take(self, most: int, first: Priority = "interactive") -> list[ItemT]:
-        """The next items, at most `most`: those of the priority `first`, and then those of the other."""
+        """Take up to `most` items: those of priority `first`, then those of the other priority."""
         other: Priority = "bulk" if first == "interactive" else "interactive"
         items = self.queues[first].take(most)
         return items + self.queues[other].take(most - len(items)) if len(items) < most else items

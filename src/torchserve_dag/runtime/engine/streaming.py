@@ -21,16 +21,16 @@ class Streamed(Protocol):
     def id(self) -> str: ...
     @property
     def finish(self) -> Callable[[Any], None]:
-        """Gives the client the end of the answer."""
+        """Called with the end of the answer."""
 
     def fail(self, failure: Failure) -> None: ...
 
 
 class AnswerStream:
-    """Which chunks of a request's answer the client has been given.
+    """Sends the chunks of a request's answer to the client, each once and in order.
 
-    A thread that finds another one sending leaves its chunks to that thread, so chunks never overtake each other.
-    The end of the answer waits until every chunk that is ready has been given.
+    Only one thread sends at a time: another thread leaves its chunks to it, so chunks never overtake each other.
+    The end of the answer follows the last chunk that is ready.
     """
 
     def __init__(self, node: str, on_chunk: Callable[[Any], None], lock: threading.Lock) -> None:
@@ -48,11 +48,11 @@ class AnswerStream:
         self._gather = self._gather or gather
 
     def close(self, end: Any) -> None:
-        """The request has ended with `end`, an answer or a Failure. Under the lock; `send` gives it to the client."""
+        """The request has ended with `end`, an answer or a Failure; `send` sends it to the client. Under the lock."""
         self._end = (end,)
 
     def send(self, request: Streamed) -> None:
-        """Give the client the chunks that are ready, and after the last chunk the end, where there is one."""
+        """Send the client the chunks that are ready, and then the end of the answer, if the request has ended."""
         while True:
             with self._lock:
                 if self._sending:
@@ -69,7 +69,7 @@ class AnswerStream:
                     self._on_chunk(chunk)
                 failure = None
             except BaseException:  # a lane must not end
-                logger.exception("request %s: a chunk could not be given to the client", request.id)
+                logger.exception("request %s: a chunk could not be sent to the client", request.id)
                 failure = internal_error(self._node)
                 request.fail(failure)
             with self._lock:

@@ -1,4 +1,4 @@
-"""One thread for what is due at a time: deadlines, and the pauses before retries."""
+"""One thread that runs actions at their time: deadlines, and retries after their pauses."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Timers:
                     return
                 _, _, reference, action = heapq.heappop(self._heap)
             self._call(reference, action)
-            del reference, action  # while it waits, this thread keeps nothing alive
+            del reference, action  # a waiting thread must keep nothing alive
 
     @staticmethod
     def _call(reference: weakref.ref[Any], action: Callable[[Any], None]) -> None:

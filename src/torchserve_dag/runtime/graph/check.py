@@ -19,7 +19,7 @@ from torchserve_dag.runtime.project.workflow_file import WorkflowFile
 
 
 def check(project: Project, source: Source[WorkflowFile], inner: Callable[[Path], Graph]) -> Graph:
-    """The graph of a workflow's file. `inner` gives the graph of a workflow inside, from its file.
+    """The graph of a workflow's file. `inner` gives the graph of a sub-workflow from its file.
 
     Raises CheckError with every problem of the first step that has problems: a later step would only repeat them.
     """

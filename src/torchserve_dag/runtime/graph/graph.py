@@ -149,7 +149,7 @@ class Graph:
 
     @property
     def codes(self) -> dict[str, Code]:
-        """The code of all nodes, by its name; the code of a workflow inside is called `NODE/NAME`."""
+        """The code of all nodes, by its name; the code of a sub-workflow is called `NODE/NAME`."""
         codes: dict[str, Code] = {}
         for node in self.nodes.values():
             for code in node.codes:
@@ -165,7 +165,7 @@ class Graph:
 
     @property
     def graphs(self) -> list[Graph]:
-        """This graph, and the graphs of the workflows inside."""
+        """This graph, and the graphs of its sub-workflows, at every depth."""
         inner = [code.inner for node in self.nodes.values() for code in node.codes if code.inner]
         return [self, *(graph for workflow in inner for graph in workflow.graphs)]
 
@@ -204,7 +204,7 @@ class WorkflowCode(Kind):
     """A workflow as a step of another."""
 
     key = "workflow"
-    noun = "a workflow inside"
+    noun = "a sub-workflow"
     drawn_as = "workflow"
     elsewhere = True
 

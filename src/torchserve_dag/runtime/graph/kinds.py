@@ -1,4 +1,4 @@
-"""The kinds of code that a node can run, one class each; a workflow inside another is in graph.py.
+"""The kinds of code that a node can run, one class each; that of a sub-workflow is in graph.py.
 
 A new kind adds its class here, the line of finder.py that makes it, and a case of `load_code` in models/load.py.
 Everything else asks the class.

@@ -46,7 +46,7 @@ class Loader:
         self._handlers: dict[tuple[Path, str], Stages] = {}
 
     def load_graph(self, graph: Graph) -> dict[str, Loaded]:
-        """By the name in `graph.codes`; the engine itself runs a workflow inside, so that has no entry.
+        """By the name in `graph.codes`; a sub-workflow has no entry, because the engine itself runs it.
 
         Raises CheckError, or ValueError for a device that is not there.
         """

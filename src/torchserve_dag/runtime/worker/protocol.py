@@ -25,7 +25,7 @@ Metrics = Mapping[tuple[str, str, str | None], float]
 """By node, metric, and the upper bound of a histogram's bucket (None for other metrics): a number that only grows."""
 
 OnChunk = Callable[[bytes, str], None]
-"""Receives each chunk of an answer, and its content type. It may block: the other requests go on meanwhile."""
+"""Receives each chunk of an answer, and its content type. It may block without holding up other requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,42 +33,42 @@ class ServiceRequest:
     """A client's request, whatever server received it."""
 
     id: str
-    """Its name in logs, failures and feedback."""
+    """The request's id in logs, failures and feedback."""
     body: bytes
     content_type: str | None = None
-    """None: the service looks at the body itself."""
+    """The body's content type; None: the service detects it from the bytes."""
     parameters: Mapping[str, str] = field(default_factory=dict)
-    """What came beside the body: the other parts of a form, or a URL's query."""
+    """The request's parameters: the other parts of a form, or a URL's query."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Headers by their names in lower case: the time limit, the cancel key and the other options (see options.py)."""
     parts: Mapping[str, Any] | None = None
-    """All parts of a form by their names, for TorchServe handlers, which read them by name. None: the body alone."""
+    """All parts of a form by name, for TorchServe handlers, which read them so. None: the body is the only part."""
     headers: Mapping[str, Any] = field(default_factory=dict)
-    """For TorchServe handlers: the headers, and by each part's name a mapping with its `content-type`."""
+    """For TorchServe handlers: the headers, and for each part, under its name, a mapping with its `content-type`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceResponse:
-    """A whole answer, or a failure in JSON; after chunks, what is left of the answer: often nothing."""
+    """A whole answer, or a failure in JSON; after chunks, the rest of the answer, which is often empty."""
 
     body: bytes
     content_type: str = "application/json"
     status: int = 200
-    """As in HTTP. After chunks it is 200, for a client has seen the status by then: the body says what failed."""
+    """The HTTP status. After chunks always 200, which the client has got already: a failure is then in the body."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class PendingResponse(Protocol):
-    """A response that is being computed. It always comes, at the request's time limit at the latest."""
+    """A response that is being computed. It is always done by the request's time limit."""
 
     def result(self, timeout_s: float) -> ServiceResponse:
         """Waits for the response. Raises TimeoutError."""
 
     def add_done_callback(self, callback: Callable[[ServiceResponse], None]) -> None:
-        """Call `callback` with the response, on the thread that finishes it: it must not wait for other requests."""
+        """Call `callback` with the response, on the thread that finishes it. It must not wait for other requests."""
 
     def cancel(self) -> None:
-        """Stop computing, for a client that has hung up. The response is then a failure with status 499."""
+        """Stop computing, because the client has disconnected. The response is then a failure with status 499."""
 
 
 class Service(Protocol):
@@ -87,7 +87,7 @@ class Service(Protocol):
         """Whether answers come in chunks for a client that accepts them."""
 
     def describe(self) -> Mapping[str, Any]:
-        """What the archive's `build.json` says."""
+        """The content of the archive's `build.json`."""
 
     def submit(self, request: ServiceRequest, on_chunk: OnChunk | None = None) -> PendingResponse:
         """Start a request, and return at once. With `on_chunk`, an answer that streams leaves in chunks.
@@ -96,22 +96,22 @@ class Service(Protocol):
         """
 
     def together(self) -> AbstractContextManager[None]:
-        """The requests that this thread submits inside start when it is left: cheaper than one after the other."""
+        """A block at whose end the requests start that this thread submitted in it: cheaper than one by one."""
 
     def cancel(self, key: str) -> bool:
-        """Cancel the request that came with this `x-cancel-key`; whether there was one."""
+        """Cancel the request with this `x-cancel-key`. Returns whether there was one."""
 
     def metrics(self) -> Metrics: ...
 
     def hangs(self) -> bool:
-        """Whether a model does not return: only ending the process ends its thread."""
+        """Whether a model hangs. Its thread can be ended only with the process."""
 
     def close(self) -> None:
-        """Fail the requests inside, and end the threads."""
+        """Fail the requests in flight, and end the threads."""
 
 
 class Load(Protocol):
     """`load` of `torchserve_dag.runtime.worker.service`."""
 
     def __call__(self, folder: Path, gpu: int | None) -> Service:
-        """Load the model of an unpacked archive, onto this GPU where it wants one. Raises what loading it raises."""
+        """Load the model of an unpacked archive, on GPU number `gpu` if it uses one. Raises whatever loading raises."""

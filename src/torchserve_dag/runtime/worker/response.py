@@ -1,4 +1,4 @@
-"""Answers in the form in which they leave a worker: a body, a status and headers."""
+"""Answers as a worker's responses: a body, a status and headers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchserve_dag.runtime.worker.protocol import ServiceResponse
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 6_553_500
-"""TorchServe's default `max_response_size`: a larger answer ends the worker, and all requests inside it."""
+"""TorchServe's default `max_response_size`: a larger answer ends the worker with all its requests."""
 
 JSON_LINES = "application/x-ndjson"
 PLAIN_TEXT = "text/plain; charset=utf-8"
@@ -24,7 +24,7 @@ CANNOT_BE_WRITTEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The answer cannot
 
 
 def write_answer(answer: Any, request_id: str) -> ServiceResponse:
-    """A whole answer, or a failure."""
+    """The response with a whole answer; a failure if the answer is one, cannot be encoded, or is too large."""
     if isinstance(answer, Failure):
         return write_failure(answer, request_id)
     try:
@@ -46,7 +46,7 @@ def write_failure(failure: Failure, request_id: str) -> ServiceResponse:
 def write_chunk(message: Any) -> tuple[bytes, str]:
     """A chunk's body and content type: text, bytes and photos as they are, everything else as a line of JSON.
 
-    Raises what its encoding raises, and ValueError for a chunk that is too large.
+    Raises whatever encoding raises, and ValueError for a chunk that is too large.
     """
     if isinstance(message, Text):
         body, content_type = message.text.encode(), PLAIN_TEXT
@@ -60,7 +60,7 @@ def write_chunk(message: Any) -> tuple[bytes, str]:
 
 
 def write_joined(messages: Iterable[Any], request_id: str) -> ServiceResponse:
-    """All chunks of an answer as one response, for a client that does not accept chunks."""
+    """All chunks of an answer in one response, for a client that does not accept chunks."""
     try:
         chunks = [write_chunk(message) for message in messages]
     except Exception:

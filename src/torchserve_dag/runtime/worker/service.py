@@ -54,7 +54,7 @@ class WorkflowService:
         self._score = graph.serve.score
 
     def _graph_to_run(self, graph: Graph) -> Graph:
-        """What this service runs of the archive's graph: all of it."""
+        """The part of the archive's graph that this service runs: all of it, except in a segment."""
         return graph
 
     def describe(self) -> Mapping[str, Any]:
@@ -121,12 +121,12 @@ class Pending:
     _cancel: Callable[[], None]
 
     def __init__(self, respond: Callable[[Any, bool], ServiceResponse], on_chunk: OnChunk | None = None) -> None:
-        """`respond` makes the response of an answer; its second argument says whether a chunk is out already."""
+        """`respond` makes a response from an answer; its second argument says whether chunks have been sent."""
         self._respond, self._on_chunk = respond, on_chunk
         self._after_chunks = False
 
     def follow(self, running: Request) -> Pending:
-        """Wait for a request of the engine."""
+        """Take the response from a request in the engine."""
         self._future, self._cancel = running.future, running.cancel
         return self
 
@@ -153,4 +153,4 @@ class Pending:
 
 
 def _do_nothing() -> None:
-    """A response that is there already cannot be cancelled."""
+    """The response is done: there is nothing to cancel."""

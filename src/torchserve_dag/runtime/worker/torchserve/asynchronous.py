@@ -1,8 +1,8 @@
-"""Asynchronous mode: every request is answered when its answer is ready, in chunks where the answer streams.
+"""Asynchronous mode: every request is answered as soon as its answer is ready, in chunks if the answer streams.
 
-TorchServe starts such a worker with `--async`. Its own loop there (`ts/async_service.py`) writes to the socket from two
-threads without a lock, and prints a line and copies its whole context for each request. `guard.py` takes its place, and
-starts the process in which this file loads the model and answers.
+TorchServe starts such a worker with `--async`. Its own loop for them (`ts/async_service.py`) writes to the socket from
+two threads without a lock, and prints a line and copies its whole context for each request. `guard.py` replaces that
+loop, and starts the process in which this file loads the model and answers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 LOG = "workers_without_guard.log"
 
 GIVE_UP_S = 5
-"""How long TorchServe may take to read the failures of the requests that were inside."""
+"""How long TorchServe may take to read the failures of the unanswered requests."""
 
 _BROKEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The worker failed; its log says why.", "InternalError")
 
@@ -44,15 +44,15 @@ def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
     """TorchServe's entry point. In asynchronous mode TorchServe calls it once, without rows, to load."""
     main = sys.modules["__main__"]
     if rows is not None or "--async" not in sys.argv or not hasattr(main, "AsyncService"):
-        return batched.handle(rows, context)  # in batched mode after all, or as a node of another archive
+        return batched.handle(rows, context)  # the worker is in batched mode, or runs this archive as a node of another
     folder, gpu = Path(context.system_properties["model_dir"]), context.system_properties.get("gpu_id")
-    vars(main).pop("AsyncService")  # so that an archive that is a node of this archive does not take its place
+    vars(main).pop("AsyncService")  # so that the guard is not replaced by an archive that is a node of this one
     vars(main)["AsyncService"] = _StandIn(_guard(folder, gpu, context.model_yaml_config["startupTimeout"]))
     return []
 
 
 class _StandIn:
-    """What TorchServe's worker calls when the model is loaded: `AsyncService(service).run()`."""
+    """Replaces TorchServe's AsyncService, of which its worker calls `AsyncService(service).run()` after loading."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
@@ -71,14 +71,14 @@ def _guard(folder: Path, gpu: int | None, startup_s: float) -> Guard:
 
 
 def _serve(folder: Path, gpu: int | None, startup_s: float, link: socket.socket) -> NoReturn:
-    """Load the model, and answer the requests that come over the link; when the guard has ended, take its place."""
+    """Load the model, and answer the requests that come over the link. If the guard ends, become the new guard."""
     loaded = threading.Event()
     threading.Thread(target=_end_with_guard, args=(link, loaded), daemon=True).start()
     service = load(folder, gpu)
     loaded.set()
     link.sendall(LOADED)
-    print(f"[PID]{os.getpid()}", flush=True)  # noqa: T201 (how TorchServe learns which process to show)
-    # After that line, which a line of another thread would tear.
+    print(f"[PID]{os.getpid()}", flush=True)  # noqa: T201 (TorchServe reads this line for the pid that it reports)
+    # Only after that line: output of another thread could land within it.
     metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics)
     _, (connection, *_), *_ = socket.recv_fds(link, 1, 1)
     loop = AsynchronousLoop(service, link)
@@ -96,8 +96,8 @@ def _serve(folder: Path, gpu: int | None, startup_s: float, link: socket.socket)
 
 
 def _start_afresh(*arguments: str) -> NoReturn:
-    """Become a guard, as a program without threads, which may start processes of its own."""
-    # TorchServe reads what a worker prints only as long as the process lives that TorchServe started.
+    """Become a guard by executing a new program: only a process without threads may fork safely."""
+    # TorchServe reads a worker's output only while the process that it started lives, so from now on a file gets it.
     log = os.open(Path(os.environ.get("LOG_LOCATION", ".")) / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -107,7 +107,7 @@ def _start_afresh(*arguments: str) -> NoReturn:
 
 
 def _end_with_guard(link: socket.socket, loaded: threading.Event) -> None:
-    """Nobody waits any longer for a model that is still being loaded when the guard ends."""
+    """End this process if the guard ends while the model is still being loaded."""
     while not loaded.is_set():
         if _hung_up(link, 1000) and not loaded.is_set():
             os._exit(1)
@@ -120,19 +120,19 @@ def _hung_up(side: socket.socket, wait_ms: int) -> bool:
 
 
 class AsynchronousLoop:
-    """Answers the requests that come over a socket with a service."""
+    """Answers the requests from a socket with a service."""
 
     def __init__(self, service: Service, link: socket.socket) -> None:
         self._service = service
         self._link = link
         self._sending = threading.Lock()
-        self._inside: dict[str, Exchange] = {}
-        """The requests that are not answered yet, by TorchServe's id."""
+        self._unanswered: dict[str, Exchange] = {}
+        """The unanswered requests, by TorchServe's id."""
         self.holding = False
-        """Whether this process has asked for no more requests: the guard then ends the link after the last one."""
+        """Whether this process has told the guard to send no more requests, and then to close the link."""
 
     def run(self) -> None:
-        """Until the other side ends."""
+        """Serve the socket until the other side closes it."""
         messages: WireReader[list[WireRequest]] = WireReader(read_requests)
         while data := _receive(self._link):
             for requests, _ in messages.feed(data):
@@ -140,29 +140,29 @@ class AsynchronousLoop:
                     self._begin(wire)
 
     def end_when_it_hangs(self) -> None:
-        """As in batched mode. New requests are kept away first; those inside are answered at their time limit."""
+        """If a model hangs, let no more requests in. The process ends once the others are answered: see `_serve`."""
         if hangs_before(threading.Event(), self._service):
             self.holding = True
             with self._sending:
                 self._link.sendall(HOLD)
 
     def drain(self) -> None:
-        """Wait until the requests inside are answered."""
+        """Wait until all requests are answered."""
         deadline = time.monotonic() + self._service.timeout_s + 1
-        while self._inside and time.monotonic() < deadline:
+        while self._unanswered and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def give_up(self, connection: socket.socket) -> None:
-        """Fail the requests inside, over TorchServe's own connection."""
+        """Fail the unanswered requests, over TorchServe's own connection."""
         connection.settimeout(GIVE_UP_S)
         with self._sending:
-            exchanges, self._inside = self._inside, {}
+            exchanges, self._unanswered = self._unanswered, {}
             for exchange in exchanges.values():
                 connection.sendall(exchange.failure(DIED))
 
     def _begin(self, wire: WireRequest) -> None:
         request = read_request(wire)
-        exchange = self._inside[wire.id] = Exchange(wire.id, request.rest, request.id)
+        exchange = self._unanswered[wire.id] = Exchange(wire.id, request.rest, request.id)
         try:
             if response := control(self._service, request):
                 self._end(exchange, response)
@@ -182,14 +182,14 @@ class AsynchronousLoop:
 
     def _send(self, exchange: Exchange, message: bytes, *, last: bool = True) -> None:
         with self._sending:
-            if exchange.id not in self._inside:
+            if exchange.id not in self._unanswered:
                 return
             try:
                 self._link.sendall(message)
             except OSError:  # the guard has ended: `give_up` answers
                 return
             if last:
-                del self._inside[exchange.id]
+                del self._unanswered[exchange.id]
 
 
 def _receive(link: socket.socket) -> bytes:
@@ -201,6 +201,6 @@ def _receive(link: socket.socket) -> bytes:
 
 if __name__ == "__main__":
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
-    logger.error("%s: the worker's guard has ended; this process takes its place", time.strftime("%Y-%m-%dT%H:%M:%S"))
+    logger.error("%s: the worker's guard has ended; this process becomes the guard", time.strftime("%Y-%m-%dT%H:%M:%S"))
     _folder, _gpu, _startup_s, _connection = sys.argv[1:]
     _guard(Path(_folder), int(_gpu) if _gpu else None, float(_startup_s)).run(socket.socket(fileno=int(_connection)))

@@ -1,7 +1,7 @@
 """Batched mode: TorchServe's batches are read from its socket, and each is answered as one message.
 
 TorchServe's own loop (`ts/model_service_worker.py`) makes about forty system calls to read one request, which was half
-of what a small request cost a worker. `BatchedLoop` takes its place.
+of a worker's cost for a small request. `BatchedLoop` replaces it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Context(Protocol):
 
 
 _loops: dict[Path, BatchedLoop] = {}
-"""By folder: a worker serves one archive, and an archive may hold others of ours as its nodes."""
+"""By the archive's folder: a worker serves one archive, which may contain others of ours as nodes."""
 
 
 def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
@@ -88,16 +88,16 @@ def _start(folder: Path, context: Context) -> BatchedLoop | None:
 
 
 class BatchedLoop:
-    """Answers batches with a service. Several connections may be answered at a time."""
+    """Answers batches with a service, on several connections at a time."""
 
     def __init__(self, service: Service, *, controls: bool = True) -> None:
-        """`controls`: whether a request may cancel another one, or ask for a description; not so in a `.war`."""
+        """`controls`: whether requests may cancel others and ask for a description; false in a `.war`."""
         self._service = service
         self._controls = controls
         self._closed = threading.Event()
         self._handling = threading.Lock()
         self._answering = [self._handling]
-        """For `handle`, and one for each of TorchServe's connections; held while a batch is answered."""
+        """A lock for `handle` and for each of TorchServe's connections, held while a batch is answered."""
 
     def run(self, connection: socket.socket) -> None:
         """Answer the batches that TorchServe sends, until TorchServe ends the connection."""
@@ -112,7 +112,7 @@ class BatchedLoop:
         self._answering.remove(answering)
 
     def handle(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
-        """A body for each row, for a caller that has TorchServe's context instead of its socket."""
+        """The body of each row's response, for a caller that has TorchServe's context instead of its socket."""
         batch = [
             WireRequest(context.get_request_id(i) or "", row, context.get_all_request_header(i))
             for i, row in enumerate(rows)
@@ -126,12 +126,12 @@ class BatchedLoop:
         return [response.body for response in responses]
 
     def answer(self, batch: Sequence[WireRequest]) -> list[WireResponse]:
-        """Every request of the batch is inside the service before the first response is awaited."""
+        """The responses to a batch. All its requests are submitted before the first response is awaited."""
         requests = [read_request(wire) for wire in batch]
         with self._service.together():
             started = [self._start(request) for request in requests]
-        patience_s = self._service.timeout_s + 5  # a service always answers, at the time limit at the latest
-        # StreamPredictions ends a worker whose whole answer does not say that no more of it will come.
+        patience_s = self._service.timeout_s + 5  # a service always answers by its time limit
+        # A whole answer over gRPC must say that no more follows, or TorchServe's StreamPredictions ends the worker.
         return [
             wire_response(
                 wire.id,
@@ -149,9 +149,9 @@ class BatchedLoop:
         """A thread that hangs in a model cannot be ended; its process can, and TorchServe starts another."""
         if not hangs_before(self._closed, self._service):
             return
-        for answering in tuple(self._answering):  # the requests inside are answered, at their time limit at the latest
+        for answering in tuple(self._answering):  # wait until its batch is answered, by the time limit
             answering.acquire()
-        time.sleep(0.2)  # for the responses to leave
+        time.sleep(0.2)  # so that the responses are sent
         os._exit(EXIT_HANGS)
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class BatchedLoop:
 
 
 def hangs_before(closed: threading.Event, service: Service) -> bool:
-    """Waits until a model hangs, and is true; false when `closed` is set before."""
+    """Wait until a model hangs, and return True; False if `closed` is set before."""
     while not service.hangs():
         if closed.wait(1):
             return False
@@ -169,14 +169,14 @@ def hangs_before(closed: threading.Event, service: Service) -> bool:
 
 
 class _SocketReader:
-    """Stands in for the function that TorchServe's worker reads its socket with, and never returns to it."""
+    """Replaces the function with which TorchServe's worker reads its socket. It never returns to the worker's loop."""
 
     serve: Callable[[socket.socket], None] | None = None
-    """Answers on a connection until it ends."""
+    """Answers on a connection until it is closed."""
 
     @classmethod
     def take_over(cls) -> _SocketReader | None:
-        """In the worker's own archive. None in an archive that is a node of it, and where TorchServe is another one."""
+        """Install the replacement. None in an archive that is a node of the worker's, and in an unknown TorchServe."""
         main = sys.modules["__main__"]
         read = getattr(main, "retrieve_msg", None)
         if read is None or isinstance(read, cls) or "--async" in sys.argv:

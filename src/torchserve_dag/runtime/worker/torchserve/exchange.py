@@ -17,34 +17,34 @@ from torchserve_dag.runtime.worker.torchserve.wire import wire_response, write_r
 
 @dataclass(slots=True)
 class Exchange:
-    """A request in asynchronous mode that is not answered yet, and what TorchServe (0.12.0) makes of its responses:
+    """An unanswered request in asynchronous mode. How TorchServe (0.12.0) treats its responses:
 
     - It forgets a request only at a response with `ts_stream_next: false`.
-    - Over REST that header makes chunks of the responses, and the one with `false` brings no status line.
-    - Over REST a status of 400 or more closes the connection behind its status line: chunks would be lost.
+    - Over REST that header makes chunks of the responses, and the response with `false` sends no status line.
+    - Over REST a status of 400 or more closes the connection after the first response: chunks would be lost.
     - Over gRPC each response is a message. A second one to Predictions ends the worker.
     """
 
     id: str
     rest: bool
     request_id: str
-    """Its name for the client, and in the log."""
+    """The request's id for the client, and in the log."""
     began: bool = False
-    """Whether a chunk of the answer is out."""
+    """Whether a chunk of the answer has been sent."""
 
     def chunk(self, body: bytes, content_type: str) -> bytes:
-        """The message with a chunk that is not the last."""
+        """The message with a chunk; more will follow."""
         self.began = True
         return write_responses([wire_response(self.id, ServiceResponse(body, content_type), more=True)])
 
     def last(self, response: ServiceResponse) -> bytes:
-        """The message that ends the exchange: the whole response, or what is left of it after chunks."""
+        """The message that ends the exchange: the whole response, or after chunks the rest of it."""
         if self.began or not self.rest:
             return write_responses([wire_response(self.id, response, more=False)])
         whole = wire_response(self.id, response, more=True if response.status < HTTPStatus.BAD_REQUEST else None)
         return write_responses([whole, wire_response(self.id, ServiceResponse(b""), more=False)])
 
     def failure(self, failure: Failure) -> bytes:
-        """The message that ends the exchange without an answer, or with no more of it."""
+        """The message that ends the exchange with a failure, before or after chunks."""
         write = write_failure_after_chunks if self.began else write_failure
         return self.last(write(failure, self.request_id))

@@ -1,10 +1,10 @@
 """The guard: a process that holds TorchServe's socket, and outlives the process that has the model.
 
-TorchServe (0.12.0) does not survive the end of a worker in asynchronous mode: it answers none of the requests inside,
+TorchServe (0.12.0) does not survive the end of a worker in asynchronous mode: it leaves its requests unanswered,
 sends the next request before the new worker's model is loaded, which ends the new worker too, loses that request, and
-never calls the worker ready again. So the process that TorchServe started does nothing that can fail. It starts a
+never reports the worker as ready again. So the process that TorchServe started does only what cannot fail. It starts a
 **computing process**, passes messages between TorchServe and that process, and when that process ends, fails its
-requests and starts another one. Until the model is loaded again the guard reads nothing, and requests wait in
+requests and starts another one. Until the model is loaded again the guard reads no requests, so they wait in
 TorchServe's queue.
 """
 
@@ -37,35 +37,35 @@ from torchserve_dag.runtime.worker.torchserve.wire import (
 logger = logging.getLogger(__name__)
 
 LOADED = write_responses([])
-"""The computing process's first message: its model is loaded. A worker says the same to TorchServe."""
+"""The computing process's first message: its model is loaded. TorchServe's workers send it, too."""
 HOLD = write_responses([], HTTPStatus.SERVICE_UNAVAILABLE)
-"""Its message before it ends by itself: send no more requests. The guard then ends the link after the last one."""
+"""The computing process's message before it ends itself: send no more requests. The guard then closes the link."""
 
 DIED = Failure(
     HTTPStatus.INSUFFICIENT_STORAGE,  # TorchServe's status in batched mode
-    "The worker ended with this request inside; another is being started. Try again.",
+    "The worker ended while it had this request; another is being started. Try again.",
     "WorkerDied",
 )
 
 STARTS = 3
-"""How often in a row a computing process is started that ends before its model is loaded."""
+"""How many computing processes in a row may end before their model is loaded; then the worker ends."""
 
 MAX_BUFFERED = 1 << 24
-"""Bytes that may wait to be written to one side before the other side is no longer read."""
+"""Bytes that may wait to be written to one side; beyond it, the other side is not read."""
 
 
 class Guard:
-    """Raises RuntimeError where the model cannot be loaded."""
+    """Passes messages between TorchServe and a computing process. Raises RuntimeError if its model cannot be loaded."""
 
     def __init__(self, compute: Callable[[socket.socket], None], startup_s: float) -> None:
-        """`compute` runs in the computing process, and speaks on a socket as TorchServe's workers do."""
+        """`compute` runs in the computing process; over its socket it speaks the protocol of TorchServe's workers."""
         self._compute = compute
         self._startup_s = startup_s
         self._connection: socket.socket | None = None
         self._requests: WireReader[list[WireRequest]] = WireReader(read_requests)
         self._to_torchserve = bytearray()
-        self._inside: dict[str, Exchange] = {}
-        """The requests that are not answered yet, by TorchServe's id."""
+        self._unanswered: dict[str, Exchange] = {}
+        """The unanswered requests, by TorchServe's id."""
         self._start()
         while not self._loaded:
             if self._step():
@@ -115,21 +115,21 @@ class Guard:
             link.sendall(write_responses([], HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}"))
         finally:
             sys.stdout.flush()
-            os._exit(1)  # never back into TorchServe's own code
+            os._exit(1)  # the forked process must never return into TorchServe's own code
 
     def _hand_over(self, connection: socket.socket) -> None:
-        """The computing process keeps the connection open, should the guard end."""
+        """Pass the connection to the computing process too, which keeps it open if the guard ends."""
         socket.send_fds(self._link, [b"\0"], [connection.fileno()])
         self._open = True
 
     def _fail_requests(self) -> None:
-        """The computing process has ended: the responses that it wrote still count, its other requests fail."""
+        """After the end of the computing process: pass on the responses that it wrote, and fail its other requests."""
         while self._receive_responses():
             pass
-        for exchange in self._inside.values():
+        for exchange in self._unanswered.values():
             self._to_torchserve += exchange.failure(DIED)
-        logger.error("the worker's process ended with %d requests inside", len(self._inside))
-        self._inside.clear()
+        logger.error("the worker's process ended with %d unanswered requests", len(self._unanswered))
+        self._unanswered.clear()
         os.waitpid(self._pid, 0)
         os.close(self._end)
         self._link.close()
@@ -137,7 +137,7 @@ class Guard:
     # Between TorchServe and the computing process.
 
     def _step(self) -> bool:
-        """Wait for messages, and pass them on; whether the computing process has ended."""
+        """Wait for messages, and pass them on. Returns whether the computing process has ended."""
         poll = select.poll()
         poll.register(self._end, select.POLLIN)
         poll.register(self._link, self._wanted(self._to_compute, len(self._to_torchserve) < MAX_BUFFERED))
@@ -172,19 +172,19 @@ class Guard:
     def _receive_requests(self, connection: socket.socket) -> None:
         for requests, message in self._requests.feed(_read(connection)):
             for request in requests:
-                self._inside[request.id] = Exchange(request.id, over_rest(request.headers), request.id)
+                self._unanswered[request.id] = Exchange(request.id, over_rest(request.headers), request.id)
             self._to_compute += message
 
     def _receive_responses(self) -> bool:
-        """Whether there were any."""
+        """Read the computing process's responses. Returns whether there were any."""
         data = _read(self._link)
         for heads, message in self._responses.feed(data):
             if heads.more:
                 self._to_torchserve += message
                 for name, more in heads.more:
-                    self._inside[name].began = True
+                    self._unanswered[name].began = True
                     if not more:
-                        del self._inside[name]
+                        del self._unanswered[name]
             elif heads.code == HTTPStatus.OK:
                 self._loaded = True
                 if self._connection:
@@ -218,5 +218,5 @@ def _write(side: socket.socket, outgoing: bytearray) -> None:
             del outgoing[: side.send(outgoing)]
         except BlockingIOError:
             return
-        except ConnectionError:  # the process at the other side has ended, which `_step` notices
+        except ConnectionError:  # the other side has ended: `_step` will notice
             outgoing.clear()

@@ -1,4 +1,4 @@
-"""A request of TorchServe's as a service reads it: its body, its parameters, and what the client asks of it."""
+"""TorchServe's requests as ServiceRequests: the body, the parameters and the options of a row."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torchserve_dag.runtime.worker.response import write_answer
 from torchserve_dag.runtime.worker.torchserve.wire import WireRequest
 
 BODY_KEYS = ("body", "data")
-"""Where a request's body is: TorchServe calls a raw body `body`; its clients call a form's part `data`."""
+"""The key of a row's body: TorchServe calls a raw body `body`; clients of TorchServe call a form's part `data`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchServeRequest(ServiceRequest):
-    """A request over REST or gRPC, and the form in which TorchServe accepts its response."""
+    """A request over REST or gRPC, with what decides the form of its response."""
 
     rest: bool
-    """Whether it came over REST."""
+    """Whether the request came over REST."""
     describes: bool
-    """Whether it asks for nothing but a description of the model."""
+    """Whether the request only asks for a description of the model."""
 
     @property
     def accepts_chunks(self) -> bool:
@@ -31,7 +31,7 @@ class TorchServeRequest(ServiceRequest):
 
 
 def read_request(wire: WireRequest) -> TorchServeRequest:
-    """A request from its row, and its headers with the content types of its parts among them.
+    """Read a request from its row and its headers, which include the content types of its parts.
 
     Its id is the client's `x-request-id`, and TorchServe's own id where the client sent none.
     """
@@ -42,10 +42,12 @@ def read_request(wire: WireRequest) -> TorchServeRequest:
         if len(names) == 1:  # a gRPC client may call its one input as it likes
             (key,) = names
     body = row.get(key, b"") if key else b""
-    part = headers.get(key) if key else None  # a part's own type comes under its name, the request's under its header
+    part = headers.get(key) if key else None  # the content type of the body's own part, in a form
     parameters = {name: _text(value) for name, value in row.items() if name != key}
     named_headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    options = {name.lower(): value for name, value in parameters.items()} | named_headers  # over gRPC: in the row
+    options = {
+        name.lower(): value for name, value in parameters.items()
+    } | named_headers  # over gRPC, options are in the row
     return TorchServeRequest(
         named(options) or wire.id,
         bytes(body) if isinstance(body, bytes | bytearray) else json.dumps(body).encode(),
@@ -60,7 +62,7 @@ def read_request(wire: WireRequest) -> TorchServeRequest:
 
 
 def control(service: Service, request: TorchServeRequest) -> ServiceResponse | None:
-    """The response to a request that is for the worker and not for its model: to describe it, or to cancel another."""
+    """The response to a request for the worker instead of the model: to describe the model, or cancel a request."""
     if request.describes:
         return write_answer(service.describe(), request.id)
     key = request.options.get(CANCEL)
@@ -68,9 +70,9 @@ def control(service: Service, request: TorchServeRequest) -> ServiceResponse | N
 
 
 def over_rest(headers: Mapping[str, Any]) -> bool:
-    """Whether TorchServe answers over HTTP in chunks; a description it makes of one whole answer, as over gRPC.
+    """Whether a request came over REST and is no description, which TorchServe answers with one message, as over gRPC.
 
-    It adds `explain` to most of REST's predictions, and no header at all to gRPC's. HTTP/1.1 has a `Host`.
+    TorchServe adds the header `explain` to most REST predictions, and no header to gRPC's. HTTP/1.1 has a `Host`.
     """
     if isinstance(headers.get("explain"), str):
         return True

@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def load(folder: Path, gpu: int | None) -> SegmentService:
-    """As `load` of `service.py`, for the archive of a segment."""
+    """Like `load` of `service.py`, for the archive of a segment."""
     return SegmentService(folder, gpu)
 
 
 class SegmentService(WorkflowService):
-    """Every response is an envelope, and its status 200, for TorchServe's engine drops every other one."""
+    """Responds with envelopes, always with status 200: TorchServe's engine drops responses with another status."""
 
     def _graph_to_run(self, graph: Graph) -> Graph:
         self._segment = segments(graph)[self._build["segment"]]
@@ -49,7 +49,7 @@ class SegmentService(WorkflowService):
     def _open(self, request: ServiceRequest) -> dict[str, bytes]:
         if self._segment.known:
             return unseal(request.parts or {})
-        # The client's own request, even where its body looks like an envelope.
+        # The first segment gets the client's request: its body is no envelope, even if it looks like one.
         about = json.dumps([request.content_type, dict(request.parameters)]).encode()
         return {REQUEST_PART: request.body, ABOUT_PART: about}
 

@@ -1,7 +1,7 @@
-"""One process computes for several of TorchServe's workers, so that it has several batches at a time.
+"""One process computes for several of TorchServe's workers, so that it gets several batches at a time.
 
-TorchServe (0.12.0) hands a worker the next batch when the last request of the previous batch is answered. Until then
-requests wait, and cores that have nothing left to do for that batch idle. So an archive may ask for more workers than
+TorchServe (0.12.0) sends a worker the next batch only when the last request of the previous batch is answered. Until
+then requests wait while cores idle that the batch no longer needs. So an archive may ask for more workers than
 processes with a model (`serve.batches`). The first worker that starts loads the model, and is the **leader**. Every
 other worker is a **follower**: it hands its connection with TorchServe to the leader, and becomes a process of a few MB
 that waits for the leader to end. When a leader or a follower ends, TorchServe finds its connections closed, and starts
@@ -25,7 +25,7 @@ from typing import NoReturn
 from torchserve_dag.runtime.worker.torchserve import follower as follower_program
 
 RETRY_S = 0.1
-"""How long a worker waits before it looks for a leader again."""
+"""Seconds until a worker that found no leader looks for one again."""
 
 
 class Leader:
@@ -36,10 +36,10 @@ class Leader:
         self._followers = 0
 
     def open(self, serve: Callable[[socket.socket], None]) -> None:
-        """Accept followers from now on: the model is loaded. `serve` answers a follower's connection until it ends."""
+        """Accept followers, once the model is loaded. `serve` answers a follower's connection until it closes."""
         listener = socket.socket(socket.AF_UNIX)
         with _address(self._folder, self._place) as address:
-            Path(address).unlink(missing_ok=True)  # a leader that has ended left it
+            Path(address).unlink(missing_ok=True)  # the socket file of a leader that has ended
             listener.bind(address)
         listener.listen()
         threading.Thread(target=self._accept_followers, args=(listener, serve), name="followers", daemon=True).start()
@@ -96,10 +96,10 @@ def join(folder: Path, leaders: int, within_s: float) -> Leader | Follower:
 
 
 def _take_place(folder: Path, place: int) -> bool:
-    """Lock a leader's place; false where another process holds it.
+    """Lock a leader's place. False if another process holds the lock.
 
-    Nothing unlocks it: the descriptor stays open, and the kernel drops the lock when this process ends, however it
-    ends. So a place is free exactly when its leader is gone.
+    The lock is never released: the descriptor stays open, and the kernel drops the lock when this process ends, for
+    whatever reason. So a place is free exactly when its leader has ended.
     """
     lock = os.open(folder / f"leader-{place}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -131,7 +131,7 @@ def _find_leader(folder: Path, leaders: int) -> Follower | None:
 
 @contextmanager
 def _address(folder: Path, place: int) -> Iterator[str]:
-    """A socket's path, through a descriptor of its folder: a socket's address has at most 107 characters."""
+    """A socket's path through a descriptor of its folder, because a socket's address has at most 107 characters."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{descriptor}/leader-{place}.sock"
@@ -140,7 +140,7 @@ def _address(folder: Path, place: int) -> Iterator[str]:
 
 
 def _close_with_follower(link: socket.socket, connection: socket.socket) -> None:
-    """A follower that is ended takes its connection with it, as any worker does."""
+    """Close a follower's connection when the follower ends, as it would be with any worker."""
     with contextlib.suppress(OSError):
         link.recv(1)
     with contextlib.suppress(OSError):

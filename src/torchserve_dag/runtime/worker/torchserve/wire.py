@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from torchserve_dag.runtime.worker.protocol import ServiceResponse
 
 NEXT = "ts_stream_next"
-"""The header that tells TorchServe whether more of a response will come: `true` or `false`."""
+"""The header that tells TorchServe whether more chunks of a response will follow: `true` or `false`."""
 
 READ_BYTES = 1 << 18
 """How many bytes are read from a socket at a time."""
@@ -41,7 +41,7 @@ class WireRequest:
 
     id: str
     row: dict[str, Any]
-    """Its body as `body`, or a form's parts by their names: bytes from the socket."""
+    """The request's body as `body`, or a form's parts by name: bytes from the socket."""
     headers: dict[str, Any]
     """The request's headers, and under each part's name a mapping with its content type."""
 
@@ -59,7 +59,7 @@ class WireResponse:
 
 
 def wire_response(wire_id: str, response: ServiceResponse, *, more: bool | None) -> WireResponse:
-    """A service's response for the wire; `more` says whether more of it will come, None leaves that unsaid."""
+    """A service's response for the wire. `more`: whether more chunks will follow; None sends no such header."""
     headers = {"content-type": response.content_type, **response.headers}
     if more is not None:
         headers[NEXT] = "true" if more else "false"
@@ -74,7 +74,9 @@ def read_requests(data: bytearray) -> tuple[list[WireRequest], int]:
             raise NotAllThereError(1)
         raise ProtocolError(f"a message begins with {bytes(data[:1])!r}")
     reader, requests = _Cursor(data, 1), []
-    places: list[dict[str, tuple[int, int]]] = []  # bodies may be large: none is copied before all are there
+    places: list[
+        dict[str, tuple[int, int]]
+    ] = []  # bodies may be large: they are copied only when the message is complete
     while (size := reader.size()) != _END:
         name = reader.text(size)
         headers: dict[str, Any] = {}
@@ -96,7 +98,7 @@ def read_requests(data: bytearray) -> tuple[list[WireRequest], int]:
 
 
 def write_responses(responses: Sequence[WireResponse], code: int = 200, message: str = "") -> bytes:
-    """One message with these responses. A `code` other than 200 would fail every request of the worker."""
+    """One message with these responses. A `code` other than 200 makes TorchServe fail every request of the worker."""
     parts = [_INT.pack(code), *_text(message)]
     for response in responses:
         parts += [*_text(response.id), *_text(response.content_type)]
@@ -114,7 +116,7 @@ class ResponseHeads:
     code: int
     message: str
     more: list[tuple[str, bool]]
-    """Each response's request, and whether more of the response will come."""
+    """For each response: its request's id, and whether more chunks will follow."""
 
 
 def read_response_heads(data: bytearray) -> tuple[ResponseHeads, int]:
@@ -140,7 +142,7 @@ M = TypeVar("M")
 
 
 class WireReader(Generic[M]):
-    """Cuts a stream of bytes into its messages."""
+    """Splits a stream of bytes into messages."""
 
     def __init__(self, read: Callable[[bytearray], tuple[M, int]]) -> None:
         self._read = read
@@ -148,7 +150,7 @@ class WireReader(Generic[M]):
         self._needed = 0
 
     def feed(self, data: bytes) -> Iterator[tuple[M, bytes]]:
-        """The messages that `data` completes, each with its bytes."""
+        """The messages that `data` completes, each parsed and as bytes."""
         self._data += data
         while len(self._data) >= self._needed:
             try:
@@ -163,7 +165,7 @@ class WireReader(Generic[M]):
 
 
 class _Cursor:
-    """Walks through a message."""
+    """A position in a message that is being read."""
 
     def __init__(self, data: bytearray, at: int) -> None:
         self._data = data
@@ -177,7 +179,7 @@ class _Cursor:
         return int(value)
 
     def skip(self, size: int) -> int:
-        """Past `size` bytes; where they begin."""
+        """Skip `size` bytes. Returns where they begin."""
         start = self.at
         if size < 0:
             raise ProtocolError(f"a part has {size} bytes")
