@@ -11,9 +11,10 @@ from torchserve_dag.bench.benchmark_file import BenchmarkFile, Workload
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.load import Grpc, Rest, Spec
 from torchserve_dag.bench.programs import Program
-from torchserve_dag.bench.rows import LoadRow, Protocol
+from torchserve_dag.bench.rows import LoadRow
 from torchserve_dag.bench.systems import System, last_line
 from torchserve_dag.bench.window import Counts
+from torchserve_dag.clients.address import Protocol
 from torchserve_dag.server import json_module
 
 _SPARE_S = 60.0

@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.bench.window import Counts
+from torchserve_dag.clients.address import Protocol
 from torchserve_dag.runtime.data import plain
-
-Protocol = Literal["rest", "grpc"]
 
 
 @dataclass(frozen=True, slots=True)

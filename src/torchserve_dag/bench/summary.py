@@ -11,8 +11,9 @@ from typing import TypeVar
 from torchserve_dag.bench.benchmark_file import Workload
 from torchserve_dag.bench.benchmark_run import BenchmarkRun
 from torchserve_dag.bench.programs import BARE, Program
-from torchserve_dag.bench.rows import BareRow, LoadRow, Protocol, Row, SystemRow
+from torchserve_dag.bench.rows import BareRow, LoadRow, Row, SystemRow
 from torchserve_dag.bench.window import Percentiles
+from torchserve_dag.clients.address import Protocol
 
 T = TypeVar("T")
 

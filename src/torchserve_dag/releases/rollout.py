@@ -24,6 +24,7 @@ from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.ready import ModelVersion
 from torchserve_dag.server.state import State
 
 logger = logging.getLogger(__name__)
@@ -284,7 +285,7 @@ def _step(door: Door, store: RolloutStore, now: Progress) -> Progress:
             )
 
 
-def _read_metrics(door: Door) -> Mapping[version_metrics.ModelVersion, VersionMetrics]:
+def _read_metrics(door: Door) -> Mapping[ModelVersion, VersionMetrics]:
     """The metrics of all versions; waits while Envoy is being restarted."""
     deadline = time.monotonic() + ENVOY_DOWN_S
     while True:
@@ -296,7 +297,7 @@ def _read_metrics(door: Door) -> Mapping[version_metrics.ModelVersion, VersionMe
             time.sleep(POLL_S)
 
 
-def _of(found: Mapping[version_metrics.ModelVersion, VersionMetrics], model: str, version: str) -> VersionMetrics:
+def _of(found: Mapping[ModelVersion, VersionMetrics], model: str, version: str) -> VersionMetrics:
     return found.get((model, version), VersionMetrics())
 
 

@@ -11,11 +11,10 @@ from http import HTTPStatus
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, STANDS_IN
 from torchserve_dag.server import prometheus
+from torchserve_dag.server.ready import ModelVersion
 
 LEFT = frozenset({"-", "DC", "DR"})
 """Envoy's response flags, without a status, for a client that disconnected."""
-
-ModelVersion = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)

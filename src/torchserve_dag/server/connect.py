@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torchserve_dag.clients import GrpcClient, KeyFile, RestClient
+from torchserve_dag.clients.address import Protocol
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State, TorchServeProcess
-
-Protocol = Literal["rest", "grpc"]
 
 
 def running(state: State) -> TorchServeProcess:

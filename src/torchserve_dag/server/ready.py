@@ -18,6 +18,7 @@ FAILURES = 3
 """After this many failed starts of one worker the wait ends with an error."""
 
 ModelVersion = tuple[str, str]
+"""A model, and one of its versions."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchserve_dag.clients import GrpcClient, RestClient
+from torchserve_dag.clients.address import Protocol
 from torchserve_dag.front_door import certificate
 from torchserve_dag.front_door import start as front_door
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.server.connect import Protocol, running, torchserve_client, torchserve_tokens
+from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens
 from torchserve_dag.server.ports import host_and_port
 from torchserve_dag.server.state import State
 

@@ -71,10 +71,10 @@ class Elsewhere:
         outer, began = item.request, time.monotonic()
         values = {"parameters": outer.values.get("parameters", {}), REQUEST: item.value}
 
-        def finish(answer: Any) -> None:
+        def on_answer(answer: Any) -> None:
             self._answered(item, answer, began)
 
-        inner = Request(outer.id, plan, outer.deadline, values, finish, outer.end, outer.options, parent=item)
+        inner = Request(outer.id, plan, outer.deadline, values, on_answer, outer.end, outer.options, parent=item)
         self._keep_cancel(item, inner.cancel)
         self._begin(inner, item.value)
 

@@ -150,7 +150,7 @@ class Engine:
             plan,
             deadline,
             {**(known or {}), "parameters": dict(parameters or {})},
-            partial(_finish, future),
+            partial(_set_answer, future),
             self._end,
             options,
             stream=AnswerStream(plan.streaming, on_chunk, self._lock) if on_chunk and plan.streaming else None,
@@ -353,7 +353,7 @@ class Engine:
         if request.stream:
             request.stream.send(request)
         else:
-            request.finish(answer)
+            request.on_answer(answer)
         if self._observer and request.parent is None:
             self._observe(self._observer, request, answer)
 
@@ -426,7 +426,7 @@ _DECODING = Node(
 )
 
 
-def _finish(future: Future[Any], answer: Any) -> None:
+def _set_answer(future: Future[Any], answer: Any) -> None:
     try:
         if future.set_running_or_notify_cancel():
             future.set_result(answer)

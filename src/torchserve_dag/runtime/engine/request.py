@@ -31,7 +31,7 @@ class Request:
     """On time.monotonic()'s clock."""
     values: dict[str, Any]
     """What its expressions read: the parameters, the decoded request, and the result of each node that has ended."""
-    finish: Callable[[Any], None]
+    on_answer: Callable[[Any], None]
     """Gives the client its answer or a Failure; called once, by `Engine._end`."""
     end: Callable[[Request, Any], None]
     """Engine._end: ends the request with an answer or a Failure, unless it has ended already."""
@@ -42,7 +42,7 @@ class Request:
     """Set where the client gets the answer in chunks."""
     future: Future[Any] = field(default_factory=Future)
     """The answer, or a Failure, at the deadline at the latest."""
-    waits: dict[str, int] = field(default_factory=dict)
+    waits: dict[str, int] = field(init=False)
     """For each node that has not started: how many of the nodes that it needs have not ended."""
     gathers: dict[str, Gather] = field(default_factory=dict)
     """The answers so far, for each node that has started."""

@@ -20,7 +20,7 @@ class Streamed(Protocol):
     @property
     def id(self) -> str: ...
     @property
-    def finish(self) -> Callable[[Any], None]:
+    def on_answer(self) -> Callable[[Any], None]:
         """Called with the end of the answer."""
 
     def fail(self, failure: Failure) -> None: ...
@@ -61,7 +61,7 @@ class AnswerStream:
                 self._sending = bool(chunks)
                 end = None if chunks else self._take_end()
             if end:
-                request.finish(end[0])
+                request.on_answer(end[0])
             if not chunks:
                 return
             try:
