@@ -91,7 +91,7 @@ class Probe:
         if do == "stream":
             for number in range(3):
                 send_intermediate_predict_response(
-                    [f"piece {number};"], context.request_ids, "Intermediate", 200, context
+                    [f"chunk {number};"], context.request_ids, "Intermediate", 200, context
                 )
             return "last"
         return body
@@ -133,18 +133,18 @@ class Plain:
         return call
 
     def leave(self, *values: Any, **named: Any) -> None:
-        """Take one piece of a stream, and leave it."""
-        pieces = self.client.stream(*values, **named)
-        if inspect.isgenerator(pieces):
-            next(pieces)
-            pieces.close()
+        """Take one chunk of a stream, and leave it."""
+        chunks = self.client.stream(*values, **named)
+        if inspect.isgenerator(chunks):
+            next(chunks)
+            chunks.close()
         else:
-            self.loop.run_until_complete(anext(pieces))
-            self.loop.run_until_complete(pieces.aclose())
+            self.loop.run_until_complete(anext(chunks))
+            self.loop.run_until_complete(chunks.aclose())
 
     @staticmethod
-    async def gathered(pieces: Any) -> list[bytes]:
-        return [piece async for piece in pieces]
+    async def gathered(chunks: Any) -> list[bytes]:
+        return [chunk async for chunk in chunks]
 
 
 @pytest.fixture(scope="module")
@@ -286,9 +286,9 @@ def test_a_version_is_called_by_its_name_and_the_default_without(client: Plain) 
         client.set_default("probe", "1.0")
 
 
-def test_stream_gives_every_piece(client: Plain) -> None:
+def test_stream_gives_every_chunk(client: Plain) -> None:
     assert client.stream("probe", b"x", parameters={"do": "stream"}) == [
-        b"piece 0;", b"piece 1;", b"piece 2;", b"last"
+        b"chunk 0;", b"chunk 1;", b"chunk 2;", b"last"
     ]  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def run(result: Any) -> Any:
     if inspect.isasyncgen(result):
 
         async def gathered() -> list[Any]:
-            return [piece async for piece in result]
+            return [chunk async for chunk in result]
 
         return asyncio.run(gathered())
     if inspect.isawaitable(result):
@@ -396,21 +396,21 @@ def test_retries_are_bounded_by_number_and_by_deadline(rest: Callable[..., Any])
     assert time.monotonic() - began < 15  # fifty pauses would be minutes
 
 
-def test_a_stream_gives_pieces_until_one_is_a_failure(rest: Callable[..., Any]) -> None:
+def test_a_stream_gives_chunks_until_one_is_a_failure(rest: Callable[..., Any]) -> None:
     class Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
             yield from (b"one", json.dumps(FAILURE).encode())
 
         async def __aiter__(self) -> Any:
-            for piece in self:
-                yield piece
+            for chunk in self:
+                yield chunk
 
     got: list[bytes] = []
     transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Chunks()))
 
     async def gather() -> None:
-        async for piece in AsyncRestClient(transport=transport).stream("a", b"x"):
-            got.append(piece)  # noqa: PERF401 (what came before the failure counts)
+        async for chunk in AsyncRestClient(transport=transport).stream("a", b"x"):
+            got.append(chunk)  # noqa: PERF401 (what came before the failure counts)
 
     with pytest.raises(RequestRefused):
         asyncio.run(gather())
@@ -431,8 +431,8 @@ def filtered(chunks: list[bytes]) -> tuple[bytes, ServingError | None]:
     body, passed = FailureFilter(), b""
     try:
         for chunk in chunks:
-            for piece in body.feed(chunk):
-                passed += piece
+            for passed_on in body.feed(chunk):
+                passed += passed_on
     except ServingError as error:
         return passed, error
     return passed + body.held, None
@@ -482,7 +482,7 @@ def test_text_is_never_cut_inside_a_letter(text: str, places: list[int]) -> None
     assert Text("") not in got
 
 
-def test_pieces_that_are_no_messages_are_refused(rest: Callable[..., Any]) -> None:
+def test_chunks_that_are_no_messages_are_refused(rest: Callable[..., Any]) -> None:
     client = rest(FakeServer(httpx.Response(200, content=b'{"name": "cat", "score": 1.0}\n\xff')))
 
     assert run(client.stream("a", b"x")) == [b'{"name": "cat", "score": 1.0}\n\xff']
@@ -497,16 +497,16 @@ def test_pieces_that_are_no_messages_are_refused(rest: Callable[..., Any]) -> No
 
 
 class Endless(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """One piece after another, for ever."""
+    """One chunk after another, for ever."""
 
     def __iter__(self) -> Iterator[bytes]:
         while True:
-            yield b"piece\n"
+            yield b"chunk\n"
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in self:
+        for chunk in self:
             await asyncio.sleep(0)
-            yield piece
+            yield chunk
 
 
 class StreamServer:
@@ -532,11 +532,11 @@ class LeavingError(Exception):
 
 
 def leave(client: Any, how: str, **named: Any) -> None:
-    """Take one piece of a stream, and leave it."""
+    """Take one chunk of a stream, and leave it."""
     stream = client.stream("a b", b"x", "1.0", **named)
 
-    def use(piece: bytes) -> None:
-        assert piece == b"piece\n"
+    def use(chunk: bytes) -> None:
+        assert chunk == b"chunk\n"
         if how == "raised":
             raise LeavingError
 
@@ -689,7 +689,7 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
     def StreamPredictions(self, request: Any, context: Any) -> Any:
         self.calls.append(dict(request.input))
         if request.model_name == "a b":
-            yield inference_pb2.PredictionResponse(prediction=b"piece\n")
+            yield inference_pb2.PredictionResponse(prediction=b"chunk\n")
             self.cancelled.wait(30)
         yield inference_pb2.PredictionResponse(prediction=b"one")
         yield inference_pb2.PredictionResponse(prediction=b"two")
@@ -727,7 +727,7 @@ def over_grpc(kind: Any, address: str, method: str, *values: Any, retries: int =
     async def call() -> Any:
         async with AsyncGrpcClient(address, address, token="one", management_token="two", retries=retries) as client:
             result = getattr(client, method)(*values, **named)
-            return [piece async for piece in result] if inspect.isasyncgen(result) else await result
+            return [chunk async for chunk in result] if inspect.isasyncgen(result) else await result
 
     return asyncio.run(call())
 

@@ -191,7 +191,7 @@ class TestEnvoy:
         assert "outlier_detection" in found["rest:m/2.0?"]
         assert "outlier_detection" not in found["rest:m/2.0"]
 
-    def test_what_answers_in_pieces_has_no_limit_for_all_of_them(self) -> None:
+    def test_what_answers_in_chunks_has_no_limit_for_all_of_them(self) -> None:
         served = [*SERVED[:1], ServedVersion("m", "2.0", 30.0, ours=True, streams=True)]
         shares = splits(served, {"m": ROUTE}, {}, {})
         found = {one["name"]: one for one in resources.clusters(served, shares, Addresses(), "token")}

@@ -119,7 +119,7 @@ def test_a_loop_is_a_thick_edge_with_its_items(everything: Graph) -> None:
     assert 'read -->|"list[list[Text | Skipped]]"| flat' in edges(everything)
 
 
-def test_a_node_that_takes_pieces_as_they_come_says_so(everything: Graph) -> None:
+def test_a_node_that_takes_chunks_as_they_come_says_so(everything: Graph) -> None:
     assert 'spell ==>|"each spell<br/>as it comes<br/>Text"| loud' in edges(everything)
     assert '  spell["<b>spell</b><br/>function<br/>in chunks"]' in mermaid(everything)
 
@@ -167,7 +167,7 @@ def test_names_that_mean_something_to_mermaid_are_written_otherwise(graph: Draw)
     assert '  node-_top -->|"Text"| node-answer' in text
 
 
-def test_the_answer_of_a_stream_comes_in_pieces(graph: Draw) -> None:
+def test_the_answer_of_a_stream_comes_in_chunks(graph: Draw) -> None:
     assert mermaid(graph("answer: {function: spell}")).endswith('answer(["<b>answer</b><br/>in chunks"])\n')
 
 

@@ -102,8 +102,8 @@ def test_no_items_have_no_answers(make: Make) -> None:
     assert make(Scripted(), MicroBatch(2))([]) == []
 
 
-def test_the_next_piece_is_prepared_while_one_is_inferred(make: Make) -> None:
-    """The first piece's infer waits until the second piece has been prepared."""
+def test_the_next_micro_batch_is_prepared_while_one_is_inferred(make: Make) -> None:
+    """The first micro-batch's infer waits until the second micro-batch has been prepared."""
     prepared = threading.Event()
 
     def within(batch: Sequence[int]) -> None:
@@ -114,7 +114,7 @@ def test_the_next_piece_is_prepared_while_one_is_inferred(make: Make) -> None:
     assert make(handler, MicroBatch(2))(range(4)) == [0, 2, 4, 6]
 
 
-def test_a_piece_is_answered_while_the_next_is_inferred(make: Make) -> None:
+def test_a_micro_batch_is_answered_while_the_next_is_inferred(make: Make) -> None:
     answered = threading.Event()
 
     def within(batch: Sequence[int]) -> None:
@@ -126,11 +126,11 @@ def test_a_piece_is_answered_while_the_next_is_inferred(make: Make) -> None:
 
 
 def test_all_three_stages_run_at_the_same_time(make: Make) -> None:
-    """Three pieces meet, each in another stage."""
+    """Three micro-batches meet, each in another stage."""
     together = threading.Barrier(3, timeout=WAIT_S)
 
-    def meet(piece: int) -> Stage:
-        return lambda value: together.wait() * 0 if value in (piece, [piece]) else None  # type: ignore[return-value]
+    def meet(micro_batch: int) -> Stage:
+        return lambda value: together.wait() * 0 if value in (micro_batch, [micro_batch]) else None  # type: ignore[return-value]
 
     handler = Scripted(before=meet(2), within=meet(1), after=meet(0))
 
@@ -167,10 +167,10 @@ def test_several_callers_may_share_one_handler(make: Make) -> None:
     assert answers == {i: [2 * n for n in range(i, i + 9)] for i in range(8)}
 
 
-PIECES = [None, MicroBatch(2), MicroBatch(1, 2, 2, 2)]
+MICRO_BATCHES = [None, MicroBatch(2), MicroBatch(1, 2, 2, 2)]
 
 
-@pytest.mark.parametrize("micro_batch", PIECES)
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
 @pytest.mark.parametrize("stage", ["before", "within", "after"])
 def test_an_exception_ends_only_its_own_item(make: Make, stage: str, micro_batch: MicroBatch | None) -> None:
     answers = make(Scripted(**{stage: raising(KeyError("secret"), 3)}), micro_batch)(range(6))
@@ -180,7 +180,7 @@ def test_an_exception_ends_only_its_own_item(make: Make, stage: str, micro_batch
     assert answers[3] == Failure(500, f"double failed in {named}.", "HandlerError")
 
 
-@pytest.mark.parametrize("micro_batch", PIECES)
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
 @pytest.mark.parametrize("stage", ["before", "within", "after"])
 def test_an_input_error_keeps_its_status_and_sentence(make: Make, stage: str, micro_batch: MicroBatch | None) -> None:
     answers = make(Scripted(**{stage: raising(InputError("Too long.", 413), 3)}), micro_batch)(range(6))
@@ -189,7 +189,7 @@ def test_an_input_error_keeps_its_status_and_sentence(make: Make, stage: str, mi
     assert [a for a in answers if not isinstance(a, Failure)] == [0, 2, 4, 8, 10]
 
 
-@pytest.mark.parametrize("micro_batch", PIECES)
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
 def test_a_stage_that_wants_to_end_the_process_ends_only_its_item(make: Make, micro_batch: MicroBatch | None) -> None:
     def leave(item: int) -> None:
         if item == 3:
@@ -227,7 +227,7 @@ class Miscounting(Scripted):
         return [*batch, 1]
 
 
-@pytest.mark.parametrize("micro_batch", PIECES)
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
 def test_outputs_that_are_not_one_an_item_are_a_failure_of_the_handler(
     make: Make, micro_batch: MicroBatch | None, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -78,12 +78,12 @@ def test_a_handler_is_a_model_of_its_own(serving_client: Client, photo: Photo) -
     assert [one.label for one in found.objects] == ["cup"]
 
 
-def test_a_stream_from_a_model_that_does_not_stream_is_one_piece(serving_client: Client, photo: Photo) -> None:
+def test_a_stream_from_a_model_that_does_not_stream_is_one_chunk(serving_client: Client, photo: Photo) -> None:
     """And the worker lives on: TorchServe ends one that gives a stream a whole answer."""
     for body, has in ((photo("coffee.jpg"), b"cup"), (photo("empty.jpg"), b"objects")):
-        pieces = list(serving_client.stream("yolo_detector", body))
-        assert len(pieces) == 1
-        assert has in pieces[0]
+        chunks = list(serving_client.stream("yolo_detector", body))
+        assert len(chunks) == 1
+        assert has in chunks[0]
 
 
 def test_each_version_has_workers_of_its_own(rest: RestClient) -> None:

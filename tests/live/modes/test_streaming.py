@@ -1,4 +1,4 @@
-"""A workflow whose answer comes in pieces, through a real TorchServe: over REST and gRPC, to the end and not."""
+"""A workflow whose answer comes in chunks, through a real TorchServe: over REST and gRPC, to the end and not."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ FILES = {
     "workflows/whole.yaml": """
         name: whole
         version: "1.0"
-        does: Gives a text in capitals, in one piece.
+        does: Gives a text in capitals, in one chunk.
         nodes: {capitals: {function: capitals}}
         output: capitals
         """,
@@ -127,7 +127,7 @@ def workers(server: Serving) -> dict[str, tuple[int, bool]]:
         }
 
 
-def test_over_rest_the_pieces_arrive_one_by_one(http: httpx.Client, tmp_path: Path) -> None:
+def test_over_rest_the_chunks_arrive_one_by_one(http: httpx.Client, tmp_path: Path) -> None:
     """The worker waits at the gate until the first is here."""
     gate = tmp_path / "gate"
     chunks = []
@@ -148,20 +148,20 @@ WAYS = [client, through]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_both_clients_give_the_pieces_as_they_come(server: Serving, protocol: Any, way: Any, tmp_path: Path) -> None:
+def test_both_clients_give_the_chunks_as_they_come(server: Serving, protocol: Any, way: Any, tmp_path: Path) -> None:
     """The worker waits at the gate until the first is here."""
     gate = tmp_path / "gate"
     found = []
     with way(server.state, protocol) as serving:
-        for piece in serving.stream("tell", Text(f"now gate:{gate} slow"), answer=Text):
-            found.append(piece)
+        for chunk in serving.stream("tell", Text(f"now gate:{gate} slow"), answer=Text):
+            found.append(chunk)
             gate.touch()
 
     assert found == [Text("now "), Text(f"gate:{gate} "), Text("slow ")]
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_pieces_that_are_no_text_are_lines_of_json(server: Serving, protocol: Any) -> None:
+def test_chunks_that_are_no_text_are_lines_of_json(server: Serving, protocol: Any) -> None:
     with client(server.state, protocol) as serving:
         found = list(serving.stream("measure", Text("a bc")))
 
@@ -170,7 +170,7 @@ def test_pieces_that_are_no_text_are_lines_of_json(server: Serving, protocol: An
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_a_failure_in_the_middle_comes_after_the_pieces_before_it(server: Serving, protocol: Any, way: Any) -> None:
+def test_a_failure_in_the_middle_comes_after_the_chunks_before_it(server: Serving, protocol: Any, way: Any) -> None:
     found: list[Text] = []
     with way(server.state, protocol) as serving, pytest.raises(RequestRefused) as refused:
         found.extend(serving.stream("tell", Text("slow bad"), answer=Text))
@@ -179,7 +179,7 @@ def test_a_failure_in_the_middle_comes_after_the_pieces_before_it(server: Servin
     assert (refused.value.status, refused.value.message) == (422, "That word is bad.")
 
 
-def test_a_failure_before_the_first_piece_has_its_own_status(http: httpx.Client) -> None:
+def test_a_failure_before_the_first_chunk_has_its_own_status(http: httpx.Client) -> None:
     response = http.post("/predictions/tell", content="bad")
 
     assert (response.status_code, response.json()["message"]) == (422, "That word is bad.")
@@ -194,8 +194,8 @@ def test_through_the_front_door_a_stream_is_never_cut_and_its_cancel_finds_its_v
         assert len(list(serving.stream("told", Text("now slow slow"), answer=Text))) == 3
         for i in range(8):
             options = Options(cancel_key=f"left-{protocol}-{i}")
-            with closing(serving.stream("told", Text("now " + "slow " * 20), answer=Text, options=options)) as pieces:
-                assert next(pieces) == Text("now ")
+            with closing(serving.stream("told", Text("now " + "slow " * 20), answer=Text, options=options)) as chunks:
+                assert next(chunks) == Text("now ")
 
     tokens = KeyFile.read(server.state.key_file)
     for i in range(8):
@@ -212,8 +212,8 @@ def test_a_stream_that_is_left_is_cancelled(server: Serving, http: httpx.Client)
     """TorchServe does not tell its worker; our client does, and then its key is unknown there."""
     with server.rest() as rest, closing(
         rest.stream("tell", Text("now " + "slow " * 20), answer=Text, options=Options(cancel_key="left"))
-    ) as pieces:  # fmt: skip
-        assert next(pieces) == Text("now ")
+    ) as chunks:  # fmt: skip
+        assert next(chunks) == Text("now ")
 
     assert http.post("/predictions/tell", headers={"x-cancel": "left"}).json() == {"cancelled": False}
 
@@ -231,8 +231,8 @@ def test_a_cancelled_stream_ends_with_word_of_it(http: httpx.Client) -> None:
     assert b'"Cancelled"' in rest.splitlines()[-1]
 
 
-def test_calls_over_grpc_that_do_not_ask_for_pieces_get_the_whole(server: Serving) -> None:
-    """TorchServe does not tell its worker which call it is, and a second piece to Predictions would end it."""
+def test_calls_over_grpc_that_do_not_ask_for_chunks_get_the_whole(server: Serving) -> None:
+    """TorchServe does not tell its worker which call it is, and a second chunk to Predictions would end it."""
     before = workers(server)
     token = KeyFile.read(server.state.key_file).inference
     with grpc.insecure_channel(server.addresses.grpc_inference) as channel:
@@ -247,7 +247,7 @@ def test_calls_over_grpc_that_do_not_ask_for_pieces_get_the_whole(server: Servin
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_a_workflow_that_does_not_stream_answers_a_stream_in_one_piece(server: Serving, protocol: Any) -> None:
+def test_a_workflow_that_does_not_stream_answers_a_stream_in_one_chunk(server: Serving, protocol: Any) -> None:
     before = workers(server)
     with client(server.state, protocol) as serving:
         found = list(serving.stream("whole", Text("a")))
@@ -263,7 +263,7 @@ def test_streams_run_side_by_side(server: Serving) -> None:
         found = list(threads.map(lambda _: list(serving.stream("tell", Text("now " * 10))), range(4)))
         took = time.monotonic() - began
 
-    assert [len(pieces) for pieces in found] == [10] * 4
+    assert [len(chunks) for chunks in found] == [10] * 4
     assert took < 60
 
 
@@ -271,11 +271,11 @@ def test_a_worker_that_is_killed_in_mid_stream_says_so_to_its_client(server: Ser
     pid, _ = workers(server)["tell"]
     found: list[bytes] = []
 
-    def listen(pieces: Iterator[bytes]) -> None:
-        for piece in pieces:
+    def listen(chunks: Iterator[bytes]) -> None:
+        for chunk in chunks:
             if not found:
                 os.kill(pid, signal.SIGKILL)
-            found.append(piece)
+            found.append(chunk)
 
     with server.rest() as rest:
         with pytest.raises(ServingError) as died:
