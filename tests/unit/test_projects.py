@@ -95,7 +95,7 @@ def test_every_ready_handler_is_listed_and_copied_with_its_card(project: Path) -
         for suffix in (".py", ".yaml"):
             copied = project / "handlers" / f"{name}{suffix}"
             assert copied.read_text() == (ROOT / "handlers" / f"{name}{suffix}").read_text()
-    assert "is there already" in run("add", "handler", hub_handlers()[0], "--project", str(project))[1]
+    assert "exists already" in run("add", "handler", hub_handlers()[0], "--project", str(project))[1]
     assert 'did you mean "text_classifier"' in run("add", "handler", "text_clasifier", "--project", str(project))[1]
 
 

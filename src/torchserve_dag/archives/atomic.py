@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file. One that exists keeps its permissions, and a symbolic link stays a link."""
+    """Write a file. An existing file keeps its permissions, and a symbolic link stays a link."""
     path = path.resolve()
     with part_of(path) as part:
         part.write_text(text, "utf-8")
@@ -19,7 +19,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, in a folder that only its owner may enter where it has to be made."""
+    """Write a file that only its owner may read. A missing folder is made so that only its owner may enter it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with part_of(path) as part:
         part.touch(mode=0o600)
@@ -33,7 +33,7 @@ def part_of(path: Path) -> Iterator[Path]:
 
     Hidden, because TorchServe loads every other file in a model store.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # two writers do not share a file
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # each writer has a file of its own
     try:
         yield part
     finally:

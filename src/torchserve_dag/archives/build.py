@@ -22,7 +22,7 @@ WORKFLOW_STORE = "workflow_store"
 """The folder beside the store for `.war` exports."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being built, how many are done, and how many there are."""
+"""Called with the archive that is being built, how many are done, and how many there are."""
 
 
 @dataclass(frozen=True, slots=True)

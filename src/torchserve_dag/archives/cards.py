@@ -36,7 +36,7 @@ def update(project: Project, handlers: Iterable[Source[HandlerFile]]) -> list[Up
         for i, weights in enumerate(source.value.card.weights):
             path = project.weights / weights.file
             if not is_below(weights.file) or not path.exists():
-                continue  # `build` refuses it with its reason
+                continue  # `build` will refuse it, with the reason
             digest = sha256(path)
             if digest != weights.sha256:
                 _write(source.path, i, digest)
@@ -53,7 +53,7 @@ def _write(path: Path, number: int, digest: str) -> None:
         same = yaml.safe_load(edited) == data
     except yaml.YAMLError:
         same = False
-    if not same:  # an anchor or a merge key stands where the hash belongs
+    if not same:  # an anchor or a merge key is where the hash belongs
         what = "the card's weights are written with anchors, which cannot be edited"
         raise CheckError([Problem(str(path), 1, what, f"write sha256: {digest} there")])
     atomic.write_text(path, edited)
@@ -66,7 +66,7 @@ def _edited(text: str, number: int, digest: str) -> str:
     keys = {key.value: (key, value) for key, value in weights.value}
     if "sha256" in keys:
         value = keys["sha256"][1]
-        blank = "" if value.value else " "  # `sha256:` alone, which is how a person leaves it open
+        blank = "" if value.value else " "  # `sha256:` with no value, as a person may leave it
         return text[: value.start_mark.index] + blank + digest + text[value.end_mark.index :]
     key, value = keys.get("licence") or keys["file"]
     if weights.flow_style:

@@ -47,7 +47,7 @@ def contents(project: Project, graph: Graph) -> Contents:
     for name, value in graph.output.values.items():
         if not (plain.fits_json(value.type) if name else codec.writes(value.type)):
             what = f'it answers with "{value.text}", which is {plain.name_of(value.type)} and cannot be written as JSON'
-            help_ = "answer with a photo alone, or with what there is to say of it"
+            help_ = "answer with a photo alone, or with JSON about it"
             raise CheckError([Problem(str(graph.path), 1, what, help_)])
     handlers = list({file.path: file for file in graph.handlers.values()}.values())
     digests = weights.verified(project, handlers)
@@ -57,7 +57,7 @@ def contents(project: Project, graph: Graph) -> Contents:
     small |= served_as(mode, graph)
     description = _description(project, graph, handlers, digests)
     if mode == "batched" and graph.serve.batches > 1:
-        description["leaders"] = graph.serve.workers  # so many of TorchServe's workers load the model; see sharing.py
+        description["leaders"] = graph.serve.workers  # how many of TorchServe's workers load the model; see sharing.py
     small[BUILD] = to_json(description)
     return Contents(small, packed_weights(project, digests) | _archives(project, graph))
 
@@ -80,7 +80,7 @@ def packed_weights(project: Project, names: Iterable[str]) -> dict[str, Path]:
 
 
 def _archives(project: Project, graph: Graph) -> dict[str, Path]:
-    """The archives of TorchServe's that nodes run, where a workflow's file finds them first: beside it."""
+    """The TorchServe archives that nodes run, packed beside the workflow's file, where they are looked for first."""
     folders = (project.root / "workflows", project.root / "model_store", project.root)
     packed: dict[str, Path] = {}
     for code in graph.codes.values():
@@ -100,7 +100,7 @@ def served_as(mode: Mode, graph: Graph) -> dict[str, bytes]:
 
 
 def _settings(mode: Mode, graph: Graph) -> dict[str, Any]:
-    """TorchServe's Java class ModelConfig names the keys."""
+    """The content of `model-config.yaml`; TorchServe's Java class ModelConfig defines the keys."""
     serve = graph.serve
     workers = serve.workers * (serve.batches if mode == "batched" else 1)  # sharing.py
     settings: dict[str, Any] = {
@@ -118,7 +118,7 @@ def _settings(mode: Mode, graph: Graph) -> dict[str, Any]:
         settings |= {"asyncCommunication": True, "batchSize": 1}
     handlers = graph.handlers.values()
     if handlers and all(file.value.run.device == "cpu" for file in handlers):
-        settings["deviceType"] = "cpu"  # else TorchServe assigns GPUs to workers that do not use them
+        settings["deviceType"] = "cpu"  # otherwise TorchServe would assign GPUs to workers that do not use them
     return settings
 
 

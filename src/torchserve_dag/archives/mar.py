@@ -99,9 +99,9 @@ def _timeless(manifest: bytes) -> bytes:
 
 
 def _add(archive: zipfile.ZipFile, entry: str, stream: BinaryIO, size: int) -> None:
-    # Stored, not deflated: weights do not compress, and two zlibs deflate the same text differently.
-    # TorchServe reads an archive as a stream, and Java's reader wants a stored entry's size before its bytes:
-    # Python writes it there as long as the file can be sought in.
+    # Stored, not deflated: weights do not compress, and versions of zlib deflate the same text differently.
+    # TorchServe reads an archive as a stream, and Java's reader needs a stored entry's size before its bytes:
+    # Python writes it there if the file is seekable.
     info = zipfile.ZipInfo(entry, _EPOCH)
     info.compress_type = zipfile.ZIP_STORED
     info.create_system = 3  # Unix, wherever it is built
@@ -112,7 +112,7 @@ def _add(archive: zipfile.ZipFile, entry: str, stream: BinaryIO, size: int) -> N
 
 
 def read_text(archive: Path, entry: str) -> str:
-    """A small file inside an archive. Raises KeyError where there is none, zipfile.BadZipFile for no archive."""
+    """The text of a file in an archive. Raises KeyError if it is missing, zipfile.BadZipFile for a bad archive."""
     with zipfile.ZipFile(archive) as stored:
         return stored.read(entry).decode("utf-8")
 
@@ -129,7 +129,7 @@ def versions_in(store: Path) -> dict[tuple[str, str], Path]:
 
 
 def is_ours(archive: Path) -> bool:
-    """Whether this package built it."""
+    """Whether this package built the archive."""
     try:
         with zipfile.ZipFile(archive) as found:
             return BUILD in found.namelist()
@@ -147,7 +147,7 @@ def is_asynchronous(archive: Path) -> bool:
 
 
 def name_and_version(archive: Path) -> tuple[str, str]:
-    """Under which name and version TorchServe registers an archive."""
+    """The name and version under which TorchServe registers an archive."""
     model = json.loads(read_text(archive, MANIFEST))["model"]
     return str(model["modelName"]), str(model.get("modelVersion", "1.0"))
 

@@ -46,10 +46,10 @@ class Built:
 def place(
     target: Target, path: Path, write: Callable[[Path], None], *, force: bool, same_project: bool = False
 ) -> Built:
-    """Put the archive that `write` writes at `path`, unless it is there already.
+    """Write an archive with `write`, and move it to `path`, unless an archive of the same files is there already.
 
-    An archive stays as it is if it was built from the same files of the project. `same_project` says so of a `.war`,
-    which holds none of them. Raises CheckError where the files differ, unless `force`.
+    An existing archive stays as it is if it was built from the same files of the project. For a `.war`, which contains
+    none of these files, `same_project` says whether it was. Raises CheckError if the files differ, unless `force`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.part_of(path) as part:
@@ -80,13 +80,13 @@ class _Read:
     runtime: Entries
     """The copy of this package."""
     generated: Entries
-    """What this package made of the two, but for `build.json`."""
+    """The files that this package generated from both, except `build.json`."""
     build: dict[str, Any]
     """`build.json`, empty in a `.war`."""
 
 
 def _read(path: Path) -> _Read | None:
-    """None where the file is no archive."""
+    """Read an archive; None if the file is not one."""
     try:
         entries = mar.checksums(path)
         build = json.loads(mar.read_text(path, BUILD)) if BUILD in entries else {}
@@ -104,7 +104,7 @@ _PARTS = {**dict.fromkeys(("handlers", "workflows", "weights"), "project"), "tor
 
 
 def _difference(old: _Read, new: _Read) -> str:
-    """How an archive that is kept was built, in half a sentence."""
+    """How a kept archive's build differed from today's: the beginning of a sentence."""
     if not old.build:
         return "built by an earlier torchserve-dag"
     before, now = (archive.build["inputs"]["packages"] for archive in (old, new))

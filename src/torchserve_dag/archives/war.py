@@ -1,7 +1,7 @@
 """The `.war` export: a workflow for TorchServe 0.12.0's own engine, with the archives of its nodes.
 
-They go into a folder of their own, `workflow_store/`: TorchServe looks for a workflow's models in its model
-store, and would serve each of them as a model by itself if it found them among the others.
+The `.war` and these archives go into a folder of their own, `workflow_store/`. TorchServe looks for a workflow's models
+in its model store; in the project's model store, it would also serve each of them as a model by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FUNCTIONS = "functions.py"
 
 
 class NotForTorchServeError(CheckError):
-    """A workflow that TorchServe's own engine cannot run; everything else about it is in order."""
+    """A workflow that TorchServe's own engine cannot run, but that has no other problem."""
 
 
 def export(
@@ -44,7 +44,7 @@ def export(
         all_segments = segments(graph)
     except ValueError as error:
         what = f"TorchServe's own engine cannot run this workflow: {error}"
-        problem = target.file.problem(("nodes",), what, "serve its .mar, which can do all of it")
+        problem = target.file.problem(("nodes",), what, "serve its .mar, which has no such limits")
         raise NotForTorchServeError([problem]) from None
     built = []
     for name, segment in all_segments.items():
@@ -66,18 +66,22 @@ def _part_of(project: Project, whole: Contents, segment: Segment) -> Contents:
     """A segment's archive: the workflow's, with the weights of its model alone, and the segment's name."""
     card = segment.graph.handlers[segment.node].value.card
     build = to_json(json.loads(whole.small[BUILD]) | {"segment": segment.node})
-    small = {**whole.small, **served_as("batched", segment.graph), BUILD: build}  # TorchServe's engine knows no other
+    small = {
+        **whole.small,
+        **served_as("batched", segment.graph),
+        BUILD: build,
+    }  # TorchServe's engine has only batched mode
     return Contents(small, packed_weights(project, [weights.file for weights in card.weights]))
 
 
 def _spec(graph: Graph, all_segments: dict[str, Segment]) -> dict[str, Any]:
-    """TorchServe's workflow specification. Everything is written out: its own batch size would be 1."""
+    """TorchServe's workflow specification. Every setting is written out, because the default batch size is 1."""
     models: dict[str, Any] = {
         "min-workers": graph.serve.workers,
         "max-workers": graph.serve.workers,
         "batch-size": graph.serve.batch,
         "max-batch-delay": graph.serve.delay_ms,
-        # A retry runs a node again whatever its error was, and its client waits twice.
+        # A retry would run a node again after any error, and its client would wait twice.
         "retry-attempts": 1,
         "timeout-ms": (graph.serve.timeout_s + 10) * 1000,
     }

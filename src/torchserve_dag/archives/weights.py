@@ -1,4 +1,4 @@
-"""Weights on disk against the cards that name them: nothing is packed whose bytes nobody vouched for."""
+"""Verifies weights against the hashes in their cards: weights without a hash are not packed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torchserve_dag.runtime.project.handler_file import HandlerFile
 
 
 class MissingWeightsError(CheckError):
-    """Weights that a card names are not on this machine; everything else about the handlers is in order."""
+    """Weights that a card names are not on this machine; the handlers have no other problem."""
 
 
 def verified(project: Project, handlers: Iterable[Source[HandlerFile]]) -> dict[str, str]:
     """The sha256 of every file or folder of weights that the handlers' cards name, by its name below `weights/`.
 
-    Raises CheckError where one differs from its card or has no sha256 there, MissingWeightsError
-    where the only thing wrong is that some are not here.
+    Raises CheckError if weights differ from their card, or the card has no sha256; MissingWeightsError if the only
+    problem is that weights are not on this machine.
     """
     missing: list[Problem] = []
     wrong: list[Problem] = []
@@ -44,7 +44,7 @@ def verified(project: Project, handlers: Iterable[Source[HandlerFile]]) -> dict[
                 elif weights.sha256 != digest:
                     what = f"{weights.file}: its sha256 is {digest}, and the card says {weights.sha256}"
                     again = f"get them again with: {weights.get}" if weights.get else f"get them from {weights.source}"
-                    help_ = f"{again}; or, where these are the ones: torchserve-dag build --update-cards"
+                    help_ = f"{again}; or, if these are the right ones: torchserve-dag build --update-cards"
                     wrong.append(source.problem((*at, "sha256"), what, help_))
     if wrong:
         raise CheckError(wrong + missing)
@@ -65,7 +65,7 @@ def sha256(path: Path) -> str:
 
 
 def files(path: Path) -> list[Path]:
-    """The files of a folder of weights, or the file itself; what begins with a dot is a tool's, not the model's."""
+    """The files of a folder of weights, or the file itself; names that begin with a dot are tools', and skipped."""
     if not path.is_dir():
         return [path]
     found: list[Path] = []

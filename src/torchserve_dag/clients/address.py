@@ -16,12 +16,12 @@ class Address:
     """Where a client connects to, and whether it encrypts."""
 
     text: str
-    """As it was given, without a slash at its end."""
+    """The address as the caller wrote it, without a slash at its end."""
     tls: bool
     target: str
-    """`HOST:PORT`, as gRPC wants it; or what gRPC alone understands, like `unix:/run/socket`."""
+    """The target of a gRPC channel: `HOST:PORT`, or another form of gRPC's, like `unix:/run/socket`."""
     host: str | None
-    """None for an address that gRPC alone understands."""
+    """None for a form that only gRPC understands."""
     port: int
 
     def __str__(self) -> str:
@@ -29,11 +29,11 @@ class Address:
 
 
 def parse(text: str, protocol: Protocol, *, tls: bool) -> Address:
-    """Raises ValueError if it is no address. Over gRPC, `tls` decides for an address without http:// or https://."""
+    """Parse an address. Over gRPC, `tls` decides if it has no http:// or https://. Raises ValueError."""
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
-    except ValueError:  # a port that is no number, a bracket that is not closed
+    except ValueError:  # a port that is not a number, a bracket that is not closed
         raise _refused(text, protocol) from None
     if parts.scheme in _PORTS and host and (port is None or port <= MAX_PORT):
         port = port or _PORTS[parts.scheme]

@@ -1,4 +1,4 @@
-"""A message as a request's body, and an answer's body as a message: alike over REST and gRPC."""
+"""A message as a request's body, and an answer's body as a message, for REST and gRPC alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchserve_dag.runtime.messages import InputError, Photo, Text
 T = TypeVar("T")
 
 UNKNOWN = "application/octet-stream"
-"""Tells a server to look at the bytes."""
+"""The content type that makes a server detect the type from the bytes."""
 
 _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -37,7 +37,7 @@ class Body:
 
 def body_of(message: Any) -> Body:
     """A message as a body. Bytes and files are sent as they are: prefer a photo's file to a decoded Photo, which
-    is encoded as PNG, and takes time and space.
+    has to be encoded as PNG: that takes time, and is larger.
 
     Raises OSError if a file cannot be read, TypeError for a str, which may be a path or a text.
     """
@@ -50,7 +50,7 @@ def body_of(message: Any) -> Body:
         content = bytes(message)
         return Body(content, _look(content) or UNKNOWN)
     if isinstance(message, Text):
-        # Not as JSON: over gRPC a server cannot tell JSON from a text that looks like it.
+        # Not as JSON: over gRPC, without a content type, a server cannot tell JSON from a text that looks like JSON.
         return Body(message.text.encode(), "text/plain; charset=utf-8")
     return Body(*codec.encode(message))
 
@@ -76,20 +76,20 @@ def answer_as(kind: type[T] | None, body: bytes) -> T | Any:
     except InputError as error:
         raise unexpected_answer(f"The answer is not a {plain.name_of(kind)}. {error.message}") from None
     except ValueError as error:
-        raise unexpected_answer(f"The answer is not a {plain.name_of(kind)} but no JSON at all: {error}.") from None
+        raise unexpected_answer(f"The answer is not a {plain.name_of(kind)}, and not even JSON: {error}.") from None
     except plain.WrongDataError as error:
         raise unexpected_answer(f"The answer is not a {plain.name_of(kind)}: {error}.") from None
 
 
 def _look(content: bytes) -> str | None:
-    """The content type that the first bytes show."""
+    """The content type, detected from the first bytes."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return "image/webp"
     return next((media for magic, media in _MAGIC if content.startswith(magic)), None)
 
 
 def _text(body: bytes) -> Text:
-    """A handler of this package answers JSON with the key `text` only; any other, the text itself."""
+    """The text in a body: the `text` of its JSON, as handlers of this package answer, else the body itself."""
     try:
         data = json.loads(body)
     except ValueError:

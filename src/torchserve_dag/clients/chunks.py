@@ -15,20 +15,22 @@ _FAILURE = b'{"code":'
 
 
 class FailureFilter:
-    """Passes an HTTP body on, except for a failure, which is its last line and may share a chunk with the rest."""
+    """Passes an HTTP body on, and raises a failure in its last line, which may share a chunk with what precedes it."""
 
     def __init__(self) -> None:
         self.held = b""
-        """Bytes that may be the beginning of a failure; at the body's end they are an ordinary part of it."""
+        """Bytes held back because they may begin a failure; at the body's end they turn out to be ordinary content."""
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """What can be passed on now. Raises ServingError, after what came before the failure."""
+        """The bytes that can be passed on now. Raises the failure as ServingError, after the bytes before it."""
         data = self.held + chunk
         start = data.rstrip().rfind(b"\n") + 1
         line = data[start:]
         error = error_in(line)
         if error:
-            if before := data[:start].removesuffix(b"\n"):  # the newline is the failure's: it makes it a line
+            if before := data[:start].removesuffix(
+                b"\n"
+            ):  # the newline belongs to the failure, which it puts on a line of its own
                 yield before
             raise error
         open_failure = _FAILURE.startswith(line[: len(_FAILURE)]) and not line.endswith(b"\n")
@@ -39,13 +41,13 @@ class FailureFilter:
 
 
 class MessageReader:
-    """Reads messages from chunks: one for each line of JSON, or Text with what has arrived.
+    """Reads messages from chunks: one for each line of JSON; for Text, one with the text of each chunk.
 
-    With None or bytes the chunks stay as they are.
+    For None or bytes the chunks stay as they are.
     """
 
     def __init__(self, answer: Any) -> None:
-        """Raises TypeError for a message that has no end mark."""
+        """Raises TypeError for Photo, because nothing marks where a photo ends."""
         if answer is Photo:
             raise TypeError("a stream holds lines of JSON, Text or bytes; nothing tells one Photo from the next")
         self._answer = answer

@@ -1,4 +1,4 @@
-"""The clients' methods, plain and asyncio; `rest.py` and `grpc.py` bring the calls to the server."""
+"""The clients' methods, plain and asyncio; `rest.py` and `grpc.py` send the calls to the server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CANCEL_S = 2.0
 
 @dataclass(eq=False)
 class Client(Settings, ABC):
-    """Calls a server's models. Threads may share a client: its connections are kept and used again.
+    """Calls a server's models. Threads may share a client, which reuses its connections.
 
         with RestClient("https://host:8443", token=token, ca="front_door.pem") as client:
             objects = client.predict("yolo_detector", Path("photo.jpg"), answer=Objects)
@@ -57,7 +57,7 @@ class Client(Settings, ABC):
         `message` is bytes, a Path, a Photo, a Text, or any dataclass or plain data, sent as JSON. `answer` is
         the type to read the answer's body as; without it you get the data of its JSON, or its bytes if it is
         not JSON. `parameters` reach the handler beside the message; `options` are for the server itself. If they
-        name `outputs`, the answer holds the result of each by its name: a dict, or a dataclass with these fields.
+        name `outputs`, the answer holds the result of each of these nodes: a dict, or a dataclass with these fields.
         """
         call = flows.prediction(name, message, version, parameters, options, answer)
         return self._run(flows.predict(call, answer), timeout)
@@ -82,8 +82,8 @@ class Client(Settings, ABC):
         JSON, or Text with what has arrived. Only for models that stream: over gRPC, TorchServe 0.12.0 ends the
         worker of a model that does not, unless `torchserve-dag build` made its archive.
 
-        A stream that is left before its end is cancelled: its model gets one more request, with the `cancel_key`
-        and the body `{}`, which a handler that does not know the key takes for a prediction. To cancel at a known
+        A stream that you stop reading early is cancelled: its model gets one more request, with the `cancel_key` and
+        the body `{}`. A handler that does not know the key treats it as a prediction. To cancel at a known
         moment, write `with contextlib.closing(client.stream(…)) as chunks:`.
         """
         call = flows.streamed(flows.prediction(name, message, version, parameters, options, answer))
@@ -98,8 +98,8 @@ class Client(Settings, ABC):
             raise
 
     def ready(self, name: str | None = None, version: str | None = None, *, timeout: float | None = None) -> bool:
-        """Whether the server, or one of its models, can answer now. False too if nothing listens, or if the model
-        is unknown, since either may be starting. Raises Unauthorized and TlsFailed, which waiting does not help.
+        """Whether the server, or one of its models, can answer now. Also false if nothing listens, or if the model
+        is unknown, since either may be starting. Raises Unauthorized and TlsFailed, because waiting does not help.
         """
         return self._run(flows.ready(name, version), timeout)
 
@@ -112,18 +112,18 @@ class Client(Settings, ABC):
         return self._run(flows.describe(name, version), timeout)
 
     def set_default(self, name: str, version: str, *, timeout: float | None = None) -> None:
-        """Make `version` the one that answers a call without a version."""
+        """Make `version` the default, which answers requests that name no version."""
         return self._run(flows.set_default(name, version), timeout)
 
     def register(self, archive: str, *, timeout: float | None = None) -> None:
-        """Load an archive of the server's model store and start its workers; `models` says when they are ready.
+        """Load an archive from the server's model store and start its workers; `models` says when they are ready.
 
         TorchServe accepts this only if its `enable_model_api` is set.
         """
         return self._run(flows.register(archive), timeout)
 
     def unregister(self, name: str, version: str, *, timeout: float | None = None) -> None:
-        """End a version's workers, and the requests inside them; TorchServe refuses this for the default version."""
+        """End a version's workers with the requests in them. TorchServe refuses this for the default version."""
         return self._run(flows.unregister(name, version), timeout)
 
     @abstractmethod
@@ -345,7 +345,7 @@ class AsyncClient(Settings, ABC):
 
 
 def _raise_failure(body: bytes) -> bytes:
-    """The body, unless it holds a failure: over gRPC a failure arrives as an answer."""
+    """The body, unless it contains a failure, which arrives over gRPC as an ordinary answer: raises that."""
     error = error_in(body)
     if error:
         raise error

@@ -1,4 +1,4 @@
-"""How long a call may take in all, and when a failed one may be sent again."""
+"""The time limit of a whole call, and whether a failed call may be retried."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Deadline:
         self._end = time.monotonic() + timeout_s
 
     def left(self) -> float:
-        """Seconds. Raises DeadlineExceeded if none are left."""
+        """The seconds left. Raises DeadlineExceeded if there are none."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise deadline_exceeded(self.timeout_s)
@@ -28,7 +28,7 @@ class Deadline:
 
 
 def pauses(retries: int) -> Iterator[float | None]:
-    """The pause after each attempt: doubling, with jitter to spread the clients; None after the last."""
+    """The pause after each attempt, doubling, with jitter so that clients do not retry in step; None after the last."""
     for attempt in range(retries):
         yield FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)  # noqa: S311 (no secret)
     yield None
@@ -37,8 +37,8 @@ def pauses(retries: int) -> Iterator[float | None]:
 def may_repeat(call: Call, error: ServingError, pause: float | None, deadline: Deadline) -> bool:
     """Whether a call that failed may be sent again, `pause` seconds from now.
 
-    A prediction only if it cannot have been served: it costs time and may have an effect. The other calls are
-    idempotent.
+    A prediction is repeated only if it cannot have been served, because it costs time and may have effects. All other
+    calls are idempotent.
     """
     safe = error.unserved or (isinstance(error, ConnectionLost) and not isinstance(call, Predict))
     return safe and pause is not None and pause < deadline.left()

@@ -1,11 +1,11 @@
-"""The clients' exceptions: the same ones over REST and gRPC, whatever either makes of a failure.
+"""The clients' exceptions, the same over REST and gRPC.
 
     ServingError
     ├── Unreachable             no connection could be made; nothing was delivered
-    ├── ConnectionLost          it broke before the answer came; the request may have been served
+    ├── ConnectionLost          the connection broke before the answer came; the request may have been served
     ├── DeadlineExceeded        no answer in time: the client's own deadline, or a 504 of the server
-    ├── TlsFailed               plain to a TLS port or the reverse, or a certificate that is not trusted
-    ├── UnexpectedAnswer        an answer, but not the message that was asked for
+    ├── TlsFailed               unencrypted to a TLS port or the reverse, or a certificate that is not trusted
+    ├── UnexpectedAnswer        an answer, but not a message of the requested type
     ├── RequestRefused          4xx: the sender can correct it
     │   ├── Unauthorized        the token is missing, wrong or expired
     │   ├── ModelNotFound       no such model, or no such version of it
@@ -38,7 +38,7 @@ _VERIFY_DETAIL = re.compile(r"certificate verify failed: ([^(]+?) \(_ssl")
 
 
 class ServingError(Exception):
-    """Why a call has no answer."""
+    """A call has no answer. The message says why."""
 
     def __init__(
         self, status: int, kind: str, message: str, node: str | None = None, request_id: str | None = None
@@ -52,7 +52,7 @@ class ServingError(Exception):
         self.node = node
         """The workflow's node that failed, if the server named it."""
         self.request_id = request_id
-        """The request's name in the server's log, if the server named it."""
+        """The request's id in the server's log, if the server told it."""
 
     def __str__(self) -> str:
         facts = [f"{self.status} {self.type}"]
@@ -79,7 +79,7 @@ class ConnectionLost(ServingError):
 
 
 class TlsFailed(ServingError):
-    """No encrypted connection: plain to a TLS port or the reverse, or a certificate that is not trusted.
+    """No TLS connection: unencrypted to a TLS port or the reverse, or a certificate that is not trusted.
 
     Nothing was delivered, and waiting does not help.
     """
@@ -90,7 +90,7 @@ class DeadlineExceeded(ServingError):
 
 
 class UnexpectedAnswer(ServingError):
-    """An answer, but not the message that was asked for."""
+    """An answer, but not a message of the requested type."""
 
 
 class RequestRefused(ServingError):
@@ -98,7 +98,7 @@ class RequestRefused(ServingError):
 
 
 class Unauthorized(RequestRefused):
-    """The token is missing, wrong or expired. TorchServe says 400 or 403; here it is always 401."""
+    """The token is missing, wrong or expired. The status is always 401, where TorchServe answers 400 or 403."""
 
 
 class ModelNotFound(RequestRefused):
@@ -118,7 +118,7 @@ class Overloaded(ServerFailed):
 
     @property
     def unserved(self) -> bool:
-        # A worker may set 503 for reasons of its own, after it did its work.
+        # Other 503s may come from a worker, after it has done the work.
         return self.type == NO_WORKER or self.status == HTTPStatus.TOO_MANY_REQUESTS
 
 
@@ -126,7 +126,7 @@ Kind: TypeAlias = type[ServingError]
 
 
 def unreachable(address: object, why: object) -> Unreachable | TlsFailed:
-    """A connection that could not be made, for the reason that httpx or grpc gives."""
+    """The exception for a connection that could not be made; `why` is the text of httpx or grpc."""
     failed = _tls_failure(address, str(why))
     if failed:
         return failed
@@ -141,15 +141,15 @@ def connection_lost(address: object, why: object) -> ConnectionLost:
 
 def plain_to_tls(address: object) -> TlsFailed:
     where = str(address).removeprefix("http://")
-    return _tls_failed(f"{address} answers only over TLS, and was asked in plain: write https://{where}.")
+    return _tls_failed(f"{address} answers only over TLS, but was called without: write https://{where}.")
 
 
 def _tls_failure(address: object, why: str) -> TlsFailed | None:
-    """What httpx (OpenSSL) or grpc (BoringSSL) says of a handshake that failed; None if it was not the handshake."""
+    """The failed TLS handshake in an error text of httpx (OpenSSL) or grpc (BoringSSL); None if it is another error."""
     if any(words in why for words in _NOT_TLS):
         return _tls_failed(
-            f"{address} does not answer over TLS: write http://HOST:PORT for TorchServe's own port; the front door, "
-            "which does, is at port 8443 unless front_door.yaml says otherwise."
+            f"{address} does not answer over TLS: write http://HOST:PORT for TorchServe's own port. The front door "
+            "speaks TLS, at port 8443 unless front_door.yaml says otherwise."
         )
     if any(words in why for words in _OTHER_NAME):
         return _tls_failed(
@@ -181,9 +181,9 @@ def unexpected_answer(message: str) -> UnexpectedAnswer:
 def error_of(
     status: int, kind: str = "", message: str = "", node: str | None = None, request_id: str | None = None
 ) -> ServingError:
-    """The exception for a server's failure. TorchServe's types say more than its statuses, and go first."""
+    """The exception for a server's failure. TorchServe's types are more precise than its statuses, and go first."""
     chosen: Kind
-    front_doors = status == HTTPStatus.FORBIDDEN and not kind  # TorchServe's own have a type
+    front_doors = status == HTTPStatus.FORBIDDEN and not kind  # the front door's 403; TorchServe's has a type
     if kind == "InvalidKeyException" or status == HTTPStatus.UNAUTHORIZED or front_doors:
         chosen, status = Unauthorized, HTTPStatus.UNAUTHORIZED
     elif kind in {"ModelNotFoundException", "ModelVersionNotFoundException"}:

@@ -1,4 +1,4 @@
-"""What each method of a client sends, and what it returns for the answers, without any input or output of its own.
+"""What each client method sends, and what it returns for the answers, without doing any I/O.
 
 A flow is a generator: it yields a call, is sent the answer's body, and returns the method's result. So the plain
 and the asyncio clients, over REST and gRPC, share its code.
@@ -46,14 +46,14 @@ class Predict:
     options: Options = field(default_factory=Options)
 
     def asks(self, left_s: float) -> dict[str, str]:
-        """Its options as they are sent, with the time that its client still waits."""
+        """The options to send, with the time that the client still waits."""
         limit = min(left_s, self.options.timeout_s or left_s)
         return dataclasses.replace(self.options, timeout_s=limit).headers()
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Cancels the prediction that was sent with a key; it is sent like a prediction."""
+    """Cancels the prediction that was sent with `key`. It is sent like a prediction."""
 
     body: ClassVar[Body] = Body(b"{}", "application/json")
     parameters: ClassVar[Mapping[str, str]] = {}
@@ -65,7 +65,7 @@ class Cancel:
 
     @property
     def options(self) -> Options:
-        """Those that route it to the version that has the prediction."""
+        """The options that route the cancellation to the version that has the prediction."""
         return Options(route_by={**self.route_by, CANCEL: self.key})
 
     def asks(self, left_s: float) -> dict[str, str]:  # noqa: ARG002 (as Predict)
@@ -108,7 +108,7 @@ class Unregister:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """For the front door, over REST only."""
+    """A score for an answer, which the front door logs. Over REST only."""
 
     request_id: str
     score: float
@@ -144,13 +144,13 @@ def prediction(
 
 
 def streamed(call: Predict) -> Predict:
-    """A prediction that can be cancelled: with a new key, unless it has one."""
+    """The prediction with a cancel key, so that it can be cancelled: its own, or else a new one."""
     options = dataclasses.replace(call.options, cancel_key=call.options.cancel_key or uuid.uuid4().hex)
     return dataclasses.replace(call, options=options)
 
 
 def cancellation(call: Predict, error: BaseException) -> Cancel | None:
-    """What cancels a stream that ended with `error`; None if the server has ended it already."""
+    """The call that cancels a stream after `error`; None if the server has ended the stream already."""
     ended = isinstance(error, ServingError) and not isinstance(error, DeadlineExceeded | UnexpectedAnswer)
     key = call.options.cancel_key
     return None if ended or key is None else Cancel(call.name, call.version, key, call.options.route_by)
@@ -164,7 +164,7 @@ def ready(name: str | None, version: str | None) -> Flow[bool]:
     try:
         if name is None:
             health = yield Ping()
-            # The front door repeats TorchServe's last answer for a second, as a status without a body.
+            # The front door caches TorchServe's status for a second, without the body.
             return not health or _data(health).get("status") == "Healthy"
         (described,) = _data((yield Describe(name, version)))
         return version_info(described, default=False).ready
@@ -183,7 +183,7 @@ def models() -> Flow[list[ModelInfo]]:
     for name in names:
         try:
             every = _data((yield Describe(name, "all")))
-            # Only a description without a version tells which one is the default.
+            # Only a description without a version tells which version is the default.
             (default,) = every if len(every) == 1 else _data((yield Describe(name, None)))
         except ModelNotFound:
             continue  # unregistered since it was listed
@@ -215,7 +215,7 @@ def feedback(request_id: str, score: float) -> Flow[None]:
 
 
 def _check_answer(answer: Any, outputs: tuple[str, ...]) -> None:
-    """Raises TypeError where the answer, with these outputs a dict of the nodes' results, cannot be an `answer`."""
+    """Raises TypeError if a dict of the results of `outputs` cannot be read as an `answer`."""
     if not outputs or answer in {None, Any, bytes, dict} or typing.get_origin(answer) is dict:
         return
     if not dataclasses.is_dataclass(answer) or not set(outputs) <= plain.field_types(answer).keys():  # type: ignore[arg-type]
@@ -227,4 +227,4 @@ def _data(body: bytes) -> Any:
     try:
         return json.loads(body)
     except ValueError:
-        raise unexpected_answer(f"The answer is not TorchServe's: {body[:80]!r}. Is this its address?") from None
+        raise unexpected_answer(f"The answer is not from TorchServe: {body[:80]!r}. Is this its address?") from None

@@ -53,17 +53,17 @@ from torchserve_dag.runtime.protos.management_pb2 import (
 from torchserve_dag.runtime.protos.management_pb2_grpc import ManagementAPIsServiceStub
 
 OPTIONS = (
-    ("grpc.enable_http_proxy", 0),  # a proxy configured for the web does not lead to a model server
-    ("grpc.max_receive_message_length", -1),  # the server's limit holds, not grpc's 4 MB
+    ("grpc.enable_http_proxy", 0),  # the environment's proxy is for the web, not for model servers
+    ("grpc.max_receive_message_length", -1),  # no limit here but the server's; grpc's default is 4 MB
     ("grpc.max_send_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),  # with grpc's own, a retry within a second repeats the last failure
+    ("grpc.initial_reconnect_backoff_ms", 100),  # with grpc's default, a retry within a second repeats the last failure
     ("grpc.max_reconnect_backoff_ms", 5000),
 )
 
 
 @dataclass(eq=False)
 class GrpcClient(Client):
-    """The client over gRPC. With `insecure`, making one asks the server for its certificate: raises Unreachable."""
+    """The client over gRPC. With `insecure`, the constructor fetches the server's certificate: raises Unreachable."""
 
     protocol = "grpc"
 
@@ -129,7 +129,7 @@ class AsyncGrpcClient(AsyncClient):
 
 @dataclass(frozen=True, slots=True)
 class _Encryption:
-    """What encrypted channels are opened with."""
+    """The TLS settings of channels."""
 
     roots: bytes | None = None
     """The PEM certificates to trust; None for grpc's own list of public authorities."""
@@ -137,7 +137,7 @@ class _Encryption:
 
     @classmethod
     def of(cls, address: Address, trust: tls.Trust, server_name: str | None) -> _Encryption:
-        """Raises Unreachable where the server's own certificate is to be accepted and cannot be read."""
+        """Raises Unreachable if any certificate is accepted, and the server's cannot be fetched."""
         pem = trust.pem
         if trust.insecure:
             pem, server_name = tls.shown_by(address)
@@ -154,7 +154,7 @@ class _Channel:
 
 
 class _Channels:
-    """A channel for each address, opened when the first call needs it: asyncio's needs a running event loop."""
+    """A channel for each address, opened at the first call, because asyncio's channels need a running event loop."""
 
     def __init__(self, api: Any, encryption: _Encryption) -> None:
         """`api` is grpc or grpc.aio."""
@@ -245,7 +245,7 @@ _STATUS = {
     grpc.StatusCode.UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: HTTPStatus.GATEWAY_TIMEOUT,
 }
-"""The HTTP status that a code stands for; TorchServe's GRPCUtils, the other way round."""
+"""gRPC code → HTTP status: the inverse of TorchServe's GRPCUtils."""
 
 _JAVA_CLASS = re.compile(r"(?:[\w.$]*\.)?(\w+Exception)(?:\.\(\))?")
 _CANCELLED = (
@@ -258,7 +258,7 @@ _NO_CONNECTION = ("failed to connect", "connection refused", "dns resolution", "
 def _translated(  # noqa: PLR0911 (one return a kind of failure)
     error: Any, address: Address, call: Call, deadline: Deadline
 ) -> ServingError:
-    """The error of grpc as ours. TorchServe ends its descriptions with a line that names a Java class: the type."""
+    """Our exception for grpc's. The last line of TorchServe's descriptions names a Java class, which is the type."""
     code, text = error.code(), error.details() or ""
     message, _, last = text.rpartition("\n")
     java = _JAVA_CLASS.fullmatch(last.strip())

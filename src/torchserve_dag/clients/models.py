@@ -1,4 +1,4 @@
-"""What a server says of its models: the management API's JSON, read."""
+"""A server's models, from the management API's JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 class WorkerInfo:
     id: str
     ready: bool
-    """Its model is loaded."""
+    """Whether the worker has loaded the model."""
     pid: int
     gpu: bool
 
@@ -22,7 +22,7 @@ class VersionInfo:
 
     version: str
     default: bool
-    """It answers where a call names no version."""
+    """Whether this version answers requests that name no version."""
     workers: tuple[WorkerInfo, ...]
     min_workers: int
     max_workers: int
@@ -35,12 +35,12 @@ class VersionInfo:
 
     @property
     def ready(self) -> bool:
-        """It has its least number of workers, and one at least, with the model loaded."""
+        """Whether at least `min_workers` workers, and at least one, have loaded the model."""
         return sum(worker.ready for worker in self.workers) >= max(1, self.min_workers)
 
     @property
     def state(self) -> str:
-        """`ready`, `starting` (fewer workers ready than there should be) or `stopped` (none wanted)."""
+        """`ready`, `starting` (fewer workers ready than `min_workers`) or `stopped` (no workers configured)."""
         return "ready" if self.ready else "starting" if self.min_workers else "stopped"
 
 
@@ -83,5 +83,5 @@ def _worker(worker: Mapping[str, Any]) -> WorkerInfo:
 
 
 def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
-    """To sort versions by: `1.10` after `1.9`, and what is no number before all numbers."""
+    """The key to sort versions by: `1.10` after `1.9`, and parts that are not numbers before all numbers."""
     return tuple((1, int(part), "") if part.isdigit() else (0, 0, part) for part in version.split("."))

@@ -31,7 +31,7 @@ from torchserve_dag.clients.flows import (
 from torchserve_dag.clients.settings import Port
 
 LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=256)
-# trust_env=False below: a proxy configured for the web does not lead to a model server.
+# trust_env=False below: the environment's proxy is for the web, not for model servers.
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class RestClient(Client):
     protocol = "rest"
 
     transport: httpx.BaseTransport | None = field(default=None, kw_only=True)
-    """httpx's, for a test without a server."""
+    """A transport of httpx, for tests without a server."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +80,7 @@ class AsyncRestClient(AsyncClient):
     protocol = "rest"
 
     transport: httpx.AsyncBaseTransport | None = field(default=None, kw_only=True)
-    """httpx's, for a test without a server."""
+    """A transport of httpx, for tests without a server."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +147,7 @@ def _request(call: Call, port: Port, deadline: Deadline, server_name: str | None
 
 
 class _TimeLeft(dict[str, float]):
-    """The time left, where httpx looks for a timeout: httpx limits each step of a request, and this limits them all."""
+    """Gives httpx the time left as each step's timeout, so that the whole request has one limit: httpx has none."""
 
     def __init__(self, deadline: Deadline) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every client is made with: addresses, tokens, what it trusts, and how long a call may take."""
+"""The settings of every client: addresses, tokens, trusted certificates, time limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TORCHSERVE: dict[Protocol, tuple[str, str]] = {
 
 
 class Port(NamedTuple):
-    """Where a call goes, with the header (over gRPC: the metadata) that the port asks for."""
+    """A port of the server, with the header (over gRPC: the metadata) that carries its token."""
 
     address: Address
     authorization: dict[str, str]
@@ -54,7 +54,7 @@ class Settings:
     timeout: float = 30.0
     """Seconds for a whole call, its retries and pauses included."""
     retries: int = 2
-    """How often a call that was not served is sent again."""
+    """How often a call that cannot have been served is sent again."""
 
     def __post_init__(self) -> None:
         if self.timeout <= 0 or self.retries < 0:
@@ -72,7 +72,7 @@ class Settings:
         self._trust = tls.Trust.of(self.ca, insecure=self.insecure)
 
     def _verify(self) -> ssl.SSLContext | bool:
-        """What httpx checks certificates with. To read its list of authorities takes time, and plain needs none."""
+        """The `verify` of httpx. Only encrypted connections load the list of authorities, which takes time."""
         encrypted = self._inference.tls or (self._management is not None and self._management.tls)
         return self._trust.context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -91,9 +91,9 @@ class Settings:
         return Deadline(self.timeout if timeout is None else timeout)
 
     def _explained(self, call: Call, error: ServingError) -> ServingError:
-        """A connection that failed, as the error that names its cause, where the port speaks TLS and the client not.
+        """The error of a failed connection; TlsFailed if the port speaks TLS and the client does not.
 
-        It asks the port, for up to a second: what a TLS port makes of a plain request tells nothing.
+        It probes the port, for up to a second: a TLS port's reply to an unencrypted request does not tell.
         """
         address = self._port(call).address
         failed = isinstance(error, Unreachable | ConnectionLost) and not address.tls

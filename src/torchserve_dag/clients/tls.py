@@ -12,12 +12,12 @@ from torchserve_dag.clients.address import Address
 from torchserve_dag.clients.errors import unreachable
 
 PROBE_S = 1.0
-"""How long a port may take to show whether it speaks TLS."""
+"""How long a port may take to answer a TLS handshake."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Which certificates a client accepts: those that `pem` vouches for, any, or what public authorities signed."""
+    """Which certificates a client accepts: those in `pem` or signed by them, any, or those of public authorities."""
 
     pem: str | None
     insecure: bool
@@ -34,18 +34,20 @@ class Trust:
         return trust
 
     def context(self) -> ssl.SSLContext | bool:
-        """What httpx verifies with; True is its own list of public authorities."""
+        """The `verify` of httpx; True means its own list of public authorities."""
         if self.insecure:
             return _accepting_all()
         if self.pem is None:
             return True
         context = ssl.create_default_context(cadata=self.pem)
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the server's own certificate may be what is given
+        context.verify_flags |= (
+            ssl.VERIFY_X509_PARTIAL_CHAIN
+        )  # the file may hold the server's own certificate instead of its issuer's
         return context
 
 
 def shown_by(address: Address) -> tuple[str, str]:
-    """The certificate that a server shows, and a name that it is for: for gRPC, which accepts no unknown certificate.
+    """A server's certificate and a name that it is for. gRPC needs both to accept an unknown certificate.
 
     Raises Unreachable.
     """
@@ -56,7 +58,7 @@ def shown_by(address: Address) -> tuple[str, str]:
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         with _handshake(address, context) as connection:  # Python reads a certificate's names only once it is verified
             found = connection.getpeercert() or {}
-    except OSError as error:  # an SSLError is one too
+    except OSError as error:  # SSLError is an OSError
         raise unreachable(address, error) from None
     names: dict[Any, Any] = dict(found.get("subjectAltName", ()))  # type: ignore[arg-type]
     name = names.get("DNS") or names.get("IP Address") or address.host
@@ -69,7 +71,7 @@ def answers_in_tls(address: Address) -> bool:
         return False
     try:
         _handshake(address, _accepting_all()).close()
-    except OSError:  # an SSLError is one too
+    except OSError:  # SSLError is an OSError
         return False
     return True
 

@@ -1,7 +1,7 @@
 """The command line, `torchserve-dag`: one module for each group of commands.
 
-A command imports what it works with when it runs, inside its function: `--help` and `call` must be quick, and must
-work in an environment that has what a client needs and nothing else.
+Each command imports what it needs inside its function, so that `--help` and `call` are quick, and work in an
+environment with only the packages that a client needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torchserve_dag.commands.tune import tune
 
 
 class _Commands(TyperGroup):
-    """Names the extra to install where a command needs a package that only `[serve]` brings."""
+    """If a command lacks a package that only `[serve]` installs, fails with the command that installs it."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -75,7 +75,7 @@ def _print_version(wanted: bool) -> None:  # noqa: FBT001 (typer calls it so)
 def main(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
     ] = False,
 ) -> None:
     """Workflows of models on TorchServe: check, build, serve and call them."""

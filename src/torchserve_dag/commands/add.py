@@ -20,7 +20,9 @@ def _group() -> None:
 
 @add.command("handler")
 def handler(
-    name: Annotated[str | None, typer.Argument(help="The handler to copy; without it, they are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The handler to copy. Without it, list the ready handlers.")
+    ] = None,
     *,
     project: ProjectOption = None,
 ) -> None:
@@ -32,9 +34,9 @@ def handler(
 
     known = hub_handlers()
     if name is None:
-        for each in known:
-            card = yaml.safe_load((shipped("handlers") / f"{each}.yaml").read_text("utf-8"))["card"]
-            out.print(f"[bold]{each}[/]  {card['does']}", soft_wrap=True)
+        for ready in known:
+            card = yaml.safe_load((shipped("handlers") / f"{ready}.yaml").read_text("utf-8"))["card"]
+            out.print(f"[bold]{ready}[/]  {card['does']}", soft_wrap=True)
         return
     if name not in known:
         fail(f'There is no ready handler "{name}"; {plain.did_you_mean(name, known)}.')
@@ -45,13 +47,13 @@ def handler(
 
 
 def copy_handler(name: str, root: Path) -> None:
-    """Copy a ready handler's two files into `root`, and overwrite nothing."""
+    """Copy a ready handler's two files into `root`. Never overwrites a file."""
     from torchserve_dag.server.shipped import shipped
 
     (root / "handlers").mkdir(exist_ok=True)
     for suffix in (".py", ".yaml"):
         target = root / "handlers" / f"{name}{suffix}"
         if target.exists():
-            fail(f"{target} is there already; move it away first.")
+            fail(f"{target} exists already; move it away first.")
     for suffix in (".py", ".yaml"):
         shutil.copyfile(shipped("handlers") / f"{name}{suffix}", root / "handlers" / f"{name}{suffix}")

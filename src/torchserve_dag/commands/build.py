@@ -23,21 +23,24 @@ from torchserve_dag.commands.common import (
 
 
 def build(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME[/VERSION]", help="All unless given.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME[/VERSION]", help="What to build; by default all.")
+    ] = None,
     *,
     store: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the archives go; model_store unless given.")
+        Path | None, typer.Option(metavar="DIR", help="The folder for the archives; by default model_store.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="While developing: replace a version that is built already.")
+        bool, typer.Option("--force", help="Replace a version that is built already; only while developing.")
     ] = False,
     update_cards: Annotated[
-        bool, typer.Option("--update-cards", help="Write the sha256 of the weights that are here into the cards first.")
+        bool,
+        typer.Option("--update-cards", help="First write the sha256 of the weights on this machine into the cards."),
     ] = False,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Build an archive for each handler and workflow whose weights are here, or for those named."""
+    """Build an archive for each named handler and workflow, or for all whose weights are on this machine."""
     from torchserve_dag.archives.build import build as build_all
     from torchserve_dag.runtime.project.folders import Project
 

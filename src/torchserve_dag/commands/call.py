@@ -28,21 +28,22 @@ if TYPE_CHECKING:
 
 def call(
     name: Annotated[str, typer.Argument(metavar="NAME[/VERSION]", help="A handler or a workflow that is served.")],
-    file: Annotated[Path, typer.Argument(help="What to send: a photo, a text, JSON.")],
+    file: Annotated[Path, typer.Argument(help="The file to send: a photo, a text, JSON.")],
     *,
-    grpc: Annotated[bool, typer.Option("--grpc", help="Over gRPC; REST unless given.")] = False,
+    grpc: Annotated[bool, typer.Option("--grpc", help="Call over gRPC instead of REST.")] = False,
     param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A parameter; may be repeated.")] = None,
     header: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A header that routes.yaml asks for; may be repeated."),
     ] = None,
-    request_id: Annotated[str | None, typer.Option(help="The request's name in logs and feedback.")] = None,
+    request_id: Annotated[str | None, typer.Option(help="The request's id in logs and feedback.")] = None,
     output: Annotated[
-        list[str] | None, typer.Option(metavar="NODE", help="Answer with this node's result; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NODE", help="Get this node's result instead of the workflow's output; may be repeated."),
     ] = None,
-    bulk: Annotated[bool, typer.Option("--bulk", help="Serve interactive requests first.")] = False,
+    bulk: Annotated[bool, typer.Option("--bulk", help="Give way to interactive requests on the server.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer's chunks as they arrive.")] = False,
-    timeout: Annotated[float, typer.Option(help="How long to wait for the answer, in seconds.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 60.0,
     json: JsonOption = False,
     server: ServerOption = None,
     ca: CaOption = None,
@@ -62,7 +63,7 @@ def call(
             request_id=request_id,
             route_by=dict(_parameter(one) for one in header or []),
         )
-        asked: dict[str, Any] = {"parameters": dict(_parameter(one) for one in param or []), "options": options}
+        arguments: dict[str, Any] = {"parameters": dict(_parameter(one) for one in param or []), "options": options}
         if not file.is_file():
             fail(f"{file} is not a file.")
         if server and project is None:
@@ -71,9 +72,9 @@ def call(
             client = _client_of_project(project, grpc=grpc)
         with client as serving:
             if stream:
-                _print_chunks(serving.stream(model, file, version or None, timeout=timeout, **asked))
+                _print_chunks(serving.stream(model, file, version or None, timeout=timeout, **arguments))
                 return
-            answer = serving.predict(model, file, version or None, timeout=timeout, **asked)
+            answer = serving.predict(model, file, version or None, timeout=timeout, **arguments)
     _print(answer, raw=json)
 
 
@@ -86,7 +87,7 @@ def _client_of_project(project: Path | None, *, grpc: bool) -> RestClient | Grpc
 
 @contextmanager
 def _unsendable() -> Iterator[None]:
-    """A parameter or an option that the client refuses, as its sentence."""
+    """Turn the client's ValueError, for a parameter or an option, into an error of the command."""
     try:
         yield
     except ValueError as error:
@@ -101,7 +102,7 @@ def _parameter(text: str) -> tuple[str, str]:
 
 
 def _print_chunks(chunks: Generator[bytes, None, None]) -> None:
-    """Each as it arrives, and a newline after the last."""
+    """Print each chunk as it arrives, and a newline after the last."""
     last = b"\n"
     try:
         with closing(chunks):
@@ -115,9 +116,9 @@ def _print_chunks(chunks: Generator[bytes, None, None]) -> None:
 
 
 def _print(answer: Any, *, raw: bool) -> None:
-    if isinstance(answer, bytes):  # a picture, say: for a file or another program
+    if isinstance(answer, bytes):  # such as a picture, for a file or another program
         if sys.stdout.isatty():
-            fail(f"The answer is {len(answer):,} bytes, not text: send them somewhere with > FILE.")
+            fail(f"The answer is {len(answer):,} bytes, not text: redirect the output with > FILE.")
         sys.stdout.buffer.write(answer)
     elif raw:
         sys.stdout.write(json_text.dumps(answer, ensure_ascii=False) + "\n")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _settings_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
-    """What is wrong with the files at the project's root; a version may be in the model store alone."""
+    """The problems in the files at the project's root. They may name versions that only the model store has."""
     from torchserve_dag.archives import mar
     from torchserve_dag.runtime.data.source import CheckError
     from torchserve_dag.stack import settings
@@ -38,7 +38,7 @@ def _settings_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
 
 
 def _overlooked(project: Project) -> list[Problem]:
-    """Files in handlers/ and workflows/ that look as if they were served, and are not."""
+    """Problems for files in handlers/ and workflows/ that look as if they were served, but are not read."""
     from torchserve_dag.runtime.data.source import CheckError, Problem, read_plain
 
     problems = []
@@ -65,7 +65,9 @@ def _overlooked(project: Project) -> list[Problem]:
 
 
 def check(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME[/VERSION]", help="All unless given.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME[/VERSION]", help="What to check; by default all.")
+    ] = None,
     *,
     json: JsonOption = False,
     project: ProjectOption = None,

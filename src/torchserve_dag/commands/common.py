@@ -22,30 +22,32 @@ err = Console(stderr=True, highlight=False)
 
 ProjectOption = Annotated[
     Path | None,
-    typer.Option("--project", metavar="DIR", help="The project; else the nearest folder with handlers/ or workflows/."),
+    typer.Option(
+        "--project", metavar="DIR", help="The project's folder; by default the nearest with handlers/ or workflows/."
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 FOLDERS = ("handlers", "workflows")
 
 
-def project_root(given: Path | None) -> Path:
-    """The project's folder, as short as it can be written, for messages name files in it."""
-    if given is not None:
-        if not _is_project(given):
+def project_root(named: Path | None) -> Path:
+    """The project's folder, relative to the working directory so that messages name its files in short."""
+    if named is not None:
+        if not _is_project(named):
             fail(
-                f"{given} is not a project: it has neither handlers/ nor workflows/. "
-                f"Name another, or make one: torchserve-dag new {given}"
+                f"{named} is not a project: it has neither handlers/ nor workflows/. "
+                f"Name another, or make one: torchserve-dag new {named}"
             )
-        return given
-    here = Path.cwd()
-    found = next((folder for folder in (here, *here.parents) if _is_project(folder)), None)
-    if found is None:
+        return named
+    start = Path.cwd()
+    root = next((folder for folder in (start, *start.parents) if _is_project(folder)), None)
+    if root is None:
         fail(
-            f"{here} is not in a project: neither it nor a folder above it has handlers/ or workflows/. "
+            f"{start} is not in a project: neither it nor a folder above it has handlers/ or workflows/. "
             "Name a project with --project, or make one: torchserve-dag new DIR"
         )
-    return Path(os.path.relpath(found))
+    return Path(os.path.relpath(root))
 
 
 def _is_project(folder: Path) -> bool:
@@ -60,7 +62,7 @@ def fail(sentence: str) -> NoReturn:
 
 @contextmanager
 def failures() -> Iterator[None]:
-    """Every failure that can be foreseen, as its sentence: no traceback."""
+    """Turn expected exceptions into one sentence and exit code 1, without a traceback."""
     try:
         yield
     except OSError as error:

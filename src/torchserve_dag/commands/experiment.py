@@ -21,7 +21,9 @@ def experiment(
     *,
     since: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Only requests of the last 30m, 6h, 7d; by default all that the logs keep."),
+        typer.Option(
+            metavar="TIME", help="Only requests of this last time: 30m, 6h, 7d; by default all that the logs keep."
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a plot, as .svg or .png.")] = None,
     json: JsonOption = False,
@@ -35,11 +37,11 @@ def experiment(
 
     begin = _begin(since)
     if plot and plot.suffix not in {".svg", ".png"}:
-        fail(f"{plot} is neither an .svg nor a .png: name a file that ends so.")
+        fail(f"{plot} is neither an .svg nor a .png: choose one of these endings.")
     with failures():
         requests = request_log.read(State(project_root(project)).logs, name, begin)
         if not requests:
-            fail(f"The logs have no requests for {name} without a version: send some through the front door.")
+            fail(f"The logs have no requests for {name} that named no version: send some through the front door.")
         result = compare(name, requests)
         if plot:
             picture.draw(result, requests, plot)

@@ -32,7 +32,7 @@ def graph(
             "--live", help="Show each node's rates on the running server; the busiest node has the strongest colour."
         ),
     ] = False,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long --live measures.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that --live measures.")] = 5.0,
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
@@ -47,7 +47,7 @@ def graph(
 
     drawers: dict[str, Callable[[Graph, LiveRates | None], str]] = {".svg": svg, ".mmd": mermaid}
     if output and output.suffix not in drawers:
-        fail(f"{output} is neither an .svg nor an .mmd: name a file that ends so.")
+        fail(f"{output} is neither an .svg nor an .mmd: choose one of these endings.")
     with failures():
         root = project_root(project)
         found = Project(root)
@@ -71,5 +71,5 @@ def _rates(state: State, drawn: Graph, seconds: float) -> LiveRates:
     from torchserve_dag.server.connect import running
     from torchserve_dag.server.rates import watch
 
-    with err.status(f"watching {drawn.name} {drawn.version} for {seconds:g} s"):
+    with err.status(f"measuring {drawn.name} {drawn.version} for {seconds:g} s"):
         return watch(running(state).addresses.metrics, drawn.name, drawn.version, seconds)

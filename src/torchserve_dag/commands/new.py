@@ -20,17 +20,17 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 Template = Literal["text", "detect-classify", "torchserve"]
 
 _HANDLERS = {"detect-classify": ("transformers_detector", "transformers_classifier")}
-"""Handlers for hub models that a template has besides its own files."""
+"""The ready handlers for hub models that each template copies, besides its own files."""
 
 
 def new(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The project's folder; it is made, or is empty.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The project's folder, new or empty.")],
     *,
     template: Annotated[
         Template,
         typer.Option(
-            help="text: trains a small model on the spot. detect-classify: two models of the Hugging Face hub. "
-            "torchserve: an archive or a handler that you have."
+            help="text: a small model, trained at once. detect-classify: two models of the Hugging Face hub. "
+            "torchserve: wraps an archive or a handler of your own."
         ),
     ] = "text",
     source: Annotated[
@@ -46,7 +46,7 @@ def new(
         fail("--from names the .mar or the .py that --template torchserve wraps: give both, or neither.")
     with failures():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            fail(f"{folder} is not empty: name a folder that is not there yet.")
+            fail(f"{folder} is not empty: name a new folder.")
         _check_serves()
         values = {"project": folder.resolve().name}
         if source is not None:
@@ -72,7 +72,7 @@ def _check_serves() -> None:
 
 
 def _write(template: Path, folder: Path, values: dict[str, str]) -> None:
-    """The template's files, with `$name` and the other `values` filled in where the text is not Python."""
+    """Write the template's files, with `$name` and the other `values` filled in, except in Python files."""
     for path in sorted(template.rglob("*")):
         if not path.is_file() or path.parent.name == "__pycache__":
             continue
@@ -86,7 +86,7 @@ def _write(template: Path, folder: Path, values: dict[str, str]) -> None:
 
 
 def _wrap(source: Path, folder: Path) -> dict[str, str]:
-    """Put a TorchServe archive into the new project, made of `source` where that is a handler's code."""
+    """Put a TorchServe archive into the new project: `source`, or one that is made from a handler's code."""
     from torchserve_dag.archives import mar
 
     if not source.is_file() or source.suffix not in {".mar", ".py"}:
@@ -106,14 +106,14 @@ def _wrap(source: Path, folder: Path) -> dict[str, str]:
     try:
         name, version = mar.name_and_version(source)
     except (mar.BadArchiveError, ValueError, KeyError, TypeError):
-        fail(f"{source} is not an archive of torch-model-archiver's.")
+        fail(f"{source} is not an archive that torch-model-archiver made.")
     workflows.mkdir(parents=True)
     shutil.copyfile(source, workflows / source.name)
     return {"name": _name(name), "version": _version(version), "archive": source.name}
 
 
 def _name(text: str) -> str:
-    """A name that a workflow may have: `resnet-18` becomes `resnet_18`."""
+    """`text` as a valid name of a workflow: `resnet-18` becomes `resnet_18`."""
     name = re.sub(r"[^a-z0-9_]+", "_", text.lower()).strip("_")
     return name if name[:1].isalpha() else f"model_{name}".rstrip("_")
 
@@ -138,6 +138,6 @@ def _train(folder: Path) -> None:
 
 
 def _next(folder: Path) -> list[str]:
-    """The commands of the project's README."""
+    """The commands to run next, as the project's README has them."""
     block, *_ = re.findall(r"```sh\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
     return [f"cd {folder}", *block.splitlines()]

@@ -27,20 +27,22 @@ _COLOURS = {"done": "green", "back": "red"}
 
 
 def rollout(
-    name: Annotated[str, typer.Argument(metavar="NAME|status", help="A model; or status, for all rollouts.")],
-    version: Annotated[str | None, typer.Argument(help="The new version; its archive is in the model store.")] = None,
+    name: Annotated[str, typer.Argument(metavar="NAME|status", help="The model; or status, to show all rollouts.")],
+    version: Annotated[str | None, typer.Argument(help="The new version, whose archive is in the model store.")] = None,
     *,
     canary: Annotated[
         str, typer.Option(metavar="PERCENT,…", help="The new version's share of the requests at each step, in percent.")
     ] = "5,25,50,100",
     every: Annotated[str, typer.Option(metavar="TIME", help="The duration of a step: 60s, 5m.")] = "60s",
     stop: Annotated[
-        str, typer.Option("--stop-if", metavar="CONDITION", help="Roll back when this holds beyond chance.")
+        str, typer.Option("--stop-if", metavar="CONDITION", help="Roll back when this condition holds beyond chance.")
     ] = STOP_IF,
     at_least: Annotated[
         int, typer.Option(min=0, help="Requests that the new version must have had before the next step.")
     ] = 20,
-    patience: Annotated[str, typer.Option(metavar="TIME", help="How long a step may wait for these requests.")] = "1h",
+    patience: Annotated[
+        str, typer.Option(metavar="TIME", help="Roll back if a step has not had these requests after this time.")
+    ] = "1h",
     ready: Annotated[str, typer.Option(metavar="TIME", help="How long the new version may take to load.")] = "10m",
     watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Show the progress until the rollout ends.")] = True,
     json: JsonOption = False,
@@ -48,8 +50,8 @@ def rollout(
 ) -> None:
     """Give a new version a growing share of a model's requests, and roll back automatically if it is worse.
 
-    It continues when this command is interrupted. At its end the new version gets all requests, and the old one stays
-    loaded.
+    The rollout continues when this command is interrupted. At its end the new version gets all requests, and the old
+    version stays loaded.
     """
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.releases import stop_if, versions
@@ -77,7 +79,7 @@ def rollout(
             fail("The server runs without the front door, which splits the requests: start it with torchserve-dag up.")
         traffic = door.traffic()
         if name not in {one.model for one in traffic.served}:
-            fail(f"{name} is not served: a rollout needs an old version that is.")
+            fail(f"{name} is not served: a rollout needs an old version that is served.")
         if not any((one.model, one.version) == (name, version) for one in traffic.served):
             versions.find_archive(Path(record.store), name, version)
         store.request(plan)
@@ -96,7 +98,7 @@ def promote(
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Give all requests to the new version now, and skip the remaining steps."""
+    """Send all requests to the new version now, and skip the remaining steps."""
     from torchserve_dag.releases import manual
 
     with failures():
@@ -123,7 +125,7 @@ def retire(
     *,
     project: ProjectOption = None,
 ) -> None:
-    """Unload a version after its last request is answered; later starts do not load it either."""
+    """Unload a version after its last request is answered. Later starts do not load it."""
     from torchserve_dag.releases import versions
     from torchserve_dag.server.connect import torchserve_client
     from torchserve_dag.server.state import State
@@ -152,12 +154,12 @@ def _steps(text: str) -> tuple[float, ...]:
     from torchserve_dag.releases.rollout import WHOLE
 
     try:
-        found = tuple(float(part) for part in text.split(","))
+        steps = tuple(float(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or list(found) != sorted(set(found)) or found[0] <= 0 or found[-1] > WHOLE:
-        fail(f'"{text}" is no list of steps: write growing percentages, like 5,25,50,100.')
-    return found if found[-1] == WHOLE else (*found, WHOLE)
+        steps = ()
+    if not steps or list(steps) != sorted(set(steps)) or steps[0] <= 0 or steps[-1] > WHOLE:
+        fail(f'"{text}" is not a list of steps: write increasing percentages, like 5,25,50,100.')
+    return steps if steps[-1] == WHOLE else (*steps, WHOLE)
 
 
 def _time(text: str) -> float:

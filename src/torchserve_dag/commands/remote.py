@@ -1,4 +1,4 @@
-"""The options of `call` and `status` for a server on any machine: its address, whom to trust, and a token."""
+"""The options of `call` and `status` for a server on any machine: address, trusted certificates, token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ServerOption = Annotated[
         "--server",
         metavar="https://HOST:PORT",
         envvar="TORCHSERVE_DAG_SERVER",
-        help="A front door on any machine. Without it, or with --project: the server of the project.",
+        help="Call the front door of any machine. Without it, or with --project: the project's own server.",
     ),
 ]
 CaOption = Annotated[
@@ -28,7 +28,7 @@ CaOption = Annotated[
         "--ca",
         metavar="FILE",
         envvar="TORCHSERVE_DAG_CA",
-        help="With --server: the PEM certificates to trust, unless a public authority signed the server's.",
+        help="With --server: a PEM file with the certificates to trust, if no public authority signed the server's.",
     ),
 ]
 TokenOption = Annotated[
@@ -44,12 +44,12 @@ TokenFileOption = Annotated[
     Path | None, typer.Option("--token-file", metavar="FILE", help="With --server: a file that holds the token.")
 ]
 InsecureOption = Annotated[
-    bool, typer.Option("--insecure", help="With --server: accept any certificate. Nothing proves who answers.")
+    bool, typer.Option("--insecure", help="With --server: accept any certificate, so that nothing proves who answers.")
 ]
 
 
 def token_of(token: str | None, token_file: Path | None) -> str | None:
-    """The file's token, else the other. Raises OSError if the file cannot be read."""
+    """The token in the file, if there is a file, else `token`. Raises OSError if the file cannot be read."""
     return token if token_file is None else token_file.read_text("utf-8").strip()
 
 
@@ -57,7 +57,9 @@ def remote_client(
     server: str, ca: Path | None, token: str | None, *, insecure: bool, grpc: bool
 ) -> RestClient | GrpcClient:
     """A client of a server on any machine. Raises OSError if `ca` cannot be read, ServingError as GrpcClient does."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else grpc writes lines of its own beside the command's sentence
+    os.environ.setdefault(
+        "GRPC_VERBOSITY", "NONE"
+    )  # without this, grpc writes its own lines beside the command's sentence
     from torchserve_dag.clients import GrpcClient, RestClient
 
     kind: type[GrpcClient | RestClient] = GrpcClient if grpc else RestClient

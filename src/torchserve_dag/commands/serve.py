@@ -41,20 +41,27 @@ if TYPE_CHECKING:
 def up(
     *,
     port: Annotated[
-        int | None, typer.Option(help="REST's port; the two after it are for management and metrics. [8080]")
+        int | None,
+        typer.Option(help="TorchServe's REST port; the next two are for management and metrics; by default 8080."),
     ] = None,
     grpc_port: Annotated[
-        int | None, typer.Option(help="gRPC's port; the one after it is for management. [7070]")
+        int | None, typer.Option(help="TorchServe's gRPC port; the next is for management; by default 7070.")
     ] = None,
-    free_ports: Annotated[bool, typer.Option("--free-ports", help="Whatever ports are free.")] = False,
+    free_ports: Annotated[bool, typer.Option("--free-ports", help="Use any free ports.")] = False,
     store: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the archives are; model_store unless given.")
+        Path | None, typer.Option(metavar="DIR", help="The folder of the archives; by default model_store.")
     ] = None,
     front_door: Annotated[
-        bool, typer.Option("--front-door/--no-front-door", help="Share traffic between versions, and face a network.")
+        bool,
+        typer.Option(
+            "--front-door/--no-front-door",
+            help="Start Envoy too, which splits traffic between versions and may face a network.",
+        ),
     ] = True,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log one line a request in access_log.log.")] = False,
-    timeout: Annotated[float, typer.Option(help="How long to wait for every model, in seconds.")] = 600.0,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log a line for each request in access_log.log.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until every model is ready.")] = 600.0,
     project: ProjectOption = None,
 ) -> None:
     """Start the front door and TorchServe, and wait until every archive is served."""
@@ -101,7 +108,7 @@ def down(*, project: ProjectOption = None) -> None:
 
 def status(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME[/VERSION]", help="Why this model is there: its card, inputs, graph.")
+        str | None, typer.Argument(metavar="NAME[/VERSION]", help="Describe this model: its card, inputs, graph.")
     ] = None,
     *,
     json: JsonOption = False,
@@ -112,7 +119,7 @@ def status(
     insecure: InsecureOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """What the project's server serves: versions, their shares, workers, queues. With --server: whether it is up."""
+    """Show what the project's server serves: versions, shares, workers, queues. With --server: whether it is up."""
     with failures():
         if server and project is None:
             if name is not None:
@@ -124,7 +131,7 @@ def status(
 
 
 def _remote_status(server: str, ca: Path | None, token: str | None, *, insecure: bool) -> dict[str, Any]:
-    """Whether a server is up and accepts a token; a front door tells no more."""
+    """Whether a server is up and accepts a token; its front door tells a client no more."""
     with remote_client(server, ca, token, insecure=insecure, grpc=False) as rest:
         if not rest.ready():
             fail(f"{server} is not up: nothing answers there, or its TorchServe is not healthy.")
@@ -168,7 +175,7 @@ def default(
     *,
     project: ProjectOption = None,
 ) -> None:
-    """Make VERSION the one that answers a call without a version, now and at every later start."""
+    """Make VERSION the default, which answers requests that name no version, now and after restarts."""
     from torchserve_dag.stack import start as stack
 
     with failures():

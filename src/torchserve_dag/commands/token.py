@@ -1,4 +1,4 @@
-"""`torchserve-dag token`: who may pass the front door."""
+"""`torchserve-dag token`: the front door's tokens, each with a name, an expiry and a rate limit."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rich.table import Table
 from torchserve_dag.commands import durations
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
 
-token = typer.Typer(help="Who may pass the front door: tokens with a name, an end, and a limit.", no_args_is_help=True)
+token = typer.Typer(help="Issue, list and revoke the front door's tokens.", no_args_is_help=True)
 
 
 @token.command("new")
 def new(
-    name: Annotated[str, typer.Argument(help="Whose it is; it is in the log of every request.")],
+    name: Annotated[str, typer.Argument(help="The token's owner, a name that is logged with every request.")],
     *,
-    expires: Annotated[str, typer.Option(metavar="TIME", help="How long it is valid: 12h, 30d, 1y.")] = "90d",
+    expires: Annotated[str, typer.Option(metavar="TIME", help="How long the token is valid: 12h, 30d, 1y.")] = "90d",
     rate: Annotated[
-        int | None, typer.Option(min=1, help="Requests a second; those of front_door.yaml unless given.")
+        int | None, typer.Option(min=1, help="Its limit of requests per second; by default as in front_door.yaml.")
     ] = None,
     project: ProjectOption = None,
 ) -> None:
-    """Issue a token, and print it: this once, for it is not kept."""
+    """Issue a token and print it. It is not stored, so it cannot be printed again."""
     if not re.fullmatch(r"[\w.@-]{1,64}", name, re.ASCII):
         fail(f'"{name}" is not a name for a token: use up to 64 letters, digits, and . _ @ -')
     from torchserve_dag.front_door.door import Door
@@ -34,7 +34,7 @@ def new(
 
     lives_s = durations.seconds(expires, "12h, 30d or 1y")
     if lives_s < 1:
-        fail(f"A token that is valid for {expires} lets nobody in: write 12h, 30d or 1y.")
+        fail(f"A token that is valid for {expires} would never be accepted: write 12h, 30d or 1y.")
     with failures():
         door = Door(State(project_root(project)))
         text = door.issue_token(name, lives_s, rate)
@@ -44,7 +44,7 @@ def new(
 
 @token.command("list")
 def list_all(*, json: JsonOption = False, project: ProjectOption = None) -> None:
-    """Every token that is valid."""
+    """List the valid tokens."""
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.server.state import State
 
@@ -61,7 +61,7 @@ def list_all(*, json: JsonOption = False, project: ProjectOption = None) -> None
 
 @token.command("revoke")
 def revoke(name: Annotated[str, typer.Argument(help="The token's name.")], *, project: ProjectOption = None) -> None:
-    """Let a token in no more, from now on."""
+    """Revoke a token: the front door refuses it from now on."""
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.server.state import State
 

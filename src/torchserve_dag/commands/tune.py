@@ -30,7 +30,7 @@ def tune(
     within: Annotated[
         float,
         typer.Option(
-            help="Tolerated difference of a number from plain torch's: absolute below 1, relative above.", min=0.0
+            help="Tolerated difference of numbers from plain torch's: absolute below 1, relative above.", min=0.0
         ),
     ] = 0.005,
     seconds: Annotated[float, typer.Option(help="Duration of a measurement; a trial has two.", min=0.1)] = 3.0,
@@ -84,7 +84,7 @@ def _files(given: list[Path]) -> list[str]:
     files = [f for path in given for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
     found = [str(f.resolve()) for f in files if f.is_file() and f.suffix != ".md"]
     if given and not found:
-        fail(f"There is no file in {', '.join(map(str, given))}; name files, or folders with files.")
+        fail(f"There is no file in {', '.join(map(str, given))}: name files, or folders with files.")
     return found
 
 
