@@ -27,7 +27,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _quickly_and_quietly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pauses before retries are short, and failures are not logged."""
-    monkeypatch.setattr("torchserve_dag.runtime.engine.flow.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("torchserve_dag.runtime.engine.outcome.FIRST_PAUSE_S", 0.001)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.options import TIMEOUT
-from torchserve_dag.runtime.engine.flow import FINAL, WORTH_RETRYING
+from torchserve_dag.runtime.engine.outcome import FINAL, WORTH_RETRYING
 from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, Label, Labels, Photo, Text
 from torchserve_dag.runtime.models.served import ServedModel

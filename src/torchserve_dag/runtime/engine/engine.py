@@ -4,12 +4,13 @@
 
     admission.py   which requests may enter, and how long they may stay
     plan.py        which nodes a request runs, and what each waits for
-    request.py     a request on its way, and its items; fan_out.py: from a ready node to its items
+    request.py     a request on its way, and its items
+    node_start.py  the start of a ready node; fan_out.py: the items that it becomes
     queue.py       in which order the items of several requests are taken
     station.py     the queue of one code, with what runs it
     lanes.py       the threads of a device, and which batch each takes next
     elsewhere.py   items that take no lane: in served models and sub-workflows; cancelling them
-    flow.py        the effects of an answer: results, retries, failures, nodes that are ready next
+    outcome.py     what an answer changes: results, retries, fallbacks, failures, nodes that are ready next
     streaming.py   the chunks of an answer, to the client
     timers.py      deadlines, and the pauses before retries
 
@@ -34,9 +35,10 @@ from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.admission import CLOSING, Admission
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.elsewhere import Elsewhere
-from torchserve_dag.runtime.engine.flow import Changes, make_items, read_inputs, record_result, settle, start_node
 from torchserve_dag.runtime.engine.gather import PENDING
 from torchserve_dag.runtime.engine.lanes import Lanes, SetAlone
+from torchserve_dag.runtime.engine.node_start import make_items, read_inputs, start_node
+from torchserve_dag.runtime.engine.outcome import Changes, record_answer, record_result
 from torchserve_dag.runtime.engine.plan import ANSWER, Plan, Plans, make_plan
 from torchserve_dag.runtime.engine.request import Item, Request
 from torchserve_dag.runtime.engine.runner import Runner, Starter, Stream, internal_error
@@ -247,7 +249,7 @@ class Engine:
                 return
             cancel = item.request.elsewhere.get(item)
             item.station.counts.failures += 1
-            settle(item, failure, changes)
+            record_answer(item, failure, changes)
         if cancel:
             cancel()
         self._apply(changes)
@@ -269,7 +271,7 @@ class Engine:
             answers = [internal_error(station.name)] * len(items)
         self._deliver(station, items, answers, began)
 
-    # The effects of the answers, which flow.py decides.
+    # The effects of the answers, which outcome.py decides.
 
     def _deliver(self, station: Station[Item], items: Sequence[Item], answers: Sequence[Any], began: float) -> None:
         now = time.monotonic()
@@ -282,7 +284,7 @@ class Engine:
                 if self._observer:
                     _add_span(item, answer, began, now, len(items))
                 if not item.finished:
-                    settle(item, answer, changes)
+                    record_answer(item, answer, changes)
         if failures:
             for item, answer in zip(items, answers, strict=True):
                 if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -334,16 +336,9 @@ class Engine:
                 return
             request.ended = True
             cancels = list(request.elsewhere.values())
-            released = (
-                request.values,
-                request.gathers,
-                request.elsewhere,
-            )  # deleted below, without the lock
-            request.values, request.gathers, request.elsewhere = (
-                {},
-                {},
-                {},
-            )  # a caller may keep the request, but not its images
+            released = (request.values, request.gathers, request.elsewhere)  # deleted below, without the lock
+            # A caller may keep the request, but not its images.
+            request.values, request.gathers, request.elsewhere = {}, {}, {}
             self._admission.remove(request)
             if request.stream:
                 request.stream.close(answer)

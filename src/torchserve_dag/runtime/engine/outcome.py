@@ -1,4 +1,4 @@
-"""The effects of an answer: results, chunks and failures, and the nodes that can start because of them.
+"""The outcome of an item: its answer, chunk or failure, and what follows from it: a result, a retry, the next nodes.
 
 Nothing here runs a model or takes a lock. What must be done without the engine's lock is recorded in Changes, which
 the engine carries out.
@@ -7,12 +7,11 @@ the engine carries out.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchserve_dag.runtime.engine.fan_out import MAX_ELEMENTS, fan_out, follow, too_many
-from torchserve_dag.runtime.engine.gather import PENDING, Gather
+from torchserve_dag.runtime.engine.fan_out import MAX_ELEMENTS, too_many
+from torchserve_dag.runtime.engine.gather import Gather
 from torchserve_dag.runtime.engine.request import Item, Request
 from torchserve_dag.runtime.engine.runner import END, Chunk
 from torchserve_dag.runtime.graph.graph import REQUEST, Node
@@ -56,7 +55,7 @@ class Changes:
 # Under the engine's lock.
 
 
-def settle(item: Item, answer: Any, changes: Changes) -> None:
+def record_answer(item: Item, answer: Any, changes: Changes) -> None:
     """Record an item's answer, its next chunk, or its Failure."""
     if item.node.streams:
         changes.streamed.append((item.request, item.node))
@@ -82,6 +81,13 @@ def record_result(request: Request, name: str, value: Any) -> list[str]:
     return ready + [node.name for node in request.plan.followers.get(name, ()) if node.name in request.gathers]
 
 
+def end_if_complete(request: Request, node: Node, gather: Gather, changes: Changes) -> None:
+    """End a node whose answers are all there."""
+    if gather.complete():
+        result = gather.answers if node.each or node.streams else gather.answers[0]
+        changes.ended.append((request, node.name, result))
+
+
 def _answered(item: Item, answer: Any, changes: Changes) -> None:
     item.ended = True
     if item.node.name == REQUEST:
@@ -93,7 +99,7 @@ def _answered(item: Item, answer: Any, changes: Changes) -> None:
     else:
         item.answers[item.index] = answer
     gather.pending -= 1
-    _end_if_complete(item.request, item.node, gather, changes)
+    end_if_complete(item.request, item.node, gather, changes)
 
 
 def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
@@ -137,75 +143,3 @@ def _fail(item: Item, failure: Failure, changes: Changes) -> None:
     # A body that cannot be decoded belongs to no node; a failure in a sub-workflow names its node already.
     node = failure.node or (None if item.node.name == REQUEST else item.station.name)
     changes.failed.append((item.request, Failure(failure.status, failure.message, failure.type, node)))
-
-
-def _end_if_complete(request: Request, node: Node, gather: Gather, changes: Changes) -> None:
-    if gather.complete():
-        result = gather.answers if node.each or node.streams else gather.answers[0]
-        changes.ended.append((request, node.name, result))
-
-
-# A ready node starts in three steps: `read_inputs` and `start_node` under the lock, and between them, without it,
-# `make_items`, which evaluates the expressions of the workflow's file. What a ready node reads no longer changes.
-
-
-def read_inputs(request: Request, node: Node) -> tuple[Mapping[str, Any], list[tuple[int, Any]]]:
-    """The values that a ready node reads; for a node that follows a stream, also the new chunks with their indices."""
-    if not node.follows or request.finished:
-        return request.values, []
-    gather = request.gathers.setdefault(node.name, Gather([], open=True))
-    _stream_to_client(request, node, gather)
-    source = request.gathers.get(node.follows)
-    chunks = source.ready_from(gather.consumed) if source else []
-    gather.consumed += len(chunks)
-    gather.answers += [PENDING] * len(chunks)
-    gather.pending += len(chunks)
-    return request.values, chunks
-
-
-Made = tuple[Gather | None, list[Item], Any]
-"""A node's gather and items; for a skipped node None, no items, and the Skipped."""
-
-
-def make_items(request: Request, node: Node, values: Mapping[str, Any], chunks: list[tuple[int, Any]]) -> Made:
-    """Raises InputError for too many elements, and whatever an expression raises."""
-    if not node.follows:
-        return fan_out(request, node, values)
-    gather = request.gathers.get(node.name)
-    return (gather, follow(request, node, values, gather, chunks), None) if gather else (None, [], None)
-
-
-def start_node(request: Request, node: Node, made: Made, chunks: int, changes: Changes) -> None:
-    """Queue a node's items, or end the node; `chunks` is the number of followed chunks that `made` was made from."""
-    gather, items, result = made
-    if request.finished:
-        return
-    counts = request.plan.stations[node.code.name].counts
-    if gather is None:
-        counts.skipped += 1
-        changes.ended.append((request, node.name, result))
-        return
-    if node.follows:
-        source = request.gathers.get(node.follows)
-        gather.pending -= chunks - len(items)
-        counts.skipped += chunks - len(items)
-        value = request.values.get(node.follows)
-        if isinstance(value, Skipped) and not gather.ended:
-            gather.ended = (
-                True  # `gather` stays open, so that recording this result skips the node's own followers in turn
-            )
-            changes.ended.append((request, node.name, value))
-        elif source is not None:
-            gather.open = gather.open and (source.open or gather.consumed < len(source.answers))
-    else:
-        counts.skipped += gather.skipped
-        request.gathers[node.name] = gather
-        _stream_to_client(request, node, gather)
-    changes.queued += items
-    _end_if_complete(request, node, gather, changes)
-
-
-def _stream_to_client(request: Request, node: Node, gather: Gather) -> None:
-    """Connect a node's chunks to the client, if the answer consists of them."""
-    if request.stream is not None and node.name == request.plan.streaming:
-        request.stream.open(gather)
