@@ -354,7 +354,7 @@ class TestPlan:
             ("rounds = ", "plan.toml: "),
             ('[[work]]\nname = "a"\nworkflow = "w.yaml"', "one of bodies, bytes and mix"),
             ('[[work]]\nname = "a"\nworkflow = "w.yaml"\nbytes = 1\nclient = [1]', 'unknown key "client"'),
-            ('[[work]]\nname = "a"\nworkflow = "w.yaml"\nbytes = 1\nat = 1', "series and at go together"),
+            ('[[work]]\nname = "a"\nworkflow = "w.yaml"\nbytes = 1\nat = 1', "series and at are given together"),
         ],
     )
     def test_a_mistake_is_one_sentence_that_names_the_file(self, tmp_path, text, said):
@@ -374,7 +374,7 @@ class TestPlan:
         named = bodies.prepare(Workload("f", "w.yaml", bodies=["made/large/body.bin"] * 2), tmp_path, tmp_path)
         assert [path.read_bytes() for path in named] == [large[0].read_bytes()] * 2
         assert named == sorted(named), "in the order in which they are named"
-        with pytest.raises(BenchError, match="is not there"):
+        with pytest.raises(BenchError, match="does not exist"):
             bodies.prepare(Workload("none", "w.yaml", bodies=["none"]), tmp_path, tmp_path)
 
 
@@ -482,7 +482,7 @@ class TestPrograms:
     def test_a_program_without_a_head_is_named(self, tmp_path):
         (tmp_path / "with_x.py").write_text("import sys")
 
-        with pytest.raises(BenchError, match=r"with_x\.py has no head"):
+        with pytest.raises(BenchError, match=r"with_x\.py has no metadata block"):
             programs.find(tmp_path)
 
     def test_an_unknown_system_is_named_and_the_bare_loop_is_always_there(self, bench):
@@ -586,7 +586,7 @@ class TestCommand:
         [
             (("--only", "photos"), "No workload has photos in its name; there are small, large."),
             (("--systems", "quik"), 'no system "quik"; did you mean "quick"?'),
-            (("--resume",), "Name the run to go on with"),
+            (("--resume",), "Name the run to continue"),
             (("--report-only", "nowhere"), "nowhere has no run.json"),
         ],
     )

@@ -91,8 +91,8 @@ def test_the_one_class_of_a_module_is_the_handler(mar: Mar) -> None:
 @pytest.mark.parametrize(
     ("code", "why"),
     [
-        ("class A: ...\nclass B: ...", "m.mar: handler.py has neither handle nor one class alone"),
-        ("x = 1", "m.mar: handler.py has neither handle nor one class alone"),
+        ("class A: ...\nclass B: ...", "m.mar: handler.py has neither a function handle nor exactly one class"),
+        ("x = 1", "m.mar: handler.py has neither a function handle nor exactly one class"),
         ("import no_such_package", "m.mar: loading it raised ModuleNotFoundError: No module named 'no_such_package'"),
         ("def handle(data, context): return [len(data)]", "m.mar: loading it raised TypeError: "),
         ("async def handle(data, context): return data", "m.mar: handle is a coroutine"),
@@ -347,7 +347,7 @@ def test_an_answer_of_another_type_is_the_handlers_failure(mar: Mar) -> None:
     (failure,) = runner(mar("m", "def handle(data, context): return data and ['text']"), gives=Labels)([b"x"])
 
     assert (failure.status, failure.type, failure.node) == (500, "HandlerError", "m")
-    assert failure.message.startswith("m did not give JSON with the keys labels.")
+    assert failure.message.startswith("m did not answer with JSON with the keys labels.")
 
 
 # What a handler asks of TorchServe.

@@ -153,7 +153,7 @@ HANDLER = """
                 "answer: {function: join, inputs: {text: one, words: two}}"
             ),
             (
-                "it ends with several models (one, two); what joins them would be a function node, whose answer "
+                "it ends with several models (one, two); the node that joins them would be a function, whose answer "
                 "TorchServe 0.12.0 can lose"
             ),
         ),

@@ -240,7 +240,7 @@ def test_spans_are_off_unless_they_are_asked_for(value: str | None, monkeypatch:
     ("exporters", "protocol", "why"),
     [
         ("nobody", "", 'no installed package has the exporter "nobody"'),
-        ("otlp", "pigeon", '"pigeon" is no OTLP protocol; known: http/protobuf, grpc'),
+        ("otlp", "pigeon", '"pigeon" is not an OTLP protocol; known: http/protobuf, grpc'),
     ],
 )
 def test_what_cannot_be_had_is_said_once(

@@ -1,1 +1,1 @@
-"""The benchmark: every system on the same works and loads in turn, and a report."""
+"""The benchmark: measures every system with the same workloads in turn, and reports the results."""

@@ -1,4 +1,4 @@
-"""The plan of a benchmark, a TOML file: the works, the loads, and the number of rounds."""
+"""The plan of a benchmark, a TOML file: the workloads, and the number of rounds."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ class Workload:
     bare: list[Arrangement] | None = None
     """The arrangements of the bare loop, if they differ from the plan's."""
     series: str = ""
-    """Works of the same series share a picture; `series` is the label of its x axis, and `at` a work's place on it."""
+    """Workloads of one series share a picture; `series` labels its x axis, and `at` is a workload's place on it."""
     at: float | None = None
 
     def __post_init__(self) -> None:
         if sum((bool(self.bodies), self.bytes is not None, bool(self.mix))) != 1:
-            raise plain.WrongFieldError("a work has one of bodies, bytes and mix")
+            raise plain.WrongFieldError("a workload has exactly one of bodies, bytes and mix")
         if not self.clients:
-            raise plain.WrongFieldError("a work has at least one number of clients", "clients")
+            raise plain.WrongFieldError("a workload has at least one number of clients", "clients")
         if min(self.clients) < 1 or min(self.open, default=1) < 1:
             raise plain.WrongFieldError("clients and open are numbers above 0")
         if bool(self.series) != (self.at is not None):
-            raise plain.WrongFieldError("series and at go together")
+            raise plain.WrongFieldError("series and at are given together")
 
     @property
     def slug(self) -> str:
@@ -87,7 +87,7 @@ class BenchmarkFile:
     def __post_init__(self) -> None:
         names = [work.name for work in self.work]
         if not names or len(set(names)) < len(names):
-            raise plain.WrongFieldError("every work has a name of its own, and there is at least one", "work")
+            raise plain.WrongFieldError("there is at least one workload, and no two have the same name", "work")
         if self.rounds < 1 or self.seconds <= 0:
             raise plain.WrongFieldError("rounds and seconds are above 0")
 

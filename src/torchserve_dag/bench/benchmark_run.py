@@ -1,4 +1,4 @@
-"""What a folder of results is of: the plan, the systems, the machine, the day."""
+"""What a folder of results was measured with: the plan, the systems, the machine, the day."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BenchmarkRun:
 
     @classmethod
     def read(cls, folder: Path) -> BenchmarkRun:
-        """Raises BenchError where the folder is not one of results."""
+        """Raises BenchError if the folder contains no results."""
         try:
             return plain.build(cls, json.loads((folder / _FILE).read_bytes()))
         except OSError:

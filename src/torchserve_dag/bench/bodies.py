@@ -1,4 +1,4 @@
-"""The bodies of a work as the files of one folder: copied or generated."""
+"""The bodies of a workload as files in one folder, copied or generated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def prepare(work: Workload, base: Path, below: Path) -> list[Path]:
         try:
             contents[f"{i:03}-{Path(name).name}"] = (base / name).read_bytes()
         except OSError:
-            raise BenchError(f'{base / name}, a body of the work "{work.name}", is not there.') from None
+            raise BenchError(f'{base / name}, a body of the workload "{work.name}", does not exist.') from None
     if work.bytes is not None:
         contents["body.bin"] = b"x" * work.bytes
     contents |= {f"{i:03}.json": json.dumps({"objects": count}).encode() for i, count in enumerate(work.mix)}

@@ -25,7 +25,7 @@ _STATUS = {
 
 
 class GrpcSender(Sender):
-    """A few connections, over which requests go in turn. A failure that comes as an answer's body counts as one."""
+    """A few connections that take requests in turn. A failure in an answer's body counts as a failure."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class GrpcSender(Sender):
         self._sent += 1
         stub = self._stubs[self._sent % len(self._stubs)]
         task = asyncio.get_running_loop().create_task(self._send(stub, body, done))
-        self._tasks.add(task)  # the loop itself holds a task only weakly
+        self._tasks.add(task)  # the event loop itself keeps only weak references to tasks
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:

@@ -60,8 +60,8 @@ class _Steps:
 def measure(benchmark: Benchmark, show: Show) -> None:
     """Measure what is missing in the results, and append each row when it is measured.
 
-    Raises BenchError where a work has no bodies or workflow, or an environment cannot be made. A system that does not
-    start, or ends while it is measured, becomes a row that says so.
+    Raises BenchError if a workload's bodies or workflow are missing, or an environment cannot be made. A system that
+    does not start, or ends while it is measured, gets a row with that problem.
     """
     steps = _prepared(benchmark, show)
     for number in range(1, benchmark.plan.rounds + 1):
@@ -95,7 +95,9 @@ def _prepared(benchmark: Benchmark, show: Show) -> _Steps:
     bodies = {work.name: prepare(work, benchmark.base, generated) for work in benchmark.plan.work}
     for work in benchmark.plan.work:
         if not (benchmark.base / work.workflow).is_file():
-            raise BenchError(f'{benchmark.base / work.workflow}, the workflow of "{work.name}", is not there.')
+            raise BenchError(
+                f'{benchmark.base / work.workflow}, the workflow of the workload "{work.name}", does not exist.'
+            )
     pythons = {}
     for number, program in enumerate(benchmark.programs):
         show(f"environment of {program.name}", number, len(benchmark.programs))

@@ -27,9 +27,9 @@ Series = list[tuple[SystemSummary, Points]]
 
 
 def draw(summary: Summary, folder: Path) -> dict[str, list[str]]:
-    """Write the pictures; their SVG files by the name of their work, and by "" those of several.
+    """Write the pictures. Returns their SVG files by the workload's name; "" for pictures of several workloads.
 
-    Raises BenchError where matplotlib is missing.
+    Raises BenchError if matplotlib is missing.
     """
     drawing = _Drawing(summary, folder)
     found: dict[str, list[str]] = defaultdict(list)
@@ -115,7 +115,7 @@ class _Drawing:
         log_y: bool = False,
         one: str = "",
     ) -> list[str]:
-        """One line a system, and where it is named, one at 1. Nothing is drawn where no system has a point."""
+        """Draw a line for each system, and one at 1 if `one` names it. Without any point, draw nothing."""
         series = [(system, points) for system, points in series if points]
         if not series:
             return []

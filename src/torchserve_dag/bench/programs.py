@@ -1,4 +1,4 @@
-"""The programs of the systems, with_*.py, and what their heads say (PEP 723)."""
+"""The programs of the systems, with_*.py, and their metadata blocks (PEP 723)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Program:
     """NAME of with_NAME.py."""
     path: str
     name: str
-    """For people."""
+    """The name for people."""
     arrangement: str
     """How it runs here: processes, threads, batches."""
     dependencies: list[str]
-    """What pip installs for it; none: it runs with the project's own Python."""
+    """The pinned packages that pip installs for it; without any, it runs with the project's own Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def find(folder: Path) -> list[Program]:
 
 
 def chosen(programs: list[Program], keys: list[str]) -> list[Program]:
-    """Those with these keys, or all; the bare loop always, for the others are compared with it. Raises BenchError."""
+    """The programs with these keys, or all, and always the bare loop, which is the baseline. Raises BenchError."""
     known = {program.key: program for program in programs}
     for key in keys:
         if key not in known:
@@ -54,11 +54,11 @@ def chosen(programs: list[Program], keys: list[str]) -> list[Program]:
 
 
 def read(path: Path) -> Program:
-    """What a program's head says. Raises BenchError."""
+    """Read a program's metadata block. Raises BenchError."""
     key = path.stem.removeprefix(_PREFIX)
     match = _HEAD.search(path.read_text("utf-8"))
     if match is None:
-        raise BenchError(f"{path} has no head as PEP 723 has it (# /// script).")
+        raise BenchError(f"{path} has no metadata block (# /// script, PEP 723).")
     lines = (line[2:] if line.startswith("# ") else line[1:] for line in match["content"].splitlines())
     try:
         head = toml.parse("\n".join(lines))
@@ -66,5 +66,5 @@ def read(path: Path) -> Program:
         bench = plain.build(_Bench, {"name": key} | {k: v for k, v in tool.items() if k in {"name", "arrangement"}})
         pins = plain.build(list[str], head.get("dependencies", []))
     except (ValueError, AttributeError, plain.WrongDataError) as error:
-        raise BenchError(f"{path}: its head is wrong: {error}.") from None
+        raise BenchError(f"{path}: its metadata block is wrong: {error}.") from None
     return Program(key, str(path), bench.name, bench.arrangement, pins)

@@ -1,4 +1,4 @@
-"""The summary as Markdown: for each work, the bare loop and every system."""
+"""The summary as Markdown: for each workload, the bare loop and every system."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEN, _HUNDRED = 10, 100
 
 
 def markdown(summary: Summary, pictures: dict[str, list[str]]) -> str:
-    """The whole report. `pictures`: the files to show, by the name of their work; those of "" come first."""
+    """The whole report. `pictures`: the files to show, by the workload's name; those under "" come first."""
     blocks = [_head(summary), *map(_picture, pictures.get("", []))]
     for work in summary.works:
         blocks += _work(work, pictures.get(work.work.name, []))
@@ -49,13 +49,13 @@ def _head(summary: Summary) -> str:
         *([f"Pins of the systems: {'; '.join(pins)}."] if pins else []),
         "",
         f"Medians of {summary.rounds} round{'s' * (summary.rounds != 1)}, windows of {run.plan.seconds:g} s.",
-        "In each round every system was started anew for every work, one after the other, in an order that changes.",
+        "In each round every system was started anew for every workload, one at a time, in an order that changes.",
         "A ratio is taken to the bare loop, the same models and functions without any server, in its best arrangement",
         "of the same round.",
         "The load generator shares the machine with the system that it measures; its own CPU time for each request, in",
         f"microseconds: {', '.join(costs) or _NONE}.",
         "",
-        "How each runs:",
+        "How each system runs:",
         "",
         *(f"- **{one.name}**: {one.arrangement}" for one in run.programs),
     ]
@@ -78,7 +78,7 @@ def _work(found: WorkloadSummary, pictures: Sequence[str]) -> list[str]:
             _by_percent(measured),
         ]
     if measured:
-        blocks += ["What it takes, and what went wrong:", _takes(measured)]
+        blocks += ["Resources and errors:", _takes(measured)]
     blocks += [_bare_table(found)]
     blocks += ["\n".join(_remarks(found))]
     return blocks
@@ -160,13 +160,13 @@ def _remarks(found: WorkloadSummary) -> Iterable[str]:
         for name, text in system.error_texts.items():
             yield f"- {label(system)}, the first {name}: `{text}`"
         if system.other_objects:
-            yield f"- {label(system)} finds another number of objects than most in {system.other_objects} bodies."
+            yield f"- {label(system)} finds another number of objects than most, in {system.other_objects} bodies."
         not_sent = sum(one.not_sent for one in system.open)
         if not_sent:
-            yield f"- {label(system)}: {not_sent} arrivals were not sent, for too many requests were out."
+            yield f"- {label(system)}: {not_sent} arrivals were not sent, because too many requests were outstanding."
         late = max((one.late_ms.p50 for one in system.open if one.late_ms), default=0.0)
         if late > _LATE_MS:
-            yield f"- {label(system)}: the load generator had too little of the machine, and sent {late:.0f} ms late."
+            yield f"- {label(system)}: the load generator lacked CPU time, and sent requests {late:.0f} ms late."
 
 
 def _accepted(one: Open) -> str:

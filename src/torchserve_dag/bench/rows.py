@@ -78,7 +78,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Raises BenchError. A last line that was cut off is left out."""
+    """Read rows; a last line that was cut off is skipped. Raises BenchError."""
     try:
         lines = path.read_text("utf-8").splitlines(keepends=True)
     except OSError as error:
@@ -90,7 +90,7 @@ def read(path: Path) -> list[Row]:
 
 
 def complete(rows: Iterable[Row]) -> list[Row]:
-    """Without the loads of a start that did not come to its end."""
+    """The rows without the loads of starts that did not complete."""
     rows = list(rows)
     ended = {(row.round, row.work, row.system) for row in rows if isinstance(row, SystemRow)}
     return [row for row in rows if not isinstance(row, LoadRow) or (row.round, row.work, row.system) in ended]

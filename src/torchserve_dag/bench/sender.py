@@ -1,4 +1,4 @@
-"""What a load needs of a protocol: send a body, and say how it ended."""
+"""The interface of a protocol to a load: send a body, and report how the request ended."""
 
 from __future__ import annotations
 

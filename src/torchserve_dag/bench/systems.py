@@ -112,7 +112,7 @@ def _serving(process: subprocess.Popen[bytes], log: Path) -> Endpoints:
     try:
         return plain.build(Endpoints, json.loads(line))
     except (ValueError, plain.WrongDataError) as error:
-        raise BenchError(f"what it says of its server is wrong: {error}") from None
+        raise BenchError(f"the line of JSON about its server is wrong: {error}") from None
 
 
 def _read(output: IO[bytes], lines: queue.SimpleQueue[bytes], log: Path) -> None:
@@ -126,7 +126,7 @@ def _read(output: IO[bytes], lines: queue.SimpleQueue[bytes], log: Path) -> None
 def last_line(log: Path) -> str:
     """The last line of a program's log, for a message."""
     lines = log.read_text("utf-8", "replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _stop(process: subprocess.Popen[bytes], mark: str) -> None:

@@ -1,4 +1,4 @@
-"""TOML, which Python itself reads from 3.11 on."""
+"""Reads TOML: Python's own parser exists only from 3.11 on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted while a load runs: every request that ends in the window."""
+"""Counts every request that ends in a load's window."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def bench(
             root = project_root(project)
             folder = results or root / _RESULTS / time.strftime("%Y-%m-%d-%H%M")
             if resume and results is None:
-                fail("Name the run to go on with: --resume --out DIR.")
+                fail("Name the run to continue: --resume --out DIR.")
             file = plan or root / _PLAN
             run = _run(folder, file, only or [], systems, rounds, seconds, resume=resume)
             _measure(run, folder, root / _ENVIRONMENTS)

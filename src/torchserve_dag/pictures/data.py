@@ -10,7 +10,7 @@ from torchserve_dag.runtime.graph.graph import REQUEST, Code, Graph, Node
 
 
 def as_data(graph: Graph, rates: LiveRates | None = None, within: str = "") -> dict[str, Any]:
-    """The content of a picture, and more. An edge to `null` leads to the answer: every string may be a node's name."""
+    """A picture's content, and more. An edge to `null` leads to the answer, because any string may be a node's name."""
     edges = [
         {"from": arrow.start, "to": arrow.end or None, "kind": arrow.kind, "says": arrow.says, "types": arrow.types}
         for arrow in picture(graph).arrows

@@ -28,7 +28,7 @@ _DRAWN_FIRST: tuple[DrawnAs, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class NodeRates:
-    """The work of a node's code on a server, measured over a few seconds."""
+    """The load of a node's code on a server, measured over a few seconds."""
 
     items_s: float
     """In items per second, like the next two."""
@@ -42,11 +42,11 @@ class NodeRates:
     wait_s: float
     """The mean time of an item in the queue."""
     busy: float
-    """Seconds of running per second; more than 1 where batches ran at the same time."""
+    """Seconds of run time per second; more than 1 if batches ran at the same time."""
 
 
 LiveRates = Mapping[str, NodeRates]
-"""The rates of each code by its name; code that did nothing is missing."""
+"""The rates of each code by its name; idle code is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,12 @@ class TextRow:
 @dataclass(frozen=True, slots=True)
 class Shape:
     name: str
-    """The node's, `request`, or ANSWER."""
+    """The node's name, `request`, or ANSWER."""
     kind: Literal["client"] | DrawnAs
     column: int
     rows: tuple[TextRow, ...] = ()
     inner: tuple[Picture, ...] = ()
-    """The workflows that it runs."""
+    """The sub-workflows that the node runs."""
     heat: float = 0.0
     """How busy the node was: 1 for the busiest node, 0 for an idle one."""
 
@@ -79,11 +79,11 @@ class Arrow:
     start: str
     end: str
     kind: Literal["value", "each", "when"]
-    """`when`: the node reads no value of it, but waits for it, or runs depending on it."""
+    """`when`: the node at the end reads no value of the one at the start, but waits for it, or runs depending on it."""
     says: tuple[str, ...]
     """`each line in page.lines`, or `when`."""
     types: tuple[str, ...]
-    """The types of the values; with the outputs' names on an arrow to the answer."""
+    """The types of the values; on an arrow to the answer, with the names of the outputs."""
 
 
 @dataclass(frozen=True, slots=True)

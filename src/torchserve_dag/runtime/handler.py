@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torchserve_dag.runtime.compute.placement import Placement
 
 Item = TypeVar("Item")
-"""What one item comes as: a message."""
+"""One item's input: a message."""
 Prepared = TypeVar("Prepared")
-"""What `preprocess` makes of it, on the way to the model."""
+"""The model's input for the item, made by `preprocess`."""
 Output = TypeVar("Output")
-"""What the model gave for it."""
+"""The model's output for the item."""
 Answer = TypeVar("Answer")
-"""What one item is answered with: a message."""
+"""The answer for the item: a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class Handler(Generic[Item, Prepared, Output, Answer]):
             def postprocess(self, output: float, item: Photo) -> Label:
                 return Label("bright" if output > 0.5 else "dark", output)
 
-    It is a plain object, with no server anywhere: `h = Brightness(); h.load(...); h.preprocess(photo)`.
+    A handler is a plain object that needs no server: `h = Brightness(); h.load(...); h.preprocess(photo)`.
 
-    The stages run in several threads at once. So a stage reads `self` and never writes it: what the
-    next stage needs, it returns. An item that cannot be served raises InputError, in any stage.
+    The stages run in several threads at once. So a stage may read `self` but must not write it, and returns what the
+    next stage needs. An item that cannot be served raises InputError, in any stage.
     """
 
     Settings: ClassVar[type] = NoSettings
@@ -58,7 +58,7 @@ class Handler(Generic[Item, Prepared, Output, Answer]):
         raise NotImplementedError
 
     def example(self) -> Item:
-        """A typical item. It warms the model up, and serves as its test and documentation."""
+        """A typical item. It warms the model up, and serves as a test and as documentation."""
         raise NotImplementedError
 
     def preprocess(self, item: Item) -> Prepared:
@@ -87,9 +87,9 @@ def streams(kind: type[Handler[Any, Any, Any, Any]]) -> bool:
 
 
 def types_of(kind: type[Handler[Any, Any, Any, Any]]) -> tuple[Any, Any]:
-    """The messages that a handler takes and answers with, from its stages' own annotations.
+    """The types of a handler's input and answer, from the annotations of its stages.
 
-    Raises TypeError where they are not annotated.
+    Raises TypeError if they are not annotated.
     """
     takes = typing.get_type_hints(kind.preprocess).get("item")
     gives = typing.get_type_hints(kind.postprocess).get("return")

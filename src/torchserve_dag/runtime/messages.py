@@ -1,7 +1,7 @@
 """The messages: every value that crosses an edge of a workflow or a socket.
 
-Each is an immutable dataclass. A project adds its own beside its functions in `workflows/NAME.py`;
-any dataclass of plain fields is a message, and `codec.py` knows how to write and read it.
+Each message is an immutable dataclass. A project defines its own beside its functions in `workflows/NAME.py`: any
+dataclass of plain fields is a message, which `codec.py` can write and read.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from PIL import Image
 
 
 class InputError(Exception):
-    """An item that cannot be served, for a reason its sender can mend.
+    """An item cannot be served, for a reason that its sender can mend.
 
     Raise it in any stage of a handler or in a function. The item gets `status` (HTTP, 4xx) and the
-    message, one sentence for the client; its neighbours in the batch are not touched.
+    message, one sentence for the client; the other items of the batch are not affected.
     """
 
     def __init__(self, message: str, status: int = HTTPStatus.BAD_REQUEST) -> None:
@@ -27,10 +27,10 @@ class InputError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request or an item has no answer. It is a value, and takes the place of the answer."""
+    """Why a request or an item has no answer: a value that takes the place of the answer."""
 
     status: int
-    """The HTTP status. 4xx is for the sender to mend, 5xx for the server's owner."""
+    """The HTTP status: 4xx if the sender can mend the failure, 5xx if the server's owner can."""
     message: str
     """One sentence: what, where, what to do."""
     type: str = "InputError"
@@ -39,7 +39,7 @@ class Failure:
     """The workflow's node that failed."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "status", int(self.status))  # an HTTPStatus prints otherwise
+        object.__setattr__(self, "status", int(self.status))  # an HTTPStatus would print its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Objects:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A class, and how probable it is."""
+    """A class and its probability."""
 
     name: str
     """The class."""

@@ -1,4 +1,4 @@
-"""A workflow as a Python object: loaded, warm, and callable, with no server anywhere."""
+"""A workflow as a Python object: loaded, warm, and callable without a server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.telemetry import tracing
 
 GPU_LANES = 2
-"""Batches in progress on a GPU: while one batch is inferred, the next is being preprocessed."""
+"""Worker threads for a GPU: while the model infers one batch, another thread preprocesses the next."""
 
 
 class Workflow:
@@ -66,12 +66,12 @@ class Workflow:
     def __call__(self, items: Sequence[Any], parameters: Mapping[str, str] | None = None) -> list[Any]:
         """The answers to many requests, in order; a Failure for a request that failed.
 
-        An item is a message of the type that the workflow takes, or its bytes.
+        An item is a message of the type that the workflow accepts, or its bytes.
         """
         window = 2 * self._most_at_once
         requests: list[Request] = []
         for i, item in enumerate(items):
-            if i >= window:  # the rest of a long list waits here, where no time limit runs
+            if i >= window:  # the rest of a long list waits here, where its time limits do not run yet
                 requests[i - window].future.result()
             requests.append(self.submit(item, parameters))
         return [request.future.result() for request in requests]
@@ -91,7 +91,7 @@ class Workflow:
         options: Options | None = None,
         on_chunk: Callable[[Any], None] | None = None,
     ) -> Request:
-        """One request; see Engine.submit. `body` is a message, or its bytes, which `content_type` says more about."""
+        """Submit one request; see Engine.submit. `body` is a message, or bytes with their `content_type`."""
         return self.engine.submit(
             (body, content_type),
             parameters,
@@ -102,7 +102,7 @@ class Workflow:
         )
 
     def counts(self) -> dict[str, NodeCounts]:
-        """What each node has done so far."""
+        """The counters of each node."""
         return self.engine.counts()
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Measures how a handler runs fastest on this machine."""
+"""Measures with which settings a handler runs fastest on this machine."""

@@ -38,7 +38,7 @@ def search(task: Task, *, within: float, compiled: bool, measure: Measure | None
     """Run trials: first for the runtime and the precision, then for the batch size with the best of those.
 
     The first trial is the baseline, plain torch in float32 and one item at a time; other answers are compared with
-    its answers. The last trial is not necessarily the best; see `best`.
+    its answers. `best` chooses from the trials: the last is not necessarily the best.
     """
     measure = measure or in_own_process
     plain_run = replace(task.run, runtime="torch", precision="float32", channels_last=False, batch=1)

@@ -1,4 +1,4 @@
-"""What a TorchServe handler may ask of its context, and tell it."""
+"""The context that a TorchServe handler reads from, and sets statuses and headers in."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Context:
         self.begin([])
 
     def begin(self, headers: Sequence[Mapping[str, Any]]) -> None:
-        """Begin a batch, whose requests have these headers; the last batch is forgotten."""
+        """Begin a batch whose requests have these headers, and forget the last batch."""
         self.request_processor = [RequestProcessor(dict(of_request)) for of_request in headers]
         self.request_ids = {i: str(uuid.uuid4()) for i in range(len(headers))}
 

@@ -26,7 +26,7 @@ _PACKAGE = "torchserve_dag_folder_"
 _numbers = itertools.count()
 _loading = threading.RLock()
 
-# As in TorchServe's worker: a model gets the modules that were imported before it, not files of the same name.
+# As in TorchServe's worker, these modules are imported already: a model does not get its own files of these names.
 _NEVER_OWN = {*sys.stdlib_module_names, "numpy", "PIL", "torch", "torchserve_dag", "ts", "yaml"}
 
 
@@ -34,7 +34,7 @@ class FolderModules:
     """The modules of one folder. They stay until `close`."""
 
     def __init__(self, folder: Path, only: Collection[str] | None = None) -> None:
-        """`only`: the names of the files that are modules; all files, unless it is given."""
+        """`only`: the names of the files that are modules; without it, all files."""
         self.folder = folder = folder.absolute()  # a module may be loaded in another working directory
         self._package = f"{_PACKAGE}{next(_numbers)}"
         own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")}
@@ -51,13 +51,13 @@ class FolderModules:
         return name in self._own
 
     def module(self, name: str) -> ModuleType:
-        """A file by its name without `.py`. Raises whatever importing it raises."""
+        """The module of a file, by its name without `.py`. Raises whatever importing it raises."""
         return importlib.import_module(f"{self._package}.{name}")
 
     def import_statement(
         self, name: str, namespace: Any = None, local: Any = None, fromlist: Sequence[str] = (), level: int = 0
     ) -> ModuleType:
-        """What `import` does in a file of the folder; its signature is that of `builtins.__import__`."""
+        """The `__import__` of the folder's files, with the signature of `builtins.__import__`."""
         top = name.partition(".")[0]
         if level or top not in self._own:
             return builtins.__import__(name, namespace, local, fromlist, level)
@@ -68,8 +68,8 @@ class FolderModules:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """While a handler loads, as in TorchServe's worker: `importlib` and `pickle` too find the files by their
-        bare names, and the folder is the working directory. One folder at a time.
+        """The environment in which a handler loads, as in TorchServe's worker: `importlib` and `pickle`, too, find the
+        files by their bare names, and the folder is the working directory. One folder at a time.
         """
         with _loading:
             hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in self._own}
@@ -120,7 +120,7 @@ class _FileLoader(SourceFileLoader):
 
 
 class _BareNames(MetaPathFinder):
-    """Finds one folder's modules by their bare names; they are the same modules."""
+    """Finds one folder's modules by their bare names, without loading them a second time."""
 
     def __init__(self, folder: FolderModules) -> None:
         self._folder = folder
@@ -137,7 +137,7 @@ class _BareNames(MetaPathFinder):
 
 
 class _Known(Loader):
-    """Gives a module that has been imported under another name."""
+    """Loads nothing: returns a module that has been imported under another name."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module

@@ -44,13 +44,13 @@ class Row:
     """A request as TorchServe hands it to a handler: its body as `body`, or the parts of a form by their names."""
 
     values: Mapping[str, Any]
-    """Bytes, or what they hold; a message is encoded for the handler."""
+    """Bytes, or decoded data; a message is encoded for the handler."""
     headers: Mapping[str, Any] = field(default_factory=dict)
-    """The request's, and for each part a mapping with its `content-type`."""
+    """The request's headers, and for each part a mapping with its `content-type`."""
 
     @classmethod
     def received(cls, values: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
-        """What TorchServe gave a worker; JSON and text are decoded, as it does for a handler by default."""
+        """The row that TorchServe sent to a worker, with JSON and text decoded, as TorchServe does by default."""
         decoded = {key: _decoded(value, headers.get(key)) for key, value in values.items()}
         return cls(decoded, {key: value for key, value in headers.items() if key not in _NOT_OF_WORKFLOWS})
 
@@ -133,7 +133,7 @@ class TorchServeRunner:
             answers = self._handle([_copied(row) for row in rows], self.context)
             if isinstance(answers, list) and len(answers) == len(rows):
                 return [self._answer(i, answer) for i, answer in enumerate(answers)]
-        except BaseException as error:  # a SystemExit too: it would end the lane that runs the handler
+        except BaseException as error:  # also SystemExit, which would end the lane that runs the handler
             logger.exception("%s raised", self.name)
             return self._raised(error)
         return self._failure(f"{self.name} must answer with a list as long as its batch, {len(rows)}.")
@@ -143,16 +143,16 @@ class TorchServeRunner:
         status, _ = self.context.get_response_status(index)
         if status < HTTPStatus.BAD_REQUEST:
             return body
-        ours = codec.failure_in(body)  # an archive of ours answers with a whole failure
+        ours = codec.failure_in(body)  # an archive of ours answers with a complete failure
         text = body.decode("utf-8", "replace")[:500]
         return replace(ours, node=self.name) if ours else self._failure(text, status)
 
     def _raised(self, error: BaseException) -> Failure:
-        util = sys.modules.get("ts.utils.util")  # where it is not imported, none of its exceptions was raised
+        util = sys.modules.get("ts.utils.util")  # if it is not imported, none of its exceptions was raised
         if util and isinstance(error, util.PredictionException) and error.error_code in _STATUSES:
             return self._failure(str(error.message), error.error_code)
         if isinstance(error, MemoryError) or "CUDA" in str(error):  # TorchServe's own rule
-            return self._failure(f"{self.name} is out of memory; the log says where.", HTTPStatus.INSUFFICIENT_STORAGE)
+            return self._failure(f"{self.name} ran out of memory; the log says where.", HTTPStatus.INSUFFICIENT_STORAGE)
         return self._failure(f"{self.name} failed; the log says why.")
 
     def _failure(self, what: str, status: int = HTTPStatus.INTERNAL_SERVER_ERROR) -> Failure:
@@ -162,7 +162,7 @@ class TorchServeRunner:
         try:
             return codec.decode_answer(self._gives, body)
         except InputError as error:
-            return self._failure(f"{self.name} did not give {codec.describe(self._gives)}. {error.message}")
+            return self._failure(f"{self.name} did not answer with {codec.describe(self._gives)}. {error.message}")
 
 
 _STATUSES = range(HTTPStatus.BAD_REQUEST, 600)
@@ -184,7 +184,7 @@ def as_bytes(answer: Any) -> bytes:
 def modules_of(file: Path) -> FolderModules:
     """The modules that a workflow's Python file may import by their bare names.
 
-    In an unpacked `.war` its other files are its own; elsewhere they are other workflows'.
+    In an unpacked `.war` all files belong to the workflow; elsewhere other files belong to other workflows.
     """
     return FolderModules(file.parent, None if (file.parent / "WAR-INF").is_dir() else {file.stem})
 
@@ -204,7 +204,9 @@ def _entry(module: ModuleType, function: str, context: Context) -> Handle:
     else:
         kind = entry_class(module)
         if kind is None:
-            raise RuntimeError(f"{module.__name__.rpartition('.')[2]}.py has neither {function} nor one class alone")
+            raise RuntimeError(
+                f"{module.__name__.rpartition('.')[2]}.py has neither a function {function} nor exactly one class"
+            )
         handler = kind()
         handle = handler.handle
     if inspect.iscoroutinefunction(handle):

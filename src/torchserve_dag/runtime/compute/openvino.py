@@ -1,4 +1,4 @@
-"""A torch module that OpenVINO computes on the CPU, where its answers are shown to equal torch's."""
+"""A torch module that OpenVINO computes on the CPU, if its answers prove equal to torch's."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 BATCHES = (1, 3)
-"""The batch sizes at which a converted module is compared with its original: a size that tracing wrote down as a
-number (`len(x)` instead of `x.shape[0]`) gives wrong answers at another, and no error."""
+"""The batch sizes at which a converted module is compared with its original: a size that tracing turned into a
+constant (`len(x)` instead of `x.shape[0]`) gives wrong answers for other sizes, without an error."""
 
 MOST_COPIES = 4
 """Compiled copies for concurrent requests, each with its own packed weights. The streams of one copy wait for each
 other: with a copy for each of two cores, the demo's two models, taking turns, had 11 % more throughput."""
 
 TOLERANCE = 1e-3
-"""The largest difference from torch in float32, as a part of the output's largest value."""
+"""The tolerated difference from torch in float32, relative to the output's largest value."""
 
 
 class OpenVinoModel(nn.Module):
     """Takes the place of `module`. It is converted at its first inputs, while the handler warms up.
 
-    Where that fails, and for inputs that differ from the first in more than their first dimension, the batch,
-    torch computes.
+    If the conversion fails, and for inputs that differ from the first in more than the batch dimension, torch
+    computes.
     """
 
     def __init__(self, module: nn.Module, precision: str, lanes: int, alone: Callable[[], bool]) -> None:
@@ -39,17 +39,17 @@ class OpenVinoModel(nn.Module):
         self.module = module
         self.precision = precision
         self.why_not = ""
-        """Why torch computes after all."""
+        """Why torch computes the module instead."""
         self._lanes = lanes
         self._alone = alone
         self._converting = threading.Lock()
         self._forms: _Forms | None = None
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the module gives: a tensor, or a tuple of them."""
+        """The module's output: a tensor, or a tuple of tensors."""
         if named or not all(isinstance(value, torch.Tensor) and value.dim() for value in inputs):
             if self._forms is None:
-                self.why_not = self.why_not or "it takes its inputs by name, or others than tensors"
+                self.why_not = self.why_not or "its inputs are passed by name, or are not tensors"
             return self.module(*inputs, **named)
         if self._forms is None and not self.why_not:
             with self._converting:
@@ -67,7 +67,7 @@ class OpenVinoModel(nn.Module):
                 forms.compare(self.module, inputs)
             if self.precision != "float32":  # its accuracy is for the author of the card to judge
                 forms = _Forms(model, inputs, self.precision, self._lanes)
-        except Exception as error:  # noqa: BLE001 (whatever it is, torch computes it)
+        except Exception as error:  # noqa: BLE001 (after any failure torch computes the module)
             self.why_not = f"{type(error).__name__}: {error}".split("\n", 1)[0]
             logger.warning("torch computes %s, not OpenVINO: %s", type(self.module).__name__, self.why_not)
         else:
@@ -75,7 +75,7 @@ class OpenVinoModel(nn.Module):
 
 
 class _Forms:
-    """The converted module, compiled for concurrent requests, and for a request that has every core.
+    """The converted module, compiled twice: for concurrent requests, and for a single request that may use every core.
 
     Each concurrent request has as many threads as torch is set to.
     """
@@ -89,7 +89,7 @@ class _Forms:
         hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
 
         def compiled(streams: int, threads: int) -> Any:
-            # Pinned threads of several workers sit on the same core.
+            # Not pinned: threads of several workers would be pinned to the same cores.
             options = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
             return core.compile_model(model, "CPU", options | {"INFERENCE_PRECISION_HINT": hint})
 
@@ -105,7 +105,7 @@ class _Forms:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def compare(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
-        """Raises ValueError where its answers are not the module's."""
+        """Raises ValueError if its answers differ from the module's."""
         for size in BATCHES:
             batch = [torch.cat([value[:1]] * size) for value in inputs]
             original = module(*batch)
@@ -115,12 +115,12 @@ class _Forms:
                 outputs = output if isinstance(output, tuple) else (output,)
                 for got, want in zip(outputs, wanted, strict=True):
                     off = (got - want).abs().max() if got.shape == want.shape else torch.tensor(torch.inf)
-                    if not off <= TOLERANCE * want.abs().max():  # also where it is not a number
+                    if not off <= TOLERANCE * want.abs().max():  # also if it is NaN
                         raise ValueError(f"for a batch of {size} its answers differ from torch's by {off:.2g}")
 
 
 class _Requests:
-    """Inference requests, one for each thread, with the buffers of an inference. The copies are dealt out in turn."""
+    """OpenVINO's inference requests, which hold buffers: one for each thread, from the copies in turn."""
 
     def __init__(self, copies: Sequence[Any]) -> None:
         self._next = itertools.cycle(copies)
@@ -136,17 +136,19 @@ class _Requests:
 def _converted(module: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
     """An OpenVINO model whose inputs have any size in their first dimension.
 
-    `openvino.convert_model` does the same, and reports its use to the vendor.
+    `openvino.convert_model` does the same, but reports its use to the vendor.
     """
     from openvino import PartialShape  # noqa: PLC0415 (as above)
     from openvino.frontend import FrontEndManager  # noqa: PLC0415
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # noqa: PLC0415
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns of what `compare` looks at, and of torch's plans for it
+        warnings.simplefilter("ignore")  # tracing warns of mistakes that `compare` finds, and of its own deprecation
         traced = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
     frontend = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced, example_input=tuple(inputs))  # alive until `convert`: nobody keeps it
+    decoder = TorchScriptPythonDecoder(
+        traced, example_input=tuple(inputs)
+    )  # kept until `convert`, because OpenVINO holds no reference
     model = frontend.convert(frontend.load(decoder))
     for i, value in enumerate(inputs):
         node = model.input(i).get_node()

@@ -30,10 +30,10 @@ class Placement:
     channels_last: bool = False
     runtime: Runtime = "torch"
     lanes: int = 1
-    """Threads that compute on this machine's cores at the same time, each with its share: see share_cores."""
+    """How many threads compute on this machine's cores at the same time: see share_cores."""
 
     def put(self, module: M) -> M:
-        """`module` ready to infer: on the device, without gradients, laid out and computed as this placement says."""
+        """`module` ready to infer: on the device, without gradients, in this placement's layout and runtime."""
         module = module.eval().requires_grad_(requires_grad=False).to(self.device)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -76,7 +76,7 @@ def find_device(name: str, gpu: int | None = None) -> torch.device:
     except RuntimeError:
         raise ValueError(f'"{name}" is not a device; write auto, cpu or cuda:N') from None
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"{name} is asked for, and this machine has {count} GPUs")
+        raise ValueError(f"{name} does not exist: this machine has {count} GPUs")
     if device.type not in {"cpu", "cuda"}:
         raise ValueError(f'"{name}" is not a device that is served; write auto, cpu or cuda:N')
     return device
@@ -93,7 +93,7 @@ def cores() -> int:
 
 
 def share_cores(lanes: int) -> None:
-    """Give each of `lanes` computing threads its share of the cores. torch has one such number for the whole process.
+    """Give each of `lanes` threads its share of the cores: torch has one number of threads for the whole process.
 
     One core for each thread had the highest throughput; the figures are in docs/decisions/0008-lanes.md.
     """
@@ -104,7 +104,7 @@ _here = threading.local()
 
 
 def set_alone(alone: bool) -> None:  # noqa: FBT001 (the engine calls it with one value)
-    """Set whether this thread may use every core for what it computes next, since the others are idle."""
+    """Set whether this thread may use every core for its next computation, because the other threads are idle."""
     _here.alone = alone
 
 

@@ -18,7 +18,7 @@ from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
 T = TypeVar("T")
 
 MAX_PIXELS = 50_000_000
-"""A photo with more is refused before it is decoded: 150 MB as RGB."""
+"""A photo with more pixels (150 MB as RGB) is refused before it is decoded."""
 
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _TURNS: dict[Any, Image.Transpose] = {  # by EXIF's orientation
@@ -39,7 +39,7 @@ _ANY_CONTENT = {"", "application/octet-stream", "binary/octet-stream"}
 def decode(kind: type[T], body: bytes, content_type: str | None = None) -> T:
     """A request's body as a `kind`. Raises InputError.
 
-    `content_type` is what the client declared; nothing or `application/octet-stream` means "look".
+    `content_type` is the client's. Without it, or with `application/octet-stream`, the type is detected from the bytes.
     """
     if not body:
         raise InputError(f"The body is empty; send {describe(kind)}.")
@@ -61,10 +61,10 @@ def decode(kind: type[T], body: bytes, content_type: str | None = None) -> T:
 
 
 def decode_answer(kind: type[T], body: bytes) -> T:
-    """The answer of a model that is not ours, as a `kind`. Raises InputError.
+    """The answer of a foreign model as a `kind`. Raises InputError.
 
-    Nothing declares what the body is, so for Any it is the data of its JSON, or else the bytes, and for Text our
-    own JSON, or else the text itself.
+    The body has no content type. So for Any the result is the data of its JSON, or else its bytes; for Text, the text
+    in our own JSON, or else the body itself.
     """
     if kind is bytes:
         return body  # type: ignore[return-value]
@@ -78,7 +78,7 @@ def decode_answer(kind: type[T], body: bytes) -> T:
 
 
 def encode(message: Any) -> tuple[bytes, str]:
-    """An answer as its body and content type.
+    """Encode an answer as a body with its content type.
 
     A photo is written as PNG, bytes as they are, everything else as JSON.
     """
@@ -99,7 +99,7 @@ def writes(kind: Any) -> bool:
 
 
 def failure_fields(failure: Failure, request_id: str | None = None) -> dict[str, Any]:
-    """A failure as TorchServe writes its own: `code`, `type`, `message`; `node` and `request_id` where known."""
+    """A failure as JSON fields: TorchServe's `code`, `type`, `message`; `node` and `request_id` if known."""
     fields = {"code": failure.status, "type": failure.type, "message": failure.message}
     return fields | {k: v for k, v in (("node", failure.node), ("request_id", request_id)) if v is not None}
 
@@ -108,7 +108,7 @@ def failure_in(body: bytes) -> Failure | None:
     """The failure that a body contains, or None.
 
     Over gRPC TorchServe drops the status that a worker sets and delivers the body as an ordinary
-    answer, so a client has to look; no message of ours begins with a `code`.
+    answer. So a client has to look into the body, and no message of ours begins with a `code`.
     """
     if not _FAILURE.match(body):
         return None
@@ -125,7 +125,7 @@ def failure_in(body: bytes) -> Failure | None:
 
 
 def describe(kind: Any) -> str:
-    """What a body of this type is, in words."""
+    """What to send as a body of this type, in words."""
     if kind is Photo:
         return f"a photo ({', '.join(PHOTO_FORMATS)})"
     if kind is Text:
@@ -138,12 +138,12 @@ def describe(kind: Any) -> str:
 
 
 def _expect(media: str, wanted: str, kind: type) -> None:
-    # curl and many clients call every body a form; TorchServe hands a form's parts over one by one,
-    # so what arrives here under that name is a part without a type of its own.
+    # curl and many clients declare every body as a form. TorchServe passes a real form's parts on one by one, so this
+    # content type here means that the body has none of its own.
     if media in _ANY_CONTENT or media.startswith(wanted):
         return
     raise InputError(
-        f"The content type {media} is not served here; send {describe(kind)}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+        f"The content type {media} is not accepted here; send {describe(kind)}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     )
 
 
@@ -167,7 +167,7 @@ def _photo(body: bytes) -> Photo:
         )
     if image.mode == "F":
         raise InputError(
-            "The photo's pixels are floating-point numbers, and nothing says which is white; send 8 or 16 bits.",
+            "The photo's pixels are floating-point numbers without a defined white; send 8 or 16 bits.",
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         )
     try:
@@ -179,13 +179,13 @@ def _photo(body: bytes) -> Photo:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # ImageOps.exif_transpose copies what is upright already, and fails where it cannot write the EXIF again.
+    # ImageOps.exif_transpose copies photos that are upright already, and fails if it cannot write the EXIF again.
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _16_BITS:  # Pillow's own conversion clips at 255; its `point` cuts off, so half is added
+    if image.mode in _16_BITS:  # Pillow's own conversion clips at 255. `point` truncates, so half is added to round
         return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -206,7 +206,7 @@ def _text(body: bytes, media: str) -> Text:
 
 
 def _anything(body: bytes, media: str) -> Any:
-    """What TorchServe hands a handler: JSON decoded where it is declared, else the bytes."""
+    """The body as TorchServe passes it to a handler: decoded if it is declared as JSON, else the bytes."""
     if media == "application/json":
         try:
             return _json(body)
@@ -227,7 +227,7 @@ def _plain(kind: type[T], body: bytes) -> T:
 
 
 def _json(body: bytes) -> Any:
-    """What strict JSON holds. Python's own reader takes NaN and half a surrogate pair, which no answer could repeat."""
+    """Parse strict JSON. Python's own parser accepts NaN and lone surrogates, which no answer could contain."""
     data = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
     if b"\\u" in body:
         json.dumps(data, ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""Which hosts are this machine's loopback, where nothing from a network arrives."""
+"""Which hosts are this machine's loopback, which no network reaches."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ HEADERS = {
 
 MAX_REQUEST_ID = 128
 MAX_OUTPUTS = 4_000
-"""Characters of the header that names outputs; over gRPC it could be as long as a body."""
+"""The most characters of the header that names outputs, which over gRPC could be as long as a body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,10 @@ def read_options(headers: Mapping[str, str]) -> Options:
     if headers.keys().isdisjoint(HEADERS):
         return NOTHING_ASKED
     get = headers.get
-    asked = get(OUTPUTS) or ""
-    if len(asked) > MAX_OUTPUTS:
-        raise InputError(f"The header {OUTPUTS} has {len(asked):,} characters; the limit is {MAX_OUTPUTS:,}.")
-    outputs = tuple(sorted({name.strip() for name in asked.split(",") if name.strip()}))
+    names = get(OUTPUTS) or ""
+    if len(names) > MAX_OUTPUTS:
+        raise InputError(f"The header {OUTPUTS} has {len(names):,} characters; the limit is {MAX_OUTPUTS:,}.")
+    outputs = tuple(sorted({name.strip() for name in names.split(",") if name.strip()}))
     timeout = get(TIMEOUT)
     priority = (get(PRIORITY) or "interactive").strip().lower()
     if priority not in {"interactive", "bulk"}:
@@ -107,7 +107,7 @@ def without_options(parameters: Mapping[str, T]) -> dict[str, T]:
 
 
 def named(headers: Mapping[str, str]) -> str | None:
-    """The id that a client gave its request, or None where it does not fit into a line of a log."""
+    """The id that a client gave its request; None if it is unfit for a line of a log."""
     name = headers.get(REQUEST_ID)
     return name if name and len(name) <= MAX_REQUEST_ID and name.isascii() and name.isprintable() else None
 

@@ -1,8 +1,7 @@
 """Plain data (what JSON and YAML hold) to typed values and back.
 
-`build(type, data)` follows the type's hints and reports everything that is wrong, each with the path
-to it, so that a caller who knows line numbers can name them. It is written here, on the standard
-library alone, because an archive must serve where no other package is installed.
+`build(type, data)` follows the type hints and reports every mistake with its path, so that a caller can add line
+numbers. It needs only the standard library, because an archive must run where no other package is installed.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ class Wrong:
     what: str
     help: str = ""
     at_key: bool = False
-    """True where the key itself is wrong, not its value."""
+    """Whether the key itself is wrong, instead of its value."""
 
 
 class WrongDataError(Exception):
-    """Plain data that does not fit its type; `wrongs` holds every reason."""
+    """Plain data does not fit its type; `wrongs` has every mistake."""
 
     def __init__(self, wrongs: list[Wrong]) -> None:
         self.wrongs = wrongs
@@ -64,7 +63,7 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 def build(kind: type[T], data: Any) -> T:
-    """Plain data as a value of type `kind`. Raises WrongDataError with every reason."""
+    """Plain data as a value of type `kind`. Raises WrongDataError with every mistake."""
     wrongs: list[Wrong] = []
     value = _build(kind, data, (), wrongs)
     if wrongs:
@@ -113,9 +112,9 @@ def name_of(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def fits_json(kind: Any, inside: frozenset[type] = frozenset()) -> bool:
-    """Whether JSON brings a value of this type back as it was. `inside`: the dataclasses around it."""
-    if kind in {Any, str, int, float, bool, None, type(None)} or kind in inside:
+def fits_json(kind: Any, outer: frozenset[type] = frozenset()) -> bool:
+    """Whether a value of this type survives a round trip through JSON. `outer`: the dataclasses around it."""
+    if kind in {Any, str, int, float, bool, None, type(None)} or kind in outer:
         return True
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
@@ -123,9 +122,9 @@ def fits_json(kind: Any, inside: frozenset[type] = frozenset()) -> bool:
     if origin is dict and parts[0] is not str:
         return False
     if origin in {list, tuple, dict} or is_union(kind):
-        return all(fits_json(part, inside) for part in parts if part is not ...)
+        return all(fits_json(part, outer) for part in parts if part is not ...)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return all(fits_json(part, inside | {kind}) for part in field_types(kind).values())
+        return all(fits_json(part, outer | {kind}) for part in field_types(kind).values())
     return isinstance(kind, type) and issubclass(kind, enum.Enum)
 
 

@@ -28,7 +28,7 @@ class Problem:
 
 
 class CheckError(Exception):
-    """A file that was refused before anything ran; `problems` holds every reason."""
+    """Files were refused before anything ran; `problems` has every mistake."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -37,7 +37,7 @@ class CheckError(Exception):
 
 @dataclass(frozen=True)
 class Source(Generic[T]):
-    """What a file says, and the line on which it says it."""
+    """A file's content, with the line of each part."""
 
     path: Path
     value: T
@@ -85,7 +85,7 @@ def read_plain(path: Path) -> tuple[Any, dict[plain.Path, int]]:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise CheckError([Problem(str(path), mark.line + 1 if mark else 1, f"not valid YAML: {what}")]) from None
-    except ValueError as error:  # a date or a number that is none
+    except ValueError as error:  # an impossible date or number
         raise CheckError([Problem(str(path), 1, f"not valid YAML: {error}")]) from None
     except RecursionError:
         raise CheckError([Problem(str(path), 1, "it contains itself, or is nested too deeply")]) from None
@@ -101,7 +101,7 @@ def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repe
     if isinstance(node, yaml.MappingNode):
         seen: set[Any] = set()
         for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *other` brings keys that are written elsewhere
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *other` adds keys that are written elsewhere
                 continue
             name = _key(key)
             line = key.start_mark.line + 1
@@ -117,5 +117,5 @@ def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repe
 
 
 def _key(node: yaml.Node) -> Any:
-    """A mapping's key as the data has it: `on:` is True there."""
+    """A mapping's key as in the parsed data, where `on:` is True."""
     return yaml.SafeLoader("").construct_object(node) if isinstance(node, yaml.ScalarNode) else str(node.value)

@@ -1,4 +1,4 @@
-"""From a workflow's file to its graph: every mistake that can be known before anything runs is reported here."""
+"""From a workflow's file to its graph: reports every mistake that can be found before anything runs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torchserve_dag.runtime.project.workflow_file import WorkflowFile
 
 
 def expressions(draft: Draft) -> Iterator[tuple[Place, str, int]]:
-    """Each expression of a node: where it is, its text, and how many of the node's loops are around it."""
+    """Each expression of a node: its place in the file, its text, and how many of the node's loops enclose it."""
     file = draft.file
     for i, (level, text) in enumerate(file.levels.items()):
         yield draft.level_place(level), text, i
@@ -31,7 +31,7 @@ def expressions(draft: Draft) -> Iterator[tuple[Place, str, int]]:
 
 
 def needs(draft: Draft, file: WorkflowFile, problems: Problems) -> frozenset[str]:
-    """The nodes that a node's expressions read, and the request."""
+    """The names that a node's expressions read: nodes, and the request."""
     levels = list(draft.file.levels)
     names: set[str] = set()
     for place, text, around in expressions(draft):
@@ -60,7 +60,7 @@ def _needs_of(
 
 
 def order(drafts: Mapping[str, Draft], problems: Problems) -> list[str]:
-    """The nodes, each after all that it reads."""
+    """The nodes in an order in which each comes after all that it reads."""
     graph = {name: sorted(draft.needs) for name, draft in drafts.items()}
     try:
         names = list(TopologicalSorter(graph).static_order())

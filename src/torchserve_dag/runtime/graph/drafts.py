@@ -1,4 +1,4 @@
-"""The first step of a check: what each node of a workflow's file may run, and the text of what that gets."""
+"""The first step of a check: the code that each node of a workflow's file may run, with its expressions as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchserve_dag.runtime.project.workflow_file import CodeFile, NodeFile, Oth
 
 @dataclass
 class DraftCode:
-    """Something that a node may run: where the file names it, and what each of its parameters gets."""
+    """Code that a node may run: its place in the file, and the expression for each of its parameters."""
 
     place: Place
     name: str
@@ -35,7 +35,7 @@ class Draft:
     branches: list[DraftCode]
     fallback: DraftCode | None = None
     needs: frozenset[str] = frozenset()
-    """The nodes that its expressions read, and the request."""
+    """The names that its expressions read: nodes, and the request."""
 
     @property
     def all(self) -> list[DraftCode]:
@@ -46,11 +46,11 @@ class Draft:
         return self.branches[0].signature.yields
 
     def level_place(self, level: str) -> Place:
-        """Where the file has the list of a loop."""
+        """The place in the file of a loop's list."""
         return (self.name, "each", level) if isinstance(self.file.each, dict) else (self.name, "each")
 
     def input_place(self, parameter: str) -> Place:
-        """Where the file has the value of a parameter."""
+        """The place in the file of a parameter's value."""
         return (self.name, "inputs", parameter) if self.file.inputs else (self.name, "input")
 
 
@@ -63,7 +63,7 @@ class DraftReader:
         self._problems = problems
 
     def read(self) -> dict[str, Draft]:
-        """The nodes whose code is fit to run."""
+        """The nodes whose code has no problems."""
         return {name: draft for name, node in self._file.nodes.items() if (draft := self._draft(name, node))}
 
     def _draft(self, name: str, node: NodeFile) -> Draft | None:

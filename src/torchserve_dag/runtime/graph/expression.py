@@ -2,7 +2,7 @@
 
     detect.objects        item.score >= 0.3        len(detect.objects) > 0 and parameters.names == "yes"
 
-An expression is parsed and typed when the workflow is checked; nothing is ever handed to `eval`.
+An expression is parsed and typed when the workflow is checked; nothing is ever passed to `eval`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Expression:
     text: str
     type: Any
     names: frozenset[str]
-    """The nodes (or `request`, `item`, `parameters`) that it reads."""
+    """The names that it reads: nodes, `request`, `item`, `parameters`."""
     evaluate: Evaluate
 
 

@@ -24,12 +24,12 @@ from torchserve_dag.runtime.project.workflow_file import CodeFile, ServedFile, T
 _YIELDS = {collections.abc.Iterator, collections.abc.Generator}
 
 ONE = "item"
-"""The name of the parameter of code that takes a single value."""
+"""The name of the only parameter of code that is called with one value."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Code that can run, with the types of its parameters and of its answer for one item."""
+    """Code, with the types of its parameters and of its answer for one item."""
 
     called: str
     """Its name in messages."""
@@ -57,7 +57,7 @@ class Finder:
         self.inner = inner
 
     def find(self, place: Place, code: CodeFile) -> Signature | None:
-        """The code at `place`, or None with its problems added."""
+        """Find the code that the file names at `place`; None if there are problems, which are added."""
         if code.handler is not None:
             return self._handler((*place, "handler"), code.handler, code.device)
         if code.function is not None:
@@ -162,12 +162,14 @@ class Finder:
         return Signature(file.model, served, {ONE: takes}, gives)
 
     def _described(self, place: Place, file: ServedFile) -> tuple[Any, Any, tuple[Path, ...]]:
-        """The types of a model whose source is in this project, and the files that declare them."""
+        """The types of a served model whose source is in this project, and the files that declare them."""
         handler = self.project.find("handlers", file.model)
         workflow = self.project.find("workflows", file.model)
         try:
             if workflow is not None:
-                graph = self.inner(workflow)  # also where the types are given: the workflow must not call this one
+                graph = self.inner(
+                    workflow
+                )  # read even if the types are given, because the other workflow must not call this one
                 return graph.request, graph.answer, tuple(sorted(graph.files))
             if handler is not None and not (file.takes and file.gives):
                 source = self.project.read_handler(handler)

@@ -22,25 +22,25 @@ PARAMETERS = "parameters"
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What runs the items of a node, and the values that it gets for each."""
+    """What runs the items of a node, and its input for each."""
 
     name: str
-    """The node's own; `NODE.BRANCH` in a switch, and `NODE.fallback`. Metrics and spans carry it."""
+    """The node's name; `NODE.BRANCH` in a switch; `NODE.fallback`. Metrics and spans carry this name."""
     takes: Mapping[str, Expression]
-    """Each parameter's value."""
+    """The expression for each parameter."""
     sees_skipped: frozenset[str]
     """The parameters that accept a Skipped; any other skipped input skips the item."""
     gives: Any
-    """The type of its answer for one item; of one chunk of the answer where it streams."""
+    """The type of its answer for one item, or of one chunk if it streams."""
     kind: Kind
     batch: int = 1
-    """The most items of one call; of code that runs elsewhere, the most items in progress."""
+    """The largest batch; for code that runs elsewhere, the limit of items in flight."""
     yields: bool = False
     """Whether its answer comes in chunks."""
 
     @property
     def inner(self) -> Graph | None:
-        """The workflow that it runs, where it runs one."""
+        """The graph of the sub-workflow that this code runs, if it runs one."""
         return self.kind.graph if isinstance(self.kind, WorkflowCode) else None
 
 
@@ -75,12 +75,12 @@ class Level:
 class Node:
     name: str
     branches: tuple[Branch, ...]
-    """An item runs the first branch whose `when` is true, and is skipped where no branch's is."""
+    """An item runs the first branch whose `when` is true, and is skipped if there is none."""
     each: tuple[Level, ...]
     """The loops, outermost first; empty for a node that runs once."""
     when: Expression | None
     result: Any
-    """The type of the node's result: a list for each loop of `each`, and of the chunks where the node streams."""
+    """The type of the node's result: a list for each loop of `each`; if the node streams, the list of its chunks."""
     needs: frozenset[str]
     """The nodes (and `request`) that must have ended before this node can start."""
     depth: int
@@ -108,7 +108,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a workflow answers with: a single value, or several values with names."""
+    """A workflow's answer: a single value, or several values with names."""
 
     values: Mapping[str, Expression]
     """`{"": expression}` for a single value without a name."""
@@ -138,7 +138,7 @@ class Graph:
     request: Any
     """The type of the decoded request."""
     nodes: Mapping[str, Node]
-    """Each node after all that it needs."""
+    """The nodes, each after all that it needs."""
     output: Output
     serve: Serve
 
@@ -171,13 +171,13 @@ class Graph:
 
     @property
     def files(self) -> set[Path]:
-        """The project's files that the workflow is made of: workflows and handlers, and the code of both."""
+        """The project's files that the workflow consists of: workflows, handlers, and the code of both."""
         own = {self.path, *([self.functions_path] if self.functions_path else [])}
         return own.union(*(code.kind.files for code in self.codes.values()))
 
     @property
     def streaming(self) -> str | None:
-        """The node whose chunks are the answer's chunks, where the answer comes in chunks."""
+        """The node whose chunks the answer consists of, if the answer comes in chunks."""
         value = self.output.values.get("")
         name = value.text.strip() if value else ""
         return name if name in self.nodes and self.nodes[name].streams else None
@@ -188,7 +188,7 @@ class Graph:
         return self.streaming is not None
 
     def segment(self, output: Output, known: frozenset[str]) -> Graph:
-        """The part of the graph that gives `output` where the results of the nodes `known` come with the request."""
+        """The part of the graph that computes `output` from the request and the results of the nodes `known`."""
         needs = {name: node.needs for name, node in self.nodes.items() if name not in known}
         used = upstream(output.needs, needs)
         nodes = {

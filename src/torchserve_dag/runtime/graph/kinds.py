@@ -1,7 +1,7 @@
 """The kinds of code that a node can run, one class each; that of a sub-workflow is in graph.py.
 
 A new kind adds its class here, the line of finder.py that makes it, and a case of `load_code` in models/load.py.
-Everything else asks the class.
+Everything else is decided by the class's attributes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchserve_dag.runtime.project.handler_file import HandlerFile
 DrawnAs = Literal["model", "function", "served", "workflow"]
 
 MOST_ELSEWHERE = 64
-"""Items of a node that may be in progress elsewhere, unless the node sets another number."""
+"""The default limit of a node's items in flight elsewhere."""
 
 
 class Kind:
@@ -26,35 +26,35 @@ class Kind:
     key: ClassVar[str]
     """The key of a workflow file that names such code."""
     noun: ClassVar[str]
-    """What it is, in a sentence."""
+    """What this kind is called in a sentence."""
     drawn_as: ClassVar[DrawnAs]
     by_name: ClassVar[bool] = False
-    """Whether it is called with several values by the names of its parameters, and not with one value."""
+    """Whether it is called with a value for each parameter by name, instead of with one value."""
     one_by_one: ClassVar[bool] = False
     """Whether the items of a batch run one after the other, so that batching them saves no computation."""
     elsewhere: ClassVar[bool] = False
-    """Whether its items are only started, and answer later: they occupy none of the engine's worker threads."""
+    """Whether its items are only started, and answered later, so that they occupy none of the engine's threads."""
     device: str | None = None
-    """Where it computes, where that can be chosen: `auto`, `cpu` or `cuda:N`."""
+    """Where it computes, if that can be chosen: `auto`, `cpu` or `cuda:N`."""
 
     @property
     def title(self) -> str:
-        """What runs, in a picture: `yolo_detector 1.0`."""
+        """Its name in a picture, like `yolo_detector 1.0`."""
         raise NotImplementedError
 
     @property
     def reference(self) -> Any:
-        """What runs, as plain data under `key`."""
+        """Its name as plain data, under `key`."""
         return self.title
 
     @property
     def files(self) -> frozenset[Path]:
-        """The project's files that it is made of."""
+        """The project's files that it consists of."""
         return frozenset()
 
     @property
     def batch(self) -> int:
-        """The batch size where the node gives none; of code that runs elsewhere, the most items in progress."""
+        """The default batch size; for code that runs elsewhere, the default limit of items in flight."""
         return MOST_ELSEWHERE if self.elsewhere else 1
 
 
@@ -126,7 +126,7 @@ class ServedCode(Kind):
     token: str | None
     """The environment variable that holds the server's token."""
     described_by: tuple[Path, ...] = ()
-    """The project's files that say its types."""
+    """The project's files that declare its types."""
 
     @property
     def title(self) -> str:

@@ -1,4 +1,4 @@
-"""What a workflow answers with: the nodes that its output reads, and the output's expressions."""
+"""A workflow's output: the nodes that it reads, and its compiled expressions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reads(file: WorkflowFile, problems: Problems) -> frozenset[str]:
 
 
 def compiled(file: WorkflowFile, scope: Mapping[str, Any], problems: Problems) -> Output:
-    """The output, over `scope`: the type of each node's result and of the request, by name."""
+    """Compile the output over `scope`: name → type of each node's result, and of the request."""
     values = {}
     for name, text in _texts(file).items():
         try:

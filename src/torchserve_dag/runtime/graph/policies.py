@@ -1,4 +1,4 @@
-"""What becomes of an item that fails, as a node's file says it."""
+"""A node's policy for items that fail, from its file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchserve_dag.runtime.project.workflow_file import NodeFile, OtherwiseFile
 
 
 def policy_of(name: str, file: NodeFile, gives: Any, fallback: Code | None, problems: Problems) -> Policy:
-    """The policy of a node whose code gives a `gives` for one item; a default that is not one is a problem."""
+    """The policy of a node whose answers have the type `gives`; a default of another type is a problem."""
     if not isinstance(file.on_error, OtherwiseFile):
         return Policy(file.timeout_s, file.retry, file.on_error)
     if fallback:

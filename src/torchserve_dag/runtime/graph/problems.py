@@ -1,4 +1,4 @@
-"""The mistakes in a workflow's file, gathered so that a person sees all of a step's at once."""
+"""The mistakes in a workflow's file, collected so that a person sees all mistakes of a step at once."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ class Problems:
         return self.source.problem(("nodes", *place), f"{place[0]}: {what}", help)
 
     def stop(self) -> None:
-        """Raise CheckError where there are mistakes."""
+        """Raise CheckError if there are mistakes."""
         if self.found:
             raise CheckError(self.found)

@@ -20,23 +20,23 @@ from torchserve_dag.runtime.project.workflow_file import WorkflowFile
 
 
 def read_graph(project: Project, path: Path) -> Graph:
-    """The graph of a workflow's file; of a handler's file, the graph with it as the only node. Raises CheckError."""
+    """The graph of a workflow's file, or of a handler's file, as a workflow of one node. Raises CheckError."""
     graph = handler_graph(project, path) if path.parent.name == "handlers" else workflow_graph(project, path)
     return check_score(graph)
 
 
-def workflow_graph(project: Project, path: Path, inside: tuple[Path, ...] = ()) -> Graph:
-    """The graph of a workflow's file, ours or TorchServe's. `inside`: those that contain it. Raises CheckError."""
-    if path in inside:
+def workflow_graph(project: Project, path: Path, outer: tuple[Path, ...] = ()) -> Graph:
+    """The graph of a workflow's file, ours or TorchServe's. `outer`: the workflows around it. Raises CheckError."""
+    if path in outer:
         raise RunsItselfError
     if is_torchserve_file(path):
         return check_torchserve_file(project, path)
-    inner: Callable[[Path], Graph] = functools.cache(lambda other: workflow_graph(project, other, (*inside, path)))
+    inner: Callable[[Path], Graph] = functools.cache(lambda other: workflow_graph(project, other, (*outer, path)))
     return check(project, source.read(path, WorkflowFile), inner)
 
 
 def handler_graph(project: Project, path: Path) -> Graph:
-    """A handler as a workflow of a single node; handlers are served so, too. Raises CheckError."""
+    """A handler as a workflow of a single node, as which it is also served. Raises CheckError."""
     file = project.read_handler(path)
     kind = project.handler_class(file)
     project.settings(file, kind)

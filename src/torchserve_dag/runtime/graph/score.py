@@ -11,7 +11,7 @@ from torchserve_dag.runtime.graph.graph import Graph
 
 
 def check_score(graph: Graph) -> Graph:
-    """The same graph. Raises CheckError where its answers do not have the number that `serve.score` names."""
+    """Returns the same graph. Raises CheckError if its answers lack the number that `serve.score` names."""
     path = graph.serve.score
     if path is None:
         return graph

@@ -23,7 +23,7 @@ def known_types(module: ModuleType | None) -> dict[str, Any]:
 
 
 def type_named(text: str, known: Mapping[str, Any]) -> Any:
-    """The type that `text` names. Raises ValueError, with the reason, where it names none."""
+    """The type that `text` names. Raises ValueError with the reason if it names none."""
     try:
         return _type(ast.parse(text.strip(), mode="eval").body, known)
     except (SyntaxError, RecursionError):

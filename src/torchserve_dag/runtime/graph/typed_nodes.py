@@ -27,7 +27,7 @@ class NodeTyper:
         self._problems = problems
 
     def request_type(self, drafts: Mapping[str, Draft]) -> Any:
-        """The type of the request: what the nodes that take the request as a whole agree on."""
+        """The type of the request, on which all nodes that read the whole request must agree."""
         wants = [
             (name, without(code.signature.takes[parameter], Skipped))
             for name, draft in drafts.items()
@@ -49,7 +49,7 @@ class NodeTyper:
         return kind
 
     def node(self, draft: Draft, scope: Scope, before: Mapping[str, Node]) -> Node | None:
-        """The node, or None with its problems added. `before`: the nodes that it may read."""
+        """The typed node; None if there are problems, which are added. `before`: the nodes that it may read."""
         loops = self._levels(draft, scope)
         if loops is None:
             return None
@@ -88,7 +88,7 @@ class NodeTyper:
         )
 
     def _levels(self, draft: Draft, scope: Scope) -> tuple[tuple[Level, ...], Scope] | None:
-        """The node's loops, and the scope inside them all."""
+        """The node's loops, and the scope within the innermost."""
         inside, each = dict(scope), []
         for level, text in draft.file.levels.items():
             elements = self._list(draft.level_place(level), text, inside)
@@ -96,7 +96,7 @@ class NodeTyper:
                 return None
             each.append(Level(level, elements))
             (element,) = typing.get_args(without(elements.type, Skipped))
-            inside[level] = without(element, Skipped)  # nothing runs for a skipped element, so nothing reads it
+            inside[level] = without(element, Skipped)  # no code runs for a skipped element, so none sees a Skipped here
         return tuple(each), inside
 
     def _list(self, place: Place, text: str, scope: Scope) -> Expression | None:
@@ -175,7 +175,7 @@ def _follows(draft: Draft, each: tuple[Level, ...], before: Mapping[str, Node]) 
 
 
 def _result(each: tuple[Level, ...], gives: Any) -> Any:
-    """A list for each loop; where an element or a list is skipped, so is what is inside it."""
+    """The type of a node's result: a list for each loop. A skipped element or list makes its answer skipped too."""
     for level in reversed(each):
         (element,) = typing.get_args(without(level.list.type, Skipped))
         inside = union([gives, Skipped]) if includes(element, Skipped) else gives

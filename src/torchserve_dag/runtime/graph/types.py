@@ -58,7 +58,7 @@ def includes(kind: Any, part: Any) -> bool:
 
 
 def without(kind: Any, part: Any) -> Any:
-    """`kind` less `part`: `Photo | Skipped` without `Skipped` is `Photo`."""
+    """`kind` without `part`: `Photo | Skipped` without `Skipped` is `Photo`."""
     if not is_union(kind):
         return kind
     left = [p for p in typing.get_args(kind) if p is not part]

@@ -1,4 +1,4 @@
-"""What a node depends on, directly and by way of other nodes."""
+"""What a node depends on, directly and through other nodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 
 def upstream(names: Iterable[str], needs: Mapping[str, Iterable[str]]) -> set[str]:
-    """`names` and all that they depend on, as far as `needs` has them: it gives for each name those it depends on."""
+    """`names` and all names that they depend on, directly or not; `needs`: name → the names that it depends on."""
     reached: set[str] = set()
     to_visit = list(names)
     while to_visit:

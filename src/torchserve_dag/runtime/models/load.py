@@ -1,4 +1,4 @@
-"""From the code of a graph's nodes to what runs it: handlers loaded and warm, functions, models served elsewhere."""
+"""Loads the code of a graph's nodes: handlers, which are warmed up, functions, clients of served models."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Loader:
         return {name: self.load_code(name, code) for name, code in graph.codes.items() if not code.inner}
 
     def load_code(self, name: str, code: Code) -> Loaded:
-        """What runs the code of a node. A new kind of code gets its case here."""
+        """Load the code of a node. A new kind of code gets its case here."""
         match code.kind:
             case HandlerCode(file, device):
                 stages = self._stages(file, self._device or device, code.batch)
@@ -71,7 +71,7 @@ class Loader:
             case ServedCode() as served:
                 model = ServedModel(served, code.gives)
                 return Loaded(starter=model, close=model.close)
-        raise TypeError(f"nothing loads {code.kind.noun}")
+        raise TypeError(f"{code.kind.noun} cannot be loaded")
 
     def _stages(self, file: Source[HandlerFile], device: str, batch: int) -> Stages:
         key = (file.path, device)
@@ -108,7 +108,7 @@ def load_handler(
 
 
 def decoder(kind: Any) -> Runner:
-    """What decodes requests: from a body and its content type to a message; a message passes as it is."""
+    """The runner that decodes requests, from a body and its content type to a message. A message passes unchanged."""
 
     def decode(request: tuple[Any, str | None]) -> Any:
         body, content_type = request

@@ -22,8 +22,8 @@ from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
 logger = logging.getLogger(__name__)
 
 OPTIONS = (
-    ("grpc.enable_http_proxy", 0),  # the proxy of the environment is for the web, not for model servers
-    ("grpc.max_receive_message_length", -1),  # the server's limit holds, not grpc's 4 MB
+    ("grpc.enable_http_proxy", 0),  # the environment's proxy is for the web, not for model servers
+    ("grpc.max_receive_message_length", -1),  # no limit here but the server's; grpc's default is 4 MB
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),  # a server that is up again is connected within a second
@@ -34,7 +34,7 @@ OPTIONS = (
 )
 
 MAX_PLAIN_PHOTO = 6_500_000
-"""Bytes of pixels; a larger photo is sent compressed. TorchServe's default limit is 6,553,500 bytes."""
+"""Bytes of pixels up to which a photo is sent uncompressed. TorchServe's default limit is 6,553,500 bytes."""
 
 _TOO_LARGE = ("error code 8", "maximum size", "larger than max")
 """Parts of the errors for a body that is too large. TorchServe sends only the first, which is RST_STREAM's CANCEL."""
@@ -43,12 +43,12 @@ _TOO_LARGE = ("error code 8", "maximum size", "larger than max")
 class ServedModel:
     """Calls one model of a TorchServe; a Starter. Nothing is sent before the first call: the server may start later.
 
-    Answers are decoded, and `done` is called, on one thread for each address: `done` only passes on.
+    Answers are decoded, and `done` is called, on one thread for each address: `done` must return quickly.
     After `close`, and for a call that is cancelled, `done` gets a Failure.
     """
 
     def __init__(self, served: ServedCode, gives: Any) -> None:
-        """`gives`: the message to make of each answer's body; Any for its JSON's data, or its bytes.
+        """`gives`: the type to decode each answer's body as; Any for the data of its JSON, or else its bytes.
 
         Raises ImportError where grpc is not installed, ValueError where the token's variable is not set.
         """
@@ -66,7 +66,7 @@ class ServedModel:
         served = self._served
         try:
             body = _body_of(value)
-            # TorchServe does not tell its worker how long the client waits, so the inputs say it, too.
+            # TorchServe does not pass gRPC's deadline to its worker, so an input carries it, too.
             limit = str(max(1, math.ceil(timeout_s * 1000))).encode()
             request = self._channel.request(
                 model_name=served.name, model_version=served.version or "", input={"body": body, TIMEOUT: limit}
@@ -115,7 +115,7 @@ class ServedModel:
                 answer = self._failed(code, call.details() or "", size, timeout_s)
         except Exception:
             logger.exception("the answer of %s cannot be read", self._name)
-            answer = Failure(HTTPStatus.BAD_GATEWAY, f"{self._name} gave what cannot be read.", "UnexpectedAnswer")
+            answer = Failure(HTTPStatus.BAD_GATEWAY, f"The answer of {self._name} cannot be read.", "UnexpectedAnswer")
         done(answer)
 
     def _answer(self, body: bytes) -> Any:
@@ -151,8 +151,8 @@ class ServedModel:
                 message = f"{name} has no worker, or no room in its queue."
             case "CANCELLED" | "RESOURCE_EXHAUSTED" if any(words in text for words in _TOO_LARGE):
                 status, kind = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge"
-                message = f"{name} takes no body of {size:,} bytes: send less, or raise its max_request_size."
-            case "RESOURCE_EXHAUSTED" if not java:  # with a Java class, TorchServe means a worker that died
+                message = f"{name} accepts no body of {size:,} bytes: send less, or raise its max_request_size."
+            case "RESOURCE_EXHAUSTED" if not java:  # with a Java class, TorchServe reports a worker that died
                 status, kind, message = HTTPStatus.SERVICE_UNAVAILABLE, "Overloaded", f"{name} is overloaded: {reason}."
             case "CANCELLED":
                 status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "Cancelled"
@@ -219,7 +219,7 @@ class _Channel:
 
 def _body_of(value: Any) -> bytes:
     if isinstance(value, Text):
-        # As it is: no content type goes over gRPC, and a server cannot tell JSON from a text that looks like it.
+        # Not as JSON: over gRPC, without a content type, a server cannot tell JSON from a text that looks like JSON.
         return value.text.encode()
     if isinstance(value, Photo):
         return _photo(value)
@@ -251,7 +251,7 @@ def _key_files(address: str) -> list[Path]:
 def _key_in(path: Path) -> str | None:
     try:
         return str(json.loads(path.read_bytes())["inference"]["key"])
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is being written
+    except (OSError, ValueError, KeyError, TypeError):  # the file does not exist, or is being written
         return None
 
 

@@ -1,4 +1,4 @@
-"""A loaded handler: batches through its three stages, whole or in micro-batches that overlap."""
+"""A loaded handler, which runs batches through its three stages, whole or in overlapping micro-batches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _END: Final = object()
 """After the last output of a handler's stream."""
 
 Batch = list[Any]
-"""Values of items before or after a stage; a Failure stands where an item has ended."""
+"""The items' values before or after a stage; a Failure in place of an item that has failed."""
 
 
 class Stages:
     """Runs batches through one handler. Safe to call from several threads at once.
 
-    Whatever a stage raises ends only its own item: an InputError with its status, anything else
-    with 500 and a line in the log. An `infer` that raises for a batch is tried again item by item,
-    so that one bad item does not take the rest with it.
+    An exception in a stage fails only its own item: an InputError with its status, any other with 500 and a line in
+    the log. If `infer` raises for a batch, it is called again for each item, so that a bad item does not fail the
+    others.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Stages:
         )
 
     def __call__(self, items: Sequence[Any]) -> list[Any]:
-        """The items' answers, in order; a Failure for each that has none."""
+        """The items' answers, in order; a Failure for each item without one."""
         items = list(items)
         if self.micro_batch is None or len(items) <= self.micro_batch.size:
             return self._postprocess(self._infer(self._preprocess(items)), items)
@@ -69,14 +69,14 @@ class Stages:
         while True:
             with (
                 self.placement.inferring()
-            ):  # the setting is the thread's, and another thread may compute the next chunk
+            ):  # the setting belongs to the thread, and another thread may compute the next chunk
                 output = next(outputs, _END)
             if output is _END:
                 return
             yield self.handler.postprocess(output, item)
 
     def warm_up(self, batch: int) -> None:
-        """Run the handler's own example, alone and as a full batch. Raises RuntimeError where it fails."""
+        """Run the handler's own example, alone and as a full batch. Raises RuntimeError if it fails."""
         example = self.handler.example()
         if streams(type(self.handler)):
             for _ in self.stream(example):
@@ -102,7 +102,7 @@ class Stages:
             def run() -> None:
                 try:
                     after(work())
-                except BaseException as error:  # noqa: BLE001 (the waiting caller must hear of whatever it is)
+                except BaseException as error:  # noqa: BLE001 (the waiting caller must get any exception)
                     end.set_exception(error)
 
             try:
@@ -129,7 +129,7 @@ class Stages:
         ]
 
     def _awaited(self, end: Future[Batch], size: int, deadline: float) -> Batch:
-        """A micro-batch's answers; where they do not come by the deadline, as many failures."""
+        """A micro-batch's answers; a failure for each item if they do not come by the deadline."""
         try:
             return end.result(max(0.0, deadline - time.monotonic()))
         except FutureTimeoutError:

@@ -29,7 +29,7 @@ class Project:
         return self.root / "weights"
 
     def files(self, folder: str) -> list[Path]:
-        """The YAML files of `handlers` or `workflows`, and TorchServe's `.war` files, sorted; hidden files are none."""
+        """The YAML files in `handlers` or `workflows`, and TorchServe's `.war` files, sorted, without hidden files."""
         return sorted(path for path in (self.root / folder).glob("[!.]*.*") if path.suffix in {".yaml", ".war"})
 
     def find(self, folder: str, reference: str) -> Path | None:
@@ -63,7 +63,7 @@ class Project:
         return source.read(path, HandlerFile)
 
     def handler_class(self, file: Source[HandlerFile]) -> HandlerClass:
-        """The class that a handler's code defines. Raises CheckError where it cannot be served."""
+        """The class that a handler's code defines. Raises CheckError if it cannot be served."""
         path = file.path.parent / file.value.code_file
         if not path.is_file():
             raise CheckError([file.problem(("code",), f"there is no {path}", "write the handler's class there")])
@@ -83,7 +83,7 @@ class Project:
         return classes[0]
 
     def settings(self, file: Source[HandlerFile], kind: HandlerClass) -> Any:
-        """A handler's settings as its own type. Raises CheckError."""
+        """A handler's settings as an object of its `Settings`. Raises CheckError."""
         try:
             return plain.build(kind.Settings, file.value.settings)
         except plain.WrongDataError as error:
@@ -93,7 +93,7 @@ class Project:
 
 
 def import_file(path: Path) -> ModuleType:
-    """The module at `path`, imported once for its content, under a name of its own.
+    """The module at `path`. It is imported once for each content of the file, under a name of its own.
 
     So two versions of a project's code can be loaded in one process. Raises CheckError.
     """
@@ -110,7 +110,7 @@ def import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         del sys.modules[name]
-        file = error.filename or str(path)  # it may be in what the file imports
+        file = error.filename or str(path)  # the mistake may be in a file that this file imports
         raise CheckError([Problem(file, error.lineno or 1, f"not valid Python: {error.msg}")]) from None
     except Exception as error:
         del sys.modules[name]

@@ -14,7 +14,7 @@ CODE = re.compile(r"[A-Za-z0-9_]+\.py\Z")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*\Z")
 
 Mode = Literal["batched", "asynchronous"]
-"""How requests reach a worker: in batches whose answers leave together, or each request by itself."""
+"""How requests reach a worker: in batches, whose answers are sent together, or each request by itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class BranchFile(CodeFile):
 
 @dataclass(frozen=True, slots=True)
 class OtherwiseFile:
-    """What replaces the answer of an item that failed: one of the two."""
+    """What replaces the answer of an item that failed: exactly one of the two."""
 
     default: Any = field(default_factory=lambda: _NOTHING)
     """A value."""
@@ -191,7 +191,7 @@ class WorkflowFile:
 
 
 def check_name(what: str, name: str, *path: str) -> None:
-    """Raises WrongFieldError for what an expression could not read."""
+    """Raises WrongFieldError for a name that expressions cannot use."""
     if (name in RESERVED and name != "item") or keyword.iskeyword(name) or not name.isidentifier():
         wrong = (
             f'{what} cannot be called "{name}"; write letters, digits and underscores, but not '

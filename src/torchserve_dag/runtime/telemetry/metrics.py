@@ -1,8 +1,8 @@
 """The metrics of a workflow's nodes, as Prometheus series on TorchServe's own `/metrics`.
 
-TorchServe reads metrics from its workers' output, adds up the values of each series, and has histograms only with fixed
-buckets and a line for each observation. So a worker prints, once a second, the increase of each bucket, as a counter
-with the name that the histogram's series has. Counters of several workers add up, and do not fall when a worker is
+TorchServe reads metrics from its workers' output, and adds up the values of each series. Its own histograms have fixed
+buckets, and need a line for each observation. So once a second a worker prints the increase of each bucket, as a
+counter with the name of the histogram's series. Counters of several workers add up, and do not fall when a worker is
 restarted.
 """
 
@@ -35,7 +35,7 @@ class Metric:
     unit: str
     meaning: str
     value: Callable[[NodeCounts], int | Histogram]
-    """A counter's number, or a histogram."""
+    """Reads the metric from a node's counters: a number, or a histogram."""
 
 
 METRICS = (
@@ -81,7 +81,7 @@ def publish_every(
 
 
 class Publisher:
-    """A worker's metrics, on their way to TorchServe."""
+    """Prints a worker's metrics for TorchServe."""
 
     def __init__(self, workflow: str, version: str, metrics: Callable[[], Mapping[Series, float]]) -> None:
         self._labels = f"workflow:{workflow.translate(_SEPARATORS)},version:{version.translate(_SEPARATORS)}"
@@ -104,7 +104,7 @@ class Publisher:
         """Print the increases since the last call."""
         with self._publishing:
             if lines := self.lines():
-                # A single write, so that the output of other threads does not come between.
+                # A single write, so that the output of other threads does not land between the lines.
                 sys.stdout.write("\n".join(lines) + "\n")
                 sys.stdout.flush()
 

@@ -28,7 +28,7 @@ def score_in(answer: Any, path: str) -> float | None:
 
 
 def log_score(model: str, version: str, request_id: str | None, score: float | None) -> None:
-    """Append a score to the log of this worker's TorchServe. An answer never fails because of it."""
+    """Append a score to the log of this worker's TorchServe. A failure here never fails the answer."""
     folder = os.environ.get("LOG_LOCATION")
     if folder is None or request_id is None or score is None:
         return

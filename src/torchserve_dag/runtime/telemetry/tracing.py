@@ -66,7 +66,7 @@ def span_maker(provider: TracerProvider) -> Observer:
 
     def observe(spans: Sequence[Span]) -> None:
         request, *nodes = spans
-        client = header.extract({"traceparent": request.trace or ""}, Context())  # ignores a malformed one
+        client = header.extract({"traceparent": request.trace or ""}, Context())  # a malformed header is ignored
         whole = start(request, client, SpanKind.SERVER)
         whole.set_attribute(f"{PREFIX}request_id", request.request_id)
         inside = set_span_in_context(whole, Context())
@@ -87,7 +87,7 @@ def _attributes(span: Span) -> dict[str, str | int | float]:
 
 
 def _provider(names: Sequence[str]) -> TracerProvider:
-    """A provider with all exporters, in threads of its own; spans that its queue has no room for are dropped."""
+    """A provider with all exporters, in threads of its own; spans for which its queue has no room are dropped."""
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource  # noqa: PLC0415
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
@@ -108,7 +108,7 @@ def _exporter(name: str) -> Any:
         protocols = (os.environ.get(f"OTEL_EXPORTER_OTLP_{which}PROTOCOL") for which in ("TRACES_", ""))
         protocol = next(filter(None, protocols), "http/protobuf")
         if protocol not in _PROTOCOLS:
-            raise ValueError(f'"{protocol}" is no OTLP protocol; known: {", ".join(_PROTOCOLS)}')
+            raise ValueError(f'"{protocol}" is not an OTLP protocol; known: {", ".join(_PROTOCOLS)}')
         name = _PROTOCOLS[protocol]
     for entry_point in entry_points(group="opentelemetry_traces_exporter", name=name):
         return entry_point.load()

@@ -1,4 +1,4 @@
-"""The graph of a TorchServe workflow: what its nodes run and get, and what it answers with."""
+"""The graph of a TorchServe workflow: its nodes with their code and input, and its output."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Step:
 
 
 def takes_rows(graph: Graph) -> bool:
-    """Whether requests go into the graph as TorchServe hands them to a handler: as a Row."""
+    """Whether the graph gets requests in TorchServe's form for handlers: as a Row."""
     return any(value.type is Row for node in graph.nodes.values() for value in node.code.takes.values())
 
 
 def longest(steps: Mapping[str, Step]) -> float:
-    """The longest time that a request may take, in seconds: every node on the slowest path needs all attempts."""
+    """The longest time that a request may take, in seconds, if every node on the slowest path needs all attempts."""
     until: dict[str, float] = {}
     for name, step in steps.items():
         before = max((until[parent] for parent in step.parents), default=0.0)
@@ -46,30 +46,30 @@ def longest(steps: Mapping[str, Step]) -> float:
 
 def make_nodes(steps: Mapping[str, Step]) -> tuple[dict[str, Node], Output]:
     """The nodes and the output of a graph. `steps` has each after its parents."""
-    inside = _names_inside(steps)
+    graph_names = _names_inside(steps)
     nodes: dict[str, Node] = {}
     for name, step in steps.items():
         code = Code(
-            name=inside[name],
-            takes={"item": _row_of({parent: inside[parent] for parent in step.parents})},
+            name=graph_names[name],
+            takes={"item": _row_of({parent: graph_names[parent] for parent in step.parents})},
             sees_skipped=frozenset(),
             gives=bytes,
             kind=step.kind,
             batch=step.batch,
         )
         policy = Policy(timeout_s=step.timeout_s, retries=step.retries)
-        nodes[code.name] = _node(code, [inside[parent] for parent in step.parents], nodes, policy)
+        nodes[code.name] = _node(code, [graph_names[parent] for parent in step.parents], nodes, policy)
     leaves = [name for name in steps if not any(name in step.parents for step in steps.values())]
     if len(leaves) == 1:
-        return nodes, Output({"": result_of(nodes[inside[leaves[0]]])})
+        return nodes, Output({"": result_of(nodes[graph_names[leaves[0]]])})
     code = Code(
         name=_free("answer", {*nodes, *_RESERVED}),
-        takes={leaf: result_of(nodes[inside[leaf]]) for leaf in leaves},
+        takes={leaf: result_of(nodes[graph_names[leaf]]) for leaf in leaves},
         sees_skipped=frozenset(),
         gives=dict[str, Any],
         kind=FunctionCode(joined),
     )
-    nodes[code.name] = _node(code, [inside[leaf] for leaf in leaves], nodes, Policy())
+    nodes[code.name] = _node(code, [graph_names[leaf] for leaf in leaves], nodes, Policy())
     return nodes, Output({"": result_of(nodes[code.name])})
 
 
@@ -87,7 +87,7 @@ def _node(code: Code, parents: list[str], nodes: Mapping[str, Node], policy: Pol
 
 
 def _names_inside(names: Mapping[str, Any]) -> dict[str, str]:
-    """Each node's name in the graph: its own, unless the graph already uses that."""
+    """Each node's name in the graph: its own name, unless the graph uses that already."""
     taken = {*names, *_RESERVED}
     return {name: _free(name, taken) if name in _RESERVED else name for name in names}
 
@@ -99,7 +99,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _row_of(parents: Mapping[str, str]) -> Expression:
-    """What a node gets: the client's request, or its parents' answers, with the client's headers.
+    """The expression for a node's input: the client's request, or its parents' answers, with the client's headers.
 
     `parents`: the name of each in the file, and in the graph.
     """

@@ -1,8 +1,8 @@
 """One node of a `.war` export: the part of a workflow that TorchServe's own engine runs in one worker.
 
-That engine hands bytes from node to node, gives only the first one the request, and drops every status
-that a node sets. So each edge carries an envelope: the request as it came, and each model's result so
-far; functions run again wherever they are read. A failure travels in the envelope to the answer.
+That engine passes bytes from node to node, gives the request only to the first node, and drops every status that a
+node sets. So each edge carries an envelope: the request as it came, and the results of the models so far. Functions
+run again in each segment that reads them. A failure travels in the envelope to the answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Segment:
     """Which part of a workflow's graph a worker runs."""
 
     graph: Graph
-    """The whole workflow's."""
+    """The graph of the whole workflow."""
     node: str
     """The model that this segment runs."""
     known: frozenset[str]
@@ -45,7 +45,7 @@ class Segment:
         return {name: plain.build(self.graph.nodes[name].result, json.loads(parts[name])) for name in self.known}
 
     def seal(self, parts: Mapping[str, bytes], result: Any) -> bytes:
-        """What the worker answers: the envelope with this segment's result or failure, or the workflow's answer."""
+        """The worker's answer: the envelope with this segment's result or failure, or the workflow's answer."""
         if isinstance(result, Failure):
             failure = json.dumps(codec.failure_fields(result)).encode()
             return failure if self.last else pack({FAILURE_PART: failure})
@@ -55,7 +55,7 @@ class Segment:
 
 
 def unseal(row: Mapping[str, Any]) -> dict[str, bytes]:
-    """The parts that the row of a node with parents holds: one envelope a parent."""
+    """The parts of all envelopes in the row of a node with parents: one envelope for each parent."""
     parts: dict[str, bytes] = {}
     for envelope in row.values():
         parts |= unpack(bytes(envelope))
@@ -97,7 +97,7 @@ def segments(graph: Graph) -> dict[str, Segment]:
     ends = [name for name in models if not any(name in before for before in models.values())]
     if len(ends) > 1:
         raise ValueError(
-            f"it ends with several models ({', '.join(ends)}); what joins them would be a function node, "
+            f"it ends with several models ({', '.join(ends)}); the node that joins them would be a function, "
             "whose answer TorchServe 0.12.0 can lose"
         )
     return {name: Segment(graph, name, before, last=name == ends[0]) for name, before in models.items()}

@@ -1,8 +1,9 @@
 """TorchServe's own workflows (`models:` and `dag:`), as a file or a finished `.war`, read into the same graph as ours.
 
 Its rules, from TorchServe 0.12.0: a name in `dag` is a model of `models` or a function of the workflow's Python
-file; exactly one node has no parent; a node with one parent gets its answer as `body`, one with several gets each
-under its parent's name; what several leaves give is one JSON object. Every node sees the client's headers.
+file; exactly one node has no parent; a node with one parent gets its answer as `body`, a node with several gets each
+answer under its parent's name; the answers of several leaves become one JSON object. Every node sees the client's
+headers.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class _Check:
             return {}, now
         for name, settings in section.items():
             where = ("models", name)
-            if name in _NUMBERS:  # it holds for the models below it
+            if name in _NUMBERS:  # this setting holds for the models below it
                 if self._is_number(where, "models", settings):
                     now[name] = settings
             elif not isinstance(settings, dict):
@@ -178,7 +179,7 @@ class _Check:
         if "://" in url:
             self._problem(where, f"{name}: {url} is an address", "put the archive into model_store/ and write its name")
             return None
-        file = Path(url).name  # for TorchServe too the rest means nothing …
+        file = Path(url).name  # like TorchServe, which ignores the rest of the path …
         folders = (self.path.parent, self.project.root / "model_store", self.project.root)
         archive = next((path for folder in folders if (path := folder / file).exists()), None)
         if archive is None or ".." in url:  # … but for this
@@ -219,7 +220,7 @@ class _Check:
         return {} if len(self.problems) > before else self._ordered(parents)
 
     def _ordered(self, parents: dict[str, list[str]]) -> dict[str, list[str]]:
-        """The same, each node after its parents."""
+        """`parents` in an order in which each node comes after its parents."""
         try:
             order = list(TopologicalSorter(parents).static_order())
         except CycleError as error:
@@ -235,7 +236,7 @@ class _Check:
         return {name: parents[name] for name in order}
 
     def _place(self, name: str) -> plain.Path:
-        """Where the dag names a node first."""
+        """The first place in the dag that names a node."""
         for parent, after in self.source.value["dag"].items():
             if parent == name:
                 break
@@ -309,7 +310,7 @@ def _defined(file: Path) -> set[str]:
 
 
 def _can_run(module: ModuleType, name: str) -> bool:
-    """Whether TorchServe finds something to call: what has the name, or else the file's only class."""
+    """Whether TorchServe finds something to call: a function of that name, or else the file's only class."""
     if hasattr(module, name):
         function = getattr(module, name)
         return callable(function) and not inspect.isclass(function)

@@ -1,4 +1,4 @@
-"""A finished `.war` of TorchServe's, unpacked: which of its files is what."""
+"""The files of a finished TorchServe `.war`, unpacked."""
 
 from __future__ import annotations
 
