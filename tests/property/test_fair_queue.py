@@ -36,10 +36,10 @@ def asker(project: Path) -> Asker:
     OPS.clear()
 
     def ask(parent: Item | None = None) -> Request:
-        def end(request: Request, _: Any) -> None:
-            request.ended = True
+        def end_request(request: Request, _: Any) -> None:
+            request.answered = True
 
-        return Request("", plan, 0.0, {}, lambda _: None, end, parent=parent)
+        return Request("", plan, 0.0, {}, lambda _: None, end_request, parent=parent)
 
     return ask
 
@@ -73,7 +73,7 @@ def test_nothing_is_lost_and_each_request_keeps_its_order(
     def check(items: Sequence[Item]) -> None:
         for item in items:
             which = requests.index(item.request.root)
-            assert not item.finished
+            assert not item.obsolete
             assert waiting[which].pop(0) == item.value
 
     for what, number, count in actions:
@@ -83,19 +83,19 @@ def test_nothing_is_lost_and_each_request_keeps_its_order(
                 value = next(numbers)
                 inside = asker(item_of(request, 0)) if value % 3 == 0 else request
                 queue.push(item_of(inside, value))
-                if not request.ended:
+                if not request.answered:
                     waiting[number].append(value)
         elif what == "take":
             check(queue.take(number))
         elif what == "peek":
             head = queue.peek()
             assert (head is None) == (not any(waiting))
-            assert head is None or not head.finished
+            assert head is None or not head.obsolete
         elif what == "end":
             request.cancel()
             waiting[number] = []
         else:
-            queue.drop_finished()
+            queue.drop_obsolete()
             assert len(queue.heap) == sum(map(len, waiting))
     check(queue.take(10_000))
     assert waiting == [[], [], [], []]
@@ -118,7 +118,7 @@ def test_a_single_item_waits_for_two_of_each_long_request_at_most(
             queue.push(item_of(request, value))
     queue.take(before)
     if dropped:
-        queue.drop_finished()
+        queue.drop_obsolete()
 
     single = item_of(asker(), 0)
     queue.push(single)

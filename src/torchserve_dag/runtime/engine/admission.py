@@ -24,7 +24,7 @@ class Admission:
     def __init__(
         self, max_inside: int, timeout_s: float, lock: threading.Lock, timers: Timers, sweep: Callable[[], None]
     ) -> None:
-        """`lock` is the engine's; `sweep` drops finished items from the queues."""
+        """`lock` is the engine's; `sweep` drops obsolete items from the queues."""
         self.max_inside = max_inside
         self.timeout_s = timeout_s
         self.closed = False
@@ -58,7 +58,7 @@ class Admission:
         return None
 
     def remove(self, request: Request) -> None:
-        """Forget a request that has ended. Under the lock."""
+        """Forget an answered request. Under the lock."""
         self._in_flight.pop(request, None)
         key = request.options.cancel_key
         if key and self._by_cancel_key.get(key) is request:
@@ -74,8 +74,8 @@ class Admission:
         return list(self._in_flight)
 
     @property
-    def finished(self) -> bool:
-        """Whether timers must skip the scheduled sweep, because the engine is closed."""
+    def obsolete(self) -> bool:
+        """Whether the scheduled sweep must not run any more, because the engine is closed."""
         return self.closed
 
     def _expire(self, request: Request) -> None:
@@ -88,6 +88,6 @@ class Admission:
             self._timers.schedule(time.monotonic() + SWEEP_S, self, Admission._sweep_queues)
 
     def _sweep_queues(self) -> None:
-        """Drop finished items from the queues. Lanes do so when they take items, but not while every lane hangs."""
+        """Drop obsolete items from the queues. Lanes do so when they take items, but not while every lane hangs."""
         self._sweep_scheduled = False
         self._sweep()

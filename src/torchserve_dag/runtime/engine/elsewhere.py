@@ -74,7 +74,9 @@ class Elsewhere:
         def on_answer(answer: Any) -> None:
             self._answered(item, answer, began)
 
-        inner = Request(outer.id, plan, outer.deadline, values, on_answer, outer.end, outer.options, parent=item)
+        inner = Request(
+            outer.id, plan, outer.deadline, values, on_answer, outer.end_request, outer.options, parent=item
+        )
         self._keep_cancel(item, inner.cancel)
         self._begin(inner, item.value)
 
@@ -96,12 +98,12 @@ class Elsewhere:
                     self._answered(item, internal_error(station.name), time.monotonic())
 
     def _keep_cancel(self, item: Item, cancel: Cancel) -> None:
-        """Keep `cancel` for a started item; cancel at once if the item's request has ended meanwhile."""
+        """Keep `cancel` for a started item; cancel at once if nobody waits for its answer any more."""
         with self._lock:
-            finished = item.finished
-            if not finished:
+            obsolete = item.obsolete
+            if not obsolete:
                 item.request.elsewhere[item] = cancel
-        if finished:
+        if obsolete:
             cancel()
 
     def _answered(self, item: Item, answer: Any, began: float) -> None:

@@ -77,7 +77,7 @@ class Engine:
         self._lock = threading.Lock()
         self._runners, self._devices, self._starters = runners, devices or {}, starters or {}
         self._dropped: list[Item] = []
-        """Finished items that were taken from the queues; cleared without the lock: see FairQueue."""
+        """Obsolete items that were taken from the queues; cleared without the lock: see FairQueue."""
         self._entering = _Entering()
         self._elsewhere = Elsewhere(self._lock, self._dropped, self._deliver, self._begin)
         self._stations: dict[str, Station[Item]] = {}
@@ -153,7 +153,7 @@ class Engine:
             deadline,
             {**(known or {}), "parameters": dict(parameters or {})},
             partial(_set_answer, future),
-            self._end,
+            self._end_request,
             options,
             stream=AnswerStream(plan.streaming, on_chunk, self._lock) if on_chunk and plan.streaming else None,
             future=future,
@@ -161,7 +161,7 @@ class Engine:
         )
         refusal = refusal or self._admission.admit(request)
         if refusal:
-            request.ended = True
+            request.answered = True
             future.set_result(refusal)
         else:
             self._enter(Item(request, _DECODING, _DECODE, body, [PENDING], 0))
@@ -202,16 +202,16 @@ class Engine:
     def _start_nodes(self, ready: list[tuple[Request, Node]], changes: Changes) -> None:
         """Start nodes that are ready, or feed nodes that follow a stream."""
         with self._lock:
-            inputs = [(request, node, *read_inputs(request, node)) for request, node in ready if not request.finished]
+            inputs = [(request, node, *read_inputs(request, node)) for request, node in ready if not request.obsolete]
         started = []
         for request, node, values, chunks in inputs:
             try:
                 started.append((request, node, make_items(request, node, values, chunks), len(chunks)))
             except InputError as error:
-                self._end(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
+                self._end_request(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
             except Exception:
                 logger.exception("request %s: the expressions of %s raised", request.id, node.name)
-                self._end(request, internal_error(request.plan.prefix + node.name))
+                self._end_request(request, internal_error(request.plan.prefix + node.name))
         with self._lock:
             for request, node, made, chunk_count in started:
                 start_node(request, node, made, chunk_count, changes)
@@ -245,7 +245,7 @@ class Engine:
         failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, f"{item.station.name} took longer than {limit:g} s.", "Timeout")
         changes = Changes()
         with self._lock:
-            if item.finished:
+            if item.obsolete:
                 return
             cancel = item.request.elsewhere.get(item)
             item.station.counts.failures += 1
@@ -283,7 +283,7 @@ class Engine:
             for item, answer in zip(items, answers, strict=True):
                 if self._observer:
                     _add_span(item, answer, began, now, len(items))
-                if not item.finished:
+                if not item.obsolete:
                     record_answer(item, answer, changes)
         if failures:
             for item, answer in zip(items, answers, strict=True):
@@ -296,7 +296,7 @@ class Engine:
         while changes.failed or changes.streamed or changes.ended:
             failed, changes.failed = changes.failed, []
             for request, failure in failed:
-                self._end(request, failure)
+                self._end_request(request, failure)
             ready: list[tuple[Request, Node]] = []
             for request, node in changes.take_streamed():
                 followers = request.plan.followers.get(node.name, ())
@@ -308,33 +308,33 @@ class Engine:
             ready += [(request, request.plan.nodes[name]) for request, name in after if name != ANSWER]
             for request, name in after:
                 if name == ANSWER:
-                    self._answer(request)
+                    self._answer_from_results(request)
             if ready:
                 self._start_nodes(ready, changes)
         if changes.queued or changes.retries:
             self._enqueue(changes)
 
-    def _answer(self, request: Request) -> None:
-        """Answer a request: everything that its output reads is there."""
+    def _answer_from_results(self, request: Request) -> None:
+        """Answer a request with its output, whose expressions read the results that are there now."""
         with self._lock:
-            if request.finished:
+            if request.obsolete:
                 return
             known = request.values
         try:
             values = {name: value.evaluate(known) for name, value in request.plan.output.values.items()}
         except Exception:
             logger.exception("request %s: the expressions of the output raised", request.id)
-            self._end(request, internal_error(f"{request.plan.prefix}output"))
+            self._end_request(request, internal_error(f"{request.plan.prefix}output"))
         else:
-            self._end(request, values.get("", values))
+            self._end_request(request, values.get("", values))
 
     # The request ends: answered, failed, cancelled, at its deadline, or because the engine is closed.
 
-    def _end(self, request: Request, answer: Any) -> None:
+    def _end_request(self, request: Request, answer: Any) -> None:
         with self._lock:
-            if request.ended:
+            if request.answered:
                 return
-            request.ended = True
+            request.answered = True
             cancels = list(request.elsewhere.values())
             released = (request.values, request.gathers, request.elsewhere)  # deleted below, without the lock
             # A caller may keep the request, but not its images.
@@ -353,10 +353,10 @@ class Engine:
             self._observe(self._observer, request, answer)
 
     def _sweep(self) -> None:
-        """Drop finished items from the queues."""
+        """Drop obsolete items from the queues."""
         with self._lock:
             for station in self._stations.values():
-                station.drop_finished()
+                station.drop_obsolete()
         self._dropped.clear()
 
     def _observe(self, observer: Observer, request: Request, answer: Any) -> None:
@@ -388,7 +388,7 @@ class Engine:
         now = time.monotonic()
         with self._lock:
             return any(
-                items and now - since > self._admission.timeout_s / 2 and all(item.finished for item in items)
+                items and now - since > self._admission.timeout_s / 2 and all(item.obsolete for item in items)
                 for lanes in self._lanes.values()
                 for since, items in lanes.busy.values()
             )
@@ -401,7 +401,7 @@ class Engine:
                 lanes.close()
         self._timers.close()
         for request in in_flight:
-            self._end(request, CLOSING)
+            self._end_request(request, CLOSING)
         deadline = time.monotonic() + 1
         for thread in [self._timers.thread, *(thread for lanes in self._lanes.values() for thread in lanes.threads)]:
             if thread is not threading.current_thread():  # a future's callback may close the engine

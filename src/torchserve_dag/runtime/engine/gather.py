@@ -24,6 +24,7 @@ class Gather:
     """For a node that follows a stream: how many of the stream's chunks have become items."""
     skipped: int = 0
     ended: bool = False
+    """Whether the node has ended."""
 
     def ready_from(self, first: int) -> list[tuple[int, Any]]:
         """The consecutive answers that are present from index `first` on, each with its index."""

@@ -22,7 +22,7 @@ Made = tuple[Gather | None, list[Item], Any]
 
 def read_inputs(request: Request, node: Node) -> tuple[Mapping[str, Any], list[tuple[int, Any]]]:
     """The values that a ready node reads; for a node that follows a stream, also the new chunks with their indices."""
-    if not node.follows or request.finished:
+    if not node.follows or request.obsolete:
         return request.values, []
     gather = request.gathers.setdefault(node.name, Gather([], open=True))
     _stream_to_client(request, node, gather)
@@ -45,7 +45,7 @@ def make_items(request: Request, node: Node, values: Mapping[str, Any], chunks: 
 def start_node(request: Request, node: Node, made: Made, chunks: int, changes: Changes) -> None:
     """Queue a node's items, or end the node; `chunks` is the number of followed chunks that `made` was made from."""
     gather, items, result = made
-    if request.finished:
+    if request.obsolete:
         return
     counts = request.plan.stations[node.code.name].counts
     if gather is None:

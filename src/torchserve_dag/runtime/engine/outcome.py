@@ -69,7 +69,7 @@ def record_answer(item: Item, answer: Any, changes: Changes) -> None:
 
 def record_result(request: Request, name: str, value: Any) -> list[str]:
     """Record the result of a node. Returns the nodes that can start now, and the started followers of the node."""
-    if request.finished:
+    if request.obsolete:
         return []
     request.values[name] = value
     ready = []
@@ -89,7 +89,7 @@ def end_if_complete(request: Request, node: Node, gather: Gather, changes: Chang
 
 
 def _answered(item: Item, answer: Any, changes: Changes) -> None:
-    item.ended = True
+    item.settled = True
     if item.node.name == REQUEST:
         changes.ended.append((item.request, REQUEST, answer))
         return
@@ -122,7 +122,7 @@ def _failed(item: Item, failure: Failure, changes: Changes) -> None:
     if final or (policy.on_error == "fail" and not policy.retries):
         _fail(item, failure, changes)
     elif item.failed_attempts < policy.retries and in_time and transient:
-        item.ended = True
+        item.settled = True
         changes.retries.append((pause, item.retry()))
     elif policy.on_error == "skip":
         item.station.counts.skipped += 1
@@ -134,12 +134,12 @@ def _failed(item: Item, failure: Failure, changes: Changes) -> None:
     elif isinstance(item.fallback_value, Skipped):
         _answered(item, item.fallback_value, changes)
     else:
-        item.ended = True
+        item.settled = True
         changes.queued.append(item.fall_back(policy.fallback))
 
 
 def _fail(item: Item, failure: Failure, changes: Changes) -> None:
-    item.ended = True
+    item.settled = True
     # A body that cannot be decoded belongs to no node; a failure in a sub-workflow names its node already.
     node = failure.node or (None if item.node.name == REQUEST else item.station.name)
     changes.failed.append((item.request, Failure(failure.status, failure.message, failure.type, node)))

@@ -36,7 +36,7 @@ class Queued(Protocol):
     @property
     def request(self) -> Owner: ...
     @property
-    def finished(self) -> bool:
+    def obsolete(self) -> bool:
         """Whether nobody waits for the item's answer any more."""
 
 
@@ -52,7 +52,7 @@ class FairQueue(Generic[ItemT]):
     """
 
     def __init__(self, dropped: list[ItemT]) -> None:
-        """Finished items go to `dropped`, which the caller clears without the lock.
+        """Obsolete items go to `dropped`, which the caller clears without the lock.
 
         Dropping the last reference to a stream runs the `finally` of a user's generator.
         """
@@ -71,8 +71,8 @@ class FairQueue(Generic[ItemT]):
         heapq.heappush(self.heap, (rank, next(self._order), item))
 
     def peek(self) -> ItemT | None:
-        """The next item, without taking it. Finished items before it are dropped."""
-        while self.heap and self.heap[0][2].finished:
+        """The next item, without taking it. Obsolete items before it are dropped."""
+        while self.heap and self.heap[0][2].obsolete:
             self._dropped.append(self._pop())
         return self.heap[0][2] if self.heap else None
 
@@ -81,15 +81,15 @@ class FairQueue(Generic[ItemT]):
         items: list[ItemT] = []
         while self.heap and len(items) < most:
             item = self._pop()
-            (self._dropped if item.finished else items).append(item)
+            (self._dropped if item.obsolete else items).append(item)
         return items
 
-    def drop_finished(self) -> None:
-        """Drop the finished items, at any position in the queue."""
+    def drop_obsolete(self) -> None:
+        """Drop the obsolete items, at any position in the queue."""
         waiting: Iterable[ItemT] = [item for _, _, item in sorted(self.heap, key=lambda entry: entry[:2])]
         self.heap, self._ranks = [], {}
         for item in waiting:
-            if item.finished:
+            if item.obsolete:
                 self._dropped.append(item)
             else:
                 self.push(item)

@@ -32,9 +32,9 @@ class Request:
     values: dict[str, Any]
     """What its expressions read: the parameters, the decoded request, and the result of each node that has ended."""
     on_answer: Callable[[Any], None]
-    """Gives the client its answer or a Failure; called once, by `Engine._end`."""
-    end: Callable[[Request, Any], None]
-    """Engine._end: ends the request with an answer or a Failure, unless it has ended already."""
+    """Gives the client the answer or a Failure; called once, when `answered` is true."""
+    end_request: Callable[[Request, Any], None]
+    """The engine's: ends a request with an answer or a Failure; does nothing if the request is `answered` already."""
     options: Options = field(default_factory=Options)
     parent: Item | None = None
     """For a sub-workflow's request: the item of the outer workflow that it answers."""
@@ -48,7 +48,8 @@ class Request:
     """The answers so far, for each node that has started."""
     elsewhere: dict[Item, Cancel] = field(default_factory=dict)
     """The request's items that run elsewhere, and how to cancel each."""
-    ended: bool = False
+    answered: bool = False
+    """Whether the answer or a Failure is decided; `on_answer` is called shortly after."""
     spans: list[Span] = field(default_factory=list)
     began_ns: int = 0
 
@@ -64,16 +65,16 @@ class Request:
         return self._root or self
 
     @property
-    def finished(self) -> bool:
-        """Whether nobody waits for the answer any more: this request has ended, or a request around it has."""
-        return self.ended or (self.parent is not None and self.parent.finished)
+    def obsolete(self) -> bool:
+        """Whether nobody waits for the answer any more: this request is answered, or its parent is obsolete."""
+        return self.answered or (self.parent is not None and self.parent.obsolete)
 
     def fail(self, failure: Failure) -> None:
-        self.end(self, failure)
+        self.end_request(self, failure)
 
     def cancel(self) -> None:
         """Stop the request's work; its future gives a Failure with the status 499."""
-        self.end(self, CANCELLED)
+        self.end_request(self, CANCELLED)
 
 
 class _WeaklyReferenceable:
@@ -98,7 +99,8 @@ class Item(_WeaklyReferenceable):
     failed_attempts: int = 0
     since: float = field(default_factory=time.monotonic)
     """When the item was queued, on time.monotonic()'s clock."""
-    ended: bool = False
+    settled: bool = False
+    """Whether this attempt is over: it has its last answer, or another attempt or the fallback replaces it."""
 
     @property
     def station(self) -> Station[Item]:
@@ -122,6 +124,6 @@ class Item(_WeaklyReferenceable):
         return Item(self.request, self.node, fallback, self.fallback_value, self.answers, self.index)
 
     @property
-    def finished(self) -> bool:
-        """Whether nobody waits for the answer any more: the item has ended, or its request is finished."""
-        return self.ended or self.request.finished
+    def obsolete(self) -> bool:
+        """Whether nobody waits for an answer any more: the item is settled, or its request is obsolete."""
+        return self.settled or self.request.obsolete

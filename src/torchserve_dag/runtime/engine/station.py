@@ -95,9 +95,9 @@ class Station(Generic[ItemT]):
         items = self.queues[first].take(most)
         return items + self.queues[other].take(most - len(items)) if len(items) < most else items
 
-    def drop_finished(self) -> None:
+    def drop_obsolete(self) -> None:
         for queue in self.queues.values():
-            queue.drop_finished()
+            queue.drop_obsolete()
 
 
 def shallow_first(stations: Iterable[Station[ItemT]]) -> list[Station[ItemT]]:

@@ -21,7 +21,7 @@ class Streamed(Protocol):
     def id(self) -> str: ...
     @property
     def on_answer(self) -> Callable[[Any], None]:
-        """Called with the end of the answer."""
+        """Gives the client the whole answer or a Failure, after the last chunk."""
 
     def fail(self, failure: Failure) -> None: ...
 
@@ -30,7 +30,7 @@ class AnswerStream:
     """Sends the chunks of a request's answer to the client, each once and in order.
 
     Only one thread sends at a time: another thread leaves its chunks to it, so chunks never overtake each other.
-    The end of the answer follows the last chunk that is ready.
+    The whole answer follows the last chunk that is ready.
     """
 
     def __init__(self, node: str, on_chunk: Callable[[Any], None], lock: threading.Lock) -> None:
@@ -41,27 +41,27 @@ class AnswerStream:
         self._gather: Gather | None = None
         self._sent = 0
         self._sending = False
-        self._end: tuple[Any] | None = None
+        self._answer: tuple[Any] | None = None
 
     def open(self, gather: Gather) -> None:
         """The node has started, and its chunks come into `gather`. Under the lock; only the first call counts."""
         self._gather = self._gather or gather
 
-    def close(self, end: Any) -> None:
-        """The request has ended with `end`, an answer or a Failure; `send` sends it to the client. Under the lock."""
-        self._end = (end,)
+    def close(self, answer: Any) -> None:
+        """The request is answered, with an answer or a Failure; `send` sends it to the client. Under the lock."""
+        self._answer = (answer,)
 
     def send(self, request: Streamed) -> None:
-        """Send the client the chunks that are ready, and then the end of the answer, if the request has ended."""
+        """Send the client the chunks that are ready, and then the whole answer, if the request is answered."""
         while True:
             with self._lock:
                 if self._sending:
                     return
                 chunks = self._take_chunks()
                 self._sending = bool(chunks)
-                end = None if chunks else self._take_end()
-            if end:
-                request.on_answer(end[0])
+                answer = None if chunks else self._take_answer()
+            if answer:
+                request.on_answer(answer[0])
             if not chunks:
                 return
             try:
@@ -75,13 +75,13 @@ class AnswerStream:
             with self._lock:
                 self._sending = False
                 if failure:
-                    self._gather, self._sent, self._end = Gather([]), 0, (failure,)
+                    self._gather, self._sent, self._answer = Gather([]), 0, (failure,)
 
     def _take_chunks(self) -> list[Any]:
         chunks = [chunk for _, chunk in self._gather.ready_from(self._sent)] if self._gather else []
         self._sent += len(chunks)
         return chunks
 
-    def _take_end(self) -> tuple[Any] | None:
-        end, self._end = self._end, None
-        return end
+    def _take_answer(self) -> tuple[Any] | None:
+        answer, self._answer = self._answer, None
+        return answer

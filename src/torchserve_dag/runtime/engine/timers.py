@@ -14,12 +14,13 @@ from typing import Any, Protocol, TypeVar
 logger = logging.getLogger(__name__)
 
 
-class Finishes(Protocol):
+class Subject(Protocol):
     @property
-    def finished(self) -> bool: ...
+    def obsolete(self) -> bool:
+        """Whether its timers must not act any more."""
 
 
-T = TypeVar("T", bound=Finishes)
+T = TypeVar("T", bound=Subject)
 
 
 class Timers:
@@ -33,9 +34,9 @@ class Timers:
         self.thread.start()
 
     def schedule(self, moment: float, subject: T, action: Callable[[T], None]) -> None:
-        """Call `action(subject)` at a moment of time.monotonic(), unless the subject is finished or deleted by then."""
+        """Call `action(subject)` at a moment of time.monotonic(), unless the subject is obsolete or deleted by then."""
         with self._changed:
-            if len(self._heap) >= self._room:  # drop the timers of finished subjects
+            if len(self._heap) >= self._room:  # drop the timers of obsolete subjects
                 self._heap = [entry for entry in self._heap if _pending(entry[2])]
                 heapq.heapify(self._heap)
                 self._room = 2 * len(self._heap) + 64
@@ -65,7 +66,7 @@ class Timers:
     @staticmethod
     def _call(reference: weakref.ref[Any], action: Callable[[Any], None]) -> None:
         subject = reference()
-        if subject is not None and not subject.finished:
+        if subject is not None and not subject.obsolete:
             try:
                 action(subject)
             except BaseException:  # this thread must not end
@@ -74,4 +75,4 @@ class Timers:
 
 def _pending(reference: weakref.ref[Any]) -> bool:
     subject = reference()
-    return subject is not None and not subject.finished
+    return subject is not None and not subject.obsolete
