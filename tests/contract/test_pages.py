@@ -16,7 +16,10 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "loadtests").glob("*.md"), ROOT / "photos/README.md"])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PROGRAMS = {"curl", "export", "pip", "python", "source", "torch-model-archiver", "torchserve"}
+CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+UNREAD = re.compile(r"^ *```(?:bash|shell|zsh|shell-session)$", re.MULTILINE)
+"""Blocks of commands under a name that `commands` does not look for."""
+PROGRAMS = {"cd", "curl", "export", "pip", "python", "source", "torch-model-archiver", "torchserve"}
 """What a page's commands may be besides ours: the shell's, and those that the package and its set-up bring."""
 AFTER_SET_UP = {".venv/bin/locust": "scripts/setup --test"}
 """Programs that are there only after another set-up than README's, which a page that uses them names."""
@@ -48,24 +51,38 @@ def test_its_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links(page) if not leads_to(page, link)] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command that a page shows."""
+    text = page.read_text("utf-8")
+    typed = re.findall(r"^\$ (.+)$", "\n".join(CONSOLE.findall(text)), re.MULTILINE)
+    lines = [*"\n".join(SHELL.findall(text)).replace("\\\n", " ").splitlines(), *typed]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+PAGES_WITH_COMMANDS = [page for page in PAGES if page.parent != DOCS / "reference" and commands(page)]
+"""Without the reference, which `scripts/reference` writes from the command line's own help."""
+
+
+def test_every_block_of_commands_is_read() -> None:
+    assert {ROOT / "README.md", DOCS / "serving.md"} <= set(PAGES_WITH_COMMANDS)
+    assert [name(page) for page in PAGES if UNREAD.search(page.read_text("utf-8"))] == []
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_COMMANDS, ids=name)
 def test_its_commands_exist(page: Path) -> None:
     """Those of ours are read as the command line reads them."""
     text = page.read_text("utf-8")
-    for line in "\n".join(SHELL.findall(text)).replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if not words:
-            continue
+    for words in commands(page):
         program = words[0].removeprefix(".venv/bin/")
         if program == "torchserve-dag":
             parse([word for word in words[1:] if word not in {"|", "grep"}])
         elif words[0] in AFTER_SET_UP:
-            assert AFTER_SET_UP[words[0]] in text, f"{line}: the page does not name {AFTER_SET_UP[words[0]]}"
+            assert AFTER_SET_UP[words[0]] in text, f"{words}: the page does not name {AFTER_SET_UP[words[0]]}"
         elif "scripts/" in words[0] or (program == "python" and words[1].endswith(".py")):
             script = words[1] if program == "python" else words[0]
-            assert (ROOT / script).is_file(), line
+            assert (ROOT / script).is_file(), words
         else:
-            assert program in PROGRAMS, line
+            assert program in PROGRAMS, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
