@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from torchserve_dag.archives import atomic
 from torchserve_dag.commands import app
-from torchserve_dag.front_door import bootstrap, certificate, resources, routes_file, settings
+from torchserve_dag.front_door import bootstrap, certificate, envoy_config, routes_file, settings
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
@@ -116,10 +116,10 @@ class TestSplits:
     def users(rollouts: dict[str, RolloutShare]) -> list[str]:
         """Who answers a thousand users whose hashes are spread evenly."""
         (one,) = splits(SERVED, {"m": RouteFile({"1.0": 9, "2.0": 1})}, {}, rollouts)
-        parts, found = resources._parts(one.weights), []
-        assert sum(part for _, part in parts) == resources.WHOLE
+        parts, found = envoy_config._parts(one.weights), []
+        assert sum(part for _, part in parts) == envoy_config.WHOLE
         for version, part in parts:
-            found += [version] * (part * 1000 // resources.WHOLE)
+            found += [version] * (part * 1000 // envoy_config.WHOLE)
         return found
 
     def test_what_is_not_served_is_no_shadow_no_rule_and_no_fallback(self) -> None:
@@ -130,8 +130,8 @@ class TestSplits:
     def test_the_fallback_stands_in_for_who_is_ejected_in_its_own_place(self) -> None:
         """And says in the log for whom."""
         shares = splits(SERVED, {"m": ROUTE}, {}, {}, [("m", "2.0")])
-        text = json.dumps(resources.routes(SERVED, shares, [], "token", 10))
-        clusters = {one["name"]: one for one in resources.clusters(SERVED, shares, Addresses(), "token")}
+        text = json.dumps(envoy_config.routes(SERVED, shares, [], "token", 10))
+        clusters = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, Addresses(), "token")}
 
         assert (
             '[{"cluster_name": "rest:m/1.0", "weight": 900000}, {"cluster_name": "rest:m/1.0!2.0", "weight": 100000}]'
@@ -184,7 +184,7 @@ class TestEnvoy:
 
     def test_a_version_with_a_fallback_is_guarded_and_the_fallback_is_not(self) -> None:
         shares = splits(SERVED, {"m": ROUTE}, {}, {})
-        found = {one["name"]: one for one in resources.clusters(SERVED, shares, Addresses(), "token")}
+        found = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, Addresses(), "token")}
 
         assert {"rest:m/1.0", "rest:m/2.0", "rest:m/2.0?", "grpc:m/2.0?", "rest:torchserve"} <= found.keys()
         assert "rest:m/1.0?" not in found
@@ -194,13 +194,13 @@ class TestEnvoy:
     def test_what_answers_in_chunks_has_no_limit_for_all_of_them(self) -> None:
         served = [*SERVED[:1], ServedVersion("m", "2.0", 30.0, ours=True, streams=True)]
         shares = splits(served, {"m": ROUTE}, {}, {})
-        found = {one["name"]: one for one in resources.clusters(served, shares, Addresses(), "token")}
+        found = {one["name"]: one for one in envoy_config.clusters(served, shares, Addresses(), "token")}
 
         assert "max_stream_duration" not in json.dumps(found["rest:m/2.0?"])
 
     def test_weights_are_parts_of_a_million(self) -> None:
         shares = splits(SERVED, {"m": RouteFile({"1.0": 99.95, "2.0": 0.05, "3.0": 0})}, {}, {})
-        text = json.dumps(resources.routes(SERVED, shares, [], "token", 10))
+        text = json.dumps(envoy_config.routes(SERVED, shares, [], "token", 10))
 
         assert '{"cluster_name": "rest:m/1.0", "weight": 999500}, {"cluster_name": "rest:m/2.0", "weight": 500}' in text
 
@@ -230,13 +230,13 @@ class TestTokens:
             tokens.revoke("alice")
 
     def test_no_token_at_all_lets_nobody_in(self) -> None:
-        text = json.dumps(resources._accepted_tokens([]))
+        text = json.dumps(envoy_config._accepted_tokens([]))
 
         assert '"not_id": {"any": true}' in text
 
     def test_each_rate_is_a_bucket(self) -> None:
         slow, fast = Token("slow", "1", 0, 2), Token("fast", "2", 0, 5000)
-        found = resources._rate_limits([slow, fast, Token("plain", "3", 0)], 100)["descriptors"]
+        found = envoy_config._rate_limits([slow, fast, Token("plain", "3", 0)], 100)["descriptors"]
 
         assert [one["token_bucket"] for one in found] == [
             {"max_tokens": 2, "tokens_per_fill": 1, "fill_interval": "0.500s"},

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.front_door.resources import TOKEN_NAME, TYPES, script
+from torchserve_dag.front_door.envoy_config import TOKEN_NAME, TYPES, script
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.tokens import ISSUER
 from torchserve_dag.server.ports import host_and_port

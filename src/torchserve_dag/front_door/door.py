@@ -12,10 +12,10 @@ from typing import Any
 
 from torchserve_dag.archives import atomic
 from torchserve_dag.clients import KeyFile
-from torchserve_dag.front_door import resources
+from torchserve_dag.front_door import envoy_config
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.bootstrap import CERTIFICATE, CLUSTERS, ROUTES
-from torchserve_dag.front_door.resources import TYPES, Resource
+from torchserve_dag.front_door.envoy_config import TYPES, Resource
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, Split, splits
@@ -168,8 +168,8 @@ class Door:
     def _files(self, traffic: Traffic) -> list[tuple[str, str, list[Resource]]]:
         token, rate = self._torchserve_token(), self._requests_per_second()
         shares = traffic.splits
-        clusters = resources.clusters([*traffic.served, *traffic.leaving], shares, traffic.torchserve, token)
-        routes = resources.routes(traffic.served, shares, self.tokens.issued(), token, rate)
+        clusters = envoy_config.clusters([*traffic.served, *traffic.leaving], shares, traffic.torchserve, token)
+        routes = envoy_config.routes(traffic.served, shares, self.tokens.issued(), token, rate)
         return [
             (CLUSTERS, "config.cluster.v3.Cluster", clusters),
             (ROUTES, "config.route.v3.RouteConfiguration", [routes]),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, STANDS_IN
+from torchserve_dag.front_door.envoy_config import GUARDED, PROTOCOLS, STANDS_IN
 from torchserve_dag.server import prometheus
 from torchserve_dag.server.ready import ModelVersion
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torchserve_dag.archives import mar
 from torchserve_dag.clients import Client, ModelNotFound, ServingError, VersionInfo
 from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name, stat_name
+from torchserve_dag.front_door.envoy_config import GUARDED, PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.releases.load_throttle import LoadThrottle
 from torchserve_dag.server import defaults, processes

@@ -20,7 +20,7 @@ from types import FrameType
 
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.envoy import Envoy
-from torchserve_dag.front_door.resources import GUARDED, PROTOCOLS, cluster_name
+from torchserve_dag.front_door.envoy_config import GUARDED, PROTOCOLS, cluster_name
 from torchserve_dag.releases.rollout import Rollouts
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
