@@ -28,7 +28,7 @@ from torchserve_dag.releases import load_throttle, manual, plot, request_log, ro
 from torchserve_dag.releases.experiment import compare
 from torchserve_dag.releases.load_throttle import LoadThrottle, workers_of
 from torchserve_dag.releases.request_log import LoggedRequest
-from torchserve_dag.releases.rollout import Progress, RolloutPlan, RolloutStore
+from torchserve_dag.releases.rollout import RolloutPlan, RolloutProgress, RolloutStore
 from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.telemetry.scores import score_in
 from torchserve_dag.server.errors import ServerError
@@ -292,7 +292,7 @@ class TestRollout:
 
     def test_what_was_under_way_is_over_when_the_server_starts_again(self, tmp_path: Path) -> None:
         store = RolloutStore(State(tmp_path))
-        store.save(Progress(PLAN, stage="rolling", share=25.0))
+        store.save(RolloutProgress(PLAN, stage="rolling", share=25.0))
         store.forget_running()
 
         assert [(one.stage, one.reason) for one in store.all()] == [("back", "the server was stopped")]
@@ -308,8 +308,8 @@ def test_taking_the_routes_takes_back_what_a_rollout_that_is_over_has_left(
     door.begin(Addresses())
     monkeypatch.setattr(Door, "_apply", lambda _self, _traffic: None)  # no Envoy runs
     door.change(lambda now: replace(now, rollouts={"m": RolloutShare("2.0", 0.5), "n": RolloutShare("2.0", 0.5)}))
-    store.save(Progress(PLAN, stage="back"))
-    store.save(Progress(replace(PLAN, model="n"), stage="rolling"))
+    store.save(RolloutProgress(PLAN, stage="back"))
+    store.save(RolloutProgress(replace(PLAN, model="n"), stage="rolling"))
 
     assert manual.reload_routes(tmp_path).rollouts.keys() == {"n"}
 

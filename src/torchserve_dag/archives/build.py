@@ -21,7 +21,7 @@ FOLDERS = ("handlers", "workflows")
 WORKFLOW_STORE = "workflow_store"
 """The folder beside the store for `.war` exports."""
 
-Progress = Callable[[str, int, int], None]
+BuildCallback = Callable[[str, int, int], None]
 """Called with the archive that is being built, how many are done, and how many there are."""
 
 
@@ -51,7 +51,7 @@ def build(
     store: Path | None = None,
     force: bool = False,
     update_cards: bool = False,
-    progress: Progress | None = None,
+    progress: BuildCallback | None = None,
 ) -> Report:
     """Build the named handlers and workflows, or all of them, into `store` (the project's `model_store`).
 

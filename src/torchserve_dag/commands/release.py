@@ -18,7 +18,7 @@ from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail,
 
 if TYPE_CHECKING:
     from torchserve_dag.front_door.door import Traffic
-    from torchserve_dag.releases.rollout import Progress, RolloutStore, StepMetrics
+    from torchserve_dag.releases.rollout import RolloutProgress, RolloutStore, StepMetrics
 
 STOP_IF = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
 """The default of --stop-if."""
@@ -166,7 +166,7 @@ def _time(text: str) -> float:
     return durations.seconds(text, "30s, 5m or 1h")
 
 
-def _follow(store: RolloutStore, model: str) -> Progress | None:
+def _follow(store: RolloutStore, model: str) -> RolloutProgress | None:
     """Show a rollout until it ends; an interrupt stops the display, not the rollout."""
     now = store.progress(model)
     try:
@@ -199,7 +199,7 @@ def _show_all(store: RolloutStore, *, json: bool) -> None:
             out.print(_picture(one))
 
 
-def _picture(now: Progress) -> Group:
+def _picture(now: RolloutProgress) -> Group:
     """One rollout: its status, a bar with the share, and the metrics of both versions within the step."""
     from torchserve_dag.releases.rollout import WHOLE
 
@@ -219,7 +219,7 @@ def _cells(numbers: StepMetrics) -> list[str]:
     return [str(numbers.requests), str(numbers.errors), *times]
 
 
-def _line(now: Progress) -> Text:
+def _line(now: RolloutProgress) -> Text:
     plan, colour = now.plan, _COLOURS.get(now.stage, "yellow")
     steps = ", ".join(f"{step:g}" for step in plan.steps)
     status = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.releases.rollout import Progress, RolloutStore, settle
+from torchserve_dag.releases.rollout import RolloutProgress, RolloutStore, settle
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -17,12 +17,12 @@ ANSWER_S = 20.0
 """How long the keeper may take to obey a command; it checks for commands twice a second."""
 
 
-def promote(root: Path, model: str) -> Progress:
+def promote(root: Path, model: str) -> RolloutProgress:
     """Send all requests to the new version of the running rollout, now. Raises ServerError."""
     return _command(root, model, promoted=True)
 
 
-def roll_back(root: Path, model: str) -> Progress:
+def roll_back(root: Path, model: str) -> RolloutProgress:
     """Restore the weights from before a model's last rollout, whether it is running or done. Raises ServerError."""
     store = RolloutStore(State(root))
     last = store.progress(model)
@@ -67,7 +67,7 @@ def reload_routes(root: Path) -> Traffic:
     return door.change(change)
 
 
-def _command(root: Path, model: str, *, promoted: bool) -> Progress:
+def _command(root: Path, model: str, *, promoted: bool) -> RolloutProgress:
     store = RolloutStore(State(root))
     last = store.progress(model)
     if last is None or last.over:

@@ -73,7 +73,7 @@ class StepMetrics:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RolloutProgress:
     """The state of a rollout."""
 
     plan: RolloutPlan
@@ -111,7 +111,7 @@ class RolloutStore:
                 f"{plan.model} is being rolled out to {found.plan.version} already: promote it or roll it back first."
             )
         self.command(plan.model, None)
-        self.save(Progress(plan, began=time.time()))
+        self.save(RolloutProgress(plan, began=time.time()))
 
     def command(self, model: str, order: Command | None) -> None:
         path = self.folder / f"{model}.order"
@@ -124,14 +124,14 @@ class RolloutStore:
             return None
         return "promote" if text == "promote" else "rollback"
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: RolloutProgress) -> None:
         atomic.write_private(self.folder / f"{progress.plan.model}.json", json.dumps(plain.flatten(progress), indent=2))
 
-    def progress(self, model: str) -> Progress | None:
+    def progress(self, model: str) -> RolloutProgress | None:
         """The progress of a model's last rollout."""
         return _read(self.folder / f"{model}.json")
 
-    def all(self) -> list[Progress]:
+    def all(self) -> list[RolloutProgress]:
         found = (_read(path) for path in sorted(self.folder.glob("*.json")))
         return [one for one in found if one]
 
@@ -160,7 +160,7 @@ class Rollouts:
                 thread.start()
 
 
-def run(root: Path, requested: Progress) -> None:
+def run(root: Path, requested: RolloutProgress) -> None:
     """Run one rollout: load the version, take every step, and finish or roll back."""
     state = State(root)
     store = RolloutStore(state)
@@ -214,7 +214,7 @@ class _RollBackError(Exception):
     """Why a rollout is rolled back: one sentence."""
 
 
-def _load(root: Path, state: State, store: RolloutStore, requested: Progress) -> Progress:
+def _load(root: Path, state: State, store: RolloutStore, requested: RolloutProgress) -> RolloutProgress:
     plan, door = requested.plan, Door(state)
     traffic = door.traffic()
     split = traffic.split(plan.model)
@@ -254,7 +254,7 @@ def _is_served(traffic: Traffic, plan: RolloutPlan) -> bool:
     return any((one.model, one.version) == (plan.model, plan.version) for one in traffic.served)
 
 
-def _step(door: Door, store: RolloutStore, now: Progress) -> Progress:
+def _step(door: Door, store: RolloutStore, now: RolloutProgress) -> RolloutProgress:
     """Hold one share until the step is complete. Raises _RollBackError if the new version is worse."""
     plan = now.plan
     if now.reason:  # promoted: skip the remaining steps
@@ -322,8 +322,8 @@ def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str
         store.save(rolled_back)
 
 
-def _read(path: Path) -> Progress | None:
+def _read(path: Path) -> RolloutProgress | None:
     try:
-        return plain.build(Progress, json.loads(path.read_text("utf-8")))
+        return plain.build(RolloutProgress, json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, plain.WrongDataError):
         return None

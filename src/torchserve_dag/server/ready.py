@@ -39,7 +39,7 @@ class Readiness:
         return 0 < self.wanted <= self.ready
 
 
-Progress = Callable[[list[Readiness]], None]
+ReadinessCallback = Callable[[list[Readiness]], None]
 
 
 class StartupWait:
@@ -53,7 +53,7 @@ class StartupWait:
         self._pids: dict[tuple[str, str, str], set[int]] = {}
 
     def wait(
-        self, client: Client, is_alive: Callable[[], bool], timeout_s: float, progress: Progress | None = None
+        self, client: Client, is_alive: Callable[[], bool], timeout_s: float, progress: ReadinessCallback | None = None
     ) -> None:
         """Raises ServerError if the server ends, a worker keeps failing, or models are not ready in time."""
         deadline = time.monotonic() + timeout_s

@@ -18,7 +18,7 @@ from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.ready import ModelVersion, Progress, StartupWait
+from torchserve_dag.server.ready import ModelVersion, ReadinessCallback, StartupWait
 from torchserve_dag.server.state import State, TorchServeProcess
 
 LONGEST_SOCKET = 103
@@ -69,7 +69,7 @@ def start(
     state: State,
     planned: LaunchPlan,
     options: StartOptions,
-    progress: Progress | None = None,
+    progress: ReadinessCallback | None = None,
     *,
     changes: Mapping[str, str] | None = None,
 ) -> TorchServeProcess:

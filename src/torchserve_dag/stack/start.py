@@ -18,7 +18,7 @@ from torchserve_dag.server import defaults, processes, torchserve
 from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
-from torchserve_dag.server.ready import Progress
+from torchserve_dag.server.ready import ReadinessCallback
 from torchserve_dag.server.state import State, TorchServeProcess
 from torchserve_dag.stack import settings
 
@@ -37,7 +37,7 @@ class Running:
 def start(
     root: Path,
     options: torchserve.StartOptions | None = None,
-    progress: Progress | None = None,
+    progress: ReadinessCallback | None = None,
     *,
     with_front_door: bool = True,
 ) -> Running:
