@@ -1,7 +1,7 @@
-"""What the engine itself costs: workflows of functions that do nothing, in this process, with no server.
+"""The engine's own cost: workflows of functions that do nothing, in this process, without a server.
 
-    python loadtests/engine_cost.py             a table: microseconds a request, and an item of it
-    python loadtests/engine_cost.py --profile   and where they go, by function
+    python loadtests/engine_cost.py             a table: microseconds per request and per item
+    python loadtests/engine_cost.py --profile   and the time by function
 
 A chain of 1, 3 and 10 nodes and a fan-out over 100 items, one request at a time and 100 together. Each figure is the
 median of five runs.
@@ -48,7 +48,7 @@ def chain(nodes: int) -> str:
 
 FAN_OUT = "  many: {function: hundred}\n  each: {function: same, each: many}"
 SHAPES = {
-    # name: nodes, output, items that a request becomes in all
+    # name: nodes, output, total items of a request
     "chain of 1": (chain(1), "n0", 1),
     "chain of 3": (chain(3), "n2", 3),
     "chain of 10": (chain(10), "n9", 10),
@@ -76,7 +76,7 @@ def together(workflow: Workflow, requests: int) -> None:
 
 
 def microseconds(path: Path, load: Callable[[Workflow, int], None], requests: int) -> float:
-    """A request's, the median of the runs."""
+    """Microseconds of a request, the median of the runs."""
     with Workflow.load(path) as workflow:
         load(workflow, requests // 5)  # to warm up
         times = []
@@ -88,7 +88,7 @@ def microseconds(path: Path, load: Callable[[Workflow, int], None], requests: in
 
 
 def profile(path: Path) -> None:
-    """The lanes' own functions, by the time spent in each."""
+    """Print the time that the lanes spend in each function."""
     profiles: list[cProfile.Profile] = []
     plain = Lanes._lane  # noqa: SLF001 (threads cannot be profiled from outside)
 
@@ -112,7 +112,7 @@ def say(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", action="store_true", help="say where the time of a fan-out goes")
+    parser.add_argument("--profile", action="store_true", help="also print the time of a fan-out by function")
     options = parser.parse_args()
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     say(f"{machine}, Python {platform.python_version()}, torch {torch.__version__}")

@@ -1,10 +1,10 @@
-"""What the front door costs, and whether a swap of versions, one that loads, and hostile clients are felt.
+"""The front door's cost, and the effect on clients of a swap of versions, a loading version, and hostile clients.
 
     python loadtests/front_door.py                 all four, ten minutes
-    python loadtests/front_door.py cost swap       these
+    python loadtests/front_door.py cost swap       only these two
 
 The project's own archives are served (`scripts/demo` builds them), and a workflow that does nothing. All figures of one
-part come from one run, the sides that are compared in turns.
+part come from one run, in which the compared sides take turns.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def server(folder: Path) -> Iterator[State]:
     build(folder)
     for archive in sorted((ROOT / "model_store").glob(f"{WORKFLOW}-*.mar")):
         (folder / "model_store" / archive.name).symlink_to(archive)
-    # Long limits: the hostile part measures what is held, not what was ended.
+    # Long limits, so that the front door holds the hostile connections instead of closing them.
     (folder / "front_door.yaml").write_text("limits: {headers_s: 60, idle_s: 60, requests_per_second: 100000}\n")
     stack.start(folder, torchserve.StartOptions(free_ports=True))
     try:
@@ -98,11 +98,11 @@ def split(old: int, new: int | None) -> str:
     return f'{WORKFLOW}:\n  versions: {{"1.0": {old}{newer}}}\n'
 
 
-# What it costs.
+# The cost of the front door.
 
 
 def cost(state: State) -> dict[str, Any]:
-    """A request of 1 KB to a model that does nothing: past the front door, and through it, in turns."""
+    """A request of 1 KB to a model that does nothing: directly and through the front door, in turns."""
     found = {}
     with torchserve_client(state, "grpc") as straight, connect.client(state, "grpc") as through:
         calls = {"straight": grpc_call(straight), "through": grpc_call(through)}
@@ -155,7 +155,7 @@ def in_turns(calls: dict[str, Callable[[], None]], rounds: int = 30, each: int =
 
 
 class Load:
-    """Photos at a constant rate, whatever becomes of the earlier ones, each from when it was due."""
+    """Photos at a constant rate (an open loop); each latency is counted from when its request was due."""
 
     def __init__(self, state: State, per_second: float) -> None:
         self.times: list[tuple[float, float]] = []
@@ -196,12 +196,12 @@ class Load:
 
 
 def swap(state: State) -> dict[str, Any]:
-    """From 1.0 to 2.0 and back at 70 % of what the server can do, in turns with as long a time without."""
+    """Swap from 1.0 to 2.0 and back at 70 % of the server's capacity, in turns with equally long times without it."""
     root = state.folder.parent
     capacity = rate_of(state)
     rounds: list[tuple[float, float, float]] = []
     with Load(state, 0.7 * capacity) as load:
-        for new in (100, 0):  # both are warm before it counts
+        for new in (100, 0):  # warm up both versions before measuring
             take(root, 100 - new, new)
             time.sleep(4)
         for _ in range(ROUNDS):
@@ -226,7 +226,7 @@ def swap(state: State) -> dict[str, Any]:
 
 
 def load(state: State) -> dict[str, Any]:
-    """What those who are served feel of a version that loads its model, at 70 % of what the server can do."""
+    """The latency of other requests while a version loads its model, at 70 % of the server's capacity."""
     take(state.folder.parent, 100, None)
     capacity = rate_of(state)
     rounds: list[tuple[float, float, float]] = []
@@ -258,7 +258,7 @@ def take(root: Path, old: int, new: int | None) -> None:
 
 
 def rate_of(state: State, clients: int = 8, seconds: float = 12.0) -> float:
-    """What the server can do with so many clients."""
+    """The server's throughput with this number of clients."""
     photo, end = (ROOT / PHOTO).read_bytes(), time.monotonic() + seconds
 
     def work(_: int) -> int:
@@ -277,7 +277,7 @@ def rate_of(state: State, clients: int = 8, seconds: float = 12.0) -> float:
 
 
 def under_attack(state: State) -> dict[str, Any]:
-    """A good client's times while others are hostile."""
+    """A well-behaved client's latencies while others are hostile."""
     door = Door(state).record()
     assert door  # noqa: S101 (it was started)
     host, port = connect.local_address(door.settings).split(":")
@@ -304,7 +304,7 @@ def under_attack(state: State) -> dict[str, Any]:
 
 
 def good_times(state: State, seconds: float = 10.0) -> dict[str, float]:
-    """Of the echo, fifty times a second."""
+    """The latencies of the echo, called fifty times a second."""
     times, failed, end = [], 0, time.monotonic() + seconds
     with connect.client(state) as client:
         while time.monotonic() < end:

@@ -1,11 +1,11 @@
-"""What a GPU does with the workflow, in one process: the engine beside a bare loop, at growing batch sizes.
+"""The workflow's throughput on a GPU, in one process: the engine beside a bare loop, at growing batch sizes.
 
     python loadtests/gpu.py                          cuda:0, batches 1 to 64; writes loadtests/results/gpu.{json,md}
     python loadtests/gpu.py --device cpu --batches 1,2 --photos 20
 
 For each batch size: photos a second of the bare loop (plain Python, the same handlers, whole batches of photos), and
-of the engine, which is given single requests and batches them itself; with batches of one it does not batch across
-requests. Then how often the host waited for the GPU for each photo.
+of the engine, which gets single requests and batches them itself; with batches of one it does not batch across
+requests. Then, for each photo, how often the host waited for the GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torchserve_dag.runtime.workflow import Workflow
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ("empty", "coffee", "chelsea", "five")
 OBJECTS = 4
-"""Places in a batch of the classifier for each in the detector's."""
+"""The classifier's batch size, for each photo in the detector's batch."""
 ROUNDS = 3
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -43,7 +43,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Row:
     batch: int
     bare: float
-    """Photos a second; likewise below."""
+    """Photos per second; likewise below."""
     engine: float
 
 
@@ -116,7 +116,7 @@ def rate(run: Callable[[list[bytes]], Any], bodies: list[bytes], device: str) ->
 
 
 def host_waits(device: str, batch: int, bodies: list[bytes]) -> float | None:
-    """How often for each photo the host waited for the GPU; None on a CPU."""
+    """How often the host waited for the GPU, per photo; None on a CPU."""
     if device == "cpu":
         return None
     with engine(device, batch) as workflow:

@@ -1,10 +1,10 @@
 """Keep your TorchServe handlers, archives and clients; get the workflow engine that TorchServe never had.
 
-What handlers, workflows and clients are written with is here by its name, and imported when it is first used:
+The names that handlers, workflows and clients need are here, and are imported when they are first used:
 
     from torchserve_dag import Handler, InputError, Photo, Workflow
 
-The rest of the package is its own, and may change.
+All other modules are internal, and may change.
 """
 
 from __future__ import annotations

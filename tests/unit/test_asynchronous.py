@@ -386,7 +386,7 @@ def test_when_torchserve_ends_nothing_is_left(worker: Worker) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_again_ends_the_worker(worker: Worker, project: Path) -> None:
-    """So that TorchServe shows it as not ready; and not before what is inside is answered."""
+    """So that TorchServe shows it as not ready; and not before its requests are answered."""
     pid = worker.computing()
     worker.front.ask("id-1", b"long")
     worker.front.settle()

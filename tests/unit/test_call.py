@@ -27,7 +27,7 @@ app()
 
 
 class Model(BaseHTTPRequestHandler):
-    """Answers with what its name says; `endless` when it is called off."""
+    """Answers with what its name says; `endless` when it is cancelled."""
 
     protocol_version = "HTTP/1.1"
     server: Server

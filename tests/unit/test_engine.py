@@ -240,7 +240,7 @@ def test_a_fan_out_over_too_many_elements_is_refused(write: Write, monkeypatch: 
 
 
 def test_a_long_list_of_requests_is_answered_whole(write: Write) -> None:
-    """More than may be inside at a time, and than the lanes can do within one time limit."""
+    """More requests than may be in flight, and than the lanes can run within one time limit."""
     with Workflow.load(write("answer: {handler: upper}", more="serve: {max_inside: 20}")) as workflow:
         answers = workflow([f"t{i}".encode() for i in range(500)])
 

@@ -1,4 +1,4 @@
-"""What the front door is told: its files, read and refused, and the Envoy configuration that is made of them."""
+"""The front door's files, read and refused, and the Envoy configuration that is made from them."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def call() -> Iterator[Callable[..., ServedModel]]:
 
 
 class Answers:
-    """Collects what is said to `done`."""
+    """Collects what `done` is called with."""
 
     def __init__(self) -> None:
         self._said: queue.Queue[Any] = queue.Queue()

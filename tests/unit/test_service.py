@@ -178,7 +178,7 @@ def test_a_status_that_has_no_name_is_passed_on(make: Make, project: Path, write
 
 
 def test_an_answer_that_is_too_large_for_torchserve_is_refused_here(make: Make, project: Path, write: Write) -> None:
-    """TorchServe would end the worker, and everything that is inside it."""
+    """TorchServe would end the worker with all its requests."""
     write("answer: {function: odd}", ODD.replace("{kind}", "Text").replace("{value}", "Text('x' * int(text.text))"))
 
     found = answers(make("workflows/flow.yaml"), project, {"body": b"6553600"}, {"body": b"6000000"})

@@ -146,7 +146,7 @@ def test_a_stage_has_as_many_threads_as_are_set_and_no_more(make: Make, threads:
         with lock:
             inside[0] += 1
             most[0] = max(most[0], inside[0])
-        full.wait()  # so many are inside at once
+        full.wait()  # as many threads as that run at once
         with lock:
             inside[0] -= 1
 

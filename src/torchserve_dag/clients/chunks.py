@@ -28,9 +28,8 @@ class FailureFilter:
         line = data[start:]
         error = error_in(line)
         if error:
-            if before := data[:start].removesuffix(
-                b"\n"
-            ):  # the newline belongs to the failure, which it puts on a line of its own
+            # The newline before a failure belongs to it.
+            if before := data[:start].removesuffix(b"\n"):
                 yield before
             raise error
         open_failure = _FAILURE.startswith(line[: len(_FAILURE)]) and not line.endswith(b"\n")

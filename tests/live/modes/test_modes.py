@@ -103,7 +103,7 @@ def test_every_way_in_over_rest_is_known_as_such(http: httpx.Client, path: str) 
 
 
 class Gate:
-    """Requests that name it wait inside until it is opened."""
+    """Requests that name the gate wait in the model until the gate is opened."""
 
     def __init__(self, folder: Path) -> None:
         self._file, self.body = folder / "gate", f"gate {folder / 'gate'}"

@@ -1,4 +1,4 @@
-"""The functions of detect_classify.yaml: what happens between its models, and how its answer reads."""
+"""The functions of detect_classify.yaml: between its models, and for its answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchserve_dag import Box, DetectedObject, Label, Labels, Objects, Photo
 
 @dataclass(frozen=True, slots=True)
 class NamedObject:
-    """One object: the detector's name and place for it, and the classifier's names."""
+    """One object: the detector's label, score and box, and the classifier's names."""
 
     label: str
     score: float

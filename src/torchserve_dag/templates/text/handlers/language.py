@@ -1,4 +1,4 @@
-"""Names the language of a sentence: a linear model over its trigrams."""
+"""Identifies the language of a sentence with a linear model over its trigrams."""
 
 from __future__ import annotations
 
