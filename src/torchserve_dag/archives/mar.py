@@ -119,20 +119,20 @@ def read_text(archive: Path, entry: str) -> str:
 
 def versions_in(store: Path) -> dict[tuple[str, str], Path]:
     """The archives of a folder, by the name and version that TorchServe registers; other files are skipped."""
-    found = {}
+    archives = {}
     for path in sorted(store.glob("[!.]*.mar")):
         try:
-            found[name_and_version(path)] = path
+            archives[name_and_version(path)] = path
         except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError):
             continue
-    return found
+    return archives
 
 
 def is_ours(archive: Path) -> bool:
     """Whether this package built the archive."""
     try:
-        with zipfile.ZipFile(archive) as found:
-            return BUILD in found.namelist()
+        with zipfile.ZipFile(archive) as opened:
+            return BUILD in opened.namelist()
     except (OSError, zipfile.BadZipFile):
         return False
 
@@ -140,10 +140,10 @@ def is_ours(archive: Path) -> bool:
 def is_asynchronous(archive: Path) -> bool:
     """Whether its answers may come in chunks: TorchServe's asynchronous mode."""
     try:
-        found = yaml.safe_load(read_text(archive, SETTINGS))
+        settings = yaml.safe_load(read_text(archive, SETTINGS))
     except (OSError, KeyError, zipfile.BadZipFile, yaml.YAMLError):
         return False
-    return isinstance(found, dict) and found.get("asyncCommunication") is True
+    return isinstance(settings, dict) and settings.get("asyncCommunication") is True
 
 
 def name_and_version(archive: Path) -> tuple[str, str]:

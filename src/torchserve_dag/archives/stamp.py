@@ -28,13 +28,13 @@ def commit(root: Path) -> str:
 
 def packages() -> dict[str, str]:
     """The versions of what is installed here, Python's own among them."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -24,7 +24,7 @@ def verified(project: Project, handlers: Iterable[Source[HandlerFile]]) -> dict[
     """
     missing: list[Problem] = []
     wrong: list[Problem] = []
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for source in handlers:
         for i, weights in enumerate(source.value.card.weights):
             at = ("card", "weights", i)
@@ -37,7 +37,7 @@ def verified(project: Project, handlers: Iterable[Source[HandlerFile]]) -> dict[
                 get = f"get them with: {weights.get}" if weights.get else f"they come from {weights.source}"
                 missing.append(source.problem((*at, "file"), f"there are no weights {path}", get))
             else:
-                digest = found.setdefault(weights.file, sha256(path))
+                digest = digests.setdefault(weights.file, sha256(path))
                 if weights.sha256 is None:
                     help_ = f"write sha256: {digest}, or let torchserve-dag build --update-cards write it"
                     wrong.append(source.problem(at, f"{weights.file}: the card has no sha256", help_))
@@ -50,7 +50,7 @@ def verified(project: Project, handlers: Iterable[Source[HandlerFile]]) -> dict[
         raise CheckError(wrong + missing)
     if missing:
         raise MissingWeightsError(missing)
-    return found
+    return digests
 
 
 def sha256(path: Path) -> str:
@@ -68,11 +68,11 @@ def files(path: Path) -> list[Path]:
     """The files of a folder of weights, or the file itself; names that begin with a dot are tools', and skipped."""
     if not path.is_dir():
         return [path]
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, folders, names in os.walk(path, followlinks=True):  # a hub's cache is made of links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(paths)
 
 
 def _of_file(path: Path) -> str:

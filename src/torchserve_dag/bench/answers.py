@@ -85,7 +85,7 @@ def _read_end(content: bytes) -> Any:
 
 
 def _objects(answer: Any) -> int:
-    found = answer.get("objects") if isinstance(answer, dict) else None
-    if isinstance(found, list):
-        return len(found)
-    return found if isinstance(found, int) else 0
+    objects = answer.get("objects") if isinstance(answer, dict) else None
+    if isinstance(objects, list):
+        return len(objects)
+    return objects if isinstance(objects, int) else 0

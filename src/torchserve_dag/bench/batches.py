@@ -31,9 +31,9 @@ def read(address: str | None) -> Reading:
 
 def means(before: Reading, after: Reading) -> dict[str, float]:
     """The mean batch of each node between two readings; nodes without batches are left out."""
-    found = {}
+    by_node = {}
     for node, (items, batches) in after.items():
         items_before, batches_before = before.get(node, (0.0, 0.0))
         if batches > batches_before:
-            found[node] = (items - items_before) / (batches - batches_before)
-    return found
+            by_node[node] = (items - items_before) / (batches - batches_before)
+    return by_node

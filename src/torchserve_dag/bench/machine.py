@@ -39,8 +39,8 @@ def this() -> Machine:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text("utf-8")) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text("utf-8")) if info.is_file() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

@@ -84,10 +84,10 @@ def rotated(items: Sequence[T], by: int) -> list[T]:
 
 
 def _steps_of(benchmark: Benchmark, work: Workload) -> list[Program | Arrangement]:
-    found: list[Program | Arrangement] = []
+    steps: list[Program | Arrangement] = []
     for program in benchmark.programs:
-        found += (work.bare or benchmark.plan.bare) if program.key == BARE else [program]
-    return found
+        steps += (work.bare or benchmark.plan.bare) if program.key == BARE else [program]
+    return steps
 
 
 def _prepared(benchmark: Benchmark, show: Show) -> _Steps:

@@ -38,10 +38,10 @@ class _Bench:
 
 def find(folder: Path) -> list[Program]:
     """Every system's program, the bare loop among them. Raises BenchError."""
-    found = [read(path) for path in sorted(folder.glob(f"{_PREFIX}*.py"))]
-    if not found:
+    programs = [read(path) for path in sorted(folder.glob(f"{_PREFIX}*.py"))]
+    if not programs:
         raise BenchError(f"{folder} has no programs {_PREFIX}*.py.")
-    return found
+    return programs
 
 
 def chosen(programs: list[Program], keys: list[str]) -> list[Program]:

@@ -62,33 +62,33 @@ def _head(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def _work(found: WorkloadSummary, pictures: Sequence[str]) -> list[str]:
-    blocks = [f"## {found.work.name}", _bare_sentence(found), *map(_picture, pictures)]
-    measured = [one for one in found.systems if one.closed]
+def _work(workload: WorkloadSummary, pictures: Sequence[str]) -> list[str]:
+    blocks = [f"## {workload.work.name}", _bare_sentence(workload), *map(_picture, pictures)]
+    measured = [one for one in workload.systems if one.closed]
     if measured:
         blocks += [
-            "Requests a second" + ("" if found.best_rps is None else ", and their ratio to the bare loop's") + ":",
+            "Requests a second" + ("" if workload.best_rps is None else ", and their ratio to the bare loop's") + ":",
             _by_clients(measured, _rate),
             "Latency in ms, p50 / p95 / p99:",
             _by_clients(measured, lambda one: _three(one.latency_ms)),
         ]
-    if found.work.open and any(one.open for one in measured):
+    if workload.work.open and any(one.open for one in measured):
         blocks += [
             _OPEN,
             _by_percent(measured),
         ]
     if measured:
         blocks += ["Resources and errors:", _takes(measured)]
-    blocks += [_bare_table(found)]
-    blocks += ["\n".join(_remarks(found))]
+    blocks += [_bare_table(workload)]
+    blocks += ["\n".join(_remarks(workload))]
     return blocks
 
 
-def _bare_sentence(found: WorkloadSummary) -> str:
-    if found.best_rps is None:
+def _bare_sentence(workload: WorkloadSummary) -> str:
+    if workload.best_rps is None:
         return "The bare loop was not measured."
-    alone = "" if found.best_p50_ms is None else f"; one request at a time takes {_figure(found.best_p50_ms)} ms"
-    return f"The bare loop: {_figure(found.best_rps)} requests a second{alone}."
+    alone = "" if workload.best_p50_ms is None else f"; one request at a time takes {_figure(workload.best_p50_ms)} ms"
+    return f"The bare loop: {_figure(workload.best_rps)} requests a second{alone}."
 
 
 def _by_clients(systems: list[SystemSummary], cell: Callable[[Closed], str]) -> str:
@@ -137,8 +137,8 @@ def _takes(systems: list[SystemSummary]) -> str:
     return _table(head, lines)
 
 
-def _bare_table(found: WorkloadSummary) -> str:
-    measured = [one for one in found.bare if one.rps]
+def _bare_table(workload: WorkloadSummary) -> str:
+    measured = [one for one in workload.bare if one.rps]
     if not measured:
         return ""
     lines = [
@@ -149,14 +149,14 @@ def _bare_table(found: WorkloadSummary) -> str:
     return "The bare loop's arrangements:\n\n" + _table(head, lines)
 
 
-def _remarks(found: WorkloadSummary) -> Iterable[str]:
+def _remarks(workload: WorkloadSummary) -> Iterable[str]:
     for name, problem in _unique(
-        [(one.name, one.problem) for one in found.systems]
-        + [(f"bare loop, {b.arrangement}", b.problem) for b in found.bare]
+        [(one.name, one.problem) for one in workload.systems]
+        + [(f"bare loop, {b.arrangement}", b.problem) for b in workload.bare]
     ):
         if problem:
             yield f"- {name}: {problem}"
-    for system in found.systems:
+    for system in workload.systems:
         for name, text in system.error_texts.items():
             yield f"- {label(system)}, the first {name}: `{text}`"
         if system.other_objects:
@@ -180,8 +180,8 @@ def _rate(one: Closed) -> str:
     return _figure(one.rps) + ("" if one.ratio is None or one.ratio < _LEAST_RATIO else f" ({one.ratio:.2f})")
 
 
-def _three(found: Percentiles | None) -> str:
-    return " / ".join(map(_figure, (found.p50, found.p95, found.p99))) if found else _NONE
+def _three(percentiles: Percentiles | None) -> str:
+    return " / ".join(map(_figure, (percentiles.p50, percentiles.p95, percentiles.p99))) if percentiles else _NONE
 
 
 def _clients(count: int) -> str:

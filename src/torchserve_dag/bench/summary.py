@@ -246,18 +246,18 @@ def _median(values: Iterable[float]) -> float | None:
 
 
 def _grouped(pairs: Iterable[tuple[int | None, LoadRow]]) -> dict[int, list[LoadRow]]:
-    found: dict[int, list[LoadRow]] = defaultdict(list)
+    groups: dict[int, list[LoadRow]] = defaultdict(list)
     for key, row in pairs:
         if key is not None:
-            found[key].append(row)
-    return found
+            groups[key].append(row)
+    return groups
 
 
 def _by_round(rows: Iterable[BareRow]) -> dict[int, list[BareRow]]:
-    found: dict[int, list[BareRow]] = defaultdict(list)
+    rounds: dict[int, list[BareRow]] = defaultdict(list)
     for row in rows:
-        found[row.round].append(row)
-    return found
+        rounds[row.round].append(row)
+    return rounds
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_40
 
 def seconds(text: str, examples: str) -> float:
     """A duration in seconds. For anything else the command ends, with `examples` of what to write."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smhdwy])", text)
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smhdwy])", text)
+    if not match:
         fail(f'"{text}" is not a time: write {examples}.')
-    return float(found[1]) * _SECONDS[found[2]]
+    return float(match[1]) * _SECONDS[match[2]]

@@ -49,12 +49,12 @@ def list_all(*, json: JsonOption = False, project: ProjectOption = None) -> None
     from torchserve_dag.server.state import State
 
     with failures():
-        found = Door(State(project_root(project))).tokens.issued()
+        tokens = Door(State(project_root(project))).tokens.issued()
     if json:
-        print_json([{"name": t.name, "expires": _date(t.expires), "rate": t.requests_per_second} for t in found])
+        print_json([{"name": t.name, "expires": _date(t.expires), "rate": t.requests_per_second} for t in tokens])
         return
     table = Table("token", "valid until", "requests a second")
-    for one in found:
+    for one in tokens:
         table.add_row(one.name, _date(one.expires), str(one.requests_per_second or "as in front_door.yaml"))
     out.print(table)
 

@@ -79,13 +79,13 @@ def tune(
         out.print(f"{file.path} is unchanged.", soft_wrap=True)
 
 
-def _files(given: list[Path]) -> list[str]:
+def _files(named: list[Path]) -> list[str]:
     """The given files, and those in given folders. Ends the command if there are none."""
-    files = [f for path in given for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    found = [str(f.resolve()) for f in files if f.is_file() and f.suffix != ".md"]
-    if given and not found:
-        fail(f"There is no file in {', '.join(map(str, given))}: name files, or folders with files.")
-    return found
+    files = [f for path in named for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    paths = [str(f.resolve()) for f in files if f.is_file() and f.suffix != ".md"]
+    if named and not paths:
+        fail(f"There is no file in {', '.join(map(str, named))}: name files, or folders with files.")
+    return paths
 
 
 def _name(trial: Trial) -> str:
@@ -113,19 +113,25 @@ def _table(trials: list[Trial], winner: Trial, within: float) -> Table:
         column.justify = "right"
     first = trials[0].measured.together if trials[0].measured else math.inf
     for trial in trials:
-        found = trial.measured
-        if found is None:
+        measured = trial.measured
+        if measured is None:
             table.add_row(_name(trial), "", "", "", "[red]failed[/]")
             continue
-        times = f"{found.together / first:.2f}x"
-        numbers = (f"{found.alone_ms:.1f}", f"{found.together:.1f}", times, _off(trial, within), f"{found.load_s:.1f}")
+        times = f"{measured.together / first:.2f}x"
+        numbers = (
+            f"{measured.alone_ms:.1f}",
+            f"{measured.together:.1f}",
+            times,
+            _off(trial, within),
+            f"{measured.load_s:.1f}",
+        )
         table.add_row(_name(trial), *numbers, style="bold green" if trial is winner else None)
     return table
 
 
 def _fields(trial: Trial) -> dict[str, Any]:
-    found = trial.measured
+    measured = trial.measured
     fields: dict[str, Any] = {"run": dataclasses.asdict(trial.run), "off": None if math.isinf(trial.off) else trial.off}
-    if found is None:
+    if measured is None:
         return fields | {"failed": trial.failed}
-    return fields | {key: getattr(found, key) for key in ("load_s", "alone_ms", "together", "why_not")}
+    return fields | {key: getattr(measured, key) for key in ("load_s", "alone_ms", "together", "why_not")}

@@ -55,10 +55,10 @@ def subject_name(certificate: Path) -> str:
 
 def _good(certificate: Path) -> bool:
     try:
-        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+        parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
     except (OSError, ValueError):
         return False
-    return found.not_valid_after_utc > dt.datetime.now(dt.timezone.utc) + RENEW
+    return parsed.not_valid_after_utc > dt.datetime.now(dt.timezone.utc) + RENEW
 
 
 def _make(certificate: Path, key_file: Path) -> None:

@@ -40,20 +40,20 @@ UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request"
 def clusters(served: Iterable[ServedVersion], splits: Sequence[Split], where: Addresses, token: str) -> list[Resource]:
     """A cluster for each version and protocol. Each writes its version into requests for TorchServe."""
     by_model = {split.model: split for split in splits}
-    found = []
+    resources = []
     for one in served:
         split = by_model.get(one.model)
         for protocol in PROTOCOLS:
-            found.append(_version_cluster(one, protocol, where, token))
+            resources.append(_version_cluster(one, protocol, where, token))
             if split and split.falls_back(one.version):
-                found.append(_guarded_cluster(one, protocol, where, token, split))
+                resources.append(_guarded_cluster(one, protocol, where, token, split))
             if split and one.version == split.fallback:
-                found += [
-                    _version_cluster(one, protocol, where, token, STANDS_IN + out, meant=out)
+                resources += [
+                    _version_cluster(one, protocol, where, token, STANDS_IN + out, stands_in_for=out)
                     for out in sorted(split.ejected)
                 ]
-    found += [_cluster(f"{protocol}:torchserve", protocol, where) for protocol in PROTOCOLS]
-    return found
+    resources += [_cluster(f"{protocol}:torchserve", protocol, where) for protocol in PROTOCOLS]
+    return resources
 
 
 def routes(
@@ -64,24 +64,26 @@ def routes(
     requests_per_second: int,
 ) -> Resource:
     """Every route, with the accepted tokens and their rate limits."""
-    found = [_ping(token), _grpc_ping(token), _feedback()]
+    routes_list = [_ping(token), _grpc_ping(token), _feedback()]
     for split in splits:
         versions = [one for one in served if one.model == split.model]
         for protocol in PROTOCOLS:
-            found += [_named(one, protocol) for one in versions]
-            found += _shared(split, versions, protocol)
+            routes_list += [_named(one, protocol) for one in versions]
+            routes_list += _shared(split, versions, protocol)
         known = ", ".join(one.version for one in versions)
         message = f"There is no such version of {split.model}; it has {known}."
         match = _match(split.model)
-        found.append(_refusal(match, "ModelVersionNotFoundException", message))
-    found.append(_refusal({"prefix": "/predictions/"}, "ModelNotFoundException", "There is no model of that name."))
-    found.append(_refusal({"prefix": GRPC}, "ModelNotFoundException", "There is no model of that name."))
+        routes_list.append(_refusal(match, "ModelVersionNotFoundException", message))
+    routes_list.append(
+        _refusal({"prefix": "/predictions/"}, "ModelNotFoundException", "There is no model of that name.")
+    )
+    routes_list.append(_refusal({"prefix": GRPC}, "ModelNotFoundException", "There is no model of that name."))
     message = "There is nothing here: ask /predictions/NAME or /predictions/NAME/VERSION."
-    found.append(_refusal({"prefix": "/"}, "ResourceNotFoundException", message))
+    routes_list.append(_refusal({"prefix": "/"}, "ResourceNotFoundException", message))
     host = {
         "name": "models",
         "domains": ["*"],
-        "routes": found,
+        "routes": routes_list,
         "typed_per_filter_config": {
             "envoy.filters.http.rbac": _accepted_tokens(tokens),
             "envoy.filters.http.local_ratelimit": _rate_limits(tokens, requests_per_second),
@@ -131,16 +133,16 @@ def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
 
 
 def _version_cluster(
-    one: ServedVersion, protocol: str, where: Addresses, token: str, suffix: str = "", meant: str | None = None
+    one: ServedVersion, protocol: str, where: Addresses, token: str, suffix: str = "", stands_in_for: str | None = None
 ) -> Resource:
-    found = _cluster(cluster_name(protocol, one) + suffix, protocol, where)
-    options = found["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
+    cluster = _cluster(cluster_name(protocol, one) + suffix, protocol, where)
+    options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["http_filters"] = [
         {
             "name": "version",
             "typed_config": {
                 "@type": f"{TYPES}extensions.filters.http.lua.v3.Lua",
-                "default_source_code": {"inline_string": _version_script(one, token, meant)},
+                "default_source_code": {"inline_string": _version_script(one, token, stands_in_for)},
             },
         },
         {
@@ -148,13 +150,13 @@ def _version_cluster(
             "typed_config": {"@type": f"{TYPES}extensions.filters.http.upstream_codec.v3.UpstreamCodec"},
         },
     ]
-    return found
+    return cluster
 
 
 def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token: str, split: Split) -> Resource:
     """The cluster of a version with a fallback: if the version fails or is slow, Envoy retries at the fallback."""
-    found = _version_cluster(one, protocol, where, token, GUARDED)
-    options = found["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
+    cluster = _version_cluster(one, protocol, where, token, GUARDED)
+    options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["retry_policy"] = {
         "retry_on": "5xx,reset,connect-failure,refused-stream",
         "num_retries": 1,
@@ -166,7 +168,7 @@ def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token:
         options["common_http_protocol_options"] = {"max_stream_duration": _seconds(split.route.slow_s)}
     # The cluster's only host still gets requests after its ejection (Envoy's panic threshold), until the keeper moves
     # the version's share to the fallback.
-    found["outlier_detection"] = {
+    cluster["outlier_detection"] = {
         "consecutive_5xx": EJECT_AFTER,
         "interval": "1s",
         "base_ejection_time": f"{EJECT_S}s",
@@ -174,11 +176,16 @@ def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token:
         "max_ejection_percent": 100,
         "enforcing_success_rate": 0,
     }
-    return found
+    return cluster
 
 
-def _version_script(one: ServedVersion, token: str, meant: str | None) -> str:
-    known = {"NAME": one.model, "VERSION": one.version, "MEANT": meant or one.version, "TOKEN": f"Bearer {token}"}
+def _version_script(one: ServedVersion, token: str, stands_in_for: str | None) -> str:
+    known = {
+        "NAME": one.model,
+        "VERSION": one.version,
+        "MEANT": stands_in_for or one.version,
+        "TOKEN": f"Bearer {token}",
+    }
     lines = [f"local {name} = {json.dumps(value)}" for name, value in known.items()]
     lines.append(f"local OURS = {str(one.ours).lower()}")
     return "\n".join([*lines, script("version.lua")])
@@ -209,11 +216,11 @@ def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> l
     longest = max(one.timeout_s for one in versions) + (split.route.slow_s if split.fallback else 0)
     unnamed = _match(split.model, protocol)
     unnamed["headers"].append({"name": VERSION, "present_match": False})
-    found = []
+    routes_list = []
     for header, value, version in split.route.rules:
         match = {**unnamed, "headers": [*unnamed["headers"], {"name": header, "string_match": {"exact": value}}]}
         action = _action(split, protocol, [(version, 1)], longest)
-        found.append({"name": f"{split.model} {header}={value}", "match": match, "route": action})
+        routes_list.append({"name": f"{split.model} {header}={value}", "match": match, "route": action})
     action = _action(split, protocol, split.weights, longest)
     # A cancellation must reach the version that has the request: both carry the same key.
     keys = [{"header": {"header_name": name}} for name in (CANCEL_KEY, CANCEL)]
@@ -226,8 +233,8 @@ def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> l
         }
         for version, percent in split.route.shadow.items()
     ]
-    found.append({"name": split.model, "match": unnamed, "route": action})
-    return found
+    routes_list.append({"name": split.model, "match": unnamed, "route": action})
+    return routes_list
 
 
 def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], longest_s: float) -> Resource:
@@ -262,13 +269,13 @@ def _target(split: Split, protocol: str, version: str) -> str:
 def _parts(weights: Iterable[tuple[str, float]]) -> list[tuple[str, int]]:
     """Weights as integers with a fixed sum, so that the hash of a sticky user keeps its position."""
     weights = [(version, weight) for version, weight in weights if weight > 0]
-    whole, found, below, end = sum(weight for _, weight in weights), [], 0.0, 0
+    whole, parts, below, end = sum(weight for _, weight in weights), [], 0.0, 0
     for version, weight in weights:
         below += weight
         begin, end = end, round(WHOLE * below / whole)
         if end > begin:
-            found.append((version, end - begin))
-    return found
+            parts.append((version, end - begin))
+    return parts
 
 
 def _limits(timeout_s: float) -> Resource:

@@ -56,8 +56,8 @@ class RouteFile:
 
     @property
     def sticky_header(self) -> str | None:
-        found = _HEADER.fullmatch(self.sticky or "")
-        return found["name"].lower() if found else None
+        match = _HEADER.fullmatch(self.sticky or "")
+        return match["name"].lower() if match else None
 
     @property
     def rules(self) -> list[tuple[str, str, str]]:
@@ -77,9 +77,9 @@ def read(root: Path) -> Source[Routes] | None:
 
 def check(routes: Source[Routes], known: Mapping[str, Sequence[str]]) -> None:
     """Raises CheckError for models and versions that are not `known`."""
-    found = [problem for name in routes.value for problem in _problems(routes, name, known)]
-    if found:
-        raise CheckError(found)
+    problems = [problem for name in routes.value for problem in _problems(routes, name, known)]
+    if problems:
+        raise CheckError(problems)
 
 
 def _problems(routes: Source[Routes], name: str, known: Mapping[str, Sequence[str]]) -> list[Problem]:

@@ -93,13 +93,13 @@ def carved(weights: tuple[tuple[str, float], ...], rolling: RolloutShare) -> tup
     whole = sum(weight for _, weight in weights)
     own = sum(weight for version, weight in weights if version == rolling.version) / whole
     cut = max(0.0, rolling.share - own) / (1 - own) if own < 1 else 0.0
-    found: list[tuple[str, float]] = []
+    parts: list[tuple[str, float]] = []
     for version, weight in weights:
         if version == rolling.version:
-            found.append((version, weight))
+            parts.append((version, weight))
         else:
-            found += [(version, weight * (1 - cut)), (rolling.version, weight * cut)]
-    return tuple(found)
+            parts += [(version, weight * (1 - cut)), (rolling.version, weight * cut)]
+    return tuple(parts)
 
 
 def _only(route: RouteFile, served: Collection[str]) -> RouteFile:

@@ -141,8 +141,8 @@ def _difference(
 ) -> Difference:
     """`whole` is the number of requests of both versions; `sizes` are how many of each have this measure."""
     difference = values[1] - values[0]
-    found = Difference(what, values[0], values[1], difference, *interval, sizes, None)
-    if found.settled:
+    interim = Difference(what, values[0], values[1], difference, *interval, sizes, None)
+    if interim.settled:
         needed: int | None = 0
     elif difference:
         # The sample size, split as it is today, at which the standard error is small enough for CONFIDENCE and POWER.

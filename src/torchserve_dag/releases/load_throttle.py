@@ -107,11 +107,11 @@ def idle_cores() -> int:
 
 def workers_of(java: psutil.Process, ids: frozenset[str]) -> set[int]:
     """The pids of the workers with these ids among TorchServe's child processes."""
-    found: set[int] = set()
+    workers: set[int] = set()
     try:
         children = java.children(recursive=True) if ids else []
     except psutil.Error:
-        return found
+        return workers
     for child in children:
         try:
             words = child.cmdline()
@@ -119,5 +119,5 @@ def workers_of(java: psutil.Process, ids: frozenset[str]) -> set[int]:
             continue
         names = [after for word, after in itertools.pairwise(words) if word in {"--sock-name", "--port"}]
         if any(name.rpartition(".")[2] in ids for name in names):
-            found.add(child.pid)
-    return found
+            workers.add(child.pid)
+    return workers

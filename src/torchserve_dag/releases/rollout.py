@@ -297,8 +297,8 @@ def _read_metrics(door: Door) -> Mapping[ModelVersion, VersionMetrics]:
             time.sleep(POLL_S)
 
 
-def _of(found: Mapping[ModelVersion, VersionMetrics], model: str, version: str) -> VersionMetrics:
-    return found.get((model, version), VersionMetrics())
+def _of(all_metrics: Mapping[ModelVersion, VersionMetrics], model: str, version: str) -> VersionMetrics:
+    return all_metrics.get((model, version), VersionMetrics())
 
 
 def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str) -> None:

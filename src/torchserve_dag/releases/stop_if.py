@@ -79,10 +79,10 @@ def reason(terms: list[Condition], new: VersionMetrics, old: VersionMetrics) -> 
 
 
 def _condition(text: str) -> Condition:
-    found = _TERM.fullmatch(text)
-    if not found:
+    match = _TERM.fullmatch(text)
+    if not match:
         raise ValueError(f'"{text}" is not a condition: write "errors > 1%", "p99 > 1.3x" or "p95 > 800ms"')
-    what, number, unit = found["what"], float(found["number"]), found["unit"]
+    what, number, unit = match["what"], float(match["number"]), match["unit"]
     if what not in _KNOWN:
         raise ValueError(f'"{what}" is not measured; {did_you_mean(what, _KNOWN)}')
     if (unit == "%") != (what == "errors") and unit != "x":

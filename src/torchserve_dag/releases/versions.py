@@ -89,11 +89,11 @@ def _without(versions: tuple[ServedVersion, ...], one: ServedVersion) -> tuple[S
 
 def find_archive(store: Path, model: str, version: str) -> Path:
     """The archive of a version. Raises ServerError if there is none."""
-    found = mar.versions_in(store)
-    if (model, version) not in found:
-        known = ", ".join(one for name, one in found if name == model) or "other models"
+    archives = mar.versions_in(store)
+    if (model, version) not in archives:
+        known = ", ".join(one for name, one in archives if name == model) or "other models"
         raise ServerError(f"There is no archive of {model}/{version} in {store} (only {known}): build it first.")
-    return found[model, version]
+    return archives[model, version]
 
 
 def _versions(client: Client, model: str) -> tuple[VersionInfo, ...]:

@@ -40,8 +40,8 @@ def version(java: Path) -> int | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = _VERSION.search(done.stderr + done.stdout)
-    return int(found.group(1)) if found and done.returncode == 0 else None
+    match = _VERSION.search(done.stderr + done.stdout)
+    return int(match.group(1)) if match and done.returncode == 0 else None
 
 
 def _installed() -> list[Path]:

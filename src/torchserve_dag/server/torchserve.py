@@ -119,18 +119,18 @@ def refuse_second(state: State) -> None:
 
 def _archives(store: Path) -> dict[ModelVersion, str]:
     """The archives in a store: (model, version) → file. Raises ServerError."""
-    found: dict[ModelVersion, str] = {}
+    archives: dict[ModelVersion, str] = {}
     for path in sorted(store.glob("[!.]*.mar")):
         try:
             key = mar.name_and_version(path)
         except (BadZipFile, OSError, ValueError, KeyError, TypeError):
             raise ServerError(f"{path} is not an archive: delete it, or build it again.") from None
-        if key in found:
-            raise ServerError(f"{found[key]} and {path.name} are both {' '.join(key)}: delete one of them.")
-        found[key] = path.name
-    if not found:
+        if key in archives:
+            raise ServerError(f"{archives[key]} and {path.name} are both {' '.join(key)}: delete one of them.")
+        archives[key] = path.name
+    if not archives:
         raise ServerError(f"There are no archives in {store}: build them with torchserve-dag build.")
-    return found
+    return archives
 
 
 def _addresses(configured: dict[str, str], options: StartOptions) -> Addresses:
