@@ -245,4 +245,4 @@ def test_what_cannot_be_rolled_out_is_refused_in_one_sentence(served: Served) ->
         assert said.count("\n") == 1
     assert "it is the default" in tool(served.root, "retire", "slow/2.0", code=1)
     assert "No rollout of good is running" in tool(served.root, "promote", "good", code=1)
-    assert "nobody was not rolled out" in tool(served.root, "rollback", "nobody", code=1)
+    assert "nobody was never rolled out" in tool(served.root, "rollback", "nobody", code=1)

@@ -134,7 +134,7 @@ def test_a_project_is_built_served_called_and_stopped(project: Path) -> None:
 
     run(project, "up", "--free-ports", "--no-front-door")
     assert answer(project, "call", "shout", "hello.txt") == {"text": "HELLO (9)"}  # the default that was set is kept
-    assert "runs without its front door" in run(project, "rollout", "shout", "1.10", code=1).stderr
+    assert "runs without the front door" in run(project, "rollout", "shout", "1.10", code=1).stderr
 
     os.kill(running(state).pid, signal.SIGKILL)  # Java dies, and cannot end its workers
     run(project, "down")

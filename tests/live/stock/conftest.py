@@ -100,7 +100,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
         (project / name).symlink_to(ROOT / name)
     run_tool(project, "build", "detect_classify", "image_classifier", "yolo_detector")
     run_tool(hub, "build", *HUB)
-    for folder in (project / "model_store", hub / "model_store"):
+    for folder in (project / "model_store", project / "workflow_store", hub / "model_store"):
         for path in folder.glob("*.mar"):
             shutil.copy(path, root / "model_store")
     for path in (project / "workflow_store").glob("*.war"):
