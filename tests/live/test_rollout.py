@@ -233,7 +233,7 @@ def test_what_cannot_be_rolled_out_is_refused_in_one_sentence(served: Served) ->
     refused = {
         ("good", "9.0"): "There is no archive of good/9.0",
         ("nobody", "2.0"): "nobody is not served",
-        ("good", "2.0", "--canary", "50,20"): '"50,20" is no list of steps',
+        ("good", "2.0", "--canary", "50,20"): '"50,20" is not a list of steps',
         ("good", "2.0", "--every", "soon"): '"soon" is not a time',
         ("good", "2.0", "--stop-if", "errors > 5"): '"errors > 5" is not a condition',
         ("good",): "Which version of good?",
