@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import struct
@@ -351,6 +352,37 @@ def test_a_photo_is_written_as_png_and_read_back() -> None:
 
     assert content_type == "image/png"
     assert photo(body, content_type).tobytes() == image.tobytes()
+
+
+def test_a_photo_keeps_the_file_that_has_its_pixels() -> None:
+    file = written(Image.new("RGB", (4, 3), (9, 8, 7)), "JPEG")
+    photo = codec.decode(Photo, file)
+
+    assert photo.file == file
+    assert photo == Photo(photo.image)
+    assert photo.crop(Box(0, 0, 2, 2)).file is None
+    assert dataclasses.replace(photo, image=Image.new("RGB", (1, 1))).file is None
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        written(Image.new("RGBA", (2, 2), (1, 2, 3, 100)), "PNG"),
+        written(Image.new("L", (2, 2), 7), "PNG"),
+        written(Image.new("I;16", (2, 2), 700), "PNG"),
+        written(Image.new("RGB", (2, 2)), "PNG", transparency=(0, 0, 0)),
+        written(
+            Image.new("RGB", (4, 2)),
+            "JPEG",
+            exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0",
+        ),
+        written(Image.new("RGB", (2, 2)), "TIFF", save_all=True, append_images=[Image.new("RGB", (2, 2), "red")]),
+    ],
+    ids=["alpha", "grey", "16 bits", "a transparent colour", "turned", "two frames"],
+)
+def test_a_photo_that_is_not_what_its_file_shows_keeps_no_file(file: bytes) -> None:
+    """A TorchServe handler opens the file itself, and would get other pixels."""
+    assert codec.decode(Photo, file).file is None
 
 
 def test_bytes_are_written_as_they_are() -> None:

@@ -56,6 +56,16 @@ class Photo:
 
     image: Image.Image
     """The pixels, as Pillow's image."""
+    file: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    """The image file that the client sent, where it has these very pixels. A crop has none, nor a photo that had to be
+    turned or converted. TorchServe handlers get it, who read the client's files themselves."""
+
+    @classmethod
+    def of_file(cls, image: Image.Image, file: bytes) -> Photo:
+        """A photo whose pixels are those of an image file."""
+        photo = cls(image)
+        object.__setattr__(photo, "file", file)  # not of __init__, so that dataclasses.replace leaves it out
+        return photo
 
     @property
     def width(self) -> int:

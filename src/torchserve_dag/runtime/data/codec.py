@@ -173,9 +173,17 @@ def _photo(body: bytes) -> Photo:
     try:
         image.seek(0)
         image.load()
-        return Photo(_rgb(_upright(image)))
+        pixels = _rgb(_upright(image))
+        return Photo.of_file(pixels, body) if _is_plain(image) else Photo(pixels)
     except Exception as error:  # noqa: BLE001 (broken bytes make Pillow raise struct.error, TypeError and more)
         raise InputError(f"The photo is damaged and cannot be decoded: {error}.") from None
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether whoever opens the file gets the pixels of the photo: nothing is turned, converted or left out."""
+    turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNS
+    frames = getattr(image, "n_frames", 1)
+    return image.mode == "RGB" and "transparency" not in image.info and not turned and frames == 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
