@@ -20,12 +20,7 @@ from ts.protocol.otf_message_handler import create_predict_response, retrieve_ms
 
 from tests.unit.conftest import Write
 from tests.unit.front_end import REST, WAIT_S, FrontEnd, request
-from torchserve_dag.runtime.data.options import read_options
-from torchserve_dag.runtime.worker.service import load
-from torchserve_dag.runtime.worker.torchserve.asynchronous import AsynchronousLoop
-from torchserve_dag.runtime.worker.torchserve.guard import LOADED
-from torchserve_dag.runtime.worker.torchserve.rows import read_request
-from torchserve_dag.runtime.worker.torchserve.wire import (
+from torchserve_dag.runtime.compat.wire import (
     WireReader,
     WireRequest,
     WireResponse,
@@ -33,6 +28,11 @@ from torchserve_dag.runtime.worker.torchserve.wire import (
     read_response_heads,
     write_responses,
 )
+from torchserve_dag.runtime.data.options import read_options
+from torchserve_dag.runtime.worker.service import load
+from torchserve_dag.runtime.worker.torchserve.asynchronous import AsynchronousLoop
+from torchserve_dag.runtime.worker.torchserve.guard import LOADED
+from torchserve_dag.runtime.worker.torchserve.rows import read_request
 
 # The socket's protocol, held against TorchServe's own.
 

@@ -19,6 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torchserve_dag.runtime.compat.wire import READ_BYTES, WireReader, WireRequest, read_requests
 from torchserve_dag.runtime.messages import Failure
 from torchserve_dag.runtime.telemetry import metrics
 from torchserve_dag.runtime.worker.protocol import Service, ServiceResponse
@@ -28,7 +29,6 @@ from torchserve_dag.runtime.worker.torchserve.batched import EXIT_HANGS, PUBLISH
 from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
 from torchserve_dag.runtime.worker.torchserve.guard import DIED, HOLD, LOADED, Guard
 from torchserve_dag.runtime.worker.torchserve.rows import control, read_request
-from torchserve_dag.runtime.worker.torchserve.wire import READ_BYTES, WireReader, WireRequest, read_requests
 
 logger = logging.getLogger(__name__)
 

@@ -18,20 +18,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from torchserve_dag.runtime.telemetry import metrics
-from torchserve_dag.runtime.worker import service as services
-from torchserve_dag.runtime.worker.protocol import PendingResponse, Service, ServiceResponse
-from torchserve_dag.runtime.worker.torchserve import segments, sharing
-from torchserve_dag.runtime.worker.torchserve.rows import TorchServeRequest, control, read_request
-from torchserve_dag.runtime.worker.torchserve.wire import (
+from torchserve_dag.runtime.compat.wire import (
     READ_BYTES,
     WireReader,
     WireRequest,
     WireResponse,
     read_requests,
-    wire_response,
     write_responses,
 )
+from torchserve_dag.runtime.telemetry import metrics
+from torchserve_dag.runtime.worker import service as services
+from torchserve_dag.runtime.worker.protocol import PendingResponse, Service, ServiceResponse
+from torchserve_dag.runtime.worker.torchserve import segments, sharing
+from torchserve_dag.runtime.worker.torchserve.exchange import wire_response
+from torchserve_dag.runtime.worker.torchserve.rows import TorchServeRequest, control, read_request
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import responses as PHRASES  # noqa: N812 (a table)
 
+from torchserve_dag.runtime.compat.wire import NEXT, WireResponse, write_responses
 from torchserve_dag.runtime.messages import Failure
 from torchserve_dag.runtime.worker.protocol import ServiceResponse
 from torchserve_dag.runtime.worker.response import write_failure, write_failure_after_chunks
-from torchserve_dag.runtime.worker.torchserve.wire import wire_response, write_responses
 
 
 @dataclass(slots=True)
@@ -48,3 +49,12 @@ class Exchange:
         """The message that ends the exchange with a failure, before or after chunks."""
         write = write_failure_after_chunks if self.began else write_failure
         return self.last(write(failure, self.request_id))
+
+
+def wire_response(wire_id: str, response: ServiceResponse, *, more: bool | None) -> WireResponse:
+    """A service's response for the wire. `more`: whether more chunks will follow; None sends no such header."""
+    headers = {"content-type": response.content_type, **response.headers}
+    if more is not None:
+        headers[NEXT] = "true" if more else "false"
+    phrase = PHRASES.get(response.status, "Failed")
+    return WireResponse(wire_id, response.status, phrase, response.content_type, headers, response.body)

@@ -21,10 +21,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import NoReturn
 
-from torchserve_dag.runtime.messages import Failure
-from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
-from torchserve_dag.runtime.worker.torchserve.rows import over_rest
-from torchserve_dag.runtime.worker.torchserve.wire import (
+from torchserve_dag.runtime.compat.wire import (
     READ_BYTES,
     ResponseHeads,
     WireReader,
@@ -33,6 +30,9 @@ from torchserve_dag.runtime.worker.torchserve.wire import (
     read_response_heads,
     write_responses,
 )
+from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
+from torchserve_dag.runtime.worker.torchserve.rows import over_rest
 
 logger = logging.getLogger(__name__)
 

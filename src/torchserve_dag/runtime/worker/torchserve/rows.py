@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchserve_dag.runtime.compat.wire import WireRequest
 from torchserve_dag.runtime.data.options import CANCEL, PIECES, named, without_options
 from torchserve_dag.runtime.worker.protocol import Service, ServiceRequest, ServiceResponse
 from torchserve_dag.runtime.worker.response import write_answer
-from torchserve_dag.runtime.worker.torchserve.wire import WireRequest
 
 BODY_KEYS = ("body", "data")
 """The key of a row's body: TorchServe calls a raw body `body`; clients of TorchServe call a form's part `data`."""

@@ -1,4 +1,6 @@
-"""TorchServe's socket to a worker: requests read from bytes, responses written to bytes.
+"""What TorchServe and its workers send each other: requests and responses, read from bytes and written to bytes.
+
+The process of an unedited handler is sent the same.
 
 The form is that of TorchServe's own `ts/protocol/otf_message_handler.py` (0.12.0, its last release).
 """
@@ -8,10 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.client import responses as PHRASES  # noqa: N812 (a table)
 from typing import Any, Generic, TypeVar
-
-from torchserve_dag.runtime.worker.protocol import ServiceResponse
 
 NEXT = "ts_stream_next"
 """The header that tells TorchServe whether more chunks of a response will follow: `true` or `false`."""
@@ -56,15 +55,6 @@ class WireResponse:
     content_type: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
-
-
-def wire_response(wire_id: str, response: ServiceResponse, *, more: bool | None) -> WireResponse:
-    """A service's response for the wire. `more`: whether more chunks will follow; None sends no such header."""
-    headers = {"content-type": response.content_type, **response.headers}
-    if more is not None:
-        headers[NEXT] = "true" if more else "false"
-    phrase = PHRASES.get(response.status, "Failed")
-    return WireResponse(wire_id, response.status, phrase, response.content_type, headers, response.body)
 
 
 def read_requests(data: bytearray) -> tuple[list[WireRequest], int]:
