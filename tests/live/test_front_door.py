@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import ssl
+import stat
 import threading
 import time
 from collections import Counter
@@ -527,3 +528,16 @@ def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
 
     assert {how for _, how in found} == {"ended"}
     assert all(answered > 20 for answered, _ in found)
+
+
+def test_nothing_that_the_server_keeps_is_for_other_users(served: Served) -> None:
+    """Nobody else enters the folder; and of what we write in it, nothing is readable should it be copied elsewhere."""
+    state = served.door.state
+    java = {state.logs / name for name in ("ts_log.log", "model_log.log", "access_log.log", "ts_metrics.log")}
+    ours = [path for path in state.folder.rglob("*") if state.tmp not in path.parents and path not in java]
+
+    assert stat.S_IMODE(state.folder.stat().st_mode) == 0o700
+    assert len(ours) > 10
+    for path in ours:
+        if path.suffix != ".pem" and path.is_file():
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path

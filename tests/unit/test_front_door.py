@@ -41,14 +41,20 @@ class TestRoutesFile:
         [
             ("m: {versions: {}}", "m.versions: no version has a weight over 0"),
             ('m: {versions: {"1.0": 0}}', "no version has a weight over 0"),
-            ('m: {versions: {"1.0": -1}}', "a weight is at least 0, not -1"),
+            ('m: {versions: {"1.0": -1}}', "a weight is at least 0 and at most 1,000,000, not -1"),
+            ('m: {versions: {"1.0": .inf}}', "m.versions.1.0: .inf is not a finite number"),
+            ('m: {versions: {"1.0": .nan}}', "m.versions.1.0: .nan is not a finite number"),
+            ('m: {versions: {"1.0": 1.0e+999}}', "1.0e+999 is not a finite number"),
+            ('m: {versions: {"1.0": 1.0e+308, "2.0": 1.0e+308}}', "at most 1,000,000, not 1e+308"),
+            ('m: {versions: {"1.0": 1}, shadow: {"2.0": .nan}}', "m.shadow.2.0: .nan is not a finite number"),
+            ('m: {versions: {"1.0": 1}, slow_s: 1.0e+300}', "1e+300 is not more than 0 and at most 86,400"),
             ("m: {versions: {1.0: 1}}", "the key 1.0 is not text"),
             ('m: {versions: {"9.0": 1}}', 'm: there is no version "9.0"'),
             ('m: {versions: {"1.0": 1}, fallback: "9.0"}', 'm: there is no version "9.0"'),
             ('m: {versions: {"1.0": 1}, sticky: x-user}', '"x-user" is not "header NAME"'),
             ('m: {versions: {"1.0": 1}, always: {header x: "1.0"}}', '"header x" is not "header NAME=VALUE"'),
             ('m: {versions: {"1.0": 1}, shadow: {"2.0": 101}}', "at most 100 percent, not 101"),
-            ('m: {versions: {"1.0": 1}, slow_s: 0}', "0 is not more than 0"),
+            ('m: {versions: {"1.0": 1}, slow_s: 0}', "0 is not more than 0 and at most 86,400"),
             ('m: {version: {"1.0": 1}}', 'unknown key "version"'),
             ('n: {versions: {"1.0": 1}}', 'there is no model "n"'),
         ],
@@ -215,7 +221,7 @@ class TestTokens:
 
         assert claims["sub"] == "alice"
         assert [(one.name, one.id, one.expires) for one in tokens.issued()] == [("alice", claims["jti"], claims["exp"])]
-        assert text not in (tmp_path / "tokens.json").read_text()
+        assert text not in (tmp_path / "tokens" / "alice.json").read_text()
 
     def test_a_name_is_given_once_and_an_expired_token_is_forgotten(self, tmp_path: Path) -> None:
         tokens = TokenStore(tmp_path)
@@ -226,11 +232,13 @@ class TestTokens:
         tokens.issue("alice", -1)
 
         assert tokens.issued() == []
+        tokens.issue("alice", 3600)
+        tokens.revoke("alice")
         with pytest.raises(ServerError, match='There is no token "alice"'):
             tokens.revoke("alice")
 
     def test_no_token_at_all_lets_nobody_in(self) -> None:
-        text = json.dumps(envoy_config._accepted_tokens([]))
+        text = json.dumps(envoy_config.accepted_tokens([]))
 
         assert '"not_id": {"any": true}' in text
 

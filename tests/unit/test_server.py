@@ -163,6 +163,20 @@ def test_two_commands_at_once_are_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_the_state_folder_is_its_owners_alone_even_if_it_was_open_before(tmp_path: Path) -> None:
+    """Whoever opens the lock can hold it, and whoever reads the logs knows what was asked."""
+    (tmp_path / ".torchserve-dag").mkdir(mode=0o755)
+    state = State(tmp_path)
+    with state.lock():
+        state.prepare()
+        state.save_default("upper", "1.9")
+        state.save(TorchServeProcess(1, Addresses()))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [state.folder, *state.folder.rglob("*")]}
+
+    assert len(modes) > 6
+    assert {name for name, mode in modes.items() if mode & 0o077} == set()
+
+
 def test_defaults_are_kept(tmp_path: Path) -> None:
     state = State(tmp_path)
     state.save_default("upper", "1.9")

@@ -157,7 +157,7 @@ def _steps(text: str) -> tuple[float, ...]:
         steps = tuple(float(part) for part in text.split(","))
     except ValueError:
         steps = ()
-    if not steps or list(steps) != sorted(set(steps)) or steps[0] <= 0 or steps[-1] > WHOLE:
+    if not steps or list(steps) != sorted(set(steps)) or not 0 < steps[0] <= steps[-1] <= WHOLE:
         fail(f'"{text}" is not a list of steps: write increasing percentages, like 5,25,50,100.')
     return steps if steps[-1] == WHOLE else (*steps, WHOLE)
 

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.front_door.envoy_config import TOKEN_NAME, TYPES, script
+from torchserve_dag.front_door.envoy_config import TOKEN_NAME, TOKENS_FILTER, TOKENS_KIND, TYPES, script
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.tokens import ISSUER
 from torchserve_dag.server.ports import host_and_port
@@ -16,6 +16,8 @@ Config = dict[str, Any]
 ADMIN = "admin.sock"
 """The socket of the admin interface, relative to Envoy's working directory: an absolute path may be too long."""
 ROUTES, CLUSTERS, CERTIFICATE = "routes.json", "clusters.json", "certificate.json"
+ACCEPTED = "accepted_tokens.json"
+"""Apart from the routes, so that a revocation waits for nothing else."""
 REQUESTS_LOG, FEEDBACK_LOG = "requests.log", "feedback.log"
 
 HEAP_BYTES = 2 * 2**30
@@ -112,7 +114,7 @@ def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int)
         "always_set_request_id_in_response": True,
         "early_header_mutation_extensions": [_without_internal_headers()],
         "rds": {"route_config_name": "routes", "config_source": _from_file(folder / ROUTES)},
-        "http_filters": _filters(key_set, max_body),
+        "http_filters": _filters(folder, key_set, max_body),
         "access_log": _logs(logs),
         "local_reply_config": _local_replies(),
     }
@@ -129,7 +131,7 @@ def _without_internal_headers() -> Config:
     }
 
 
-def _filters(key_set: str, max_body: int) -> list[Config]:
+def _filters(folder: Path, key_set: str, max_body: int) -> list[Config]:
     """The HTTP filters, in the order in which a request passes them."""
     provider = {
         "issuer": ISSUER,
@@ -158,7 +160,13 @@ def _filters(key_set: str, max_body: int) -> list[Config]:
                 "rules": [{"match": {"path": "/ping"}}, needs_token],
             },
         },
-        {"name": "envoy.filters.http.rbac", "typed_config": {"@type": f"{_FILTERS}rbac.v3.RBAC"}},
+        {
+            "name": TOKENS_FILTER,
+            "config_discovery": {
+                "config_source": _from_file(folder / ACCEPTED),
+                "type_urls": [f"{TYPES}{TOKENS_KIND}"],
+            },
+        },
         {
             "name": "envoy.filters.http.local_ratelimit",
             "typed_config": {"@type": f"{_FILTERS}local_ratelimit.v3.LocalRateLimit", "stat_prefix": "front_door"},

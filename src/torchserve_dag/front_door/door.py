@@ -14,8 +14,8 @@ from torchserve_dag.archives import atomic
 from torchserve_dag.clients import KeyFile
 from torchserve_dag.front_door import envoy_config
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.bootstrap import CERTIFICATE, CLUSTERS, ROUTES
-from torchserve_dag.front_door.envoy_config import TYPES, Resource
+from torchserve_dag.front_door.bootstrap import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES
+from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, Resource, accepted_tokens
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, Split, splits
@@ -25,6 +25,12 @@ from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State, locked
+
+Files = list[tuple[str, str, list[Resource]]]
+"""Envoy's dynamic files: the name, the type of the resources, the resources."""
+
+_SUBSCRIPTIONS = {CLUSTERS: "cds", ROUTES: "routes", ACCEPTED: TOKENS_FILTER}
+"""Each file's name in Envoy's statistics."""
 
 APPLIED_S = 10.0
 """How long Envoy may take to apply a changed file; it takes milliseconds."""
@@ -103,23 +109,26 @@ class Door:
         with self._lock():
             before = self.traffic()
             after = change(before)
-            atomic.write_private(self._traffic, json.dumps(plain.flatten(after)))
+            files = self._files(after)
+            json.dumps(
+                [plain.flatten(after), files], allow_nan=False
+            )  # whatever cannot be written, raises before it is
+            self._save_traffic(after)
             try:
-                self._apply(after)
-            except ServerError:
-                atomic.write_private(self._traffic, json.dumps(plain.flatten(before)))
-                for name, kind, found in self._files(
-                    before
-                ):  # Envoy may be slow rather than unable, and read the files later
+                self._apply(files)
+            except BaseException:
+                self._save_traffic(before)
+                for name, kind, found in self._files(before):  # Envoy may be slow, and read the files later
                     self._write(name, kind, found)
                 raise
         return after
 
     def begin(self, where: Addresses) -> None:
         """Reset the traffic configuration, and write the files that Envoy reads at start-up."""
-        atomic.write_private(self._traffic, json.dumps(plain.flatten(Traffic(where))))
+        self._save_traffic(Traffic(where))
         for name, kind, found in self._files(Traffic(where)):
             self._write(name, kind, found)
+        self._write_accepted()
 
     def show_certificate(self, certificate: Path, key: Path) -> None:
         """Use these files for new connections."""
@@ -130,24 +139,40 @@ class Door:
 
     def issue_token(self, name: str, lives_s: float, requests_per_second: int | None = None) -> str:
         """A new token; if the front door runs, it accepts the token when this returns. Raises ServerError."""
-        with self._lock():
-            text = self.tokens.issue(name, lives_s, requests_per_second)
-            self._apply_tokens()
+        text = self.tokens.issue(name, lives_s, requests_per_second)
+        try:
+            if self.admin.listens():  # even if Envoy's keeper has ended
+                self.change(lambda traffic: traffic)  # the rate limits of the tokens are among the routes
+            self._accept()
+        except BaseException:
+            self.tokens.revoke(name)
+            raise
         return text
 
     def revoke_token(self, name: str) -> None:
-        """Revoke a token; the front door refuses it when this returns. Raises ServerError."""
-        with self._lock():
-            self.tokens.revoke(name)
-            self._apply_tokens()
+        """Revoke a token; the front door refuses it when this returns. Raises ServerError.
 
-    def _apply_tokens(self) -> None:
-        if self.admin.listens():  # even if Envoy's keeper has ended
-            self._apply(self.traffic())
+        It waits for no lock, and neither the routes nor space on the disk are needed for it.
+        """
+        self.tokens.revoke(name)
+        self._accept()
 
-    def _apply(self, traffic: Traffic) -> None:
+    def _accept(self) -> None:
+        """Have the front door accept exactly the tokens that are issued."""
+        version = self._write_accepted()
+        if self.admin.listens():
+            self._wait_until_applied(ACCEPTED, version)
+
+    def _write_accepted(self) -> str:
+        while True:
+            tokens = self.tokens.issued()
+            version = self._write(ACCEPTED, "config.core.v3.TypedExtensionConfig", [accepted_tokens(tokens)])
+            if tokens == self.tokens.issued():  # else a command beside this one may have written before this one did
+                return version
+
+    def _apply(self, files: Files) -> None:
         """Add clusters before the routes that name them, and remove clusters after the routes that named them."""
-        (_, kind, now), (_, routes_kind, routes) = self._files(traffic)
+        (_, kind, now), (_, routes_kind, routes) = files
         names = {cluster["name"] for cluster in now}
         before = json.loads((self.folder / CLUSTERS).read_text("utf-8"))["resources"]
         leaving = [cluster for cluster in before if cluster["name"] not in names]
@@ -157,15 +182,16 @@ class Door:
             self._apply_file(CLUSTERS, kind, now)
 
     def _apply_file(self, name: str, kind: str, found: list[Resource]) -> None:
-        version = self._write(name, kind, found)
-        what = "cds" if name == CLUSTERS else "routes"
-        deadline = time.monotonic() + APPLIED_S
-        while self.admin.versions().get(what) != version:
+        self._wait_until_applied(name, self._write(name, kind, found))
+
+    def _wait_until_applied(self, name: str, version: str) -> None:
+        what, deadline = _SUBSCRIPTIONS[name], time.monotonic() + APPLIED_S
+        while int(self.admin.versions().get(what) or 0) < int(version):  # a newer one has what this one has
             if time.monotonic() > deadline:
                 raise ServerError(f"The front door does not apply {name}: see front_door.log in {self.state.logs}.")
             time.sleep(0.01)
 
-    def _files(self, traffic: Traffic) -> list[tuple[str, str, list[Resource]]]:
+    def _files(self, traffic: Traffic) -> Files:
         token, rate = self._torchserve_token(), self._requests_per_second()
         shares = traffic.splits
         clusters = envoy_config.clusters([*traffic.served, *traffic.leaving], shares, traffic.torchserve, token)
@@ -178,8 +204,11 @@ class Door:
     def _write(self, name: str, kind: str, found: list[Resource]) -> str:
         version = str(time.time_ns())
         header: dict[str, Any] = {"version_info": version, "type_url": f"type.googleapis.com/envoy.{kind}"}
-        atomic.write_private(self.folder / name, json.dumps({**header, "resources": found}))
+        atomic.write_reserved(self.folder / name, json.dumps({**header, "resources": found}, allow_nan=False))
         return version
+
+    def _save_traffic(self, traffic: Traffic) -> None:
+        atomic.write_reserved(self._traffic, json.dumps(plain.flatten(traffic), allow_nan=False))
 
     def _torchserve_token(self) -> str:
         try:

@@ -22,6 +22,9 @@ version, whose name follows."""
 MODEL, VERSION = "x-door-model", "x-door-version"
 """The headers that request.lua sets."""
 TOKEN_NAME = "x-door-token"  # noqa: S105 (a header)
+TOKENS_FILTER = "tokens"
+"""The name of the filter that admits the tokens that are issued."""
+TOKENS_KIND = "extensions.filters.http.rbac.v3.RBAC"
 GRPC = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 
 EJECT_AFTER = 10
@@ -63,7 +66,7 @@ def routes(
     token: str,
     requests_per_second: int,
 ) -> Resource:
-    """Every route, with the accepted tokens and their rate limits."""
+    """Every route, with the rate limits of the tokens."""
     routes_list = [_ping(token), _grpc_ping(token), _feedback()]
     for split in splits:
         versions = [one for one in served if one.model == split.model]
@@ -85,7 +88,6 @@ def routes(
         "domains": ["*"],
         "routes": routes_list,
         "typed_per_filter_config": {
-            "envoy.filters.http.rbac": _accepted_tokens(tokens),
             "envoy.filters.http.local_ratelimit": _rate_limits(tokens, requests_per_second),
         },
     }
@@ -303,9 +305,7 @@ def _ping(token: str) -> Resource:
         "route": {"cluster": "rest:torchserve", "timeout": "10s"},
         "request_headers_to_add": [_authorization(token)],
         # Health checks of a load balancer carry no token.
-        "typed_per_filter_config": {
-            "envoy.filters.http.rbac": {"@type": f"{TYPES}extensions.filters.http.rbac.v3.RBACPerRoute"}
-        },
+        "typed_per_filter_config": {TOKENS_FILTER: {"@type": f"{TYPES}extensions.filters.http.rbac.v3.RBACPerRoute"}},
     }
 
 
@@ -335,8 +335,8 @@ def _feedback() -> Resource:
     }
 
 
-def _accepted_tokens(tokens: Sequence[Token]) -> Resource:
-    """Admit tokens that were issued and not revoked; `jwt_authn` has checked signature and expiry."""
+def accepted_tokens(tokens: Sequence[Token]) -> Resource:
+    """The filter that admits tokens that were issued and not revoked; `jwt_authn` has checked signature and expiry."""
     ids: list[Resource] = [
         {
             "sourced_metadata": {
@@ -351,7 +351,8 @@ def _accepted_tokens(tokens: Sequence[Token]) -> Resource:
     ] or [{"not_id": {"any": True}}]
     policy = {"permissions": [{"any": True}], "principals": [{"or_ids": {"ids": ids}}]}
     rules = {"action": "ALLOW", "policies": {"tokens": policy}}
-    return {"@type": f"{TYPES}extensions.filters.http.rbac.v3.RBACPerRoute", "rbac": {"rules": rules}}
+    config = {"@type": f"{TYPES}{TOKENS_KIND}", "rules": rules}
+    return {"@type": f"{TYPES}config.core.v3.TypedExtensionConfig", "name": TOKENS_FILTER, "typed_config": config}
 
 
 def _rate_limits(tokens: Sequence[Token], requests_per_second: int) -> Resource:

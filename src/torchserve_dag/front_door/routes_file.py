@@ -13,6 +13,9 @@ from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 
 FILE = "routes.yaml"
 
+MAX_WEIGHT = 1_000_000
+MAX_SLOW_S = 86_400
+
 _HEADER = re.compile(r"header (?P<name>[A-Za-z0-9-]+)")
 _RULE = re.compile(r"header (?P<name>[A-Za-z0-9-]+)=(?P<value>[\x21-\x7e]+)")
 
@@ -38,8 +41,9 @@ class RouteFile:
 
     def __post_init__(self) -> None:
         for version, weight in self.versions.items():
-            if weight < 0:
-                raise WrongFieldError(f"a weight is at least 0, not {weight:g}", "versions", version)
+            if not 0 <= weight <= MAX_WEIGHT:
+                what = f"a weight is at least 0 and at most {MAX_WEIGHT:,}, not {weight:g}"
+                raise WrongFieldError(what, "versions", version)
         if not sum(self.versions.values()):
             raise WrongFieldError("no version has a weight over 0", "versions")
         for version, percent in self.shadow.items():
@@ -51,8 +55,8 @@ class RouteFile:
         for rule in self.always:
             if not _RULE.fullmatch(rule):
                 raise WrongFieldError(f'"{rule}" is not "header NAME=VALUE"', "always", rule)
-        if self.slow_s <= 0:
-            raise WrongFieldError(f"{self.slow_s:g} is not more than 0", "slow_s")
+        if not 0 < self.slow_s <= MAX_SLOW_S:
+            raise WrongFieldError(f"{self.slow_s:g} is not more than 0 and at most {MAX_SLOW_S:,}", "slow_s")
 
     @property
     def sticky_header(self) -> str | None:

@@ -71,6 +71,7 @@ def start(
         stdout=subprocess.DEVNULL,  # it has a log of its own
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        umask=0o077,  # its logs and Envoy's are their owner's only
     )
     record = FrontDoorProcess(process.pid, settings, str(shown), str(key))
     door.save(record)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from torchserve_dag.server.errors import ServerError
 
 ISSUER = "torchserve-dag"
 ALGORITHM = "HS256"
+NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
+"""A token's name, which is also the name of its record's file, and is logged with every request."""
 OWN = "command-line"
 """The name of the token that this project's commands use."""
 
@@ -38,45 +42,63 @@ class Token:
 
 
 class TokenStore:
-    """The signing key and the issued tokens of one project, in files that only the owner may read."""
+    """The signing key and the issued tokens of one project, in files that only the owner may read.
+
+    Each token's record is a file of its own. So a revocation is the deletion of a file: it waits for no lock, needs no
+    space on the disk, and reads no other file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._key_file = folder / "token_key"
-        self._file = folder / "tokens.json"
+        self._folder = folder / "tokens"
 
     def issued(self) -> list[Token]:
-        """The tokens that are neither revoked nor expired. Raises ServerError."""
-        try:
-            data = json.loads(self._file.read_text("utf-8"))
-            return [token for token in plain.build(list[Token], data) if not token.expired]
-        except FileNotFoundError:
-            return []
-        except (ValueError, plain.WrongDataError) as error:
-            raise ServerError(f"{self._file} cannot be read ({error}): delete it, and issue its tokens anew.") from None
+        """The tokens that are neither revoked nor expired. A record that cannot be read is no token."""
+        found = (_read(path) for path in sorted(self._folder.glob("*.json")))
+        return [token for token in found if token and not token.expired]
 
     def issue(self, name: str, lives_s: float, requests_per_second: int | None = None) -> str:
         """Issue a token. Raises ServerError if the name is taken."""
-        known = self.issued()
-        if any(token.name == name for token in known):
-            raise ServerError(f'There is a token "{name}" already: revoke it, or choose another name.')
+        path, key = self._record(name), self._key()
+        before = _read(path)
+        if before is None or before.expired:
+            path.unlink(missing_ok=True)
         token = Token(name, secrets.token_hex(16), int(time.time() + lives_s), requests_per_second)
-        self._save([*known, token])
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with atomic.part_of(path) as part:
+            part.touch(mode=0o600)
+            part.write_text(json.dumps(plain.flatten(token)), "utf-8")
+            try:
+                os.link(part, path)
+            except FileExistsError:
+                taken = f'There is a token "{name}" already: revoke it, or choose another name.'
+                raise ServerError(taken) from None
         claims = {"iss": ISSUER, "sub": name, "jti": token.id, "exp": token.expires}
-        return jwt.encode(claims, self._key(), ALGORITHM)
+        return jwt.encode(claims, key, ALGORITHM)
 
     def revoke(self, name: str) -> None:
-        """Remove a token from the list of accepted ones. Raises ServerError if there is none of that name."""
-        known = self.issued()
-        left = [token for token in known if token.name != name]
-        if len(left) == len(known):
-            raise ServerError(f'There is no token "{name}"; {plain.did_you_mean(name, [t.name for t in known])}')
-        self._save(left)
+        """Delete a token's record, for good when this returns. Raises ServerError if there is none of that name."""
+        try:
+            self._record(name).unlink()
+        except FileNotFoundError:
+            known = [token.name for token in self.issued()]
+            raise ServerError(f'There is no token "{name}"; {plain.did_you_mean(name, known)}') from None
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # after a power failure, the token must not be there again
+        finally:
+            os.close(folder)
 
     def key_set(self) -> str:
         """The signing key as a JSON Web Key Set (RFC 7517)."""
         key = base64.urlsafe_b64encode(self._key()).rstrip(b"=").decode()
         fields: dict[str, Any] = {"kty": "oct", "alg": ALGORITHM, "k": key}
         return json.dumps({"keys": [fields]})
+
+    def _record(self, name: str) -> Path:
+        if not NAME.fullmatch(name):
+            raise ServerError(f'"{name}" is no name of a token: up to 64 letters, digits, and . _ @ -')
+        return self._folder / f"{name}.json"
 
     def _key(self) -> bytes:
         try:
@@ -86,5 +108,9 @@ class TokenStore:
             atomic.write_private(self._key_file, key.hex())
             return key
 
-    def _save(self, tokens: list[Token]) -> None:
-        atomic.write_private(self._file, json.dumps(plain.flatten(tokens), indent=2))
+
+def _read(path: Path) -> Token | None:
+    try:
+        return plain.build(Token, json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, plain.WrongDataError):
+        return None

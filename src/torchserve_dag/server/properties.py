@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
 from torchserve_dag.server.shipped import shipped
@@ -68,7 +68,7 @@ def write(source: Path, target: Path, changes: Mapping[str, str]) -> None:
     lines = [f"# Written by torchserve-dag from {source}: edit that file."]
     lines += [line for line in source.read_text("utf-8").splitlines() if (_pair(line) or ("",))[0] not in after]
     lines += [f"{key}={value}" for key, value in sorted(after.items())]
-    target.write_text("\n".join(lines) + "\n", "utf-8")
+    atomic.write_private(target, "\n".join(lines) + "\n")
     _copy_logging(before.get("vmargs", ""), source.parent, target.parent)
 
 
@@ -77,8 +77,7 @@ def _copy_logging(vmargs: str, source: Path, target: Path) -> None:
     for argument in vmargs.split():
         name = Path(argument.removeprefix(_LOGGING))
         if argument.startswith(_LOGGING) and not name.is_absolute() and (source / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+            atomic.write_private(target / name, (source / name).read_text("utf-8"))
 
 
 def _pair(line: str) -> tuple[str, str] | None:

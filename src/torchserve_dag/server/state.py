@@ -1,9 +1,13 @@
-"""A project's state folder: the running server, its keys, its logs. Nothing is written outside it."""
+"""A project's state folder: the running server, its keys, its logs. Nothing is written outside it.
+
+Only its owner may enter it: another user could read the logs, or hold a lock.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -50,8 +54,9 @@ class State:
 
     def prepare(self) -> None:
         """Make the folder, and delete what an earlier server left in it, except its logs."""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        (self.folder / ".gitignore").write_text("*\n", "utf-8")
+        self._make()
+        self.logs.mkdir(mode=0o700, exist_ok=True)
+        atomic.write_private(self.folder / ".gitignore", "*\n")
         self.clear()
         self.tmp.mkdir(mode=0o700)
 
@@ -61,10 +66,14 @@ class State:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tmp, ignore_errors=True)
 
+    def _make(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.chmod(0o700)  # an earlier version of this package made it readable for all
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Raises ServerError while another `up` or `down` of this project runs."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make()
         busy = "Another torchserve-dag up or down of this project is running: wait until it ends."
         with locked(self.folder / "lock", 0.0, busy):
             yield
@@ -101,7 +110,7 @@ class State:
     @contextmanager
     def _change(self) -> Iterator[None]:
         """Hold the lock for reading and writing `defaults.json` and `retired.json`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make()
         with locked(
             self.folder / "kept.lock", KEPT_S, f"Another command holds {self.folder / 'kept.lock'}: try again."
         ):
@@ -112,7 +121,8 @@ class State:
 def locked(path: Path, wait_s: float, busy: str) -> Iterator[None]:
     """Hold a lock between threads and processes. Raises ServerError with `busy` if it is not free in time."""
     deadline = time.monotonic() + wait_s
-    with path.open("w") as file:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,6 +132,8 @@ def locked(path: Path, wait_s: float, busy: str) -> Iterator[None]:
                     raise ServerError(busy) from None
                 time.sleep(0.02)
         yield
+    finally:
+        os.close(file)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -135,4 +147,4 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    atomic.write_text(path, json.dumps(data, indent=2) + "\n")
+    atomic.write_private(path, json.dumps(data, indent=2) + "\n")

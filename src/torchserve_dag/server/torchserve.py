@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
-from torchserve_dag.archives import mar
+from torchserve_dag.archives import atomic, mar
 from torchserve_dag.clients import KeyFile
 from torchserve_dag.server import defaults, java, ports, processes, properties
 from torchserve_dag.server.connect import torchserve_client
@@ -150,7 +150,7 @@ def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) 
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--ts-config", state.config.name, "--model-store", str(planned.store)]
     begun = time.time()
-    with (state.logs / "console.log").open("wb") as console:
+    with open(state.logs / "console.log", "wb", opener=atomic.private) as console:
         starter = subprocess.Popen(  # noqa: S603 (our own arguments)
             command,
             cwd=state.folder,

@@ -50,7 +50,7 @@ def dotted(path: Path) -> str:
     """`("nodes", "a", 0)` → `nodes.a[0]`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
 
 

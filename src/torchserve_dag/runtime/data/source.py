@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -76,10 +77,10 @@ def read_plain(path: Path) -> tuple[Any, dict[plain.Path, int]]:
         lines: dict[plain.Path, int] = {}
         if root is None:
             raise CheckError([Problem(str(path), 1, "the file is empty")])
-        repeats: list[Problem] = []
-        _lines(root, (), lines, repeats, str(path))
-        if repeats:
-            raise CheckError(repeats)
+        wrong: list[Problem] = []
+        _lines(root, (), lines, wrong, str(path))
+        if wrong:
+            raise CheckError(wrong)
         return yaml.safe_load(text), lines
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -96,7 +97,8 @@ def _sentence(wrong: plain.Wrong) -> str:
     return f"{plain.dotted(where)}: {wrong.what}" if where else wrong.what
 
 
-def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repeats: list[Problem], file: str) -> None:
+def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], wrong: list[Problem], file: str) -> None:
+    """Collect the line of each part, and what is wrong in any file: a key twice, a number that is not finite."""
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         seen: set[Any] = set()
@@ -106,14 +108,17 @@ def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], repe
             name = _key(key)
             line = key.start_mark.line + 1
             if name in seen:  # YAML keeps the last one silently
-                repeats.append(Problem(file, line, f'"{name}" is written twice', "keep one"))
+                wrong.append(Problem(file, line, f'"{name}" is written twice', "keep one"))
             seen.add(name)
             inside = (*path, name)
             lines[inside] = line
-            _lines(value, inside, lines, repeats, file)
+            _lines(value, inside, lines, wrong, file)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            _lines(value, (*path, i), lines, repeats, file)
+            _lines(value, (*path, i), lines, wrong, file)
+    elif isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:float" and not math.isfinite(_key(node)):
+        what = f"{plain.dotted(path)}: {node.value} is not a finite number"
+        wrong.append(Problem(file, node.start_mark.line + 1, what))
 
 
 def _key(node: yaml.Node) -> Any:

