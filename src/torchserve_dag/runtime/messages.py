@@ -19,10 +19,22 @@ class InputError(Exception):
     message, one sentence for the client; the other items of the batch are not affected.
     """
 
+    type = "InputError"
+    """The failure's short name for programs."""
+
     def __init__(self, message: str, status: int = HTTPStatus.BAD_REQUEST) -> None:
         super().__init__(message)
         self.message = message
         self.status = int(status)
+
+
+class OverloadedError(InputError):
+    """An item cannot be served now, and may be sent again: 503."""
+
+    type = "Overloaded"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 @dataclass(frozen=True, slots=True)

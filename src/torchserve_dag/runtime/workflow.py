@@ -46,7 +46,7 @@ class Workflow:
         self.engine = Engine(
             graph,
             {
-                REQUEST: decoder(graph.request),
+                REQUEST: decoder(graph.request, graph.serve.max_pixels),
                 **{name: loaded.runner for name, loaded in self._loaded.items() if loaded.runner},
             },
             lanes={d: lanes if d == "cpu" else GPU_LANES for d in {"cpu", *devices.values()}},

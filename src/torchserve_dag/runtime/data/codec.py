@@ -10,36 +10,21 @@ import re
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from PIL import ExifTags, Image, UnidentifiedImageError
-
-from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.data import photos, plain
 from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
 
 T = TypeVar("T")
 
-MAX_PIXELS = 50_000_000
-"""A photo with more pixels (150 MB as RGB) is refused before it is decoded."""
-
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_TURNS: dict[Any, Image.Transpose] = {  # by EXIF's orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_16_BITS = ("I", "I;16", "I;16B", "I;16L")
 _FAILURE = re.compile(rb'\s*\{\s*"code"\s*:')
 _FAILURE_KEYS = {"code", "type", "message", "node", "request_id"}
 _ANY_CONTENT = {"", "application/octet-stream", "binary/octet-stream"}
 
 
-def decode(kind: type[T], body: bytes, content_type: str | None = None) -> T:
+def decode(kind: type[T], body: bytes, content_type: str | None = None, *, max_pixels: int = photos.MAX_PIXELS) -> T:
     """A request's body as a `kind`. Raises InputError.
 
     `content_type` is the client's. Without it, or with `application/octet-stream`, the type is detected from the bytes.
+    `max_pixels`: of a photo.
     """
     if not body:
         raise InputError(f"The body is empty; send {describe(kind)}.")
@@ -47,7 +32,7 @@ def decode(kind: type[T], body: bytes, content_type: str | None = None) -> T:
     value: Any
     if kind is Photo:
         _expect(media, "image/", kind)
-        value = _photo(body)
+        value = photos.decode(body, max_pixels)
     elif kind is Text:
         value = _text(body, media)
     elif kind is bytes:
@@ -127,7 +112,7 @@ def failure_in(body: bytes) -> Failure | None:
 def describe(kind: Any) -> str:
     """What to send as a body of this type, in words."""
     if kind is Photo:
-        return f"a photo ({', '.join(PHOTO_FORMATS)})"
+        return photos.DESCRIBED
     if kind is Text:
         return 'text (text/plain, or JSON {"text": "…"})'
     if kind in {bytes, Any}:
@@ -145,61 +130,6 @@ def _expect(media: str, wanted: str, kind: type) -> None:
     raise InputError(
         f"The content type {media} is not accepted here; send {describe(kind)}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     )
-
-
-def _photo(body: bytes) -> Photo:
-    """The first frame of an image, upright, as 8-bit RGB; transparent parts become white."""
-    try:
-        image = Image.open(io.BytesIO(body), formats=PHOTO_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the limit here is lower than Pillow's
-        raise InputError(
-            f"The photo has too many pixels; the limit is {MAX_PIXELS:,}.", HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        ) from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        raise InputError(
-            f"The body is not a photo; send {describe(Photo)}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE
-        ) from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise InputError(
-            f"The photo is {width:,} x {height:,} = {width * height:,} pixels; the limit is {MAX_PIXELS:,}.",
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        )
-    if image.mode == "F":
-        raise InputError(
-            "The photo's pixels are floating-point numbers without a defined white; send 8 or 16 bits.",
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-        )
-    try:
-        image.seek(0)
-        image.load()
-        pixels = _rgb(_upright(image))
-        return Photo.of_file(pixels, body) if _is_plain(image) else Photo(pixels)
-    except Exception as error:  # noqa: BLE001 (broken bytes make Pillow raise struct.error, TypeError and more)
-        raise InputError(f"The photo is damaged and cannot be decoded: {error}.") from None
-
-
-def _is_plain(image: Image.Image) -> bool:
-    """Whether whoever opens the file gets the pixels of the photo: nothing is turned, converted or left out."""
-    turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNS
-    frames = getattr(image, "n_frames", 1)
-    return image.mode == "RGB" and "transparency" not in image.info and not turned and frames == 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # ImageOps.exif_transpose copies photos that are upright already, and fails if it cannot write the EXIF again.
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image if turn is None else image.transpose(turn)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _16_BITS:  # Pillow's own conversion clips at 255. `point` truncates, so half is added to round
-        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
-    if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def _text(body: bytes, media: str) -> Text:

@@ -78,7 +78,7 @@ def _guarded(name: str, work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
     except InputError as error:
-        return Failure(error.status, error.message)
+        return Failure(error.status, error.message, error.type)
     except BaseException:  # a lane must not end, whatever a function raises
         logger.exception("%s raised", name)
         return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why.", "InternalError")

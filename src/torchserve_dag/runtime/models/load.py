@@ -107,13 +107,13 @@ def load_handler(
     return stages
 
 
-def decoder(kind: Any) -> Runner:
+def decoder(kind: Any, max_pixels: int) -> Runner:
     """The runner that decodes requests, from a body and its content type to a message. A message passes unchanged."""
 
     def decode(request: tuple[Any, str | None]) -> Any:
         body, content_type = request
         if isinstance(body, bytes | bytearray | memoryview):
-            return codec.decode(kind, bytes(body), content_type)
+            return codec.decode(kind, bytes(body), content_type, max_pixels=max_pixels)
         return body
 
     return function_runner("decode", decode)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torchserve_dag.runtime.compute.placement import Precision, Runtime
+from torchserve_dag.runtime.data.photos import MAX_PIXELS, MOST_PIXELS
 from torchserve_dag.runtime.data.plain import WrongFieldError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -123,6 +124,9 @@ class Serve:
     """The longest time that a worker may take to load the model, in seconds."""
     max_inside: int = 1_000
     """Requests in progress that a worker accepts. One more is answered 503 at once."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest photo that a worker decodes, at most 178,956,970. A larger photo is answered 413. A decoded
+    pixel takes 4 bytes of memory."""
     score: str | None = None
     """A field of the answer that holds a number, how good the answer is, for experiments. Dots lead into nested fields:
     `best.score`."""
@@ -131,6 +135,9 @@ class Serve:
         for each in fields(self):
             if each.name not in {"mode", "score"} and getattr(self, each.name) < 1:
                 raise WrongFieldError(f"{each.name} is at least 1", each.name)
+        if self.max_pixels > MOST_PIXELS:
+            what = f"max_pixels is at most {MOST_PIXELS:,}: Pillow decodes no larger photo"
+            raise WrongFieldError(what, "max_pixels")
 
 
 def check_identity(name: str, version: str, code: str = "") -> None:
