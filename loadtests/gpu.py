@@ -28,7 +28,7 @@ from rich.table import Table
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.messages import Failure, Photo
 from torchserve_dag.runtime.models.load import load_handler
-from torchserve_dag.runtime.project.folders import Project, import_file
+from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.workflow import Workflow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +71,7 @@ def bare_loop(device: str, batch: int) -> Callable[[list[bytes]], Any]:
         load_handler(project, project.handler(name), device=device, batch=size)
         for name, size in (("yolo_detector", batch), ("image_classifier", OBJECTS * batch))
     )
-    functions = import_file(ROOT / "workflows" / "detect_classify.py")
+    functions = project.module(ROOT / "workflows" / "detect_classify.py")
 
     def run(bodies: list[bytes]) -> None:
         for start in range(0, len(bodies), batch):

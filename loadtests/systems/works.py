@@ -104,10 +104,10 @@ def _photo_detector() -> Step:
 
 def _photo_classifier() -> Step:
     from torchserve_dag.runtime.data import codec  # noqa: PLC0415 (as above)
-    from torchserve_dag.runtime.project.folders import import_file  # noqa: PLC0415
+    from torchserve_dag.runtime.project.folders import Project  # noqa: PLC0415
 
     classify = _handler("image_classifier")
-    functions = import_file(ROOT / "workflows/detect_classify.py")
+    functions = Project(ROOT).module(ROOT / "workflows/detect_classify.py")
 
     def step(detected: list[Any]) -> list[bytes]:
         crops = [functions.crop(photo, one) for photo, found in detected for one in found.objects]

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from torchserve_dag import runtime as carried
-from torchserve_dag.archives import mar, stamp, weights
+from torchserve_dag.archives import imports, mar, stamp, weights
 from torchserve_dag.archives.mar import BUILD
 from torchserve_dag.pictures.mermaid import mermaid
 from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 from torchserve_dag.runtime.graph.graph import Graph
-from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode
+from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile, Mode
 from torchserve_dag.runtime.worker.protocol import PROTOCOL
@@ -37,6 +37,8 @@ class Contents:
     small: dict[str, bytes]
     large: dict[str, Path]
     """Weights, and archives that a workflow's nodes run: copied from disk, never held in memory."""
+    weights: dict[str, str]
+    """The SHA-256 of each file or folder of weights."""
 
 
 def contents(project: Project, graph: Graph) -> Contents:
@@ -44,22 +46,34 @@ def contents(project: Project, graph: Graph) -> Contents:
 
     Raises CheckError, or MissingWeightsError where only weights are not here.
     """
+    _check_output(graph)
+    modules = imports.own_modules(project.root, _sources(graph))
+    handlers = list({file.path: file for file in graph.handlers.values()}.values())
+    digests = weights.verified(project, handlers)
+    small = runtime()
+    small |= {f"{path.parent.name}/{path.name}": path.read_bytes() for path in graph.files}
+    small |= {imports.path_inside(name, file): file.read_bytes() for name, file in modules.items()}
+    mode: Mode = graph.serve.mode or ("asynchronous" if graph.streams else "batched")
+    small |= served_as(mode, graph)
+    description = _description(project, graph, handlers, digests, modules)
+    if mode == "batched" and graph.serve.batches > 1:
+        description["leaders"] = graph.serve.workers  # how many of TorchServe's workers load the model; see sharing.py
+    small[BUILD] = to_json(description)
+    return Contents(small, packed_weights(project, digests) | _archives(project, graph), digests)
+
+
+def _check_output(graph: Graph) -> None:
     for name, value in graph.output.values.items():
         if not (plain.fits_json(value.type) if name else codec.writes(value.type)):
             what = f'it answers with "{value.text}", which is {plain.name_of(value.type)} and cannot be written as JSON'
             help_ = "answer with a photo alone, or with JSON about it"
             raise CheckError([Problem(str(graph.path), 1, what, help_)])
-    handlers = list({file.path: file for file in graph.handlers.values()}.values())
-    digests = weights.verified(project, handlers)
-    small = runtime()
-    small |= {f"{path.parent.name}/{path.name}": path.read_bytes() for path in graph.files}
-    mode: Mode = graph.serve.mode or ("asynchronous" if graph.streams else "batched")
-    small |= served_as(mode, graph)
-    description = _description(project, graph, handlers, digests)
-    if mode == "batched" and graph.serve.batches > 1:
-        description["leaders"] = graph.serve.workers  # how many of TorchServe's workers load the model; see sharing.py
-    small[BUILD] = to_json(description)
-    return Contents(small, packed_weights(project, digests) | _archives(project, graph))
+
+
+def _sources(graph: Graph) -> set[Path]:
+    """The Python files that a graph was read from, without those of TorchServe's own workflows."""
+    foreign = {code.kind.file for code in graph.codes.values() if isinstance(code.kind, RowsFunctionCode)}
+    return {path for path in graph.files if path.suffix == ".py"} - foreign
 
 
 def runtime() -> dict[str, bytes]:
@@ -123,7 +137,11 @@ def _settings(mode: Mode, graph: Graph) -> dict[str, Any]:
 
 
 def _description(
-    project: Project, graph: Graph, handlers: list[Source[HandlerFile]], digests: dict[str, str]
+    project: Project,
+    graph: Graph,
+    handlers: list[Source[HandlerFile]],
+    digests: dict[str, str],
+    modules: dict[str, Path],
 ) -> dict[str, Any]:
     is_handler = _is_handler(graph)
     fields: dict[str, Any] = {
@@ -132,7 +150,7 @@ def _description(
         "name": graph.name,
         "version": graph.version,
         "file": f"{'handlers' if is_handler else 'workflows'}/{graph.path.name}",
-        "inputs": stamp.inputs(project.root, digests),
+        "inputs": stamp.inputs(project.root, digests, imports.digests(modules), graph.all_requirements),
     }
     if is_handler:
         return fields | {"card": plain.flatten(handlers[0].value.card)}

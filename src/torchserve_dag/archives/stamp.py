@@ -1,20 +1,30 @@
-"""What an archive was built from: the commit, the packages' versions, the weights' sha256."""
+"""What an archive was built from: the commit, the packages' versions, the sha256 of weights and of own modules."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+from torchserve_dag.runtime.project import requirements as required
+
 OWN = "torchserve-dag"
 PACKAGES = (OWN, "torch", "torchserve", "transformers", "pillow", "numpy", "safetensors")
-"""Packages whose versions `build.json` names."""
+"""Packages whose versions `build.json` names, besides those that a project requires."""
 
 
-def inputs(root: Path, weights: dict[str, str]) -> dict[str, object]:
-    """The `inputs` of an archive's `build.json`."""
-    return {"commit": commit(root), "packages": packages(), "weights": dict(sorted(weights.items()))}
+def inputs(
+    root: Path, weights: dict[str, str], modules: dict[str, str], requirements: Iterable[str]
+) -> dict[str, object]:
+    """The `inputs` of an archive's `build.json`. `weights` and `modules`: the SHA-256 of each, by name."""
+    return {
+        "commit": commit(root),
+        "packages": packages() | required.versions(requirements),
+        "weights": dict(sorted(weights.items())),
+        "modules": modules,
+    }
 
 
 def commit(root: Path) -> str:

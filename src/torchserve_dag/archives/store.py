@@ -76,7 +76,7 @@ class _Read:
     """The content of an archive, by its origin; without the commit, which may differ."""
 
     project: Entries
-    """The project's handlers, workflows and weights."""
+    """The project's handlers, workflows, modules and weights."""
     runtime: Entries
     """The copy of this package."""
     generated: Entries
@@ -100,7 +100,7 @@ def _read(path: Path) -> _Read | None:
     return _Read(**parts, build=build)
 
 
-_PARTS = {**dict.fromkeys(("handlers", "workflows", "weights"), "project"), "torchserve_dag": "runtime"}
+_PARTS = {**dict.fromkeys(("handlers", "workflows", "src", "weights"), "project"), "torchserve_dag": "runtime"}
 
 
 def _difference(old: _Read, new: _Read) -> str:

@@ -11,10 +11,10 @@ from torchserve_dag.runtime.graph import dependencies, outputs
 from torchserve_dag.runtime.graph.drafts import DraftReader
 from torchserve_dag.runtime.graph.finder import Finder
 from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST, Graph, Node
-from torchserve_dag.runtime.graph.kinds import FunctionCode
 from torchserve_dag.runtime.graph.problems import Problems
 from torchserve_dag.runtime.graph.typed_nodes import NodeTyper
 from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.requirements import check_requirements
 from torchserve_dag.runtime.project.workflow_file import WorkflowFile
 
 
@@ -23,6 +23,7 @@ def check(project: Project, source: Source[WorkflowFile], inner: Callable[[Path]
 
     Raises CheckError with every problem of the first step that has problems: a later step would only repeat them.
     """
+    check_requirements(source)  # first: the next steps import the code
     file, problems = source.value, Problems(source)
     finder = Finder(project, file, source.path, problems, inner)
 
@@ -55,17 +56,15 @@ def check(project: Project, source: Source[WorkflowFile], inner: Callable[[Path]
     output = outputs.compiled(file, scope, problems)
     problems.stop()
 
-    uses_functions = any(
-        isinstance(code.signature.kind, FunctionCode) for draft in drafts.values() for code in draft.all
-    )
     return Graph(
         name=file.name,
         version=file.version,
         does=file.does,
         path=source.path,
-        functions_path=finder.functions_path if uses_functions else None,
+        functions_path=finder.functions_path if finder.reads_functions else None,
         request=request,
         nodes=nodes,
         output=output,
         serve=file.serve,
+        requirements=tuple(file.requirements),
     )

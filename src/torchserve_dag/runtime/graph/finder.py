@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torchserve_dag.runtime.data import plain
@@ -18,7 +19,7 @@ from torchserve_dag.runtime.graph.problems import Place, Problems
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode
 from torchserve_dag.runtime.graph.type_names import known_types, type_named
 from torchserve_dag.runtime.handler import streams, types_of
-from torchserve_dag.runtime.project.folders import Project, import_file
+from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.workflow_file import CodeFile, ServedFile, TorchServeFile, WorkflowFile
 
 _YIELDS = {collections.abc.Iterator, collections.abc.Generator}
@@ -53,6 +54,8 @@ class Finder:
         self.project = project
         self.file = file
         self.functions_path = path.parent / file.code_file
+        self.reads_functions = False
+        """Whether the graph has a function or a type of that file."""
         self.problems = problems
         self.inner = inner
 
@@ -93,7 +96,7 @@ class Finder:
             self.problems.add(place, f"there is no {path}", f"write the function {name} there")
             return None
         try:
-            module = import_file(path)
+            module = self._functions()
         except CheckError as error:
             self.problems.add_all(error)
             return None
@@ -103,6 +106,10 @@ class Finder:
             self.problems.add(place, f'{path} has no function "{name}"', plain.did_you_mean(name, known))
             return None
         return self._signature(place, function)
+
+    def _functions(self) -> ModuleType:
+        self.reads_functions = True
+        return self.project.module(self.functions_path)
 
     def _signature(self, place: Place, function: Callable[..., Any]) -> Signature | None:
         called = function.__name__
@@ -197,7 +204,7 @@ class Finder:
         if text is None:
             return default
         try:
-            module = import_file(self.functions_path) if self.functions_path.is_file() else None
+            module = self._functions() if self.functions_path.is_file() else None
             return type_named(text, known_types(module))
         except ValueError as error:
             self.problems.add(place, str(error))

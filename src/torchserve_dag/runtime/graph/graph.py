@@ -141,6 +141,8 @@ class Graph:
     """The nodes, each after all that it needs."""
     output: Output
     serve: Serve
+    requirements: tuple[str, ...] = ()
+    """The packages that the workflow's own file names."""
 
     @property
     def answer(self) -> Any:
@@ -168,6 +170,12 @@ class Graph:
         """This graph, and the graphs of its sub-workflows, at every depth."""
         inner = [code.inner for node in self.nodes.values() for code in node.codes if code.inner]
         return [self, *(graph for workflow in inner for graph in workflow.graphs)]
+
+    @property
+    def all_requirements(self) -> set[str]:
+        """The packages that the files of the workflow, its sub-workflows and its handlers name."""
+        own = {text for graph in self.graphs for text in graph.requirements}
+        return own.union(*(file.value.requirements for file in self.handlers.values()))
 
     @property
     def files(self) -> set[Path]:

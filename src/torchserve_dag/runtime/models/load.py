@@ -101,7 +101,8 @@ def load_handler(
     device_here = find_device(device or run.device, gpu)
     placement = Placement(device_here, run.precision, run.channels_last, run.runtime, lanes)
     handler = kind()
-    handler.load(project.weights, settings, placement)
+    with project.modules.by_bare_names():  # as the training code called them: a pickle names its classes so
+        handler.load(project.weights, settings, placement)
     stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s)
     stages.warm_up(batch or run.batch)
     return stages

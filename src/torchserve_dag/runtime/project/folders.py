@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +11,8 @@ from torchserve_dag.runtime.data import plain, source
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 from torchserve_dag.runtime.handler import Handler, types_of
 from torchserve_dag.runtime.project.handler_file import HandlerFile
+from torchserve_dag.runtime.project.modules import Modules
+from torchserve_dag.runtime.project.requirements import check_requirements
 
 HandlerClass = type[Handler[Any, Any, Any, Any]]
 
@@ -62,12 +61,22 @@ class Project:
     def read_handler(self, path: Path) -> Source[HandlerFile]:
         return source.read(path, HandlerFile)
 
+    @property
+    def modules(self) -> Modules:
+        """The project's own modules, as their files are now."""
+        return Modules.of(self.root)
+
+    def module(self, path: Path) -> ModuleType:
+        """The module of a file in `handlers/` or `workflows/`. Raises CheckError."""
+        return self.modules.load(path)
+
     def handler_class(self, file: Source[HandlerFile]) -> HandlerClass:
         """The class that a handler's code defines. Raises CheckError if it cannot be served."""
         path = file.path.parent / file.value.code_file
         if not path.is_file():
             raise CheckError([file.problem(("code",), f"there is no {path}", "write the handler's class there")])
-        module = import_file(path)
+        check_requirements(file)
+        module = self.module(path)
         classes = [
             value
             for value in vars(module).values()
@@ -90,39 +99,3 @@ class Project:
             raise CheckError(
                 [file.problem(("settings", *w.path), f"settings: {w.what}", w.help) for w in error.wrongs]
             ) from None
-
-
-def import_file(path: Path) -> ModuleType:
-    """The module at `path`. It is imported once for each content of the file, under a name of its own.
-
-    So two versions of a project's code can be loaded in one process. Raises CheckError.
-    """
-    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
-    name = f"torchserve_dag_project_{digest}_{path.stem}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise CheckError([Problem(str(path), 1, "not a Python file")])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it is being imported
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        del sys.modules[name]
-        file = error.filename or str(path)  # the mistake may be in a file that this file imports
-        raise CheckError([Problem(file, error.lineno or 1, f"not valid Python: {error.msg}")]) from None
-    except Exception as error:
-        del sys.modules[name]
-        line = _line_in(error, path)
-        raise CheckError([Problem(str(path), line, f"importing it raised {type(error).__name__}: {error}")]) from error
-    return module
-
-
-def _line_in(error: Exception, path: Path) -> int:
-    line, trace = 1, error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == str(path.absolute()):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line

@@ -165,6 +165,9 @@ class HandlerFile:
     """The Python file in `handlers/` that holds the class. Without it, `NAME.py`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Values for the fields of the class's `Settings`."""
+    requirements: list[str] = field(default_factory=list)
+    """The installed packages that the code imports, with their versions, as for pip: `timm>=1.0,<2`. `check`, `build`
+    and every worker refuse others; `build.json` names the versions that were there."""
     run: Run = field(default_factory=Run)
     """How the handler computes."""
     serve: Serve = field(default_factory=Serve)

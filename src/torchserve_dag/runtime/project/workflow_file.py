@@ -169,6 +169,9 @@ class WorkflowFile:
     """The answer: an expression for a node or a part of its result; or several expressions, each under a name."""
     code: str = ""
     """The Python file in `workflows/` that holds the functions. Without it, `NAME.py`."""
+    requirements: list[str] = field(default_factory=list)
+    """The installed packages that the functions import, with their versions, as for pip: `rapidfuzz>=3,<4`. `check`,
+    `build` and every worker refuse others; `build.json` names the versions that were there."""
     serve: Serve = field(default_factory=Serve)
     """How TorchServe serves the workflow."""
 

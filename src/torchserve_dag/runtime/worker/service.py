@@ -7,6 +7,7 @@ served.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -22,6 +23,7 @@ from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
 from torchserve_dag.runtime.messages import Failure, InputError
 from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.requirements import differences
 from torchserve_dag.runtime.telemetry import scores
 from torchserve_dag.runtime.telemetry.metrics import series_of
 from torchserve_dag.runtime.worker.protocol import Metrics, OnChunk, PendingResponse, ServiceRequest, ServiceResponse
@@ -32,6 +34,8 @@ from torchserve_dag.runtime.worker.response import (
     write_joined,
 )
 from torchserve_dag.runtime.workflow import Workflow
+
+logger = logging.getLogger(__name__)
 
 
 def load(folder: Path, gpu: int | None) -> WorkflowService:
@@ -45,7 +49,10 @@ class WorkflowService:
     def __init__(self, folder: Path, gpu: int | None) -> None:
         self._build: dict[str, Any] = json.loads((folder / "build.json").read_text("utf-8"))
         project = Project(folder)
-        graph = self._graph_to_run(read_graph(project, folder / self._build["file"]))
+        whole = read_graph(project, folder / self._build["file"])
+        for sentence in differences(whole.all_requirements, self._build.get("inputs", {}).get("packages", {})):
+            logger.warning("%s %s: %s", whole.name, whole.version, sentence)
+        graph = self._graph_to_run(whole)
         self._workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers)
         self._takes_rows = takes_rows(graph)
         self.name, self.version = graph.name, graph.version
