@@ -333,7 +333,7 @@ COUNT_WORDS = Path(__file__).parents[1] / "data" / "count_words-1.0.mar"
 def test_an_archive_that_speaks_no_protocol_is_refused_by_a_host() -> None:
     assert protocol.why_not_hosted(COUNT_WORDS) == (
         "count_words 1.0 speaks no protocol (it was built before there were protocols), and a host of this torchserve-dag "
-        "needs protocol 1: build it again under a new version, or let TorchServe serve it as it is."
+        "needs protocol 2: build it again under a new version, or let TorchServe serve it as it is."
     )
 
 
@@ -341,9 +341,9 @@ def test_an_archive_built_today_says_which_protocol_it_speaks(project: Path) -> 
     (built,) = build(Project(project), ["upper"]).built
     said = json.loads(mar.read_text(built.path, "build.json"))
 
-    assert said["protocol"] == 1
+    assert said["protocol"] == protocol.PROTOCOL
     assert protocol.why_not_hosted(built.path) is None
-    assert "speaks protocol 2, and" in str(protocol.why_not_spoken(said | {"protocol": 2}))
+    assert "speaks protocol 1, and" in str(protocol.why_not_spoken(said | {"protocol": 1}))
 
 
 def test_a_file_that_this_package_did_not_build_is_not_hosted(tmp_path: Path) -> None:

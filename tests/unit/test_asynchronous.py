@@ -29,6 +29,7 @@ from torchserve_dag.runtime.compat.wire import (
     write_responses,
 )
 from torchserve_dag.runtime.data.options import read_options
+from torchserve_dag.runtime.worker.protocol import Part
 from torchserve_dag.runtime.worker.service import load
 from torchserve_dag.runtime.worker.torchserve.asynchronous import AsynchronousLoop
 from torchserve_dag.runtime.worker.torchserve.guard import LOADED
@@ -302,7 +303,7 @@ def test_what_a_client_asks_does_not_reach_the_workflow_as_a_parameter() -> None
     request = read_request(WireRequest("id-1", row, headers))
     options = read_options(request.options)
 
-    assert request.parameters == {"by": "me"}
+    assert request.parts == [Part("body", b"a"), Part("by", b"me")]
     assert (options.priority, options.timeout_s) == ("bulk", 1.5)
 
 

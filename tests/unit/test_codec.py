@@ -297,7 +297,7 @@ def test_broken_json_is_refused(body: bytes) -> None:
     error = refused(Objects, body, "application/json")
 
     assert error.status == 400
-    assert "not valid JSON" in error.message
+    assert "not valid JSON" in error.message or "not UTF-" in error.message
     assert refused(Any, body, "application/json").status == 400
 
 
@@ -389,6 +389,7 @@ def test_bytes_are_written_as_they_are() -> None:
     assert codec.encode(b"\x00\xff") == (b"\x00\xff", "application/octet-stream")
 
 
+integers = st.integers(-(2**63), 2**63 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 label = st.builds(Label, st.text(), finite)
 found = st.builds(DetectedObject, st.text(), finite, st.builds(Box, finite, finite, finite, finite))
@@ -398,7 +399,7 @@ found = st.builds(DetectedObject, st.text(), finite, st.builds(Box, finite, fini
     st.one_of(
         st.builds(Text, st.text()),
         st.builds(Labels, st.lists(label, max_size=3)),
-        st.builds(Objects, st.integers(), st.integers(), st.lists(found, max_size=3)),
+        st.builds(Objects, integers, integers, st.lists(found, max_size=3)),
     )
 )
 def test_a_message_is_read_back_as_it_was_written(message: Any) -> None:

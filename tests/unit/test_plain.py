@@ -176,18 +176,19 @@ def test_types_are_named_as_a_person_writes_them() -> None:
 
 
 names = st.text(max_size=5)
+integers = st.integers(-(2**63), 2**63 - 1)
 leaves = st.builds(Leaf, names, st.floats(allow_nan=False))
 trees = st.builds(
     Tree,
     leaves,
     st.lists(leaves, max_size=3),
     st.dictionaries(names, leaves, max_size=3),
-    st.one_of(st.none(), leaves, st.builds(Other, st.integers())),
+    st.one_of(st.none(), leaves, st.builds(Other, integers)),
     st.sampled_from(["fast", "slow"]),
     st.sampled_from(Colour),
-    st.tuples(st.integers(), names),
-    st.lists(st.integers(), max_size=3).map(tuple),
-    st.one_of(st.none(), st.integers(), names),
+    st.tuples(integers, names),
+    st.lists(integers, max_size=3).map(tuple),
+    st.one_of(st.none(), integers, names),
 )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.unit.conftest import Mar
 from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.data.parts import Body
 from torchserve_dag.runtime.data.source import CheckError, Problem
 from torchserve_dag.runtime.graph.graph import Policy
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
@@ -288,7 +289,7 @@ def test_only_the_first_node_gets_json_decoded(put: Put) -> None:
     """,
     )
     with Workflow.load(path) as workflow:
-        answer = workflow.submit(b'{"a": 1}', content_type="application/json").future.result()
+        answer = workflow.submit(Body(b'{"a": 1}', "application/json")).future.result()
 
     assert json.loads(answer) == ["bytearray", json.dumps({"a": 1}, indent=2)]
 

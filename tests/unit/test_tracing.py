@@ -191,7 +191,7 @@ def test_a_workflow_tells_of_its_requests_without_being_told_to(
     path = write("answer: {handler: upper}")
     monkeypatch.setenv(tracing.EXPORTERS, "otlp")
     with Workflow.load(path) as workflow:
-        workflow.submit(b"a", content_type="text/plain", options=Options(trace=TRACEPARENT)).future.result(20)
+        workflow.submit(b"a", options=Options(trace=TRACEPARENT)).future.result(20)
         deadline = time.monotonic() + 60
         while "flow" not in collector.spans():
             assert time.monotonic() < deadline, "the request's span did not come within 60 s"

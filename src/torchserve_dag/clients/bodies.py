@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import mimetypes
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torchserve_dag.clients.errors import unexpected_answer
 from torchserve_dag.runtime.data import codec, plain
+from torchserve_dag.runtime.data.parts import Body, Parts
 from torchserve_dag.runtime.messages import InputError, Photo, Text
 
 T = TypeVar("T")
@@ -17,6 +19,9 @@ T = TypeVar("T")
 UNKNOWN = "application/octet-stream"
 """The content type that makes a server detect the type from the bytes."""
 
+PLAIN_TEXT = "text/plain; charset=utf-8"
+
+_BYTES = bytes | bytearray | memoryview
 _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
     (b"\x89PNG\r\n\x1a\n", "image/png"),
@@ -27,19 +32,15 @@ _MAGIC = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
-    """A request's body. Over gRPC its content type is lost: TorchServe has no field for it."""
-
-    content: bytes
-    content_type: str = UNKNOWN
-
-
-def body_of(message: Any) -> Body:
+def body_of(message: Any) -> Body | Parts:
     """A message as a body. Bytes and files are sent as they are: prefer a photo's file to a decoded Photo, which
     has to be encoded as PNG: that takes time, and is larger.
 
-    Raises OSError if a file cannot be read, TypeError for a str, which may be a path or a text.
+    A message with a photo or bytes in a field, or a mapping with a path, is sent in parts: one for each field that is
+    not None. Over gRPC content types are lost: TorchServe has no field for them.
+
+    Raises OSError if a file cannot be read, TypeError for a str, which may be a path or a text, and for a message that
+    cannot be sent.
     """
     if isinstance(message, str):
         raise TypeError(f'"{message[:40]}" may be a path or a text; write Path("…") or Text("…")')
@@ -51,8 +52,26 @@ def body_of(message: Any) -> Body:
         return Body(content, _look(content) or UNKNOWN)
     if isinstance(message, Text):
         # Not as JSON: over gRPC, without a content type, a server cannot tell JSON from a text that looks like JSON.
-        return Body(message.text.encode(), "text/plain; charset=utf-8")
+        return Body(message.text.encode(), PLAIN_TEXT)
+    fields = _fields(message)
+    if any(isinstance(value, Photo | Path | _BYTES) for value in fields.values()):
+        return Parts({name: _part(value) for name, value in fields.items() if value is not None})
     return Body(*codec.encode(message))
+
+
+def _fields(message: Any) -> Mapping[str, Any]:
+    if isinstance(message, Mapping):
+        return message
+    if isinstance(message, Photo) or not dataclasses.is_dataclass(message) or isinstance(message, type):
+        return {}
+    return {name: getattr(message, name) for name in plain.field_types(type(message))}
+
+
+def _part(value: Any) -> Body:
+    part = Body(value.encode(), PLAIN_TEXT) if isinstance(value, str) else body_of(value)
+    if isinstance(part, Parts):
+        raise TypeError("a field of a message in parts cannot have parts itself")
+    return part
 
 
 def answer_as(kind: type[T] | None, body: bytes) -> T | Any:
@@ -63,7 +82,7 @@ def answer_as(kind: type[T] | None, body: bytes) -> T | Any:
     if kind is None:
         try:
             return json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return body
     if kind is bytes:
         return body

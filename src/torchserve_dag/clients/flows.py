@@ -16,7 +16,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from torchserve_dag.clients.bodies import Body, answer_as, body_of
+from torchserve_dag.clients.bodies import answer_as, body_of
 from torchserve_dag.clients.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -30,6 +30,7 @@ from torchserve_dag.clients.errors import (
 from torchserve_dag.clients.models import ModelInfo, model_info, version_info
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.options import CANCEL, HEADERS, Options
+from torchserve_dag.runtime.data.parts import BODY, PARAMETER, Body, Parts
 
 T = TypeVar("T")
 _HEADER = re.compile(r"[a-z0-9-]+")
@@ -41,9 +42,17 @@ PAGE = 100
 class Predict:
     name: str
     version: str | None
-    body: Body
+    body: Body | Parts
     parameters: Mapping[str, str] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
+
+    def parts(self) -> dict[str, Body]:
+        """The message and the parameters by name, as a form and gRPC's map have them."""
+        if isinstance(self.body, Body):
+            message, prefix = {BODY: self.body}, ""
+        else:
+            message, prefix = dict(self.body.fields), PARAMETER
+        return message | {prefix + key: Body(value.encode()) for key, value in self.parameters.items()}
 
     def asks(self, left_s: float) -> dict[str, str]:
         """The options to send, with the time that the client still waits."""
@@ -62,6 +71,9 @@ class Cancel:
     version: str | None
     key: str
     route_by: Mapping[str, str] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, Body]:
+        return {BODY: self.body}
 
     @property
     def options(self) -> Options:

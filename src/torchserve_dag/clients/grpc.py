@@ -22,6 +22,7 @@ from torchserve_dag.clients.errors import (
     ServingError,
     connection_lost,
     deadline_exceeded,
+    error_in,
     error_of,
     unreachable,
 )
@@ -39,6 +40,7 @@ from torchserve_dag.clients.flows import (
     Unregister,
 )
 from torchserve_dag.clients.settings import Port
+from torchserve_dag.runtime.data.codec import FAILURE_TRAILER
 from torchserve_dag.runtime.data.options import PIECES
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest, TorchServeHealthResponse
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
@@ -218,10 +220,9 @@ def _start(channel: _Channel, port: Port, call: Call, deadline: Deadline, *, str
 def _predictions(call: Predict | Cancel, deadline: Deadline, *, stream: bool) -> PredictionsRequest:
     # TorchServe hands its worker neither grpc's metadata nor its deadline, nor says which method was called.
     asks = call.asks(deadline.left()) | ({PIECES: "true"} if stream else {})
-    texts = {key: value.encode() for key, value in {**call.parameters, **asks}.items()}
-    return PredictionsRequest(
-        model_name=call.name, model_version=call.version or "", input={"body": call.body.content, **texts}
-    )
+    parts = {name: part.content for name, part in call.parts().items()}
+    texts = {name: value.encode() for name, value in asks.items()}
+    return PredictionsRequest(model_name=call.name, model_version=call.version or "", input=parts | texts)
 
 
 def _body(reply: PredictionResponse | TorchServeHealthResponse | ManagementResponse) -> bytes:
@@ -259,6 +260,9 @@ def _translated(  # noqa: PLR0911 (one return a kind of failure)
     error: Any, address: Address, call: Call, deadline: Deadline
 ) -> ServingError:
     """Our exception for grpc's. The last line of TorchServe's descriptions names a Java class, which is the type."""
+    failure = dict(error.trailing_metadata() or ()).get(FAILURE_TRAILER)  # a model's failure, which has all its fields
+    if failure and (explained := error_in(failure.encode())):
+        return explained
     code, text = error.code(), error.details() or ""
     message, _, last = text.rpartition("\n")
     java = _JAVA_CLASS.fullmatch(last.strip())
@@ -275,7 +279,7 @@ def _translated(  # noqa: PLR0911 (one return a kind of failure)
         return unreachable(address, text) if no_connection else connection_lost(address, text)
     if code is grpc.StatusCode.CANCELLED:
         # TorchServe cancels a call whose body is over its limit (RST_STREAM 8, CANCEL) and does not say why.
-        size = len(call.body.content) if isinstance(call, Predict) else 0
+        size = sum(len(part.content) for part in call.parts().values()) if isinstance(call, Predict) else 0
         too_large = error_of(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message=_CANCELLED.format(size))
         return too_large if size and "error code 8" in text else connection_lost(address, text)
     return error_of(_STATUS.get(code, HTTPStatus.INTERNAL_SERVER_ERROR), message=text)

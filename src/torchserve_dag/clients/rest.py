@@ -11,6 +11,7 @@ from urllib.parse import quote
 import httpx
 
 from torchserve_dag.clients import flows
+from torchserve_dag.clients.bodies import UNKNOWN
 from torchserve_dag.clients.chunks import FailureFilter
 from torchserve_dag.clients.client import AsyncClient, Client
 from torchserve_dag.clients.deadline import Deadline
@@ -29,6 +30,7 @@ from torchserve_dag.clients.flows import (
     Unregister,
 )
 from torchserve_dag.clients.settings import Port
+from torchserve_dag.runtime.data.parts import Body
 
 LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=256)
 # trust_env=False below: the environment's proxy is for the web, not for model servers.
@@ -162,13 +164,16 @@ def _path(name: str, version: str | None) -> str:
 
 
 def _content(call: Predict | Cancel) -> tuple[dict[str, str], dict[str, Any]]:
-    """The headers and the body. A message alone is the body; with parameters, all are parts of a form, because
+    """The headers and the body. A whole message alone is the body; with parameters all are parts of a form, because
     TorchServe hands no query to the handler.
     """
-    if not call.parameters:
-        return {"Content-Type": call.body.content_type}, {"content": call.body.content}
-    parts: dict[str, Any] = {"body": ("body", call.body.content, call.body.content_type)}
-    return {}, {"files": parts | {key: (None, value) for key, value in call.parameters.items()}}
+    if isinstance(call.body, Body) and not call.parameters:
+        return {"Content-Type": call.body.content_type or UNKNOWN}, {"content": call.body.content}
+    parts = {
+        name: (name, part.content, part.content_type) if part.content_type else (None, part.content)
+        for name, part in call.parts().items()
+    }
+    return {}, {"files": parts}
 
 
 @contextmanager

@@ -85,15 +85,14 @@ class Workflow:
         body: Any,
         parameters: Mapping[str, str] | None = None,
         *,
-        content_type: str | None = None,
         request_id: str | None = None,
         known: Mapping[str, Any] | None = None,
         options: Options | None = None,
         on_chunk: Callable[[Any], None] | None = None,
     ) -> Request:
-        """Submit one request; see Engine.submit. `body` is a message, or bytes with their `content_type`."""
+        """Submit one request; see Engine.submit. `body` is a message, or what a client sent: bytes, a Body, Parts."""
         return self.engine.submit(
-            (body, content_type),
+            body,
             parameters,
             request_id=request_id,
             known=known,

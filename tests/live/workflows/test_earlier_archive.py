@@ -10,6 +10,7 @@ import pytest
 from tests.live.conftest import ROOT, Serving
 from torchserve_dag.clients import RequestRefused
 from torchserve_dag.runtime.messages import Text
+from torchserve_dag.runtime.worker.protocol import PROTOCOL
 from torchserve_dag.server.status import about
 
 EARLIER = ROOT / "tests" / "data" / "count_words-1.0.mar"
@@ -47,4 +48,4 @@ def test_status_says_which_protocol_an_archive_speaks(server: Serving) -> None:
         earlier, today = (about(client, "count_words", version) for version in ("1.0", "2.0"))
 
     assert str(earlier["protocol"]).startswith("count_words 1.0 speaks no protocol ")
-    assert today["protocol"] == 1
+    assert today["protocol"] == PROTOCOL

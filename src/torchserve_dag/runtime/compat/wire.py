@@ -43,6 +43,8 @@ class WireRequest:
     """The request's body as `body`, or a form's parts by name: bytes from the socket."""
     headers: dict[str, Any]
     """The request's headers, and under each part's name a mapping with its content type."""
+    repeated: tuple[str, ...] = ()
+    """Names that several parts of a form have. The row has the last part of each name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,16 @@ def read_requests(data: bytearray) -> tuple[list[WireRequest], int]:
             key = reader.text(size)
             headers[key] = reader.text(reader.size())
         types: dict[str, Any] = {}
-        place = {}
+        place: dict[str, tuple[int, int]] = {}
+        repeated: list[str] = []
         while (size := reader.size()) != _END:
             key = reader.text(size)
+            if key in place:
+                repeated.append(key)
             types[key] = {"content-type": reader.text(reader.size())}
             place[key] = (reader.skip(reader.size()), reader.at)
         places.append(place)
-        requests.append(WireRequest(name, {}, types | headers))
+        requests.append(WireRequest(name, {}, types | headers, tuple(repeated)))
     with memoryview(data) as view:
         for request, place in zip(requests, places, strict=True):
             request.row.update((key, bytes(view[start:end])) for key, (start, end) in place.items())

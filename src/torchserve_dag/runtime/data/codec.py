@@ -5,43 +5,45 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 import re
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from torchserve_dag.runtime.data import photos, plain
+from torchserve_dag.runtime.data import media, photos, plain, strict_json
 from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
 
 T = TypeVar("T")
 
+FAILURE_TRAILER = "x-failure"
+"""gRPC's trailing metadata with a failure in JSON, where the call's status says that the call failed."""
 _FAILURE = re.compile(rb'\s*\{\s*"code"\s*:')
 _FAILURE_KEYS = {"code", "type", "message", "node", "request_id"}
-_ANY_CONTENT = {"", "application/octet-stream", "binary/octet-stream"}
 
 
 def decode(kind: type[T], body: bytes, content_type: str | None = None, *, max_pixels: int = photos.MAX_PIXELS) -> T:
     """A request's body as a `kind`. Raises InputError.
 
-    `content_type` is the client's. Without it, or with `application/octet-stream`, the type is detected from the bytes.
+    `content_type` is the client's. Without it, or with one that says nothing (`media.SAYS_NOTHING`), the type is
+    detected from the bytes.
     `max_pixels`: of a photo.
     """
     if not body:
         raise InputError(f"The body is empty; send {describe(kind)}.")
-    media = (content_type or "").partition(";")[0].strip().lower()
+    sent_as, charset = media.media_of(content_type), media.charset_of(content_type)
     value: Any
     if kind is Photo:
-        _expect(media, "image/", kind)
+        _expect(sent_as, sent_as.startswith("image/"), kind)
         value = photos.decode(body, max_pixels)
     elif kind is Text:
-        value = _text(body, media)
+        value = _text(body, sent_as, charset)
     elif kind is bytes:
         value = bytes(body)
-    elif kind is Any:
-        value = _anything(body, media)
+    elif kind is Any:  # as TorchServe passes it to a handler: decoded if it is declared as JSON, else the bytes
+        value = _json(body, charset, kind) if media.is_json(sent_as) else bytes(body)
     else:
-        _expect(media, "application/json", kind)
-        value = _plain(kind, body)
+        _expect(sent_as, media.is_json(sent_as), kind)
+        value = _plain(kind, body, charset)
     return value  # type: ignore[no-any-return]
 
 
@@ -109,6 +111,14 @@ def failure_in(body: bytes) -> Failure | None:
     return Failure(code, str(message), kind, node)
 
 
+def reads(kind: Any) -> bool:
+    """Whether a client can send a message of this type: as a body, or field by field as the parts of a form."""
+    if kind in {Photo, Text, bytes} or plain.fits_json(kind):
+        return True
+    fields = plain.field_types(kind).values() if dataclasses.is_dataclass(kind) else ()  # type: ignore[arg-type]
+    return bool(fields) and all(field in {Photo, bytes} or plain.fits_json(field) for field in map(plain.given, fields))
+
+
 def describe(kind: Any) -> str:
     """What to send as a body of this type, in words."""
     if kind is Photo:
@@ -118,66 +128,50 @@ def describe(kind: Any) -> str:
     if kind in {bytes, Any}:
         return "bytes"
     if dataclasses.is_dataclass(kind):
-        return f"JSON with the keys {', '.join(plain.field_types(kind))}"  # type: ignore[arg-type]
+        names = ", ".join(plain.field_types(kind))  # type: ignore[arg-type]
+        return f"JSON with the keys {names}" if plain.fits_json(kind) else f"a form with the parts {names}"
     return f"JSON ({plain.name_of(kind)})"
 
 
-def _expect(media: str, wanted: str, kind: type) -> None:
-    # curl and many clients declare every body as a form. TorchServe passes a real form's parts on one by one, so this
-    # content type here means that the body has none of its own.
-    if media in _ANY_CONTENT or media.startswith(wanted):
-        return
-    raise InputError(
-        f"The content type {media} is not accepted here; send {describe(kind)}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE
-    )
+def content_type_of(kind: Any) -> str:
+    """The content type under which a client may send a body of this type."""
+    usual = {Photo: "image/jpeg", Text: "text/plain", bytes: "application/octet-stream"}
+    return usual.get(kind) or ("application/json" if plain.fits_json(kind) else "multipart/form-data")
 
 
-def _text(body: bytes, media: str) -> Text:
-    if media == "application/json":
-        return _plain(Text, body)
-    if media not in _ANY_CONTENT and not media.startswith("text/"):
-        _expect(media, "text/", Text)
-    try:
-        return Text(body.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"The text is not UTF-8 (byte {error.start}); send {describe(Text)}.") from None
+def _expect(sent_as: str, fits: bool, kind: type) -> None:  # noqa: FBT001
+    if not (fits or sent_as in media.SAYS_NOTHING):
+        raise InputError(
+            f"The content type {sent_as} is not accepted here; send {describe(kind)}.",
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        )
 
 
-def _anything(body: bytes, media: str) -> Any:
-    """The body as TorchServe passes it to a handler: decoded if it is declared as JSON, else the bytes."""
-    if media == "application/json":
-        try:
-            return _json(body)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"The body is not valid JSON: {error}.") from None
-    return bytes(body)
+def _text(body: bytes, sent_as: str, charset: str | None) -> Text:
+    if media.is_json(sent_as):
+        return _plain(Text, body, charset)
+    _expect(sent_as, sent_as.startswith("text/"), Text)
+    text = media.characters(body, charset)
+    # `curl -d` declares JSON as a form, too. Where the content type is another, a text may look like JSON.
+    if sent_as == media.FORM and text.lstrip().startswith("{"):
+        with suppress(ValueError, plain.WrongDataError):
+            return plain.build(Text, strict_json.parse(text))
+    return Text(text)
 
 
-def _plain(kind: type[T], body: bytes) -> T:
-    try:
-        data = _json(body)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"The body is not valid JSON: {error}; send {describe(kind)}.") from None
+def _plain(kind: type[T], body: bytes, charset: str | None) -> T:
+    data = _json(body, charset, kind)
     try:
         return plain.build(kind, data)
     except plain.WrongDataError as error:
-        raise InputError(f"The JSON does not fit: {error}.", HTTPStatus.UNPROCESSABLE_ENTITY) from None
+        instead = "" if plain.fits_json(kind) else f"; send {describe(kind)}"
+        raise InputError(f"The JSON does not fit: {error}{instead}.", HTTPStatus.UNPROCESSABLE_ENTITY) from None
 
 
-def _json(body: bytes) -> Any:
-    """Parse strict JSON. Python's own parser accepts NaN and lone surrogates, which no answer could contain."""
-    data = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
-    if b"\\u" in body:
-        json.dumps(data, ensure_ascii=False).encode()
-    return data
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return number
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _json(body: bytes, charset: str | None, kind: type) -> Any:
+    text = media.characters(body, charset)
+    try:
+        return strict_json.parse(text)
+    except ValueError as error:
+        instead = "" if kind is Any else f"; send {describe(kind)}"
+        raise InputError(f"The body is not valid JSON: {error}{instead}.") from None

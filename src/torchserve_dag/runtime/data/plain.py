@@ -12,8 +12,11 @@ import enum
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal, TypeVar, Union
+
+MOST_BITS = 64
+"""A whole number with more would make numpy, torch and other languages fail."""
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
@@ -91,6 +94,17 @@ def field_types(kind: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
+def missing(kind: Any, given: Container[str]) -> list[str]:
+    """The fields of a dataclass that need a value, and are not among those given."""
+    return [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in given
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+
+
 _NAMES = {None: "nothing", type(None): "nothing", Any: "anything", ...: "..."}
 
 
@@ -110,6 +124,12 @@ def name_of(kind: Any) -> str:
     if origin is not None:
         return f"{name_of(origin)}[{', '.join(name_of(a) for a in typing.get_args(kind))}]"
     return getattr(kind, "__name__", str(kind))
+
+
+def given(kind: Any) -> Any:
+    """A type without None: what a field holds where it is given."""
+    parts = [part for part in typing.get_args(kind) if part is not type(None)] if is_union(kind) else []
+    return Union[tuple(parts)] if parts else kind  # noqa: UP007 (made from a list)
 
 
 def fits_json(kind: Any, outer: frozenset[type] = frozenset()) -> bool:
@@ -211,11 +231,7 @@ def _build_dataclass(kind: type, data: Any, path: Path, wrongs: list[Wrong]) -> 
             wrongs.append(Wrong((*path, key), f'unknown key "{key}"', did_you_mean(str(key), list(hints)), at_key=True))
         else:
             values[key] = _build(hints[key], part, (*path, key), wrongs)
-    wrongs.extend(
-        Wrong(path, f'"{f.name}" is missing')
-        for f in dataclasses.fields(kind)
-        if f.name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    )
+    wrongs.extend(Wrong(path, f'"{name}" is missing') for name in missing(kind, data))
     if len(wrongs) > before:
         return None
     try:
@@ -234,7 +250,8 @@ def _build_scalar(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
             return _refuse(kind, data, path, wrongs)
     if isinstance(data, bool) and kind is not bool:
         return _refuse(kind, data, path, wrongs)
-    if isinstance(kind, type) and isinstance(data, kind):
+    too_large = kind is int and isinstance(data, int) and data.bit_length() > MOST_BITS
+    if isinstance(kind, type) and isinstance(data, kind) and not too_large:
         return data
     if kind is str and isinstance(data, int | float):
         wrongs.append(Wrong(path, f"{data} is a number where text is meant", "put it in quotes"))
@@ -260,6 +277,8 @@ def _expected(kind: Any, data: Any) -> str:
     word = "a mapping" if dataclasses.is_dataclass(kind) else _WORDS.get(origin or kind) or name_of(kind)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         word += f" ({', '.join(repr(member.value) for member in kind)})"
+    if kind is int and type(data) is int:
+        word += f" of at most {MOST_BITS} bits"
     return f"expected {word}, not {shown}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchserve_dag.runtime.compat.runner import TorchServeRunner
 from torchserve_dag.runtime.compute.placement import Placement, find_device
-from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.data.parts import Body, Parts, read
 from torchserve_dag.runtime.data.source import Source
 from torchserve_dag.runtime.engine.runner import Runner, Starter, function_runner, stream_runner
 from torchserve_dag.runtime.graph.graph import Code, Graph
@@ -109,13 +109,12 @@ def load_handler(
 
 
 def decoder(kind: Any, max_pixels: int) -> Runner:
-    """The runner that decodes requests, from a body and its content type to a message. A message passes unchanged."""
+    """The runner that decodes requests to messages. A message, which a program sends, passes unchanged."""
 
-    def decode(request: tuple[Any, str | None]) -> Any:
-        body, content_type = request
-        if isinstance(body, bytes | bytearray | memoryview):
-            return codec.decode(kind, bytes(body), content_type, max_pixels=max_pixels)
-        return body
+    def decode(request: Any) -> Any:
+        if isinstance(request, bytes | bytearray | memoryview):
+            request = Body(bytes(request))
+        return read(kind, request, max_pixels=max_pixels) if isinstance(request, Body | Parts) else request
 
     return function_runner("decode", decode)
 

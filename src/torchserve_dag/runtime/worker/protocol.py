@@ -5,7 +5,7 @@ which runs with the copy of this package that it was built with. TorchServe's wo
 beside this file, which the archive carries too, so that the two always fit. Any other host has the loop of the
 installed package, whose version may be another. So a host uses what this file names and nothing else of an archive: it
 imports `load` from the archive's own `torchserve_dag.runtime.worker.service`, and calls the methods of `Service`. The
-values are strings, bytes, numbers, mappings of these, and the two dataclasses below.
+values are strings, bytes, numbers, mappings of these, and the three dataclasses below.
 
 An archive's `build.json` says which `protocol` it speaks; `archives/protocol.py` reads it. Whoever changes the
 meaning of anything here raises PROTOCOL.
@@ -13,13 +13,13 @@ meaning of anything here raises PROTOCOL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Metrics = Mapping[tuple[str, str, str | None], float]
 """By node, metric, and the upper bound of a histogram's bucket (None for other metrics): a number that only grows."""
@@ -29,22 +29,37 @@ OnChunk = Callable[[bytes, str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a form, or an entry of gRPC's map."""
+
+    name: str
+    content: bytes
+    content_type: str | None = None
+    """Over gRPC, and for a form's field that is no file, None."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceRequest:
     """A client's request, whatever server received it."""
 
     id: str
     """The request's id in logs, failures and feedback."""
-    body: bytes
+    body: bytes = b""
+    """The body as it was sent; empty where `parts` has the request's content."""
     content_type: str | None = None
-    """The body's content type; None: the service detects it from the bytes."""
+    """As the client sent it. None: the service detects it from the bytes."""
+    content_encoding: str | None = None
+    """As the client sent it: the service decompresses the body."""
     parameters: Mapping[str, str] = field(default_factory=dict)
-    """The request's parameters: the other parts of a form, or a URL's query."""
+    """Parameters beside the body: a URL's query."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Headers by their names in lower case: the time limit, the cancel key and the other options (see options.py)."""
-    parts: Mapping[str, Any] | None = None
-    """All parts of a form by name, for TorchServe handlers, which read them so. None: the body is the only part."""
-    headers: Mapping[str, Any] = field(default_factory=dict)
-    """For TorchServe handlers: the headers, and for each part, under its name, a mapping with its `content-type`."""
+    parts: Sequence[Part] | None = None
+    """The parts of a form in their order, options excepted; None: the body is the only part."""
+    repeated: Sequence[str] = ()
+    """Names that several parts of the form had. `parts` has the last part of each name."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """The headers as they were sent, for TorchServe handlers."""
 
 
 @dataclass(frozen=True, slots=True)

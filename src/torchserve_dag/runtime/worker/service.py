@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.data.codec import content_type_of
+from torchserve_dag.runtime.data.media import FORM, form_fields, media_of
 from torchserve_dag.runtime.data.options import read_options
+from torchserve_dag.runtime.data.parts import Body, Parts, message_in
 from torchserve_dag.runtime.engine.request import Request
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.read import read_graph
@@ -26,7 +30,14 @@ from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.requirements import differences
 from torchserve_dag.runtime.telemetry import scores
 from torchserve_dag.runtime.telemetry.metrics import series_of
-from torchserve_dag.runtime.worker.protocol import Metrics, OnChunk, PendingResponse, ServiceRequest, ServiceResponse
+from torchserve_dag.runtime.worker.protocol import (
+    Metrics,
+    OnChunk,
+    Part,
+    PendingResponse,
+    ServiceRequest,
+    ServiceResponse,
+)
 from torchserve_dag.runtime.worker.response import (
     write_answer,
     write_chunk,
@@ -54,6 +65,7 @@ class WorkflowService:
             logger.warning("%s %s: %s", whole.name, whole.version, sentence)
         graph = self._graph_to_run(whole)
         self._workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers)
+        self._takes = graph.request
         self._takes_rows = takes_rows(graph)
         self.name, self.version = graph.name, graph.version
         self.timeout_s: float = graph.serve.timeout_s
@@ -71,21 +83,40 @@ class WorkflowService:
         pending = Pending(partial(self._respond, request), on_chunk)
         try:
             options = read_options(request.options)
+            message, parameters = self._read(request)
         except InputError as error:
             return pending.refused(Failure(error.status, error.message))
-        body: Any = request.body
-        if self._takes_rows:
-            parts = {"body": body} if request.parts is None else request.parts
-            body = Row.received(parts, request.headers)
         running = self._workflow.submit(
-            body,
-            request.parameters,
-            content_type=request.content_type,
+            message,
+            parameters,
             request_id=request.id,
             options=options,
             on_chunk=pending.send_chunk if on_chunk and self.streams else None,
         )
         return pending.follow(running)
+
+    def _read(self, request: ServiceRequest) -> tuple[Body | Parts | Row, Mapping[str, str]]:
+        """What the client sent, as the workflow decodes it, and the parameters beside it. Raises InputError."""
+        if self._takes_rows:
+            return self._row(request), request.parameters
+        if request.parts is None:
+            return Body(request.body, request.content_type, request.content_encoding), request.parameters
+        if media_of(request.content_type) == FORM:
+            raise InputError(_TAKEN_APART.format(content_type_of(self._takes)), HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+        if request.repeated:
+            raise InputError(f"The form has several parts called {request.repeated[0][:40]}: send one.")
+        parts = {part.name: Body(part.content, part.content_type) for part in request.parts}
+        message, parameters = message_in(self._takes, parts)
+        return message, {**request.parameters, **parameters}
+
+    def _row(self, request: ServiceRequest) -> Row:
+        """The request as TorchServe hands it to a handler."""
+        parts = request.parts
+        if parts is None:
+            fields = form_fields(request.body) if media_of(request.content_type) == FORM else None
+            parts = [Part(*field) for field in fields] if fields else [Part("body", request.body, request.content_type)]
+        about = {part.name: {"content-type": media_of(part.content_type)} for part in parts}
+        return Row.received({part.name: part.content for part in parts}, about | dict(request.headers))
 
     def together(self) -> AbstractContextManager[None]:
         return self._workflow.engine.together()
@@ -114,6 +145,10 @@ class WorkflowService:
 
 
 _NOTHING_LEFT = ServiceResponse(b"")
+_TAKEN_APART = (
+    f"TorchServe took the body apart, because its content type is {FORM}, which curl and others send unless told "
+    "otherwise: send Content-Type: {}, or call the front door."
+)
 
 
 class Pending:

@@ -1,4 +1,4 @@
-"""TorchServe's requests as ServiceRequests: the body, the parameters and the options of a row."""
+"""TorchServe's requests as ServiceRequests: the body or the parts, the content type and the options."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchserve_dag.runtime.compat.wire import WireRequest
-from torchserve_dag.runtime.data.options import CANCEL, PIECES, named, without_options
-from torchserve_dag.runtime.worker.protocol import Service, ServiceRequest, ServiceResponse
+from torchserve_dag.runtime.data import media
+from torchserve_dag.runtime.data.options import CANCEL, HEADERS, PIECES, named
+from torchserve_dag.runtime.data.parts import BODY
+from torchserve_dag.runtime.worker.protocol import Part, Service, ServiceRequest, ServiceResponse
 from torchserve_dag.runtime.worker.response import write_answer
-
-BODY_KEYS = ("body", "data")
-"""The key of a row's body: TorchServe calls a raw body `body`; clients of TorchServe call a form's part `data`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,34 +30,48 @@ class TorchServeRequest(ServiceRequest):
 
 
 def read_request(wire: WireRequest) -> TorchServeRequest:
-    """Read a request from its row and its headers, which include the content types of its parts.
+    """Read a request from its row and its headers.
 
     Its id is the client's `x-request-id`, and TorchServe's own id where the client sent none.
     """
-    row, headers = wire.row, wire.headers
-    key = next((name for name in BODY_KEYS if name in row), None)
-    if key is None:
-        names = without_options(dict.fromkeys(row, ""))
-        if len(names) == 1:  # a gRPC client may call its one input as it likes
-            (key,) = names
-    body = row.get(key, b"") if key else b""
-    part = headers.get(key) if key else None  # the content type of the body's own part, in a form
-    parameters = {name: _text(value) for name, value in row.items() if name != key}
-    named_headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    options = {
-        name.lower(): value for name, value in parameters.items()
-    } | named_headers  # over gRPC, options are in the row
+    sent = {name: value for name, value in wire.headers.items() if isinstance(value, str)}
+    headers = {name.lower(): value for name, value in sent.items()}
+    parts = [_part(name, value, wire.headers.get(name)) for name, value in wire.row.items()]
+    # Over gRPC, options are entries of the map; a form may have them, too.
+    options = {part.name.lower(): _text(part.content) for part in parts if part.name.lower() in HEADERS} | headers
+    parts = [part for part in parts if part.name.lower() not in HEADERS]
+    content_type = headers.get("content-type")
+    body: Part | None = None
+    if len(parts) == 1 and parts[0].name == BODY and media.media_of(content_type) != media.FORM and not wire.repeated:
+        (body,) = parts
+        if media.media_of(content_type) != media.media_of(body.content_type):  # a form's own type is not its part's
+            content_type = body.content_type
+        elif content_type:  # TorchServe gives the part the media type, and drops the charset
+            content_type = content_type.replace(media.FORM_AS_SENT, media.FORM)
     return TorchServeRequest(
         named(options) or wire.id,
-        bytes(body) if isinstance(body, bytes | bytearray) else json.dumps(body).encode(),
-        part.get("content-type") if isinstance(part, dict) else None,
-        without_options(parameters) if parameters else parameters,
-        options,
-        without_options(row),
-        headers,
-        rest=over_rest(named_headers),
-        describes=headers.get("describe") == "True",
+        body.content if body else b"",
+        content_type or None,
+        headers.get("content-encoding"),
+        options=options,
+        parts=None if body else parts,
+        repeated=wire.repeated,
+        headers=sent,
+        rest=over_rest(headers),
+        describes=sent.get("describe") == "True",
     )
+
+
+def _part(name: str, value: Any, about: Any) -> Part:
+    """A part of a row. It may be decoded already, where another worker runs this one: JSON to data, text to a str."""
+    content_type = about.get("content-type") if isinstance(about, Mapping) else None
+    if isinstance(value, bytes | bytearray):
+        content = bytes(value)
+    elif isinstance(value, str) and not media.is_json(media.media_of(content_type)):
+        content = value.encode()
+    else:
+        content = json.dumps(value).encode()
+    return Part(name, content, content_type or None)
 
 
 def control(service: Service, request: TorchServeRequest) -> ServiceResponse | None:
@@ -80,5 +93,5 @@ def over_rest(headers: Mapping[str, Any]) -> bool:
     return "explain" in names or ("host" in names and "describe" not in names)
 
 
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes | bytearray) else str(value)
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "replace")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.data.content_encoding import decompressed
+from torchserve_dag.runtime.data.parts import Body
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.torchserve.segment import ABOUT_PART, FAILURE_PART, REQUEST_PART, segments, unseal
-from torchserve_dag.runtime.messages import Failure
-from torchserve_dag.runtime.worker.protocol import OnChunk, PendingResponse, ServiceRequest, ServiceResponse
+from torchserve_dag.runtime.messages import Failure, InputError
+from torchserve_dag.runtime.worker.protocol import OnChunk, Part, PendingResponse, ServiceRequest, ServiceResponse
 from torchserve_dag.runtime.worker.response import CANNOT_BE_WRITTEN, MAX_BYTES, too_large
 from torchserve_dag.runtime.worker.service import Pending, WorkflowService
 
@@ -32,15 +35,17 @@ class SegmentService(WorkflowService):
         return self._segment.part()
 
     def submit(self, request: ServiceRequest, on_chunk: OnChunk | None = None) -> PendingResponse:  # noqa: ARG002
-        parts = self._open(request)
+        try:
+            parts = self._open(request)
+        except InputError as error:
+            return Pending(partial(self._seal, {})).refused(Failure(error.status, error.message))
         pending = Pending(partial(self._seal, parts))
         if failure := codec.failure_in(parts.get(FAILURE_PART, b"")):
             return pending.refused(failure)
         content_type, parameters = json.loads(parts[ABOUT_PART])
         running = self._workflow.submit(
-            parts[REQUEST_PART],
+            Body(parts[REQUEST_PART], content_type),
             parameters,
-            content_type=content_type,
             request_id=request.id,
             known=self._segment.known_results(parts),
         )
@@ -48,10 +53,15 @@ class SegmentService(WorkflowService):
 
     def _open(self, request: ServiceRequest) -> dict[str, bytes]:
         if self._segment.known:
-            return unseal(request.parts or {})
+            envelopes = request.parts if request.parts is not None else [Part("body", request.body)]
+            return unseal({part.name: part.content for part in envelopes})
         # The first segment gets the client's request: its body is no envelope, even if it looks like one.
-        about = json.dumps([request.content_type, dict(request.parameters)]).encode()
-        return {REQUEST_PART: request.body, ABOUT_PART: about}
+        message, parameters = self._read(request)
+        if not isinstance(message, Body):
+            what = "a .war takes no message in the parts of a form."
+            raise InputError(f"The request is a form, and {what}", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+        about = json.dumps([message.content_type, dict(parameters)]).encode()
+        return {REQUEST_PART: decompressed(message.content, message.encoding), ABOUT_PART: about}
 
     def _seal(self, parts: dict[str, bytes], answer: Any, _: bool) -> ServiceResponse:  # noqa: FBT001
         try:
