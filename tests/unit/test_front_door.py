@@ -20,7 +20,7 @@ from torchserve_dag.commands import app
 from torchserve_dag.front_door import bootstrap, certificate, envoy_config, routes_file, settings
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.routes_file import RouteFile
-from torchserve_dag.front_door.settings import FrontDoor
+from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, splits
 from torchserve_dag.front_door.tokens import ALGORITHM, Token, TokenStore
 from torchserve_dag.runtime.data.source import CheckError
@@ -137,7 +137,7 @@ class TestSplits:
         """And says in the log for whom."""
         shares = splits(SERVED, {"m": ROUTE}, {}, {}, [("m", "2.0")])
         text = json.dumps(envoy_config.routes(SERVED, shares, [], "token", 10))
-        clusters = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, Addresses(), "token")}
+        clusters = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, Addresses(), "token", Limits())}
 
         assert (
             '[{"cluster_name": "rest:m/1.0", "weight": 900000}, {"cluster_name": "rest:m/1.0!2.0", "weight": 100000}]'
@@ -190,7 +190,7 @@ class TestEnvoy:
 
     def test_a_version_with_a_fallback_is_guarded_and_the_fallback_is_not(self) -> None:
         shares = splits(SERVED, {"m": ROUTE}, {}, {})
-        found = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, Addresses(), "token")}
+        found = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, Addresses(), "token", Limits())}
 
         assert {"rest:m/1.0", "rest:m/2.0", "rest:m/2.0?", "grpc:m/2.0?", "rest:torchserve"} <= found.keys()
         assert "rest:m/1.0?" not in found
@@ -200,7 +200,7 @@ class TestEnvoy:
     def test_what_answers_in_chunks_has_no_limit_for_all_of_them(self) -> None:
         served = [*SERVED[:1], ServedVersion("m", "2.0", 30.0, ours=True, streams=True)]
         shares = splits(served, {"m": ROUTE}, {}, {})
-        found = {one["name"]: one for one in envoy_config.clusters(served, shares, Addresses(), "token")}
+        found = {one["name"]: one for one in envoy_config.clusters(served, shares, Addresses(), "token", Limits())}
 
         assert "max_stream_duration" not in json.dumps(found["rest:m/2.0?"])
 

@@ -6,9 +6,19 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.front_door.envoy_config import TOKEN_NAME, TOKENS_FILTER, TOKENS_KIND, TYPES, script
+from torchserve_dag.front_door.envoy_config import (
+    HEALTH,
+    INFLATE,
+    TOKEN_NAME,
+    TOKENS_FILTER,
+    TOKENS_KIND,
+    TYPES,
+    UNPACK,
+    script,
+)
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.tokens import ISSUER
+from torchserve_dag.runtime.data.options import MAX_REQUEST_ID
 from torchserve_dag.server.ports import host_and_port
 
 Config = dict[str, Any]
@@ -18,13 +28,25 @@ ADMIN = "admin.sock"
 ROUTES, CLUSTERS, CERTIFICATE = "routes.json", "clusters.json", "certificate.json"
 ACCEPTED = "accepted_tokens.json"
 """Apart from the routes, so that a revocation waits for nothing else."""
-REQUESTS_LOG, FEEDBACK_LOG = "requests.log", "feedback.log"
+SAMPLING = "sampling.json"
+REQUESTS_LOG, FEEDBACK_LOG, REFUSED_LOG = "requests.log", "feedback.log", "refused.log"
 
 HEAP_BYTES = 2 * 2**30
-"""The heap size at which Envoy starts to refuse requests."""
+"""What Envoy may use: from 70 % of it the largest streams are reset, and near it nothing new is taken."""
+TRACKED_POWER = 18
+"""Streams that hold 2^18 bytes (256 KiB) or more are counted by size, and may be reset."""
 SPARE_FILES = 1024
 """File descriptors reserved for connections to TorchServe and for logs."""
 STREAM_WINDOW = 256 * 2**10
+REFUSED_PER_S = 10
+"""How many refused requests a second are written to `refused.log`; all are counted."""
+MAX_HEADERS = 100
+ANSWER_BYTES = 8 * 2**20
+"""More than TorchServe's max_response_size, 6.5 MB."""
+INFLATE_RATIO = 20
+"""How much larger than it was sent a compressed message may be: what is inflated is in memory as a whole."""
+IDLE_UNDER_PRESSURE = "5s"
+"""How long a client that neither sends nor reads is waited for when memory is short."""
 BUCKETS_US = [round(1000 * 1.15**i) for i in range(-8, 84)]
 """Upper bounds of the histogram of durations, 15 % apart: from 0.3 ms to 2 minutes."""
 GRPC_STATUS = {413: "8", 504: "4"}
@@ -32,6 +54,7 @@ GRPC_STATUS = {413: "8", 504: "4"}
 REQUEST_ID = "%REQUEST_HEADER(x-request-id)%"
 
 _FILTERS = f"{TYPES}extensions.filters.http."
+_HEAP = "envoy.resource_monitors.fixed_heap"
 _LISTENER_HTTP = f"{TYPES}extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -101,13 +124,22 @@ def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int)
         "drain_timeout": "1s",
         "common_http_protocol_options": {
             "idle_timeout": f"{limits.idle_s}s",
-            "max_headers_count": 100,
+            "max_headers_count": MAX_HEADERS,
             "headers_with_underscores_action": "REJECT_REQUEST",
         },
+        "http_protocol_options": {"accept_http_10": True, "default_host_for_http_10": "localhost"},
         "http2_protocol_options": {
             "max_concurrent_streams": limits.streams,
             "initial_stream_window_size": STREAM_WINDOW,
             "initial_connection_window_size": 4 * STREAM_WINDOW,
+            # An invalid request ends alone: the connection may be a load balancer's, with others' requests.
+            "override_stream_error_on_invalid_http_message": True,
+        },
+        "request_id_extension": {
+            "typed_config": {
+                "@type": f"{TYPES}extensions.request_id.uuid.v3.UuidRequestIdConfig",
+                "pack_trace_reason": False,  # else a digit of a client's own UUID is changed
+            }
         },
         # A client may choose its request's id, to send feedback later; otherwise Envoy generates one.
         "preserve_external_request_id": True,
@@ -115,13 +147,14 @@ def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int)
         "early_header_mutation_extensions": [_without_internal_headers()],
         "rds": {"route_config_name": "routes", "config_source": _from_file(folder / ROUTES)},
         "http_filters": _filters(folder, key_set, max_body),
-        "access_log": _logs(logs),
-        "local_reply_config": _local_replies(),
+        "access_log": _logs(folder, logs),
+        "local_reply_config": _local_replies(limits, max_body),
     }
 
 
 def _without_internal_headers() -> Config:
-    removed = [{"remove": f"x-door-{name}"} for name in ("model", "version", "rest", "token", "first")]
+    names = ("model", "version", "rest", "token", "first", "inflated")
+    removed = [{"remove": f"x-door-{name}"} for name in names]
     return {
         "name": "envoy.http.early_header_mutation.header_mutation",
         "typed_config": {
@@ -140,16 +173,21 @@ def _filters(folder: Path, key_set: str, max_body: int) -> list[Config]:
         "forward": False,
         "payload_in_metadata": "token",
         "claim_to_headers": [{"header_name": TOKEN_NAME, "claim_name": "sub"}],
+        # The scheme's case is the client's choice (RFC 9110, 11.1); Envoy compares it letter by letter.
+        "from_headers": [
+            {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer", "BEARER")
+        ],
     }
     needs_token = {"match": {"prefix": "/"}, "requires": {"provider_name": "tokens"}}
     return [
         {
-            "name": "envoy.filters.http.health_check",
+            # Answers from what Envoy's own health check found last: nothing of the client's reaches TorchServe.
+            "name": "ping",
             "typed_config": {
                 "@type": f"{_FILTERS}health_check.v3.HealthCheck",
-                "pass_through_mode": True,
-                "cache_time": "1s",
-                "headers": [{"name": ":path", "string_match": {"exact": "/ping"}}],
+                "pass_through_mode": False,
+                "cluster_min_healthy_percentages": {HEALTH: {"value": 100}},
+                "headers": _PING,
             },
         },
         {
@@ -157,7 +195,7 @@ def _filters(folder: Path, key_set: str, max_body: int) -> list[Config]:
             "typed_config": {
                 "@type": f"{_FILTERS}jwt_authn.v3.JwtAuthentication",
                 "providers": {"tokens": provider},
-                "rules": [{"match": {"path": "/ping"}}, needs_token],
+                "rules": [needs_token],
             },
         },
         {
@@ -172,9 +210,32 @@ def _filters(folder: Path, key_set: str, max_body: int) -> list[Config]:
             "typed_config": {"@type": f"{_FILTERS}local_ratelimit.v3.LocalRateLimit", "stat_prefix": "front_door"},
         },
         {
+            "name": "admitted",  # from here on the request belongs to a token, and to the log of requests
+            "typed_config": {
+                "@type": f"{_FILTERS}set_metadata.v3.Config",
+                "metadata": [{"metadata_namespace": "door", "value": {"admitted": True}}],
+            },
+        },
+        {
+            # Reads a body whose length is too large to its end, keeps nothing, and only then answers: a client that is
+            # still sending sees a broken connection or stream instead of the answer.
+            # (The filter has no cluster to find healthy, and answers 503; the local replies make that 413.)
+            "name": "too_large",
+            "typed_config": {
+                "@type": f"{_FILTERS}health_check.v3.HealthCheck",
+                "pass_through_mode": False,
+                "cluster_min_healthy_percentages": {"none": {"value": 100}},
+                "headers": [_too_large(max_body)],
+            },
+        },
+        {
             # TorchServe gets complete requests only: a slow client occupies no worker.
             "name": "envoy.filters.http.buffer",
-            "typed_config": {"@type": f"{_FILTERS}buffer.v3.Buffer", "max_request_bytes": max_body},
+            # (Lua reads unary answers over gRPC as a whole, within the same limit.)
+            "typed_config": {
+                "@type": f"{_FILTERS}buffer.v3.Buffer",
+                "max_request_bytes": max(max_body, ANSWER_BYTES),
+            },
         },
         {
             "name": "envoy.filters.http.json_to_metadata",
@@ -184,15 +245,49 @@ def _filters(folder: Path, key_set: str, max_body: int) -> list[Config]:
                 "request_rules": {"rules": [_feedback_field(key) for key in ("request_id", "score")]},
             },
         },
+        {"name": UNPACK, "disabled": True, "typed_config": _lua("unpack.lua", MAX_BODY=max_body, RATIO=INFLATE_RATIO)},
         {
-            "name": "request",
+            "name": INFLATE,
+            "disabled": True,  # except for calls over gRPC
             "typed_config": {
-                "@type": f"{_FILTERS}lua.v3.Lua",
-                "default_source_code": {"inline_string": script("request.lua")},
+                "@type": f"{_FILTERS}decompressor.v3.Decompressor",
+                "decompressor_library": {
+                    "name": "gzip",
+                    "typed_config": {
+                        "@type": f"{TYPES}extensions.compression.gzip.decompressor.v3.Gzip",
+                        "window_bits": 15,
+                        "chunk_size": 65_536,
+                        "max_inflate_ratio": INFLATE_RATIO,
+                    },
+                },
+                "request_direction_config": {
+                    "common_config": {"ignore_no_transform_header": True},
+                    "advertise_accept_encoding": False,
+                },
+                "response_direction_config": {
+                    "common_config": {"enabled": {"default_value": False, "runtime_key": "front_door.never"}}
+                },
             },
         },
+        {"name": "request", "typed_config": _lua("request.lua")},
         {"name": "envoy.filters.http.router", "typed_config": _router()},
     ]
+
+
+_PING = [
+    {"name": ":path", "string_match": {"safe_regex": {"regex": r"/ping(\?.*)?"}}},
+    {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|HEAD"}}},
+]
+"""The requests for the server's health, which need no token."""
+
+
+def _too_large(max_body: int) -> Config:
+    return {"name": "content-length", "range_match": {"start": max_body + 1, "end": 2**62}}
+
+
+def _lua(name: str, **numbers: int) -> Config:
+    known = "".join(f"local {name} = {number}\n" for name, number in numbers.items())
+    return {"@type": f"{_FILTERS}lua.v3.Lua", "default_source_code": {"inline_string": known + script(name)}}
 
 
 def _feedback_field(key: str) -> Config:
@@ -231,31 +326,38 @@ def _router() -> Config:
     }
 
 
-def _logs(folder: Path) -> list[Config]:
-    """A line of JSON for each request; feedback has a log file of its own."""
-    request = {
+def _logs(folder: Path, logs: Path) -> list[Config]:
+    """A line of JSON for each request of a token; feedback, and refused requests, have log files of their own.
+
+    What a client chose is cut, and whoever has no token writes no more than REFUSED_PER_S lines a second, elsewhere: so
+    nobody can have the lines of others rotated away.
+    """
+    common = {
         "time": "%START_TIME%",
-        "request_id": REQUEST_ID,
-        "model": "%REQUEST_HEADER(x-door-model)%",
+        "request_id": f"%REQUEST_HEADER(x-request-id):{MAX_REQUEST_ID}%",
+        "protocol": "%PROTOCOL%",
+        "method": "%REQUEST_HEADER(:method):32%",
+        "path": "%PATH(NQ):256%",
+        "status": "%RESPONSE_CODE%",
+        "grpc_status": "%GRPC_STATUS_NUMBER%",
+        "duration_ms": "%DURATION%",
+        "received_bytes": "%BYTES_RECEIVED%",
+        "token": "%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:token:sub)%",
+        "client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
+        "flags": "%RESPONSE_FLAGS%",
+        "details": "%RESPONSE_CODE_DETAILS%",
+    }
+    request = {
+        **common,
+        "model": "%REQUEST_HEADER(x-door-model):256%",
         "version": "%RESPONSE_HEADER(x-model-version)%",
         "first": "%REQUEST_HEADER(x-door-first)%",
         "route": "%ROUTE_NAME%",
-        "protocol": "%PROTOCOL%",
-        "method": "%REQUEST_HEADER(:method)%",
-        "path": "%PATH(NQ)%",
-        "status": "%RESPONSE_CODE%",
-        "grpc_status": "%GRPC_STATUS_NUMBER%",
         "grpc_failure": "%DYNAMIC_METADATA(door:failure)%",
-        "duration_ms": "%DURATION%",
         "tries": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
-        "cancels": "%REQUEST_HEADER(x-cancel)%",
-        "received_bytes": "%BYTES_RECEIVED%",
+        "cancels": "%REQUEST_HEADER(x-cancel):128%",
         "sent_bytes": "%BYTES_SENT%",
-        "token": "%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:token:sub)%",
-        "client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
-        "traceparent": "%REQUEST_HEADER(traceparent)%",
-        "flags": "%RESPONSE_FLAGS%",
-        "details": "%RESPONSE_CODE_DETAILS%",
+        "traceparent": "%REQUEST_HEADER(traceparent):64%",
     }
     feedback = {
         "time": "%START_TIME%",
@@ -263,22 +365,64 @@ def _logs(folder: Path) -> list[Config]:
         "score": "%DYNAMIC_METADATA(feedback:score)%",
         "token": "%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:token:sub)%",
     }
-    accepted = {
-        "and_filter": {
-            "filters": [
-                {"header_filter": {"header": {"name": ":path", "string_match": {"exact": "/feedback"}}}},
-                {
-                    "status_code_filter": {
-                        "comparison": {"op": "EQ", "value": {"default_value": 202, "runtime_key": "feedback.status"}}
-                    }
-                },
-            ]
-        }
+    is_feedback = {"header_filter": {"header": {"name": ":path", "string_match": {"exact": "/feedback"}}}}
+    refused = [_admitted(so=False), {"not_health_check_filter": {}}]
+    count = {
+        "stat": {"name": "count", "tags": [{"name": "status", "value_format": "%RESPONSE_CODE%"}]},
+        "value_fixed": 1,
+    }
+    counted = {
+        "name": "envoy.access_loggers.stats",
+        "typed_config": {
+            "@type": f"{TYPES}extensions.access_loggers.stats.v3.Config",
+            "stats_scope": {"prefix": "refused"},
+            "counters": [count],
+        },
     }
     return [
-        _file_log(folder / REQUESTS_LOG, request),
-        {"filter": accepted, **_file_log(folder / FEEDBACK_LOG, feedback)},
+        {"filter": _admitted(so=True), **_file_log(logs / REQUESTS_LOG, request)},
+        {"filter": _all(is_feedback, _status(202)), **_file_log(logs / FEEDBACK_LOG, feedback)},
+        {"filter": _all(*refused), **counted},
+        {"filter": _all(*refused, _sampled(folder)), **_file_log(logs / REFUSED_LOG, common)},
     ]
+
+
+def _admitted(*, so: bool) -> Config:
+    """Whether the token and its rate limit let a request pass."""
+    matcher = {"filter": "door", "path": [{"key": "admitted"}], "value": {"bool_match": so}}
+    return {"metadata_filter": {"matcher": matcher, "match_if_key_not_found": not so}}
+
+
+def _sampled(folder: Path) -> Config:
+    return {
+        "extension_filter": {
+            "name": "envoy.access_loggers.extension_filters.process_ratelimit",
+            "typed_config": {
+                "@type": f"{TYPES}extensions.access_loggers.filters.process_ratelimit.v3.ProcessRateLimitFilter",
+                "dynamic_config": {"resource_name": "refused", "config_source": _from_file(folder / SAMPLING)},
+            },
+        }
+    }
+
+
+def sampling() -> list[Config]:
+    """What SAMPLING holds: Envoy takes the rate of its log from a file only."""
+    bucket = {
+        "@type": f"{TYPES}type.v3.TokenBucket",
+        "max_tokens": REFUSED_PER_S,
+        "tokens_per_fill": REFUSED_PER_S,
+        "fill_interval": "1s",
+    }
+    return [{"@type": f"{TYPES}service.discovery.v3.Resource", "name": "refused", "version": "1", "resource": bucket}]
+
+
+def _status(code: int) -> Config:
+    value = {"default_value": code, "runtime_key": "front_door.status"}
+    return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
+
+
+def _all(*filters: Config) -> Config:
+    return {"and_filter": {"filters": list(filters)}}
 
 
 def _file_log(path: Path, fields: Config) -> Config:
@@ -292,33 +436,76 @@ def _file_log(path: Path, fields: Config) -> Config:
     }
 
 
-def _local_replies() -> Config:
-    """The front door's own errors, in TorchServe's JSON format; over gRPC the message alone."""
-    grpc = {"header_filter": {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}}
+def _local_replies(limits: Limits, max_body: int) -> Config:
+    """The front door's own answers, in TorchServe's JSON format; over gRPC the message alone."""
+    why = "%RESPONSE_CODE_DETAILS%"
+    seconds = f"its headers within {limits.headers_s:g} s, all of it within {limits.body_s:g} s"
+    too_large = f"The body is larger than the {max_body:,} bytes that the server accepts (its max_request_size)."
     sentences = {
+        400: ("BadRequestException", f"This is no request that the front door understands ({why})."),
         401: ("InvalidKeyException", "A valid token is needed, as Authorization: Bearer TOKEN (%LOCAL_REPLY_BODY%)."),
         403: ("InvalidKeyException", "This token was revoked: ask for another."),
-        413: ("TooLarge", "The body is larger than the server accepts."),
+        404: ("ResourceNotFoundException", f"There is nothing here ({why}): ask /predictions/NAME."),
+        408: ("RequestTimeout", f"The request did not come in time: {seconds}."),
+        413: ("TooLarge", too_large),
         429: ("Overloaded", "This token exceeds its requests per second; try later."),
+        431: (
+            "HeadersTooLarge",
+            f"The headers are larger than {limits.headers_kib} KiB together, or more than {MAX_HEADERS}.",
+        ),
+        500: ("InternalError", f"The front door could not pass this request on ({why})."),
+        502: ("InternalError", f"The server's answer could not be read ({why})."),
         503: ("Overloaded", "No server can answer now; try later (%LOCAL_REPLY_BODY%)."),
         504: ("DeadlineExceeded", "There was no answer in time."),
     }
-    mappers = []
-    for status, (kind, message) in sentences.items():
-        code = {
-            "status_code_filter": {
-                "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "front_door.status"}}
-            }
+    upgrade = {
+        "or_filter": {
+            "filters": [
+                {"header_filter": {"header": {"name": "upgrade", "present_match": True}}},
+                {"header_filter": {"header": {"name": ":method", "string_match": {"exact": "CONNECT"}}}},
+            ]
         }
-        body = {"code": "%RESPONSE_CODE%", "type": kind, "message": message, "request_id": REQUEST_ID}
-        as_text = {"text_format_source": {"inline_string": message}}
-        in_grpc: Config = {"filter": {"and_filter": {"filters": [code, grpc]}}, "body_format_override": as_text}
-        if status in GRPC_STATUS:
-            header = {"key": "grpc-status", "value": GRPC_STATUS[status]}
-            in_grpc["headers_to_add"] = [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]
-        mappers.append(in_grpc)
-        mappers.append({"filter": code, "body_format_override": {"json_format": body}})
+    }
+    ping = _all(*({"header_filter": {"header": match}} for match in _PING))
+    length = _all({"header_filter": {"header": _too_large(max_body)}}, {"response_flag_filter": {"flags": ["LH"]}})
+    refused = {"filter": "refused", "path": [{"key": "type"}], "value": {"present_match": True}}
+    message, kind = "%DYNAMIC_METADATA(refused:message)%", "%DYNAMIC_METADATA(refused:type)%"
+    mappers = [
+        {"filter": _all(ping, _status(200)), **_body({"status": "Healthy"})},
+        {"filter": _all(ping, _status(503)), **_body({"status": "Unhealthy"})},
+        {
+            "filter": {"metadata_filter": {"matcher": refused, "match_if_key_not_found": False}},
+            **_body(_failure(kind, message)),
+        },
+        {"filter": length, "status_code": 413, **_body(_failure("TooLarge", too_large))},
+        {
+            "filter": _all(upgrade, _status(403)),
+            "status_code": 501,
+            **_body(
+                _failure("NotImplemented", "No connection can be upgraded or tunnelled here: send a plain request.")
+            ),
+        },
+    ]
+    grpc = {"header_filter": {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}}
+    for status, (kind, message) in sentences.items():
+        headers = [_overwrite("retry-after", "1")] if status == 503 else []  # noqa: PLR2004 (429 has its own)
+        as_grpc = [_overwrite("grpc-status", GRPC_STATUS[status])] if status in GRPC_STATUS else []
+        as_text = {"body_format_override": {"text_format_source": {"inline_string": message}}}
+        mappers.append({"filter": _all(_status(status), grpc), "headers_to_add": [*headers, *as_grpc], **as_text})
+        mappers.append({"filter": _status(status), "headers_to_add": headers, **_body(_failure(kind, message))})
     return {"mappers": mappers}
+
+
+def _failure(kind: str, message: str) -> Config:
+    return {"code": "%RESPONSE_CODE%", "type": kind, "message": message, "request_id": REQUEST_ID}
+
+
+def _body(fields: Config) -> Config:
+    return {"body_format_override": {"json_format": fields}}
+
+
+def _overwrite(name: str, value: str) -> Config:
+    return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
 def _metrics_listener(door: FrontDoor) -> Config:
@@ -357,7 +544,7 @@ def _overload(limits: Limits) -> Config:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = min(limits.connections, max(1, files - SPARE_FILES))
     heap = {
-        "name": "envoy.resource_monitors.fixed_heap",
+        "name": _HEAP,
         "typed_config": {
             "@type": f"{TYPES}extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
             "max_heap_size_bytes": HEAP_BYTES,
@@ -370,17 +557,35 @@ def _overload(limits: Limits) -> Config:
             "max_active_downstream_connections": connections,
         },
     }
+    idle = {
+        "@type": f"{TYPES}config.overload.v3.ScaleTimersOverloadActionConfig",
+        "timer_scale_factors": [
+            {"timer": f"HTTP_DOWNSTREAM_{timer}", "min_timeout": IDLE_UNDER_PRESSURE}
+            for timer in ("CONNECTION_IDLE", "STREAM_IDLE", "STREAM_FLUSH")
+        ],
+    }
     return {
-        "refresh_interval": "0.25s",
+        "refresh_interval": "0.1s",
         "resource_monitors": [heap, count],
+        # Streams of HTTP/2 are reset by what they hold, the largest first; HTTP/1 connections that go on sending are
+        # closed, and those that neither send nor read are closed sooner. Only then new requests are refused.
+        "buffer_factory_config": {"minimum_account_to_track_power_of_two": TRACKED_POWER},
         "actions": [
-            _at("shrink_heap", 0.85),
+            _at("shrink_heap", 0.6),
+            {**_from("reduce_timeouts", 0.6, 0.8), "typed_config": idle},
+            _from("reset_high_memory_stream", 0.7, 0.9),
             _at("disable_http_keepalive", 0.9),
             _at("stop_accepting_requests", 0.95),
         ],
+        "loadshed_points": [_at("http1_server_abort_dispatch", 0.85, "load_shed_points")],
     }
 
 
-def _at(action: str, part: float) -> Config:
-    trigger = {"name": "envoy.resource_monitors.fixed_heap", "threshold": {"value": part}}
+def _at(action: str, part: float, kind: str = "overload_actions") -> Config:
+    trigger = {"name": _HEAP, "threshold": {"value": part}}
+    return {"name": f"envoy.{kind}.{action}", "triggers": [trigger]}
+
+
+def _from(action: str, begins: float, whole: float) -> Config:
+    trigger = {"name": _HEAP, "scaled": {"scaling_threshold": begins, "saturation_threshold": whole}}
     return {"name": f"envoy.overload_actions.{action}", "triggers": [trigger]}

@@ -14,10 +14,10 @@ from torchserve_dag.archives import atomic
 from torchserve_dag.clients import KeyFile
 from torchserve_dag.front_door import envoy_config
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.bootstrap import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES
+from torchserve_dag.front_door.bootstrap import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES, SAMPLING, sampling
 from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, Resource, accepted_tokens
 from torchserve_dag.front_door.routes_file import RouteFile
-from torchserve_dag.front_door.settings import FrontDoor
+from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, Split, splits
 from torchserve_dag.front_door.tokens import TokenStore
 from torchserve_dag.runtime.data import plain
@@ -129,6 +129,7 @@ class Door:
         for name, kind, found in self._files(Traffic(where)):
             self._write(name, kind, found)
         self._write_accepted()
+        self._write(SAMPLING, "type.v3.TokenBucket", sampling())
 
     def show_certificate(self, certificate: Path, key: Path) -> None:
         """Use these files for new connections."""
@@ -192,10 +193,10 @@ class Door:
             time.sleep(0.01)
 
     def _files(self, traffic: Traffic) -> Files:
-        token, rate = self._torchserve_token(), self._requests_per_second()
+        token, limits = self._torchserve_token(), self._limits()
         shares = traffic.splits
-        clusters = envoy_config.clusters([*traffic.served, *traffic.leaving], shares, traffic.torchserve, token)
-        routes = envoy_config.routes(traffic.served, shares, self.tokens.issued(), token, rate)
+        clusters = envoy_config.clusters([*traffic.served, *traffic.leaving], shares, traffic.torchserve, token, limits)
+        routes = envoy_config.routes(traffic.served, shares, self.tokens.issued(), token, limits.requests_per_second)
         return [
             (CLUSTERS, "config.cluster.v3.Cluster", clusters),
             (ROUTES, "config.route.v3.RouteConfiguration", [routes]),
@@ -216,9 +217,9 @@ class Door:
         except (OSError, ValueError):  # it is starting
             return ""
 
-    def _requests_per_second(self) -> int:
+    def _limits(self) -> Limits:
         record = self.record()
-        return (record.settings if record else FrontDoor()).limits.requests_per_second
+        return (record.settings if record else FrontDoor()).limits
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

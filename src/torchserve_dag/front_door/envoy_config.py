@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
+from torchserve_dag.front_door.settings import Limits
 from torchserve_dag.front_door.splits import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
 from torchserve_dag.runtime.data.options import CANCEL, CANCEL_KEY
@@ -25,37 +27,48 @@ TOKEN_NAME = "x-door-token"  # noqa: S105 (a header)
 TOKENS_FILTER = "tokens"
 """The name of the filter that admits the tokens that are issued."""
 TOKENS_KIND = "extensions.filters.http.rbac.v3.RBAC"
+ARRIVED = "x-arrived-ms"
+"""When a request arrived here, in milliseconds since 1970: its time limits count from then, not from its worker."""
 GRPC = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
+CALLS = ("Predictions", "StreamPredictions")
+HEALTH = "rest:torchserve"
+"""The cluster whose health `/ping` tells."""
+UNPACK, INFLATE = "unpack", "inflate"
+"""The filters that decompress messages over gRPC."""
 
 EJECT_AFTER = 10
 """Consecutive failures after which a version that has a fallback is ejected for EJECT_S seconds."""
 EJECT_S = 5
 GRACE_S = 5.0
 """Added to TorchServe's timeout, so that TorchServe's own error comes first."""
+NOT_FOUND, UNIMPLEMENTED = "5", "12"
+"""Statuses of gRPC."""
 WHOLE = 1_000_000
 """The sum of the integer weights of a model's clusters."""
-MAX_REQUESTS = 4096
-"""The most concurrent requests of one version; TorchServe's queue is far shorter."""
+FORM_AS_SENT = "application/vnd.torchserve-dag.form"
 UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 1}
 """Retry once if TorchServe cannot have received the request."""
 
 
-def clusters(served: Iterable[ServedVersion], splits: Sequence[Split], where: Addresses, token: str) -> list[Resource]:
+def clusters(
+    served: Iterable[ServedVersion], splits: Sequence[Split], where: Addresses, token: str, limits: Limits
+) -> list[Resource]:
     """A cluster for each version and protocol. Each writes its version into requests for TorchServe."""
     by_model = {split.model: split for split in splits}
     resources = []
     for one in served:
         split = by_model.get(one.model)
         for protocol in PROTOCOLS:
-            resources.append(_version_cluster(one, protocol, where, token))
+            resources.append(_version_cluster(one, protocol, where, token, limits))
             if split and split.falls_back(one.version):
-                resources.append(_guarded_cluster(one, protocol, where, token, split))
+                resources.append(_guarded_cluster(one, protocol, where, token, limits, split))
             if split and one.version == split.fallback:
                 resources += [
-                    _version_cluster(one, protocol, where, token, STANDS_IN + out, stands_in_for=out)
+                    _version_cluster(one, protocol, where, token, limits, STANDS_IN + out, stands_in_for=out)
                     for out in sorted(split.ejected)
                 ]
-    resources += [_cluster(f"{protocol}:torchserve", protocol, where) for protocol in PROTOCOLS]
+    resources += [_cluster(f"{protocol}:torchserve", protocol, where, limits.requests) for protocol in PROTOCOLS]
+    resources[-2]["health_checks"] = [_health_check(token)]
     return resources
 
 
@@ -67,7 +80,7 @@ def routes(
     requests_per_second: int,
 ) -> Resource:
     """Every route, with the rate limits of the tokens."""
-    routes_list = [_ping(token), _grpc_ping(token), _feedback()]
+    routes_list = [_connect(), _grpc_ping(token), _feedback()]
     for split in splits:
         versions = [one for one in served if one.model == split.model]
         for protocol in PROTOCOLS:
@@ -77,16 +90,20 @@ def routes(
         message = f"There is no such version of {split.model}; it has {known}."
         match = _match(split.model)
         routes_list.append(_refusal(match, "ModelVersionNotFoundException", message))
-    routes_list.append(
-        _refusal({"prefix": "/predictions/"}, "ModelNotFoundException", "There is no model of that name.")
-    )
-    routes_list.append(_refusal({"prefix": GRPC}, "ModelNotFoundException", "There is no model of that name."))
+    message = "There is no model of that name."
+    routes_list.append(_refusal({"prefix": "/predictions/"}, "ModelNotFoundException", message))
+    for name in CALLS:
+        call = _refusal({"path": GRPC + name}, "ModelNotFoundException", message)
+        # The filters of a request are chosen before its model is known, so by this route.
+        call["typed_per_filter_config"] = {name: _enabled() for name in (UNPACK, INFLATE)}
+        routes_list.append(call)
     message = "There is nothing here: ask /predictions/NAME or /predictions/NAME/VERSION."
-    routes_list.append(_refusal({"prefix": "/"}, "ResourceNotFoundException", message))
+    routes_list.append(_refusal({"prefix": "/"}, "ResourceNotFoundException", message, grpc_status=UNIMPLEMENTED))
     host = {
         "name": "models",
         "domains": ["*"],
         "routes": routes_list,
+        "request_headers_to_add": [_overwrite(ARRIVED, "%START_TIME(%s%3f)%")],
         "typed_per_filter_config": {
             "envoy.filters.http.local_ratelimit": _rate_limits(tokens, requests_per_second),
         },
@@ -104,7 +121,7 @@ def stat_name(cluster: str) -> str:
     return cluster.replace(".", "_").replace(":", "_")
 
 
-def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
+def _cluster(name: str, protocol: str, where: Addresses, requests: int) -> Resource:
     host, port = host_and_port(where.inference if protocol == "rest" else where.grpc_inference)
     endpoint = {"address": {"socket_address": {"address": host, "port_value": port}}}
     options: Resource = {"http2_protocol_options": {}} if protocol == "grpc" else {"http_protocol_options": {}}
@@ -115,13 +132,14 @@ def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
         "type": "STATIC",
         "connect_timeout": "1s",
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}]},
+        # Over HTTP/1.1 a request is a connection; what finds none waits, which would be one more inside.
         "circuit_breakers": {
             "thresholds": [
                 {
-                    "max_connections": MAX_REQUESTS,
-                    "max_pending_requests": MAX_REQUESTS,
-                    "max_requests": MAX_REQUESTS,
-                    "max_retries": MAX_REQUESTS,
+                    "max_connections": requests,
+                    "max_pending_requests": requests,
+                    "max_requests": requests,
+                    "max_retries": requests,
                 }
             ]
         },
@@ -135,9 +153,16 @@ def _cluster(name: str, protocol: str, where: Addresses) -> Resource:
 
 
 def _version_cluster(
-    one: ServedVersion, protocol: str, where: Addresses, token: str, suffix: str = "", stands_in_for: str | None = None
+    one: ServedVersion,
+    protocol: str,
+    where: Addresses,
+    token: str,
+    limits: Limits,
+    suffix: str = "",
+    stands_in_for: str | None = None,
 ) -> Resource:
-    cluster = _cluster(cluster_name(protocol, one) + suffix, protocol, where)
+    requests = limits.streamed if one.streams else limits.requests
+    cluster = _cluster(cluster_name(protocol, one) + suffix, protocol, where, requests)
     options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["http_filters"] = [
         {
@@ -155,9 +180,11 @@ def _version_cluster(
     return cluster
 
 
-def _guarded_cluster(one: ServedVersion, protocol: str, where: Addresses, token: str, split: Split) -> Resource:
+def _guarded_cluster(
+    one: ServedVersion, protocol: str, where: Addresses, token: str, limits: Limits, split: Split
+) -> Resource:
     """The cluster of a version with a fallback: if the version fails or is slow, Envoy retries at the fallback."""
-    cluster = _version_cluster(one, protocol, where, token, GUARDED)
+    cluster = _version_cluster(one, protocol, where, token, limits, GUARDED)
     options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["retry_policy"] = {
         "retry_on": "5xx,reset,connect-failure,refused-stream",
@@ -185,12 +212,14 @@ def _version_script(one: ServedVersion, token: str, stands_in_for: str | None) -
     known = {
         "NAME": one.model,
         "VERSION": one.version,
+        "PATH": f"/predictions/{quote(one.model, safe='')}/{quote(one.version, safe='')}",
         "MEANT": stands_in_for or one.version,
         "TOKEN": f"Bearer {token}",
+        "FORM_AS_SENT": FORM_AS_SENT,
     }
     lines = [f"local {name} = {json.dumps(value)}" for name, value in known.items()]
     lines.append(f"local OURS = {str(one.ours).lower()}")
-    return "\n".join([*lines, script("version.lua")])
+    return "\n".join([*lines, script("failure.lua"), script("version.lua")])
 
 
 def script(name: str) -> str:
@@ -288,9 +317,9 @@ def _seconds(value: float) -> str:
     return f"{value:.3f}s"
 
 
-def _refusal(match: Resource, kind: str, message: str) -> Resource:
-    """A route on which request.lua answers 404, over either protocol."""
-    refused = {"type": kind, "message": message}
+def _refusal(match: Resource, kind: str, message: str, grpc_status: str = NOT_FOUND) -> Resource:
+    """A route on which request.lua answers 404, or the status over gRPC."""
+    refused = {"type": kind, "message": message, "grpc_status": grpc_status}
     return {
         "match": match,
         "metadata": {"filter_metadata": {"request": {"refused": refused}}},
@@ -298,15 +327,25 @@ def _refusal(match: Resource, kind: str, message: str) -> Resource:
     }
 
 
-def _ping(token: str) -> Resource:
+def _connect() -> Resource:
+    """A route for CONNECT, which has no path: without one it would pass the filters to the end, and wait there."""
+    return {"name": "connect", "match": {"connect_matcher": {}}, "direct_response": {"status": 501}}
+
+
+def _health_check(token: str) -> Resource:
+    """Envoy asks TorchServe for its health once a second, whoever asks Envoy."""
     return {
-        "name": "ping",
-        "match": {"path": "/ping"},
-        "route": {"cluster": "rest:torchserve", "timeout": "10s"},
-        "request_headers_to_add": [_authorization(token)],
-        # Health checks of a load balancer carry no token.
-        "typed_per_filter_config": {TOKENS_FILTER: {"@type": f"{TYPES}extensions.filters.http.rbac.v3.RBACPerRoute"}},
+        "timeout": "5s",
+        "interval": "1s",
+        "no_traffic_interval": "1s",
+        "unhealthy_threshold": 1,
+        "healthy_threshold": 1,
+        "http_health_check": {"path": "/ping", "request_headers_to_add": [_authorization(token)]},
     }
+
+
+def _enabled() -> Resource:
+    return {"@type": f"{TYPES}config.route.v3.FilterConfig", "config": {}}
 
 
 def _grpc_ping(token: str) -> Resource:
@@ -319,8 +358,11 @@ def _grpc_ping(token: str) -> Resource:
 
 
 def _authorization(token: str) -> Resource:
-    header = {"key": "authorization", "value": f"Bearer {token}"}
-    return {"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+    return _overwrite("authorization", f"Bearer {token}")
+
+
+def _overwrite(name: str, value: str) -> Resource:
+    return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
 def _feedback() -> Resource:
@@ -329,9 +371,7 @@ def _feedback() -> Resource:
         "name": "feedback",
         "match": {"path": "/feedback"},
         "direct_response": {"status": 405},
-        "typed_per_filter_config": {
-            "envoy.filters.http.json_to_metadata": {"@type": f"{TYPES}config.route.v3.FilterConfig", "config": {}}
-        },
+        "typed_per_filter_config": {"envoy.filters.http.json_to_metadata": _enabled()},
     }
 
 

@@ -49,13 +49,20 @@ local function name_and_version(text)
   return name, version
 end
 
+local function over_grpc(headers)
+  return sub(headers:get("content-type") or "", 1, 16) == "application/grpc"
+end
+
+-- Answers instead of TorchServe. Over REST the local replies make JSON of the kind and the message.
 local function refuse(handle, status, grpc_status, kind, message)
-  if grpc_status then
+  if over_grpc(handle:headers()) then
     handle:respond({[":status"] = "200", ["content-type"] = "application/grpc", ["grpc-status"] = grpc_status,
                     ["grpc-message"] = message .. "%0A" .. kind}, nil) -- TorchServe, too, names the kind in the last line
   else
-    handle:respond({[":status"] = status, ["content-type"] = "application/json"},
-                   '{"code": ' .. status .. ', "type": "' .. kind .. '", "message": "' .. message .. '"}\n')
+    local metadata = handle:streamInfo():dynamicMetadata()
+    metadata:set("refused", "type", kind)
+    metadata:set("refused", "message", message)
+    handle:respond({[":status"] = status}, "")
   end
 end
 
@@ -64,28 +71,44 @@ local function sane(text)
   return #text <= 256 and not string.find(text, "[^\33-\126]")
 end
 
+local function frame(size)
+  return "\0" .. string.char(math.floor(size / 16777216) % 256, math.floor(size / 65536) % 256,
+                             math.floor(size / 256) % 256, size % 256)
+end
+
 local function from_message(handle)
   local body = handle:body()
   local size = body and body:length() or 0
+  local headers = handle:headers() -- fetched here: a handle from before a wait is invalid
+  local inflated = headers:get("x-door-inflated")
+  if inflated then -- unpack.lua has taken the message out of its frame
+    if size ~= tonumber(inflated) then
+      return refuse(handle, "400", "3", "BadRequestException", "The message cannot be decompressed.")
+    end
+    body:setBytes(frame(size) .. (size > 0 and body:getBytes(0, size) or ""))
+    size = size + 5
+  end
   if size < 5 then
     return refuse(handle, "400", "3", "BadRequestException", "The call holds no message.")
   end
   local head = body:getBytes(0, 5)
   if byte(head, 1) ~= 0 then
-    return refuse(handle, "415", "12", "BadRequestException", "The message is compressed, which is not read here: send it as it is.")
+    return refuse(handle, "415", "12", "BadRequestException", "The message is compressed, and no grpc-encoding says how.")
   end
-  local said = ((byte(head, 2) * 256 + byte(head, 3)) * 256 + byte(head, 4)) * 256 + byte(head, 5)
-  if said ~= size - 5 then
+  if head ~= frame(size - 5) then
     return refuse(handle, "400", "3", "BadRequestException", "The call does not hold one whole message.")
   end
   local name, version = name_and_version(body:getBytes(5, size - 5))
   if not name or not sane(name) or not sane(version) then
     return refuse(handle, "400", "3", "BadRequestException", "The message is no PredictionsRequest with a plain model_name.")
   end
-  local headers = handle:headers() -- fetched again: a handle from before a wait is invalid
   headers:replace(MODEL, name)
   if version ~= "" then headers:replace(VERSION, version) end
   return true
+end
+
+local function decoded(text)
+  return (string.gsub(text, "%%(%x%x)", function(digits) return string.char(tonumber(digits, 16)) end))
 end
 
 local function from_path(headers, path)
@@ -94,9 +117,12 @@ local function from_path(headers, path)
   local asked = query and sub(rest, query) or ""
   rest = query and sub(rest, 1, query - 1) or rest
   local name, version, more = string.match(rest, "^([^/]*)/?([^/]*)(.*)$")
+  name, version = decoded(name), decoded(version)
+  if not sane(name) or not sane(version) then return false end
   headers:replace(MODEL, name)
   if version ~= "" then headers:replace(VERSION, version) end
   headers:replace(REST, more .. asked)
+  return true
 end
 
 -- Feedback that a client posts about an answer; `json_to_metadata` has parsed it.
@@ -120,16 +146,20 @@ function envoy_on_request(handle)
     if not METHODS[headers:get(":method")] then -- TorchServe describes itself when it is asked for its OPTIONS
       return refuse(handle, "405", nil, "MethodNotAllowedException", "A prediction is a POST, a PUT or a GET.")
     end
-    from_path(headers, path)
+    if sub(string.lower(headers:get("content-type") or ""), 1, 10) == "multipart/" and
+       (headers:get("content-encoding") or "identity") ~= "identity" then
+      return refuse(handle, "415", nil, "BadRequestException",
+                    "A form in parts cannot be compressed: send it without Content-Encoding.")
+    end
+    if not from_path(headers, path) then
+      return refuse(handle, "404", nil, "ModelNotFoundException", "There is no model of that name.")
+    end
   elseif path == "/feedback" and headers:get(":method") == "POST" then
     return feedback(handle)
   end
   handle:clearRouteCache()
   local refused = handle:metadata():get("refused")
-  if refused then
-    local kind = handle:headers():get("content-type") or ""
-    refuse(handle, "404", sub(kind, 1, 16) == "application/grpc" and "5" or nil, refused["type"], refused["message"])
-  end
+  if refused then refuse(handle, "404", refused["grpc_status"], refused["type"], refused["message"]) end
 end
 
 -- Over gRPC, version.lua has set the HTTP status of a failure for the router to see; a gRPC answer itself has 200.

@@ -1,6 +1,6 @@
 -- Runs in the cluster of one version, for every attempt: writes the version into the path or the message, adds TorchServe's
--- token, and names the version in the answer. NAME, VERSION, MEANT, TOKEN and OURS are defined before this text; MEANT is
--- the version that was chosen, if this one substitutes for it.
+-- token, and names the version in the answer. NAME, VERSION, PATH, MEANT, TOKEN, FORM_AS_SENT and OURS are defined before this
+-- text; MEANT is the version that was chosen, if this one substitutes for it.
 
 local SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 
@@ -24,19 +24,36 @@ local function entry(key, value)
   return value and field(3, field(1, key) .. field(2, value)) or ""
 end
 
+-- Milliseconds in each unit of `grpc-timeout`.
+local UNITS = {n = 1e-6, u = 1e-3, m = 1, S = 1e3, M = 6e4, H = 3.6e6}
+
+local function time_limit(headers)
+  local number, unit = string.match(headers:get("grpc-timeout") or "", "^(%d+)([numSMH])$")
+  return number and #number <= 8 and string.format("%d", math.max(1, math.ceil(tonumber(number) * UNITS[unit]))) or nil
+end
+
 local function put_into_message(handle)
   local body = handle:body()
   local headers = handle:headers() -- fetched again: a handle from before a wait is invalid
   local size = body:length() - 5
-  local entries = ""
-  if OURS then -- at the front: an entry of the client's own comes later, and wins
-    entries = entry("x-request-id", headers:get("x-request-id")) .. entry("traceparent", headers:get("traceparent"))
+  local before, after = "", ""
+  if OURS then
+    -- At the front: an entry of the client's own comes later, and wins.
+    before = entry("x-request-id", headers:get("x-request-id")) .. entry("traceparent", headers:get("traceparent")) ..
+             entry("x-timeout-ms", time_limit(headers))
+    after = entry("x-arrived-ms", headers:get("x-arrived-ms"))
   end
-  local names = field(1, NAME) .. field(2, VERSION) -- at the end: of a repeated scalar field, the last one counts
-  local whole = #entries + size + #names
+  after = after .. field(1, NAME) .. field(2, VERSION) -- at the end: of a repeated scalar field, the last one counts
+  local whole = #before + size + #after
   local length = char(math.floor(whole / 16777216) % 256, math.floor(whole / 65536) % 256,
                       math.floor(whole / 256) % 256, whole % 256)
-  body:setBytes("\0" .. length .. entries .. (size > 0 and body:getBytes(5, size) or "") .. names)
+  body:setBytes("\0" .. length .. before .. (size > 0 and body:getBytes(5, size) or "") .. after)
+end
+
+-- TorchServe would parse a form's fields; our workers get the body as it was sent.
+local function keep_form(headers)
+  local kind, more = string.match(headers:get("content-type") or "", "^%s*([^;%s]*)(.*)$")
+  if string.lower(kind) == "application/x-www-form-urlencoded" then headers:replace("content-type", FORM_AS_SENT .. more) end
 end
 
 function envoy_on_request(handle)
@@ -50,32 +67,20 @@ function envoy_on_request(handle)
     end
     put_into_message(handle)
   else
-    headers:replace(":path", "/predictions/" .. NAME .. "/" .. VERSION .. (headers:get("x-door-rest") or ""))
+    headers:replace(":path", PATH .. (headers:get("x-door-rest") or ""))
+    if OURS then keep_form(headers) end
   end
 end
-
--- The HTTP status of a failure in an answer's body: TorchServe's gRPC drops the status that a worker sets.
-local function status_in(handle)
-  local body = handle:body()
-  local size = body and body:length() or 0
-  local start = body and body:getBytes(0, math.min(size, 64)) or ""
-  local at, _, code = string.find(start, '{"code": (%d%d%d), "type": "', 1)
-  return at and at <= 12 and code or nil
-end
-
--- gRPC status → HTTP status, for the router's metrics, retries and ejections.
-local STATUS = {["1"] = "499", ["2"] = "500", ["4"] = "504", ["8"] = "507", ["13"] = "500", ["14"] = "503", ["15"] = "500"}
 
 function envoy_on_response(handle)
   local headers = handle:headers()
   headers:replace("x-model-version", VERSION)
   headers:remove("x-request-id") -- TorchServe's own; the front door's is the one that its worker logs
-  local kind = headers:get("content-type")
-  if not kind or sub(kind, 1, 16) ~= "application/grpc" then return end
-  local ended = headers:get("grpc-status")
-  local status = ended and STATUS[ended]
-  if not ended and (handle:streamInfo():dynamicMetadata():get("door") or {})["unary"] then
-    status = status_in(handle)
+  if sub(headers:get("content-type") or "", 1, 16) ~= "application/grpc" then
+    forgive_form(handle)
+  elseif headers:get("grpc-status") then
+    translate_status(headers)
+  elseif OURS and (handle:streamInfo():dynamicMetadata():get("door") or {})["unary"] then
+    fail_call(handle)
   end
-  if status then handle:headers():replace(":status", status) end
 end
