@@ -1,17 +1,19 @@
-"""Build archives of the chosen handlers and workflows, and report which were built, left out or refused."""
+"""Check the chosen handlers and workflows, or build their archives; report which are built, left out or refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchserve_dag.archives import cards, mar, war
 from torchserve_dag.archives.contents import Contents, contents
-from torchserve_dag.archives.store import Built, Target, place
+from torchserve_dag.archives.store import Built, Target, place, refuse_other_input
 from torchserve_dag.archives.weights import MissingWeightsError
 from torchserve_dag.runtime.data import plain, source
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
+from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.graph.torchserve.spec import is_torchserve_file
 from torchserve_dag.runtime.project.folders import Project
@@ -44,6 +46,14 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What `build` would build."""
+
+    target: Target
+    graph: Graph
+
+
 def build(
     project: Project,
     names: Sequence[str] = (),
@@ -66,26 +76,64 @@ def build(
     for i, target in enumerate(wanted):
         if progress:
             progress(str(target), i, len(wanted))
-        try:
+        with _reported(report, target, named=bool(names)):
             graph = read_graph(project, target.file.path)
             if update_cards and (updated := cards.update(project, graph.handlers.values())):
                 report.updated.extend(updated)
                 graph = read_graph(project, target.file.path)
             content = contents(project, graph)
             report.built.append(_build_one(target, content, store, force=force))
-            if target.folder == "workflows" and not is_torchserve_file(target.file.path):
-                exports = store.with_name(WORKFLOW_STORE)
-                report.built.extend(war.export(project, target, graph, content, exports, force=force))
-        except war.NotForTorchServeError as error:
-            report.not_exported.append(LeftOut(target.name, target.version, error.problems))
-        except MissingWeightsError as error:
-            if names:
-                report.problems.extend(error.problems)
-            else:
-                report.left_out.append(LeftOut(target.name, target.version, error.problems))
-        except CheckError as error:
-            report.problems.extend(error.problems)
+            if _is_exported(target):
+                report.built.extend(war.export(project, target, graph, content, _exports(store), force=force))
     return report
+
+
+def check(project: Project, names: Sequence[str] = (), *, store: Path | None = None) -> tuple[list[Checked], Report]:
+    """What `build` would refuse: every step of it that can fail, with nothing written.
+
+    Returns what has no problems, and a report in which nothing is built.
+    """
+    store = store or project.root / "model_store"
+    report, good = Report(), []
+    for target in targets(project, names, report.problems):
+        before = len(report.problems)
+        graph = None
+        with _reported(report, target, named=bool(names)):
+            graph = read_graph(project, target.file.path)
+            content = contents(project, graph)
+            refuse_other_input(target, store / str(target), content.origin())
+            if _is_exported(target):
+                war.refuse_other_input(target, graph, content, _exports(store))
+        if graph and len(report.problems) == before:
+            good.append(Checked(target, graph))
+    return good, report
+
+
+@contextmanager
+def _reported(report: Report, target: Target, *, named: bool) -> Iterator[None]:
+    """A block whose refusals go into the report, each once."""
+    problems: list[Problem] = []
+    try:
+        yield
+    except war.NotForTorchServeError as error:
+        report.not_exported.append(LeftOut(target.name, target.version, error.problems))
+    except MissingWeightsError as error:
+        if named:
+            problems = error.problems
+        else:
+            report.left_out.append(LeftOut(target.name, target.version, error.problems))
+    except CheckError as error:
+        problems = error.problems
+    report.problems.extend(problem for problem in problems if problem not in report.problems)
+
+
+def _is_exported(target: Target) -> bool:
+    """Whether there is a `.war` of it, too."""
+    return target.folder == "workflows" and not is_torchserve_file(target.file.path)
+
+
+def _exports(store: Path) -> Path:
+    return store.with_name(WORKFLOW_STORE)
 
 
 def targets(project: Project, names: Sequence[str], problems: list[Problem]) -> list[Target]:
@@ -123,7 +171,7 @@ def _build_one(target: Target, content: Contents, store: Path, *, force: bool) -
     def write(part: Path) -> None:
         mar.write(part, target.name, target.version, content.small, content.large)
 
-    return place(target, store / str(target), write, force=force)
+    return place(target, store / str(target), write, origin=content.origin(), force=force)
 
 
 def _target(folder: str, path: Path) -> Target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from torchserve_dag import runtime as carried
 from torchserve_dag.archives import imports, mar, stamp, weights
 from torchserve_dag.archives.mar import BUILD
+from torchserve_dag.archives.store import Origin, part_of_archive
 from torchserve_dag.pictures.mermaid import mermaid
 from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
@@ -40,14 +42,20 @@ class Contents:
     weights: dict[str, str]
     """The SHA-256 of each file or folder of weights."""
 
+    def origin(self) -> Origin:
+        """What of the project is in it."""
+        files = {path: (len(body), zlib.crc32(body)) for path, body in self.small.items()}
+        files |= {path: mar.checksum(file) for path, file in self.large.items() if part_of_archive(path) == "project"}
+        return Origin({path: one for path, one in files.items() if part_of_archive(path) == "project"}, self.weights)
+
 
 def contents(project: Project, graph: Graph) -> Contents:
     """The archive of a workflow, or of a handler as a graph of one node.
 
-    Raises CheckError, or MissingWeightsError where only weights are not here.
+    Raises CheckError for whatever `build` refuses, or MissingWeightsError where only weights are not here.
     """
     _check_output(graph)
-    modules = imports.own_modules(project.root, _sources(graph))
+    modules = imports.own_modules(project.root, sources(graph))
     handlers = list({file.path: file for file in graph.handlers.values()}.values())
     digests = weights.verified(project, handlers)
     small = runtime()
@@ -70,7 +78,7 @@ def _check_output(graph: Graph) -> None:
             raise CheckError([Problem(str(graph.path), 1, what, help_)])
 
 
-def _sources(graph: Graph) -> set[Path]:
+def sources(graph: Graph) -> set[Path]:
     """The Python files that a graph was read from, without those of TorchServe's own workflows."""
     foreign = {code.kind.file for code in graph.codes.values() if isinstance(code.kind, RowsFunctionCode)}
     return {path for path in graph.files if path.suffix == ".py"} - foreign

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,15 @@ def name_and_version(archive: Path) -> tuple[str, str]:
     """The name and version under which TorchServe registers an archive."""
     model = json.loads(read_text(archive, MANIFEST))["model"]
     return str(model["modelName"]), str(model.get("modelVersion", "1.0"))
+
+
+def checksum(file: Path) -> tuple[int, int]:
+    """The size and the checksum that a file has in an archive."""
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return file.stat().st_size, crc
 
 
 def checksums(archive: Path) -> Entries:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torchserve_dag.archives import atomic, mar
 from torchserve_dag.archives.mar import BUILD, Entries
 from torchserve_dag.archives.stamp import OWN
 from torchserve_dag.runtime.data.source import CheckError, Source
+from torchserve_dag.runtime.project.modules import FOLDERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,40 @@ class Built:
     """For a kept archive: what differs, and how to build it again."""
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What of a project an archive was built from."""
+
+    files: Entries
+    """Its handlers, workflows and modules, and archives that nodes run."""
+    weights: Mapping[str, str]
+    """The SHA-256 of each file or folder of weights."""
+
+
+def refuse_other_input(target: Target, path: Path, origin: Origin) -> None:
+    """Raises CheckError if the archive at `path` was built from another origin: a version never changes."""
+    if path.exists() and ((built := _read(path)) is None or built.origin != origin):
+        what = f"{path.name} is already built from other input"
+        help_ = "a version never changes: give it a new one, or use --force while developing"
+        raise CheckError([target.file.problem(("version",), what, help_)])
+
+
 def place(
-    target: Target, path: Path, write: Callable[[Path], None], *, force: bool, same_project: bool = False
+    target: Target,
+    path: Path,
+    write: Callable[[Path], None],
+    *,
+    origin: Origin | None,
+    force: bool,
+    same_project: bool = False,
 ) -> Built:
     """Write an archive with `write`, and move it to `path`, unless an archive of the same files is there already.
 
-    An existing archive stays as it is if it was built from the same files of the project. For a `.war`, which contains
-    none of these files, `same_project` says whether it was. Raises CheckError if the files differ, unless `force`.
+    An existing archive stays as it is if it has the same origin. A `.war` contains no file of the project and has no
+    `origin`: it stays if its archives did (`same_project`). Without `force`, raises CheckError for another origin.
     """
+    if origin and not force:
+        refuse_other_input(target, path, origin)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.part_of(path) as part:
         write(part)
@@ -59,13 +86,9 @@ def place(
             old, new = _read(path), _read(part)
             if old == new:
                 return Built(target.name, target.version, path, path.stat().st_size, "unchanged")
-            if old and new and not force and (old.project == new.project if new.project else same_project):
+            if old and new and not force and (origin or same_project):
                 note = f"{_difference(old, new)}: to build it again, give it a new version, or --force while developing"
                 return Built(target.name, target.version, path, path.stat().st_size, "kept", note)
-            if not force:
-                what = f"{path.name} is already built from other input"
-                help_ = "a version never changes: give it a new one, or use --force while developing"
-                raise CheckError([target.file.problem(("version",), what, help_)])
             state = "replaced"
         part.replace(path)
     return Built(target.name, target.version, path, path.stat().st_size, state)
@@ -73,10 +96,10 @@ def place(
 
 @dataclass(frozen=True)
 class _Read:
-    """The content of an archive, by its origin; without the commit, which may differ."""
+    """The content of an archive, without the commit, which may differ."""
 
-    project: Entries
-    """The project's handlers, workflows, modules and weights."""
+    origin: Origin
+    """Empty in a `.war`."""
     runtime: Entries
     """The copy of this package."""
     generated: Entries
@@ -91,16 +114,26 @@ def _read(path: Path) -> _Read | None:
         entries = mar.checksums(path)
         build = json.loads(mar.read_text(path, BUILD)) if BUILD in entries else {}
         build.get("inputs", {}).pop("commit", None)
+        digests = dict(build.get("inputs", {}).get("weights", {}))
     except (OSError, ValueError, AttributeError, TypeError, mar.BadArchiveError):
         return None
-    parts: dict[str, Entries] = {"project": {}, "runtime": {}, "generated": {}}
+    parts: dict[str, Entries] = {"project": {}, "weights": {}, "runtime": {}, "generated": {}}
     for entry, checksum in entries.items():
         if entry != BUILD:
-            parts[_PARTS.get(entry.partition("/")[0], "generated")][entry] = checksum
-    return _Read(**parts, build=build)
+            parts[part_of_archive(entry)][entry] = checksum
+    return _Read(Origin(parts["project"], digests), parts["runtime"], parts["generated"], build)
 
 
-_PARTS = {**dict.fromkeys(("handlers", "workflows", "src", "weights"), "project"), "torchserve_dag": "runtime"}
+def part_of_archive(entry: str) -> Literal["project", "weights", "runtime", "generated"]:
+    """Where a file in an archive comes from."""
+    folder = entry.partition("/")[0]
+    if folder in PROJECT:
+        return "project"
+    return "weights" if folder == "weights" else "runtime" if folder == "torchserve_dag" else "generated"
+
+
+PROJECT = (*FOLDERS, "src")
+"""An archive's folders with files of the project, besides its weights."""
 
 
 def _difference(old: _Read, new: _Read) -> str:

@@ -16,7 +16,7 @@ import yaml
 from workflow_archiver.workflow_packaging import package_workflow
 from workflow_archiver.workflow_packaging_utils import WorkflowExportUtils
 
-from torchserve_dag.archives import mar
+from torchserve_dag.archives import mar, store
 from torchserve_dag.archives.contents import Contents, packed_weights, served_as, to_json
 from torchserve_dag.archives.mar import BUILD
 from torchserve_dag.archives.store import Built, Target, place
@@ -34,32 +34,48 @@ class NotForTorchServeError(CheckError):
 
 
 def export(
-    project: Project, target: Target, graph: Graph, whole: Contents, store: Path, *, force: bool = False
+    project: Project, target: Target, graph: Graph, whole: Contents, folder: Path, *, force: bool = False
 ) -> list[Built]:
-    """Write a workflow's `.war` and its nodes' archives into `store`; `whole` is what its `.mar` holds.
+    """Write a workflow's `.war` and its nodes' archives into `folder`; `whole` is what its `.mar` holds.
 
     Raises CheckError.
     """
-    try:
-        all_segments = segments(graph)
-    except ValueError as error:
-        what = f"TorchServe's own engine cannot run this workflow: {error}"
-        problem = target.file.problem(("nodes",), what, "serve its .mar, which has no such limits")
-        raise NotForTorchServeError([problem]) from None
+    all_segments = _segments(target, graph)
     built = []
     for name, segment in all_segments.items():
         content = _part_of(project, whole, segment)
-        stem = f"{graph.name}-{graph.version}-{name}"
+        stem = _stem(graph, name)
 
         def write(part: Path, stem: str = stem, content: Contents = content) -> None:
             mar.write(part, stem.replace(".", "_"), graph.version, content.small, content.large)
 
-        built.append(place(target, store / f"{stem}.mar", write, force=force))
+        built.append(place(target, folder / f"{stem}.mar", write, origin=whole.origin(), force=force))
     spec = yaml.safe_dump(_spec(graph, all_segments), sort_keys=False)
-    path = store / f"{graph.name}-{graph.version}.war"
+    path = folder / f"{graph.name}-{graph.version}.war"
     same = all(archive.state in {"unchanged", "kept"} for archive in built)
-    built.append(place(target, path, lambda part: _write(part, graph.name, spec), force=force, same_project=same))
+    built.append(
+        place(target, path, lambda part: _write(part, graph.name, spec), origin=None, force=force, same_project=same)
+    )
     return built
+
+
+def refuse_other_input(target: Target, graph: Graph, whole: Contents, folder: Path) -> None:
+    """Raises CheckError where `export` would, and writes nothing."""
+    for name in _segments(target, graph):
+        store.refuse_other_input(target, folder / f"{_stem(graph, name)}.mar", whole.origin())
+
+
+def _segments(target: Target, graph: Graph) -> dict[str, Segment]:
+    try:
+        return segments(graph)
+    except ValueError as error:
+        what = f"TorchServe's own engine cannot run this workflow: {error}"
+        problem = target.file.problem(("nodes",), what, "serve its .mar, which has no such limits")
+        raise NotForTorchServeError([problem]) from None
+
+
+def _stem(graph: Graph, node: str) -> str:
+    return f"{graph.name}-{graph.version}-{node}"
 
 
 def _part_of(project: Project, whole: Contents, segment: Segment) -> Contents:
@@ -87,7 +103,7 @@ def _spec(graph: Graph, all_segments: dict[str, Segment]) -> dict[str, Any]:
     }
     dag: dict[str, list[str]] = {name: [] for name in all_segments}
     for name in all_segments:
-        models[name] = {"url": f"{graph.name}-{graph.version}-{name}.mar"}
+        models[name] = {"url": f"{_stem(graph, name)}.mar"}
         for parent in parents(all_segments, name):
             dag[parent].append(name)
     return {"models": models, "dag": dag if len(dag) == 1 else {name: after for name, after in dag.items() if after}}

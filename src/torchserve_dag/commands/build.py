@@ -17,6 +17,7 @@ from torchserve_dag.commands.common import (
     failures,
     out,
     print_json,
+    print_left_out,
     print_problems,
     project_root,
 )
@@ -65,13 +66,7 @@ def build(
         for built in report.built:
             state = f"[green]{built.state:9}[/]"
             out.print(f"{state} {escape(str(built.path))}  {built.note or decimal(built.size)}", soft_wrap=True)
-        for left in report.left_out:
-            out.print(f"[yellow]left out[/]  {left.name} {left.version}", soft_wrap=True)
-            for reason in left.reasons:
-                out.print(f"  {escape(str(reason))}", soft_wrap=True)
-        for left in report.not_exported:
-            out.print(f"[yellow]no .war[/]   {left.name} {left.version}", soft_wrap=True)
-            for reason in left.reasons:
-                out.print(f"  {escape(str(reason))}", soft_wrap=True)
+        print_left_out(report.left_out)
+        print_left_out(report.not_exported, "no .war")
         print_problems(report.problems)
     raise typer.Exit(1 if report.problems else 0)

@@ -15,12 +15,16 @@ from torchserve_dag.commands.common import (
     failures,
     out,
     print_json,
+    print_left_out,
     print_problems,
     project_root,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torchserve_dag.runtime.data.source import Problem
+    from torchserve_dag.runtime.graph.graph import Graph
     from torchserve_dag.runtime.project.folders import Project
 
 
@@ -37,8 +41,10 @@ def _settings_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
     return []
 
 
-def _overlooked(project: Project) -> list[Problem]:
+def _overlooked(project: Project, graphs: Iterable[Graph]) -> list[Problem]:
     """Problems for files in handlers/ and workflows/ that look as if they were served, but are not read."""
+    from torchserve_dag.archives.contents import sources
+    from torchserve_dag.archives.imports import own_modules
     from torchserve_dag.runtime.data.source import CheckError, Problem, read_plain
 
     problems = []
@@ -49,7 +55,8 @@ def _overlooked(project: Project) -> list[Problem]:
             elif path.suffix == ".yaml" and path.name.startswith("."):
                 help_ = f"call it {path.name.lstrip('.')}, or delete it"
                 problems.append(Problem(str(path), 1, "a hidden file is not read", help_))
-    codes = set()
+    imported = {path for graph in graphs for path in own_modules(project.root, sources(graph)).values()}
+    codes = {path.name for path in imported if path.parent == (project.root / "handlers").resolve()}
     for path in project.files("handlers"):
         try:
             data, _ = read_plain(path)
@@ -72,42 +79,36 @@ def check(
     json: JsonOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Check handlers and workflows: names, types along edges, settings, cards; and the project's settings."""
-    from torchserve_dag.archives.build import targets
+    """Check handlers and workflows for whatever `build` refuses, and the project's settings."""
+    from torchserve_dag.archives.build import check as check_all
     from torchserve_dag.runtime.data import plain
-    from torchserve_dag.runtime.data.source import CheckError
-    from torchserve_dag.runtime.graph.read import read_graph
     from torchserve_dag.runtime.project.folders import Project
 
     with failures():
-        checked = Project(project_root(project))
-        problems: list[Problem] = []
-        good = []
-        for target in targets(checked, names or [], problems):
-            try:
-                graph = read_graph(checked, target.file.path)
-            except CheckError as error:
-                problems += [problem for problem in error.problems if problem not in problems]
-            else:
-                good.append(
-                    {
-                        "kind": target.folder.removesuffix("s"),
-                        "name": target.name,
-                        "version": target.version,
-                        "file": str(target.file.path),
-                        "takes": plain.name_of(graph.request),
-                        "answers": plain.name_of(graph.answer),
-                    }
-                )
+        of = Project(project_root(project))
+        checked, report = check_all(of, names or [])
+        problems = report.problems
+        good = [
+            {
+                "kind": one.target.folder.removesuffix("s"),
+                "name": one.target.name,
+                "version": one.target.version,
+                "file": str(one.target.file.path),
+                "takes": plain.name_of(one.graph.request),
+                "answers": plain.name_of(one.graph.answer),
+            }
+            for one in checked
+        ]
         if not names:
-            problems += _overlooked(checked)
-            problems += _settings_problems(checked.root, {(one["name"], one["version"]) for one in good})
+            problems += _overlooked(of, [one.graph for one in checked])
+            problems += _settings_problems(of.root, {(one["name"], one["version"]) for one in good})
     if json:
-        print_json({"checked": good, "problems": problems})
+        print_json({"checked": good, "left_out": report.left_out, "problems": problems})
     else:
         for one in good:
             what = f"{one['name']} {one['version']}: {one['takes']} -> {one['answers']}"
             out.print(f"[green]ok[/] {one['kind']:8} {escape(what)}")
+        print_left_out(report.left_out)
         print_problems(problems)
         out.print(f"{len(good)} in order, {count(len(problems), 'problem')}")
     raise typer.Exit(1 if problems else 0)

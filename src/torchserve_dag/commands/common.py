@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    from torchserve_dag.archives.build import LeftOut
     from torchserve_dag.runtime.data.source import Problem
 
 out = Console(highlight=False)
@@ -86,6 +87,14 @@ def print_json(value: Any) -> None:
 def print_problems(problems: list[Problem]) -> None:
     for problem in problems:
         err.print(f"[bold red]error:[/] {escape(str(problem))}", soft_wrap=True)
+
+
+def print_left_out(left_out: Sequence[LeftOut], word: str = "left out") -> None:
+    """What `build` does not build, and why, without that being a mistake."""
+    for left in left_out:
+        out.print(f"[yellow]{word:9}[/] {left.name} {left.version}", soft_wrap=True)
+        for reason in left.reasons:
+            out.print(f"  {escape(str(reason))}", soft_wrap=True)
 
 
 def count(number: int, what: str) -> str:
