@@ -195,6 +195,8 @@ def _sentence(error: Exception) -> str:
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])", re.DOTALL)
 """A marker within the data of a scan: FF 00 stands for the byte FF there, and FF D0 to FF D7 restart the decoder."""
 
+_RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+
 _SOS, _EOI = 0xDA, 0xD9
 _SOF = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
@@ -212,15 +214,14 @@ def _load_jpeg(image: Image.Image, body: bytes) -> Loaded:
         image.load()
         return _upright(image)
     except OSError:
-        if not _only_the_end_is_missing(body):
+        restart = _next_restart(body)
+        if restart is None:
             raise
-    del image
-    # libjpeg reads ahead, and needs something to read: it may be anything behind the last bit of a scan that is
-    # complete, while a scan that was cut off takes it for pixels, each time for others.
-    if len({_fingerprint(_with_end(body, filler)) for filler in _FILLERS}) > 1:
+    # libjpeg reads ahead, and needs something to read. Behind the last bit of a complete scan it may be anything, while
+    # of a scan that was cut off it becomes pixels, for each filler others.
+    if len({_fingerprint(_with_end(body, filler + restart + filler)) for filler in _FILLERS}) > 1:
         raise OSError("image file is truncated")
-    ended = _with_end(body, b"")
-    return _upright(ended, same=False)
+    return _upright(_with_end(body, b""), same=False)
 
 
 _FILLERS = (b"\x55" * 1024, b"\xaa" * 1024, b"\xfe" * 1024, b"")
@@ -239,18 +240,24 @@ def _fingerprint(image: Image.Image) -> int:
     return value
 
 
-def _only_the_end_is_missing(body: bytes) -> bool:
-    """Whether the file ends within the data of a scan that is the last one needed, according to the scans' headers."""
+def _next_restart(body: bytes) -> bytes | None:
+    """Where only the file's end can be missing: the restart marker that would come next, if there were more data.
+
+    None where the file has its end, or scans are missing: each says for which coefficients it is, and how precise.
+    """
     at, progressive = 2, False
     missing: dict[int, set[int]] = {}  # by component: its coefficients that have not come with full precision
     while True:
         found = _MARKER.search(body, at)
         if found is None:
-            return bool(missing) and not any(missing.values())
+            if not missing or any(missing.values()):
+                return None
+            restarts = _RESTART.findall(body, at)
+            return bytes([0xFF, 0xD0 + (restarts[-1][0] + 1) % 8 if restarts else 0xD0])
         marker, start = found[1][0], found.end()
         segment = body[start + 2 : start + int.from_bytes(body[start : start + 2], "big")]
         if marker == _EOI:
-            return False
+            return None
         if marker in _SOF:
             progressive = marker in _PROGRESSIVE
             missing = {segment[6 + 3 * i]: set(range(64)) for i in range(segment[5])}
@@ -270,7 +277,8 @@ def _only_the_end_is_missing(body: bytes) -> bool:
 
 _PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
-_PNG_SIMPLE = frozenset({b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tIME", b"bKGD", b"sBIT", b"tEXt"})
+_PNG_SIMPLE = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"tIME": 0, b"bKGD": 0, b"sBIT": 0, b"tEXt": 0}
+"""Chunks that Pillow accepts, where they are at least so long."""
 _GREY, _PALETTE = 0, 3
 _ANCILLARY = 0x20
 """Set in a chunk's first letter: a reader may leave it out."""
@@ -306,7 +314,7 @@ def _without_metadata(body: bytes) -> tuple[bytes, bool]:
         elif not name[0] & _ANCILLARY:
             raise ValueError(f"its chunk {ascii(name)[2:-1]} is not known, and needed")
         else:
-            same = same and whole and name in _PNG_SIMPLE
+            same = same and whole and end - at - 12 >= _PNG_SIMPLE.get(name, end)
         at = end
         if name == b"IEND":
             break
