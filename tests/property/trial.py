@@ -93,7 +93,7 @@ def ask_all(workflow: Workflow, flow: Flow, chosen: Sequence[Ask]) -> list[Asked
 def wrong_with(one: Asked) -> list[str]:
     """Differences of a request's answer from the expected outcome."""
     expected, answer, problems = one.expected, one.answer, []
-    stopped = isinstance(answer, Failure) and answer.status == {"cancel": 499, "deadline": 504}.get(one.ask.end)
+    stopped = isinstance(answer, Failure) and answer.status == {"cancel": 499, "deadline": 408}.get(one.ask.end)
     if not stopped and not expected.unknown and not is_answer(expected, answer):
         problems.append("the answer is wrong")
     if expected.unknown:

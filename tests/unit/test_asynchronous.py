@@ -186,7 +186,7 @@ def test_a_client_may_wait_for_less_than_the_workflow_would(serve: Serve, write:
     front.ask("id-1", b"long", {**REST, "X-Timeout-Ms": "100"})
     front.ask("id-2", b"a", {**REST, "x-timeout-ms": "soon"})
 
-    assert front.answer("id-1").status == 504
+    assert front.answer("id-1").status == 408
     assert front.answer("id-2").status == 400
 
 
@@ -305,6 +305,20 @@ def test_what_a_client_asks_does_not_reach_the_workflow_as_a_parameter() -> None
 
     assert request.parts == [Part("body", b"a"), Part("by", b"me")]
     assert (options.priority, options.timeout_s) == ("bulk", 1.5)
+
+
+def test_a_cancel_key_belongs_to_its_token() -> None:
+    """Over REST the front door's header, over gRPC its entry, which comes last and so wins."""
+    rest, grpc = (
+        read_request(WireRequest("id", {"body": b"a", **row}, headers))
+        for row, headers in (
+            ({}, {"x-cancel-key": "mine", "x-door-token": "alice"}),
+            ({"x-cancel": b"mine", "x-door-token": b"bob"}, {}),
+        )
+    )
+
+    assert (rest.options["x-cancel-key"], grpc.options["x-cancel"]) == ("alice mine", "bob mine")
+    assert {part.name for part in grpc.parts or ()} <= {"body"}
 
 
 # The whole worker: the guard, and the process that computes.

@@ -306,6 +306,8 @@ def test_a_failure_carries_its_facts(rest: Callable[..., Any], status: int) -> N
         (500, "InternalServerException", ServerFailed, 500),
         (503, "ServiceUnavailableException", Overloaded, 503),
         (503, "InternalServerException", ServerFailed, 503),
+        (408, "Timeout", DeadlineExceeded, 504),
+        (408, "", RequestRefused, 408),
         (504, "Timeout", DeadlineExceeded, 504),
         (507, "InternalServerException", ServerFailed, 507),
     ],

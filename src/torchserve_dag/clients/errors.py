@@ -3,7 +3,7 @@
     ServingError
     ├── Unreachable             no connection could be made; nothing was delivered
     ├── ConnectionLost          the connection broke before the answer came; the request may have been served
-    ├── DeadlineExceeded        no answer in time: the client's own deadline, or a 504 of the server
+    ├── DeadlineExceeded        no answer in time: the client's own deadline, or the server's
     ├── TlsFailed               unencrypted to a TLS port or the reverse, or a certificate that is not trusted
     ├── UnexpectedAnswer        an answer, but not a message of the requested type
     ├── RequestRefused          4xx: the sender can correct it
@@ -86,7 +86,9 @@ class TlsFailed(ServingError):
 
 
 class DeadlineExceeded(ServingError):
-    """No answer in time: the client's own deadline, or a 504 of the server."""
+    """No answer in time: the client's own deadline, or the server's. The status is always 504, also where the server
+    answered 408 because the client's was shorter.
+    """
 
 
 class UnexpectedAnswer(ServingError):
@@ -191,8 +193,8 @@ def error_of(
     elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         chosen = TooLarge
         message = message or "The body is larger than the server accepts; send less, or raise its max_request_size."
-    elif status == HTTPStatus.GATEWAY_TIMEOUT:
-        chosen = DeadlineExceeded
+    elif status == HTTPStatus.GATEWAY_TIMEOUT or (status == HTTPStatus.REQUEST_TIMEOUT and kind == "Timeout"):
+        chosen, status = DeadlineExceeded, HTTPStatus.GATEWAY_TIMEOUT
     elif status == HTTPStatus.TOO_MANY_REQUESTS or (status == HTTPStatus.SERVICE_UNAVAILABLE and kind != RAISED):
         chosen = Overloaded
     else:

@@ -9,7 +9,6 @@ from typing import Any
 from torchserve_dag.front_door.envoy_config import (
     HEALTH,
     INFLATE,
-    TOKEN_NAME,
     TOKENS_FILTER,
     TOKENS_KIND,
     TYPES,
@@ -18,7 +17,7 @@ from torchserve_dag.front_door.envoy_config import (
 )
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.tokens import ISSUER
-from torchserve_dag.runtime.data.options import MAX_REQUEST_ID
+from torchserve_dag.runtime.data.options import MAX_REQUEST_ID, TOKEN
 from torchserve_dag.server.ports import host_and_port
 
 Config = dict[str, Any]
@@ -70,7 +69,10 @@ def bootstrap(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body:
         },
         "stats_flush_interval": "0.5s",  # histograms lag behind by up to this interval
         "stats_config": {
-            "histogram_bucket_settings": [{"match": {"contains": "tries"}, "buckets": BUCKETS_US}],
+            "histogram_bucket_settings": [
+                {"match": {"contains": "given_up_ms"}, "buckets": [bound / 1000 for bound in BUCKETS_US]},
+                {"match": {"contains": "tries"}, "buckets": BUCKETS_US},
+            ],
         },
         "overload_manager": _overload(door.limits),
     }
@@ -153,8 +155,9 @@ def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int)
 
 
 def _without_internal_headers() -> Config:
-    names = ("model", "version", "rest", "token", "first", "inflated")
-    removed = [{"remove": f"x-door-{name}"} for name in names]
+    """No client says what the front door says, or asks a worker for what TorchServe's management asks it."""
+    ours = [f"x-door-{name}" for name in ("model", "version", "rest", "token", "first", "inflated")]
+    removed = [{"remove": name} for name in (*ours, "describe", "explain")]
     return {
         "name": "envoy.http.early_header_mutation.header_mutation",
         "typed_config": {
@@ -172,7 +175,7 @@ def _filters(folder: Path, key_set: str, max_body: int) -> list[Config]:
         "require_expiration": True,
         "forward": False,
         "payload_in_metadata": "token",
-        "claim_to_headers": [{"header_name": TOKEN_NAME, "claim_name": "sub"}],
+        "claim_to_headers": [{"header_name": TOKEN, "claim_name": "sub"}],
         # The scheme's case is the client's choice (RFC 9110, 11.1); Envoy compares it letter by letter.
         "from_headers": [
             {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer", "BEARER")
@@ -295,34 +298,40 @@ def _feedback_field(key: str) -> Config:
 
 
 def _router() -> Config:
-    """The router, which counts and times every attempt, including those that a fallback replaced."""
+    """The router, which counts and times every attempt, including those that a fallback replaced.
+
+    Durations are those of the version's own answers and failures. A client's mistake (4xx) is answered at once, and
+    would make a version look fast; a client that gave up has waited, and how long is a histogram of its own.
+    """
     tags = [
         {"name": "version", "value_format": "%UPSTREAM_CLUSTER_RAW%"},
         {"name": "route", "value_format": "%ROUTE_NAME%"},
     ]
-    counter = {
-        "stat": {
-            "name": "count",
-            "tags": [
-                *tags,
-                {"name": "status", "value_format": "%RESPONSE_CODE%"},
-                {"name": "flags", "value_format": "%RESPONSE_FLAGS%"},
-            ],
-        },
-        "value_fixed": 1,
-    }
+    outcome = [
+        *tags,
+        {"name": "status", "value_format": "%RESPONSE_CODE%"},
+        {"name": "flags", "value_format": "%RESPONSE_FLAGS%"},
+    ]
+    counter = {"stat": {"name": "count", "tags": outcome}, "value_fixed": 1}
     duration = "%COMMON_DURATION(US_TX_BEG:US_RX_END:us)%"
-    histogram = {"stat": {"name": "us", "tags": tags}, "unit": "Microseconds", "value_format": duration}
-    stats = {
-        "@type": f"{TYPES}extensions.access_loggers.stats.v3.Config",
-        "stats_scope": {"prefix": "tries"},
-        "counters": [counter],
-        "histograms": [histogram],
-    }
+    answered = {"stat": {"name": "us", "tags": tags}, "unit": "Microseconds", "value_format": duration}
+    waited = {"stat": {"name": "given_up_ms", "tags": outcome}, "unit": "Milliseconds", "value_format": "%DURATION%"}
     return {
         "@type": f"{_FILTERS}router.v3.Router",
         "suppress_envoy_headers": True,
-        "upstream_log": [{"name": "envoy.access_loggers.stats", "typed_config": stats}],
+        "upstream_log": [
+            _stats(counters=[counter]),
+            {"filter": _any(_status(399, "LE"), _status(500, "GE")), **_stats(histograms=[answered])},
+            {"filter": _any(_status(0), _status(408)), **_stats(histograms=[waited])},
+        ],
+    }
+
+
+def _stats(**what: list[Config]) -> Config:
+    kind = f"{TYPES}extensions.access_loggers.stats.v3.Config"
+    return {
+        "name": "envoy.access_loggers.stats",
+        "typed_config": {"@type": kind, "stats_scope": {"prefix": "tries"}, **what},
     }
 
 
@@ -416,9 +425,13 @@ def sampling() -> list[Config]:
     return [{"@type": f"{TYPES}service.discovery.v3.Resource", "name": "refused", "version": "1", "resource": bucket}]
 
 
-def _status(code: int) -> Config:
+def _status(code: int, op: str = "EQ") -> Config:
     value = {"default_value": code, "runtime_key": "front_door.status"}
-    return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
+    return {"status_code_filter": {"comparison": {"op": op, "value": value}}}
+
+
+def _any(*filters: Config) -> Config:
+    return {"or_filter": {"filters": list(filters)}}
 
 
 def _all(*filters: Config) -> Config:

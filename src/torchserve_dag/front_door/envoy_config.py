@@ -12,6 +12,7 @@ from torchserve_dag.front_door.settings import Limits
 from torchserve_dag.front_door.splits import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
 from torchserve_dag.runtime.data.options import CANCEL, CANCEL_KEY
+from torchserve_dag.runtime.data.options import TOKEN as TOKEN_NAME
 from torchserve_dag.server.ports import Addresses, host_and_port
 
 Resource = dict[str, Any]
@@ -23,7 +24,6 @@ GUARDED, STANDS_IN = "?", "!"
 version, whose name follows."""
 MODEL, VERSION = "x-door-model", "x-door-version"
 """The headers that request.lua sets."""
-TOKEN_NAME = "x-door-token"  # noqa: S105 (a header)
 TOKENS_FILTER = "tokens"
 """The name of the filter that admits the tokens that are issued."""
 TOKENS_KIND = "extensions.filters.http.rbac.v3.RBAC"

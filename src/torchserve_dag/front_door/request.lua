@@ -125,14 +125,18 @@ local function from_path(headers, path)
   return true
 end
 
+local HIGHEST = 1000000 -- as LIMIT of runtime/telemetry/scores.py
+
 -- Feedback that a client posts about an answer; `json_to_metadata` has parsed it.
 local function feedback(handle)
   handle:body()
   local said = handle:streamInfo():dynamicMetadata():get("feedback") or {}
   local id, score = said["request_id"], said["score"]
-  if type(id) ~= "string" or id == "" or not sane(id) or type(score) ~= "number" then
+  if type(id) ~= "string" or id == "" or not sane(id) or type(score) ~= "number"
+      or not (score >= -HIGHEST and score <= HIGHEST) then
     return refuse(handle, "400", nil, "BadRequestException",
-                  "Feedback is JSON like {'request_id': '...', 'score': 0.8}, of the content type application/json.")
+                  "Feedback is JSON like {'request_id': '...', 'score': 0.8}, of the content type application/json; "
+                  .. "a score lies between -1,000,000 and 1,000,000.")
   end
   handle:respond({[":status"] = "202", ["content-type"] = "application/json"}, '{"accepted": true}\n')
 end

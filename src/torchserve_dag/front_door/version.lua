@@ -41,9 +41,10 @@ local function put_into_message(handle)
     -- At the front: an entry of the client's own comes later, and wins.
     before = entry("x-request-id", headers:get("x-request-id")) .. entry("traceparent", headers:get("traceparent")) ..
              entry("x-timeout-ms", time_limit(headers))
-    after = entry("x-arrived-ms", headers:get("x-arrived-ms"))
+    after = entry("x-arrived-ms", headers:get("x-arrived-ms")) .. entry("x-door-token", headers:get("x-door-token"))
   end
-  after = after .. field(1, NAME) .. field(2, VERSION) -- at the end: of a repeated scalar field, the last one counts
+  -- At the end: of a repeated scalar field, and of entries with the same key, the last one counts.
+  after = after .. field(1, NAME) .. field(2, VERSION)
   local whole = #before + size + #after
   local length = char(math.floor(whole / 16777216) % 256, math.floor(whole / 65536) % 256,
                       math.floor(whole / 256) % 256, whole % 256)

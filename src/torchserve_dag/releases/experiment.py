@@ -25,7 +25,7 @@ class Arm:
     errors: int
     fell_back: int
     left: int
-    """Clients that disconnected before the answer."""
+    """Requests that clients gave up: they disconnected, or chose a shorter deadline."""
     p50_ms: float
     p99_ms: float
     score: float | None
@@ -76,9 +76,10 @@ def compare(model: str, requests: Sequence[LoggedRequest]) -> Result:
     compared = tuple(sorted(arm.version for arm in most))
     first, second = (parts[version] for version in compared)
     whole = len(first) + len(second)
-    differences = [_errors(first, second, whole)]
+    answered = [[one for one in part if not one.left and not one.refused] for part in (first, second)]
+    differences = [_errors(answered[0], answered[1], whole)] if all(answered) else []
     readings: tuple[tuple[str, Callable[[LoggedRequest], float | None]], ...] = (
-        ("duration ms", lambda one: None if one.failed or one.left else one.ms),
+        ("duration ms", lambda one: None if one.failed or one.left or one.refused else one.ms),
         ("score", lambda one: one.score),
         ("feedback", lambda one: one.feedback),
     )
@@ -90,7 +91,7 @@ def compare(model: str, requests: Sequence[LoggedRequest]) -> Result:
 
 
 def _arm(version: str, part: Sequence[LoggedRequest]) -> Arm:
-    times = [one.ms for one in part if not one.left] or [0.0]
+    times = [one.ms for one in part if not one.left and not one.refused] or [0.0]
     cuts = quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     scores = [one.score for one in part if one.score is not None]
     feedback = [one.feedback for one in part if one.feedback is not None]

@@ -12,8 +12,10 @@ CHANCE = 0.001
 """The significance level. It is low because the test is repeated every half second of a rollout."""
 FEW_ERRORS = 0.001
 """Error rate tolerated when the baseline has no errors."""
-TOLERATED_DISCONNECTS = 0.05
-"""Share of requests whose clients may disconnect before the answer."""
+TOLERATED_GIVEN_UP = 0.05
+"""Share of requests whose clients may give up although they had waited longer than the old version takes."""
+PATIENCE_MS = 1000.0
+"""How long that is where the old version had too few requests."""
 FEW_REQUESTS = 20
 """Baseline requests needed before durations are compared with it."""
 
@@ -71,10 +73,18 @@ def read(text: str) -> list[Condition]:
 
 
 def reason(terms: list[Condition], new: VersionMetrics, old: VersionMetrics) -> str | None:
-    """The first reason to roll back; a rate of disconnects above the old version's is always one."""
-    limit = max(TOLERATED_DISCONNECTS, old.left / old.requests if old.requests else 0.0)
-    if sure(new.left, new.requests, limit):
-        return f"clients disconnected before the answer in {new.left} of {new.requests} requests, over {limit:.2%}"
+    """The first reason to roll back. One is always among them: the clients wait in vain, as for a version that hangs.
+
+    A client that gives up counts only if it had waited longer than 99 % of the old version's answers take: whoever
+    cancels at once, or chooses a short deadline, says nothing about the new version.
+    """
+    enough = old.requests >= FEW_REQUESTS
+    patience = (old.percentile(_PERCENTILES["p99"]) if enough else None) or PATIENCE_MS
+    given_up, given_up_before = new.given_up_after(patience), old.given_up_after(patience)
+    limit = max(TOLERATED_GIVEN_UP, given_up_before / (old.requests + given_up_before) if enough else 0.0)
+    whole = new.requests + given_up
+    if sure(given_up, whole, limit):
+        return f"clients gave up after {patience:.0f} ms in {given_up} of {whole} requests, over {limit:.2%}"
     return next((why for term in terms if (why := term.reason(new, old))), None)
 
 

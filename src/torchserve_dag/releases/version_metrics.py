@@ -17,24 +17,32 @@ LEFT = frozenset({"-", "DC", "DR"})
 """Envoy's response flags, without a status, for a client that disconnected."""
 
 
+def gave_up(status: int, flags: str) -> bool:
+    """Whether the client ended an attempt: it disconnected, or the deadline that it had chosen passed (408)."""
+    return status == HTTPStatus.REQUEST_TIMEOUT or (not status and LEFT.issuperset(flags.split(",")))
+
+
 @dataclass(frozen=True, slots=True)
 class VersionMetrics:
     """Counts of one version: since Envoy started, or between two readings."""
 
     requests: int = 0
-    """Attempts at this version; a request that the fallback answered counts for both versions."""
+    """Attempts that this version answered or failed; one that the fallback answered counts for both versions. What a
+    client decides does not count: bad input, a deadline of its own, a cancel."""
     errors: int = 0
     """Status 5xx, timeout, or no connection."""
-    left: int = 0
-    """Clients that disconnected before the answer; they are among `requests`."""
     buckets: Mapping[float, int] = field(default_factory=dict)
     """Cumulative histogram: upper bound in milliseconds → attempts up to it."""
+    given_up: Mapping[float, int] = field(default_factory=dict)
+    """The same for attempts that clients gave up: how long they had waited."""
 
     def since(self, before: VersionMetrics) -> VersionMetrics:
         """The growth since an earlier reading."""
-        grown = {bound: count - before.buckets.get(bound, 0) for bound, count in self.buckets.items()}
-        counts = (self.requests - before.requests, self.errors - before.errors, self.left - before.left)
-        return VersionMetrics(*counts, grown)
+        grown, given_up = (
+            {bound: count - old.get(bound, 0) for bound, count in now.items()}
+            for now, old in ((self.buckets, before.buckets), (self.given_up, before.given_up))
+        )
+        return VersionMetrics(self.requests - before.requests, self.errors - before.errors, grown, given_up)
 
     @property
     def error_rate(self) -> float:
@@ -54,8 +62,16 @@ class VersionMetrics:
 
     def slower_than(self, ms: float) -> int:
         """How many attempts took longer than `ms`; attempts in the bucket that contains `ms` do not count."""
-        whole = max(self.buckets.values(), default=0)
-        return whole - min((count for bound, count in self.buckets.items() if bound >= ms), default=whole)
+        return _above(self.buckets, ms)
+
+    def given_up_after(self, ms: float) -> int:
+        """How many attempts clients gave up after they had waited longer than `ms`."""
+        return _above(self.given_up, ms)
+
+
+def _above(buckets: Mapping[float, int], ms: float) -> int:
+    whole = max(buckets.values(), default=0)
+    return whole - min((count for bound, count in buckets.items() if bound >= ms), default=whole)
 
 
 def read(admin: Admin) -> dict[ModelVersion, VersionMetrics]:
@@ -67,8 +83,8 @@ def parse(text: str) -> dict[ModelVersion, VersionMetrics]:
     """Read Envoy's Prometheus page; REST and gRPC are added up."""
     requests: dict[ModelVersion, int] = defaultdict(int)
     errors: dict[ModelVersion, int] = defaultdict(int)
-    left: dict[ModelVersion, int] = defaultdict(int)
     buckets: dict[ModelVersion, dict[float, int]] = defaultdict(lambda: defaultdict(int))
+    given_up: dict[ModelVersion, dict[float, int]] = defaultdict(lambda: defaultdict(int))
     for metric, labels, value in prometheus.samples(text, "envoy_tries_"):
         protocol, _, name = labels["version"].partition(":")
         model, _, version = name.partition(STANDS_IN)[0].removesuffix(GUARDED).rpartition("/")
@@ -76,14 +92,16 @@ def parse(text: str) -> dict[ModelVersion, VersionMetrics]:
             continue
         if metric == "count":
             status = int(labels["status"])
-            requests[model, version] += int(value)
-            if status == 0 and LEFT.issuperset(labels["flags"].split(",")):
-                left[model, version] += int(value)
-            elif status == 0 or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR or not (status or gave_up(0, labels["flags"]))
+            if failed or 0 < status < HTTPStatus.BAD_REQUEST:
+                requests[model, version] += int(value)
+            if failed:
                 errors[model, version] += int(value)
         elif metric == "us_bucket":
             buckets[model, version][float(labels["le"]) / 1000] += int(value)
+        elif metric == "given_up_ms_bucket" and gave_up(int(labels["status"]), labels["flags"]):
+            given_up[model, version][float(labels["le"])] += int(value)
     return {
-        one: VersionMetrics(requests[one], errors[one], left[one], dict(buckets[one]))
-        for one in requests.keys() | buckets.keys()
+        one: VersionMetrics(requests[one], errors[one], dict(buckets[one]), dict(given_up[one]))
+        for one in requests.keys() | buckets.keys() | given_up.keys()
     }

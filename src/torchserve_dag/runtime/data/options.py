@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 from torchserve_dag.runtime.messages import InputError
-
-T = TypeVar("T")
 
 Priority = Literal["interactive", "bulk"]
 
@@ -19,22 +17,31 @@ REQUEST_ID, PIECES = "x-request-id", "x-pieces"
 
 HEADERS = {
     OUTPUTS: "Nodes, separated by commas. Their results are the answer, and only the nodes that they need run.",
-    TIMEOUT: "How long the client waits, in milliseconds. `serve.timeout_s` of the workflow applies where it is "
-    "shorter. The clients of this package send this option with every call.",
+    TIMEOUT: "How long the client waits, in milliseconds, at least 1; then 408. `serve.timeout_s` of the workflow "
+    "applies where it is shorter; then 504. The clients of this package send this option with every call.",
     PRIORITY: "`interactive` (the default) or `bulk`. Interactive requests overtake bulk requests, which still make "
     "progress.",
     TRACE: "The client's span, in W3C's format. The spans of the request become its children.",
     REQUEST_ID: "The request's id in logs, in failures and in feedback on its answer. Generated where the client sends "
     "none.",
-    CANCEL_KEY: "A key that the client makes up, with which it can cancel this request.",
-    CANCEL: "Cancels the request that was sent with this key, if it is in the worker that receives the cancellation. "
-    "The body is `{}`.",
+    CANCEL_KEY: "A key that the client makes up, with which it can cancel this request. Behind the front door a key "
+    "belongs to its token: another token's key may be the same, and cancels other requests.",
+    CANCEL: "Cancels the requests that were sent with this key, if they are in the worker that receives the "
+    "cancellation. The body is `{}`.",
     PIECES: "Over gRPC: that the call is `StreamPredictions`, so that the answer may come in chunks. TorchServe does "
     "not tell a worker which of its calls was used, and a second chunk would end `Predictions`.",
 }
 """All options, with their meaning."""
 
+TOKEN = "x-door-token"  # noqa: S105 (a header's name)
+"""The name of the client's token, which the front door writes into each request. No client can set it there."""
+
+NAMES = frozenset({*HEADERS, TOKEN})
+"""Entries of a gRPC message's map, and parts of a form, that are no part of the client's message."""
+
 MAX_REQUEST_ID = 128
+SHORTEST_S = 0.001
+"""The shortest time limit that a client may choose."""
 MAX_OUTPUTS = 4_000
 """The most characters of the header that names outputs, which over gRPC could be as long as a body."""
 
@@ -101,9 +108,14 @@ def read_options(headers: Mapping[str, str]) -> Options:
     )
 
 
-def without_options(parameters: Mapping[str, T]) -> dict[str, T]:
-    """A request's parameters without those that are options."""
-    return {name: value for name, value in parameters.items() if name.lower() not in HEADERS}
+def owned_keys(headers: dict[str, str]) -> dict[str, str]:
+    """The headers with the name of their token in each cancel key, so that no other token's key is the same."""
+    token = headers.get(TOKEN)
+    return (
+        headers
+        if token is None
+        else headers | {name: f"{token} {headers[name]}" for name in (CANCEL_KEY, CANCEL) if name in headers}
+    )
 
 
 def named(headers: Mapping[str, str]) -> str | None:
@@ -117,6 +129,6 @@ def _seconds(text: str) -> float:
         seconds = float(text) / 1000
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InputError(f'The header {TIMEOUT} is a number of milliseconds, not "{text[:50]}".')
+    if not SHORTEST_S <= seconds < math.inf:
+        raise InputError(f'The header {TIMEOUT} is a number of milliseconds, at least 1, not "{text[:50]}".')
     return seconds

@@ -33,7 +33,7 @@ class Admission:
         self._sweep = sweep
         self._sweep_scheduled = False
         self._in_flight: dict[Request, None] = {}
-        self._by_cancel_key: dict[str, Request] = {}
+        self._by_cancel_key: dict[str, set[Request]] = {}
 
     def __len__(self) -> int:
         """How many requests are in flight."""
@@ -53,7 +53,7 @@ class Admission:
                 return Failure(HTTPStatus.SERVICE_UNAVAILABLE, message, "Overloaded")
             self._in_flight[request] = None
             if request.options.cancel_key:
-                self._by_cancel_key[request.options.cancel_key] = request
+                self._by_cancel_key.setdefault(request.options.cancel_key, set()).add(request)
             self._timers.schedule(request.deadline, request, self._expire)
         return None
 
@@ -61,12 +61,15 @@ class Admission:
         """Forget an answered request. Under the lock."""
         self._in_flight.pop(request, None)
         key = request.options.cancel_key
-        if key and self._by_cancel_key.get(key) is request:
-            del self._by_cancel_key[key]
+        sharing = self._by_cancel_key.get(key) if key else None
+        if key and sharing:
+            sharing.discard(request)
+            if not sharing:
+                del self._by_cancel_key[key]
 
-    def with_cancel_key(self, key: str) -> Request | None:
+    def with_cancel_key(self, key: str) -> list[Request]:
         with self._lock:
-            return self._by_cancel_key.get(key)
+            return list(self._by_cancel_key.get(key, ()))
 
     def close(self) -> list[Request]:
         """Refuse requests from now on. Returns the requests in flight. Under the lock."""
@@ -78,11 +81,19 @@ class Admission:
         """Whether the scheduled sweep must not run any more, because the engine is closed."""
         return self.closed
 
+    def too_late(self, options: Options, waiting: str | None = None) -> Failure:
+        """The failure of a request at its deadline: 504, or 408 if the client chose a shorter limit than the workflow.
+
+        A client's own limit is no failure of this version: a front door must not eject it, or roll it back, for that.
+        """
+        limit = self.limit_s(options)
+        status = HTTPStatus.REQUEST_TIMEOUT if limit < self.timeout_s else HTTPStatus.GATEWAY_TIMEOUT
+        return Failure(status, f"No answer within {limit:g} s.", "Timeout", waiting)
+
     def _expire(self, request: Request) -> None:
         """Fail a request that is still in flight at its deadline."""
         waiting = next((name for name in request.plan.nodes if name not in request.values), None)
-        message = f"No answer within {self.limit_s(request.options):g} s."
-        request.fail(Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout", waiting))
+        request.fail(self.too_late(request.options, waiting))
         if not self._sweep_scheduled:
             self._sweep_scheduled = True
             self._timers.schedule(time.monotonic() + SWEEP_S, self, Admission._sweep_queues)

@@ -186,12 +186,11 @@ class Engine:
             self._entering.items.append(item)
 
     def cancel(self, key: str) -> bool:
-        """Cancel the request with this `cancel_key`. Returns whether there was one."""
-        request = self._admission.with_cancel_key(key)
-        if request is None:
-            return False
-        request.cancel()
-        return True
+        """Cancel the requests with this `cancel_key`. Returns whether there was one."""
+        requests = self._admission.with_cancel_key(key)
+        for request in requests:
+            request.cancel()
+        return bool(requests)
 
     # The request's nodes become items, which are queued.
 

@@ -122,7 +122,9 @@ class ServedModel:
         failure = codec.failure_in(body)  # a status is lost over gRPC
         if failure:
             where = f"{failure.node} of {self._name}" if failure.node else self._name
-            return Failure(failure.status, f"{failure.message} ({where})", failure.type)
+            status = failure.status  # 408: its client, which is this node, did not wait longer
+            status = HTTPStatus.GATEWAY_TIMEOUT if status == HTTPStatus.REQUEST_TIMEOUT else status
+            return Failure(status, f"{failure.message} ({where})", failure.type)
         try:
             return codec.decode_answer(self._gives, body)
         except InputError as error:

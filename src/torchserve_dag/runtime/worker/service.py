@@ -19,7 +19,7 @@ from typing import Any
 from torchserve_dag.runtime.compat.runner import Row
 from torchserve_dag.runtime.data.codec import content_type_of
 from torchserve_dag.runtime.data.media import FORM, form_fields, media_of
-from torchserve_dag.runtime.data.options import read_options
+from torchserve_dag.runtime.data.options import TOKEN, read_options
 from torchserve_dag.runtime.data.parts import Body, Parts, message_in
 from torchserve_dag.runtime.engine.request import Request
 from torchserve_dag.runtime.graph.graph import Graph
@@ -138,7 +138,8 @@ class WorkflowService:
         if after_chunks:
             return write_failure_after_chunks(answer, request.id) if isinstance(answer, Failure) else _NOTHING_LEFT
         if self._score and not isinstance(answer, Failure):
-            scores.log_score(self.name, self.version, request.id, scores.score_in(answer, self._score))
+            score, token = scores.score_in(answer, self._score), request.options.get(TOKEN)
+            scores.log_score(self.name, self.version, request.id, score, token)
         if self.streams and isinstance(answer, list):
             return write_joined(answer, request.id)
         return write_answer(answer, request.id)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchserve_dag.runtime.compat.wire import WireRequest
 from torchserve_dag.runtime.data import media
-from torchserve_dag.runtime.data.options import CANCEL, HEADERS, PIECES, named
+from torchserve_dag.runtime.data.options import CANCEL, NAMES, PIECES, named, owned_keys
 from torchserve_dag.runtime.data.parts import BODY
 from torchserve_dag.runtime.worker.protocol import Part, Service, ServiceRequest, ServiceResponse
 from torchserve_dag.runtime.worker.response import write_answer
@@ -38,8 +38,8 @@ def read_request(wire: WireRequest) -> TorchServeRequest:
     headers = {name.lower(): value for name, value in sent.items()}
     parts = [_part(name, value, wire.headers.get(name)) for name, value in wire.row.items()]
     # Over gRPC, options are entries of the map; a form may have them, too.
-    options = {part.name.lower(): _text(part.content) for part in parts if part.name.lower() in HEADERS} | headers
-    parts = [part for part in parts if part.name.lower() not in HEADERS]
+    options = {part.name.lower(): _text(part.content) for part in parts if part.name.lower() in NAMES} | headers
+    parts = [part for part in parts if part.name.lower() not in NAMES]
     content_type = headers.get("content-type")
     body: Part | None = None
     if len(parts) == 1 and parts[0].name == BODY and media.media_of(content_type) != media.FORM and not wire.repeated:
@@ -53,7 +53,7 @@ def read_request(wire: WireRequest) -> TorchServeRequest:
         body.content if body else b"",
         content_type or None,
         headers.get("content-encoding"),
-        options=options,
+        options=owned_keys(options),
         parts=None if body else parts,
         repeated=wire.repeated,
         headers=sent,
