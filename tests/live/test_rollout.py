@@ -23,6 +23,7 @@ from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import manual
 from torchserve_dag.releases.rollout import RolloutStore
+from torchserve_dag.server import releases_file
 from torchserve_dag.server.connect import torchserve_client
 
 ROLLED_BACK_WITHIN_S = 15
@@ -69,17 +70,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for name in ("good", *BAD):
         write_version(root, name, "1.0", "old", "paced.py")
         write_version(root, name, "2.0", name, "never.py" if name == "never" else "paced.py")
-    run_tool(root, "build")
-    served = Served(root)
-    for name in ("good", *BAD):
-        served.state.save_retired(name, "2.0")
+    run_tool(root, "build", *(f"{name}/1.0" for name in ("good", *BAD)))
     routes = (
         f'{name}:\n  versions: {{"1.0": 100}}  # {name}\n  fallback: "1.0"\n'
         for name in ("good", "failing", "crashing")
     )
     (root / "routes.yaml").write_text("".join(routes))
     run_tool(root, "up", "--free-ports")
-    yield served
+    run_tool(root, "build")
+    yield Served(root)
     run_tool(root, "down")
 
 
@@ -145,8 +144,8 @@ def test_a_good_version_takes_over_and_goes_back_and_no_request_fails(served: Se
     tool(served.root, "retire", "good/2.0")
     with torchserve_client(served.state) as client:
         assert [v.version for m in client.models() if m.name == "good" for v in m.versions] == ["1.0"]
-    assert (served.state.defaults()["good"], Door(served.state).traffic().defaults["good"]) == ("1.0", "1.0")
-    assert ("good", "2.0") in served.state.retired()  # the next start leaves it out too
+    assert (decided(served, "good", "1.0"), Door(served.state).traffic().defaults["good"]) == ("default", "1.0")
+    assert decided(served, "good", "2.0") == "retired"  # the next start leaves it out too
 
 
 def test_a_version_that_loads_is_rolled_back_at_once(served: Served) -> None:
@@ -163,6 +162,11 @@ def test_a_version_that_loads_is_rolled_back_at_once(served: Served) -> None:
     with torchserve_client(served.state) as client:
         assert [v.version for m in client.models() if m.name == "good" for v in m.versions] == ["1.0"]
     assert {ask_one(served, "good") for _ in range(20)} == {"1.0"}
+
+
+def decided(served: Served, model: str, version: str) -> str:
+    """What releases.yaml says of a version."""
+    return releases_file.decided(releases_file.read(served.root))[model, version][0]
 
 
 def ask_one(served: Served, model: str) -> str:
@@ -211,9 +215,8 @@ def test_a_rollout_goes_on_without_its_terminal_and_is_promoted_by_hand(served: 
         assert json.loads(tool(served.root, "promote", "slow", "--json"))["stage"] == "done"
 
     assert {ask_one(served, "slow") for _ in range(10)} == {"2.0"}  # its default now: routes.yaml does not know it
-    assert served.state.defaults()["slow"] == "2.0"
-    assert ("slow", "2.0") not in served.state.retired()  # though its first rollout was rolled back
-    assert ("failing", "2.0") in served.state.retired()
+    assert decided(served, "slow", "2.0") == "default"  # though its first rollout was rolled back
+    assert decided(served, "failing", "2.0") == "rejected"
     assert "promoted by hand" in tool(served.root, "rollout", "status")
 
 
@@ -232,7 +235,7 @@ def wait_for(condition: Any) -> None:
 def test_what_cannot_be_rolled_out_is_refused_in_one_sentence(served: Served) -> None:
     refused = {
         ("good", "9.0"): "There is no archive of good/9.0",
-        ("nobody", "2.0"): "nobody is not served",
+        ("nobody", "2.0"): "There is no archive of nobody/2.0",
         ("good", "2.0", "--canary", "50,20"): '"50,20" is not a list of steps',
         ("good", "2.0", "--every", "soon"): '"soon" is not a time',
         ("good", "2.0", "--stop-if", "errors > 5"): '"errors > 5" is not a condition',

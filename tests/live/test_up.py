@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from torchserve_dag.clients import KeyFile, RestClient
@@ -168,7 +169,7 @@ def test_stock_torchserve_serves_the_same_folder_from_its_root(project: Path) ->
         tokens = written_tokens(project / "key_file.json")
         keys = {"token": tokens.inference, "management_token": tokens.management}
         with RestClient(free.inference, free.management, **keys) as client:
-            StartupWait({("shout", "1.9"): "shout-1.9.mar"}, logs).wait(client, lambda: True, 500)
+            StartupWait({("shout", "1.9"): "shout-1.9.mar"}, logs).wait(client, psutil.Process, 500)
 
             assert client.predict("shout", b"hello") == {"text": "HELLO (9)"}
     finally:

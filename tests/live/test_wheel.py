@@ -20,7 +20,7 @@ MOST_MB = 110
 """Of a client's packages; 82 were measured on 27 November 2026, for Python 3.11, with bytecode."""
 CLIENT = {
     "annotated-doc", "annotated-types", "anyio", "certifi", "googleapis-common-protos", "grpcio", "h11", "httpcore",
-    "httpx", "idna", "markdown-it-py", "mdurl", "pillow", "protobuf", "psutil", "pydantic", "pydantic-core", "pygments",
+    "httpx", "idna", "markdown-it-py", "mdurl", "packaging", "pillow", "protobuf", "psutil", "pydantic", "pydantic-core", "pygments",
     "pyyaml", "rich", "shellingham", "torchserve-dag", "typer", "typing-extensions", "typing-inspection",
 }  # fmt: skip
 """Every package that a client installs; older Pythons need one or two more."""

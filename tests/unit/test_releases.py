@@ -26,13 +26,14 @@ from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.splits import RolloutShare
 from torchserve_dag.releases import load_throttle, manual, plot, request_log, route_weights, stop_if, version_metrics
 from torchserve_dag.releases.experiment import compare
-from torchserve_dag.releases.load_throttle import LoadThrottle, workers_of
+from torchserve_dag.releases.load_throttle import LoadThrottle
 from torchserve_dag.releases.request_log import LoggedRequest
 from torchserve_dag.releases.rollout import RolloutPlan, RolloutProgress, RolloutStore
 from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.telemetry.scores import score_in
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
+from torchserve_dag.server.processes import workers_of
 from torchserve_dag.server.state import State
 
 PLAN = RolloutPlan("m", "2.0", (5.0, 100.0), 60.0, STOP_IF, 20, 3600.0, 600.0)

@@ -7,14 +7,13 @@ import re
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from torchserve_dag.server import defaults, java, ports, processes, properties, torchserve
+from torchserve_dag.server import java, ports, processes, properties, releases_file, torchserve
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
@@ -137,7 +136,7 @@ def test_a_project_without_archives_is_told_so(tmp_path: Path) -> None:
 
     (tmp_path / "model_store").mkdir()
     (tmp_path / "model_store" / "broken-1.0.mar").write_bytes(b"no zip")
-    with pytest.raises(ServerError, match=r"broken-1\.0\.mar is not an archive"):
+    with pytest.raises(ServerError, match=r"broken-1\.0\.mar: it is not an archive"):
         stack.start(tmp_path)
 
 
@@ -169,22 +168,12 @@ def test_the_state_folder_is_its_owners_alone_even_if_it_was_open_before(tmp_pat
     state = State(tmp_path)
     with state.lock():
         state.prepare()
-        state.save_default("upper", "1.9")
+        releases_file.decide(state, "default", "upper", "1.9", "", "")
         state.save(TorchServeProcess(1, Addresses()))
     modes = {path.name: path.stat().st_mode & 0o777 for path in [state.folder, *state.folder.rglob("*")]}
 
     assert len(modes) > 6
     assert {name for name, mode in modes.items() if mode & 0o077} == set()
-
-
-def test_defaults_are_kept(tmp_path: Path) -> None:
-    state = State(tmp_path)
-    state.save_default("upper", "1.9")
-    state.save_default("words", "1.0")
-    state.prepare()
-
-    assert State(tmp_path).defaults() == {"upper": "1.9", "words": "1.0"}
-    assert defaults.highest(["1.9", "1.10", "1.2"]) == "1.10"
 
 
 def test_the_log_gives_the_first_cause_of_the_last_failure_of_this_run(tmp_path: Path) -> None:
@@ -228,17 +217,3 @@ def test_behind_a_front_door_torchserve_stays_on_this_machine(tmp_path: Path) ->
         stack._check_inside(replace(Addresses(), metrics="http://0.0.0.0:8082"))
 
     stack._check_inside(Addresses())
-
-
-def test_what_is_kept_at_once_is_all_kept(tmp_path: Path) -> None:
-    state = State(tmp_path)
-
-    def keep(i: int) -> None:
-        state.save_default(f"m{i}", "1.0")
-        state.save_retired(f"m{i}", "2.0")
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(keep, range(8)))
-
-    assert state.defaults() == {f"m{i}": "1.0" for i in range(8)}
-    assert state.retired() == {(f"m{i}", "2.0") for i in range(8)}

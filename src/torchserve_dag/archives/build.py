@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchserve_dag.archives import cards, mar, war
+from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.archives.contents import Contents, contents
 from torchserve_dag.archives.store import Built, Target, place, refuse_other_input
 from torchserve_dag.archives.weights import MissingWeightsError
@@ -61,13 +62,14 @@ def build(
     store: Path | None = None,
     force: bool = False,
     update_cards: bool = False,
+    fixed: Mapping[ModelVersion, str] | None = None,
     progress: BuildCallback | None = None,
 ) -> Report:
     """Build the named handlers and workflows, or all of them, into `store` (the project's `model_store`).
 
     A name is NAME, for all of its versions, or NAME/VERSION. A version that is built already stays as it is, also
     where this package or the environment has changed since. It is refused where the project's files differ, unless
-    `force`.
+    `force`. Not even `force` replaces one that is `fixed`: why, as the end of a sentence.
     `update_cards` first writes the sha256 of the weights that are here into the cards of the handlers.
     """
     store = store or project.root / "model_store"
@@ -82,7 +84,8 @@ def build(
                 report.updated.extend(updated)
                 graph = read_graph(project, target.file.path)
             content = contents(project, graph)
-            report.built.append(_build_one(target, content, store, force=force))
+            why_fixed = (fixed or {}).get((target.name, target.version))
+            report.built.append(_build_one(target, content, store, force=force, fixed=why_fixed))
             if _is_exported(target):
                 report.built.extend(war.export(project, target, graph, content, _exports(store), force=force))
     return report
@@ -167,11 +170,11 @@ def targets(project: Project, names: Sequence[str], problems: list[Problem]) -> 
     return list(chosen.values())
 
 
-def _build_one(target: Target, content: Contents, store: Path, *, force: bool) -> Built:
+def _build_one(target: Target, content: Contents, store: Path, *, force: bool, fixed: str | None) -> Built:
     def write(part: Path) -> None:
         mar.write(part, target.name, target.version, content.small, content.large)
 
-    return place(target, store / str(target), write, origin=content.origin(), force=force)
+    return place(target, store / str(target), write, origin=content.origin(), force=force, fixed=fixed)
 
 
 def _target(folder: str, path: Path) -> Target:

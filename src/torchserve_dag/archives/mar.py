@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
 import json
 import shutil
@@ -118,17 +119,6 @@ def read_text(archive: Path, entry: str) -> str:
         return stored.read(entry).decode("utf-8")
 
 
-def versions_in(store: Path) -> dict[tuple[str, str], Path]:
-    """The archives of a folder, by the name and version that TorchServe registers; other files are skipped."""
-    archives = {}
-    for path in sorted(store.glob("[!.]*.mar")):
-        try:
-            archives[name_and_version(path)] = path
-        except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError):
-            continue
-    return archives
-
-
 def is_ours(archive: Path) -> bool:
     """Whether this package built the archive."""
     try:
@@ -160,6 +150,23 @@ def checksum(file: Path) -> tuple[int, int]:
         while chunk := stream.read(1 << 20):
             crc = zlib.crc32(chunk, crc)
     return file.stat().st_size, crc
+
+
+def content_hash(archive: Path) -> str:
+    """A short hash of what an archive contains, the same whenever it was packed.
+
+    It is made of the sizes and checksums in the zip's directory, so that it is quick for an archive of any size; in
+    archives of `build`, `build.json` has the SHA-256 of the weights besides.
+    """
+    entries: dict[str, object] = dict(checksums(archive))
+    manifest = json.loads(read_text(archive, MANIFEST))
+    manifest.pop("createdOn", None)  # model-archiver writes the time
+    entries[MANIFEST] = manifest
+    if BUILD in entries:
+        build = json.loads(read_text(archive, BUILD))
+        build.get("inputs", {}).pop("commit", None)  # the same files may be built at another commit
+        entries[BUILD] = build
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def checksums(archive: Path) -> Entries:

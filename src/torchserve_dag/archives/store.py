@@ -70,11 +70,13 @@ def place(
     origin: Origin | None,
     force: bool,
     same_project: bool = False,
+    fixed: str | None = None,
 ) -> Built:
     """Write an archive with `write`, and move it to `path`, unless an archive of the same files is there already.
 
     An existing archive stays as it is if it has the same origin. A `.war` contains no file of the project and has no
     `origin`: it stays if its archives did (`same_project`). Without `force`, raises CheckError for another origin.
+    Not even `force` replaces an archive that is `fixed`: why, as the end of a sentence.
     """
     if origin and not force:
         refuse_other_input(target, path, origin)
@@ -89,6 +91,9 @@ def place(
             if old and new and not force and (origin or same_project):
                 note = f"{_difference(old, new)}: to build it again, give it a new version, or --force while developing"
                 return Built(target.name, target.version, path, path.stat().st_size, "kept", note)
+            if fixed:
+                help_ = "a version never changes once it is served or decided on: give it a new one"
+                raise CheckError([target.file.problem(("version",), f"{path.name} {fixed}", help_)])
             state = "replaced"
         part.replace(path)
     return Built(target.name, target.version, path, path.stat().st_size, state)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from packaging.version import Version
+
+DIGITS = "0123456789"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,22 @@ def _worker(worker: Mapping[str, Any]) -> WorkerInfo:
     return WorkerInfo(worker["id"], worker["status"] == "READY", worker["pid"], worker["gpu"])
 
 
-def version_key(version: str) -> tuple[tuple[int, int, str], ...]:
-    """The key to sort versions by: `1.10` after `1.9`, and parts that are not numbers before all numbers."""
-    return tuple((1, int(part), "") if part.isdigit() else (0, 0, part) for part in version.split("."))
+def version_key(version: str) -> tuple[Any, ...]:
+    """The key to sort versions by, one total order of all strings.
+
+    The longest part from the beginning that PEP 440 knows counts first (2.0rc1 before 2.0, 2.0 before 2.0.post1, v9
+    before v10), then the rest in natural order (2024-9-1 before 2024-10-1). Versions without such a part come first.
+    """
+    for end in reversed([match.end() for match in re.finditer("[A-Za-z0-9]+", version)]):
+        try:
+            known = (Version(version[:end]),)
+        except ValueError:  # InvalidVersion, or a number of more digits than int reads
+            continue
+        return (known, _natural(version[end:]), version)
+    return ((), _natural(version), version)
+
+
+def _natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Numbers by their value, and before other text."""
+    parts = re.findall("[0-9]+|[^0-9]+", text)  # not isdigit, which has digits that are no numbers: ²
+    return tuple((0, len(number := part.lstrip("0")), number) if part[0] in DIGITS else (1, 0, part) for part in parts)

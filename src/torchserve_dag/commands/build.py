@@ -32,7 +32,8 @@ def build(
         Path | None, typer.Option(metavar="DIR", help="The folder for the archives; by default model_store.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a version that is built already; only while developing.")
+        bool,
+        typer.Option("--force", help="Replace a version that is built already, unless it is served or decided on."),
     ] = False,
     update_cards: Annotated[
         bool,
@@ -44,16 +45,19 @@ def build(
     """Build an archive for each named handler and workflow, or for all whose weights are on this machine."""
     from torchserve_dag.archives.build import build as build_all
     from torchserve_dag.runtime.project.folders import Project
+    from torchserve_dag.stack import settings
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with failures(), Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
+        root = project_root(project)
         report = build_all(
-            Project(project_root(project)),
+            Project(root),
             names or [],
             store=store,
             force=force,
             update_cards=update_cards,
+            fixed=settings.fixed(root) if force else {},
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     if json:

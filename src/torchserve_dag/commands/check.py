@@ -30,15 +30,17 @@ if TYPE_CHECKING:
 
 def _settings_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
     """The problems in the files at the project's root. They may name versions that only the model store has."""
-    from torchserve_dag.archives import mar
+    from torchserve_dag.archives.archive import read_store
     from torchserve_dag.runtime.data.source import CheckError
     from torchserve_dag.stack import settings
 
+    store = read_store(root / "model_store")
+    problems = settings.releases_problems(root, store)
     try:
-        settings.read(root, good | mar.versions_in(root / "model_store").keys())
+        settings.read(root, good | store.archives.keys())
     except CheckError as error:
-        return error.problems
-    return []
+        problems += error.problems
+    return problems
 
 
 def _overlooked(project: Project, graphs: Iterable[Graph]) -> list[Problem]:

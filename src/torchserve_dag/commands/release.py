@@ -1,9 +1,8 @@
-"""`torchserve-dag rollout`, `promote`, `rollback`, `retire` and `routes`: which version gets which requests."""
+"""`torchserve-dag serve`, `rollout`, `promote`, `rollback`, `retire`, `routes`: which version gets which requests."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +18,7 @@ from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail,
 if TYPE_CHECKING:
     from torchserve_dag.front_door.door import Traffic
     from torchserve_dag.releases.rollout import RolloutProgress, RolloutStore, StepMetrics
+    from torchserve_dag.server.state import State
 
 STOP_IF = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
 """The default of --stop-if."""
@@ -51,7 +51,7 @@ def rollout(
     """Give a new version a growing share of a model's requests, and roll back automatically if it is worse.
 
     The rollout continues when this command is interrupted. At its end the new version gets all requests, and the old
-    version stays loaded.
+    version stays loaded. The first version of a model gets all requests at once.
     """
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.releases import stop_if, versions
@@ -73,15 +73,17 @@ def rollout(
             fail(f"{error}.")
         steps = _steps(canary)
         plan = RolloutPlan(name, version, steps, _time(every), stop, at_least, _time(patience), _time(ready))
-        record = running(State(root))
-        door = Door(State(root))
+        state = State(root)
+        running(state)
+        door = Door(state)
         if door.record() is None:
             fail("The server runs without the front door, which splits the requests: start it with torchserve-dag up.")
         traffic = door.traffic()
-        if name not in {one.model for one in traffic.served}:
-            fail(f"{name} is not served: a rollout needs an old version that is served.")
-        if not any((one.model, one.version) == (name, version) for one in traffic.served):
-            versions.find_archive(Path(record.store), name, version)
+        versions.find_archive(state, name, version)
+        split = traffic.split(name)
+        if split is None or not split.weights:
+            serve_first(state, name, version, plan.ready_s, json=json)
+            return
         store.request(plan)
         last = _follow(store, name) if watch else store.progress(name)
     if json:
@@ -90,6 +92,41 @@ def rollout(
         out.print(_line(last))
     if last and last.stage == "back":
         raise typer.Exit(1)
+
+
+def serve(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME[/VERSION]", help="A model in the model store; without VERSION its highest.")
+    ],
+    *,
+    ready: Annotated[str, typer.Option(metavar="TIME", help="How long the version may take to load.")] = "10m",
+    json: JsonOption = False,
+    project: ProjectOption = None,
+) -> None:
+    """Bring a version, or a new model, into the running server, and into later starts.
+
+    The first version of a model becomes its default; any other gets only requests that name it.
+    """
+    from torchserve_dag.server.state import State
+
+    model, _, version = name.partition("/")
+    with failures():
+        serve_first(State(project_root(project)), model, version or None, _time(ready), json=json)
+
+
+def serve_first(state: State, model: str, version: str | None, ready_s: float, *, json: bool) -> None:
+    """Bring a version into the server, as its model's default if it has none, and say so."""
+    from torchserve_dag.releases import versions
+    from torchserve_dag.server.connect import torchserve_client
+
+    with torchserve_client(state) as client, err.status(f"loading {model} {version or ''}"):
+        version, is_default = versions.serve(state, client, model, version, ready_s)
+    if json:
+        print_json({"model": model, "version": version, "default": is_default})
+        return
+    what = "it answers requests that name no version" if is_default else f"torchserve-dag rollout {model} {version}"
+    more = "" if is_default else " gives it others than those that name it"
+    out.print(f"{model}/{version} is served; {what}{more}")
 
 
 def promote(
@@ -137,8 +174,7 @@ def retire(
         state = State(project_root(project))
         with torchserve_client(state) as client, err.status(f"waiting for requests in flight at {name}"):
             versions.retire(state, client, model, version)
-        state.save_retired(model, version)
-    out.print(f"{name} is retired; torchserve-dag rollout {model} {version} loads it again")
+    out.print(f"{name} is retired; torchserve-dag serve {name} loads it again")
 
 
 def routes(*, json: JsonOption = False, project: ProjectOption = None) -> None:

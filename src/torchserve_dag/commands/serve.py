@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,7 @@ from torchserve_dag.commands.remote import (
 
 if TYPE_CHECKING:
     from torchserve_dag.server.ready import Readiness
+    from torchserve_dag.server.selection import Remark
     from torchserve_dag.server.status import Status, VersionStatus, WorkerStatus
 
 
@@ -61,10 +62,17 @@ def up(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log a line for each request in access_log.log.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Serve all or nothing: fail if anything cannot be served.")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait until every model is ready.")] = 600.0,
     project: ProjectOption = None,
 ) -> None:
-    """Start the front door and TorchServe, and wait until every archive is served."""
+    """Start the front door and TorchServe, and wait until all that can be served is.
+
+    It loads the versions that routes.yaml and releases.yaml name, and the newest of the rest, and says what it leaves
+    out.
+    """
     from torchserve_dag.server import torchserve
     from torchserve_dag.server.connect import torchserve_client
     from torchserve_dag.server.state import State
@@ -82,7 +90,7 @@ def up(
             bar.update(task, description=text, completed=len(found) - len(waiting), total=len(found))
 
         root = project_root(project)
-        started = stack.start(root, options, show, with_front_door=front_door)
+        started = stack.start(root, options, show, with_front_door=front_door, strict=strict)
         with torchserve_client(State(root)) as client:
             found = status_of(started.torchserve, client)
     where, door = started.torchserve.addresses, started.front_door
@@ -95,6 +103,13 @@ def up(
     )
     out.print(f"  gRPC {where.grpc_inference}  management {where.grpc_management}")
     out.print(f"  tokens and logs in {State(root).folder}", soft_wrap=True)
+    _print_remarks(started.remarks)
+
+
+def _print_remarks(remarks: Sequence[Remark]) -> None:
+    for remark in remarks:
+        colour = "bold yellow" if remark.fault else "yellow" if remark.kind == "new" else "dim"
+        err.print(f"[{colour}]{remark.kind}[/]: {escape(str(remark))}", soft_wrap=True)
 
 
 def down(*, project: ProjectOption = None) -> None:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
+from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door.settings import Limits
 from torchserve_dag.front_door.splits import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
@@ -41,7 +42,7 @@ EJECT_AFTER = 10
 EJECT_S = 5
 GRACE_S = 5.0
 """Added to TorchServe's timeout, so that TorchServe's own error comes first."""
-NOT_FOUND, UNIMPLEMENTED = "5", "12"
+NOT_FOUND, UNIMPLEMENTED, UNAVAILABLE = "5", "12", "14"
 """Statuses of gRPC."""
 WHOLE = 1_000_000
 """The sum of the integer weights of a model's clusters."""
@@ -86,7 +87,7 @@ def routes(
         for protocol in PROTOCOLS:
             routes_list += [_named(one, protocol) for one in versions]
             routes_list += _shared(split, versions, protocol)
-        known = ", ".join(one.version for one in versions)
+        known = ", ".join(_names(versions))
         message = f"There is no such version of {split.model}; it has {known}."
         match = _match(split.model)
         routes_list.append(_refusal(match, "ModelVersionNotFoundException", message))
@@ -111,14 +112,18 @@ def routes(
     return {"@type": f"{TYPES}config.route.v3.RouteConfiguration", "name": "routes", "virtual_hosts": [host]}
 
 
+def _names(versions: Iterable[ServedVersion]) -> list[str]:
+    return sorted((one.version for one in versions), key=version_key)
+
+
 def cluster_name(protocol: str, version: ServedVersion | str) -> str:
     """The name of a version's cluster."""
     return f"{protocol}:{version if isinstance(version, str) else version.name}"
 
 
 def stat_name(cluster: str) -> str:
-    """A cluster's name in Envoy's metrics, in which a dot separates names."""
-    return cluster.replace(".", "_").replace(":", "_")
+    """A cluster's name in Envoy's metrics, in which a dot separates names; `1.0` and `1_0` stay two."""
+    return cluster.replace(".", "~").replace(":", "_")
 
 
 def _cluster(name: str, protocol: str, where: Addresses, requests: int) -> Resource:
@@ -252,6 +257,9 @@ def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> l
         match = {**unnamed, "headers": [*unnamed["headers"], {"name": header, "string_match": {"exact": value}}]}
         action = _action(split, protocol, [(version, 1)], longest)
         routes_list.append({"name": f"{split.model} {header}={value}", "match": match, "route": action})
+    if not split.weights:
+        message = f"The default version of {split.model} is not served: name one of {', '.join(_names(versions))}."
+        return [*routes_list, _refusal(unnamed, "ModelVersionNotFoundException", message, UNAVAILABLE, "503")]
     action = _action(split, protocol, split.weights, longest)
     # A cancellation must reach the version that has the request: both carry the same key.
     keys = [{"header": {"header_name": name}} for name in (CANCEL_KEY, CANCEL)]
@@ -317,13 +325,13 @@ def _seconds(value: float) -> str:
     return f"{value:.3f}s"
 
 
-def _refusal(match: Resource, kind: str, message: str, grpc_status: str = NOT_FOUND) -> Resource:
-    """A route on which request.lua answers 404, or the status over gRPC."""
-    refused = {"type": kind, "message": message, "grpc_status": grpc_status}
+def _refusal(match: Resource, kind: str, message: str, grpc_status: str = NOT_FOUND, status: str = "404") -> Resource:
+    """A route on which request.lua refuses, with that status over either protocol."""
+    refused = {"type": kind, "message": message, "grpc_status": grpc_status, "status": status}
     return {
         "match": match,
         "metadata": {"filter_metadata": {"request": {"refused": refused}}},
-        "direct_response": {"status": 404},
+        "direct_response": {"status": int(status)},
     }
 
 

@@ -163,7 +163,9 @@ function envoy_on_request(handle)
   end
   handle:clearRouteCache()
   local refused = handle:metadata():get("refused")
-  if refused then refuse(handle, "404", refused["grpc_status"], refused["type"], refused["message"]) end
+  if refused then
+    refuse(handle, refused["status"], refused["grpc_status"], refused["type"], refused["message"])
+  end
 end
 
 -- Over gRPC, version.lua has set the HTTP status of a failure for the router to see; a gRPC answer itself has 200.

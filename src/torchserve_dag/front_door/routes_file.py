@@ -59,6 +59,11 @@ class RouteFile:
             raise WrongFieldError(f"{self.slow_s:g} is not more than 0 and at most {MAX_SLOW_S:,}", "slow_s")
 
     @property
+    def named(self) -> set[str]:
+        """Every version that the route names."""
+        return {*self.versions, *self.always.values(), *self.shadow, *filter(None, [self.fallback])}
+
+    @property
     def sticky_header(self) -> str | None:
         match = _HEADER.fullmatch(self.sticky or "")
         return match["name"].lower() if match else None
@@ -79,23 +84,24 @@ def read(root: Path) -> Source[Routes] | None:
     return source.read(path, Routes) if path.is_file() else None
 
 
-def check(routes: Source[Routes], known: Mapping[str, Sequence[str]]) -> None:
-    """Raises CheckError for models and versions that are not `known`."""
-    problems = [problem for name in routes.value for problem in _problems(routes, name, known)]
+def check(routes: Source[Routes], known: Mapping[str, Sequence[str]], more: str = "") -> None:
+    """Raises CheckError for models and versions that are not `known`; `more` is how to make others known."""
+    problems = [problem for name in routes.value for problem in _problems(routes, name, known, more)]
     if problems:
         raise CheckError(problems)
 
 
-def _problems(routes: Source[Routes], name: str, known: Mapping[str, Sequence[str]]) -> list[Problem]:
+def _problems(routes: Source[Routes], name: str, known: Mapping[str, Sequence[str]], more: str) -> list[Problem]:
+    more = f"; {more}" if more else ""
     if name not in known:
-        return [routes.problem((name,), f'there is no model "{name}"', plain.did_you_mean(name, list(known)))]
+        return [routes.problem((name,), f'there is no model "{name}"', plain.did_you_mean(name, list(known)) + more)]
     route = routes.value[name]
     named: list[tuple[tuple[str, ...], str]] = [(("versions", one), one) for one in route.versions]
     named += [(("always", rule), one) for rule, one in route.always.items()]
     named += [(("shadow", one), one) for one in route.shadow]
     named += [(("fallback",), route.fallback)] if route.fallback else []
     return [
-        routes.problem((name, *path), f'{name}: there is no version "{one}"', f"known: {', '.join(known[name])}")
+        routes.problem((name, *path), f'{name}: there is no version "{one}"', f"known: {', '.join(known[name])}{more}")
         for path, one in named
         if one not in known[name]
     ]

@@ -42,7 +42,7 @@ class Split:
     model: str
     weights: tuple[tuple[str, float], ...]
     """Version and weight, in a stable order: a sticky user changes version only if the weights at its position change.
-    A version may occur several times."""
+    A version may occur several times. Empty if no version that may answer is served."""
     route: RouteFile
     """The route's other settings."""
     ejected: frozenset[str] = frozenset()
@@ -73,13 +73,18 @@ def splits(
     rollouts: Mapping[str, RolloutShare],
     ejected: Collection[tuple[str, str]] = (),
 ) -> list[Split]:
-    """The split of each served model: its route, or 100 % to its default version; with the shares of rollouts."""
+    """The split of each served model: its route, or 100 % to its default version; with the shares of rollouts.
+
+    The share of a version that is not served goes to the others. Only a version that was decided on gets a share.
+    """
     result = []
     for model in sorted({one.model for one in served}):
-        route = routes.get(model) or RouteFile({defaults[model]: 100})
-        weights = tuple(route.versions.items())
-        weights = carved(weights, rollouts[model]) if model in rollouts else weights
         served_versions = {one.version for one in served if one.model == model}
+        route = routes.get(model) or RouteFile({defaults.get(model, ""): 100})
+        weights = tuple((version, weight) for version, weight in route.versions.items() if version in served_versions)
+        if not sum(weight for _, weight in weights):
+            weights = ()
+        weights = carved(weights, rollouts[model]) if weights and model in rollouts else weights
         ejected_versions = frozenset(version for name, version in ejected if name == model)
         result.append(Split(model, weights, _only(route, served_versions), ejected_versions))
     return result

@@ -7,7 +7,6 @@ An unprivileged process can lower its priority but not raise it again. So the lo
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import signal
 import threading
@@ -18,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+
+from torchserve_dag.server.processes import workers_of
 
 SLICE_S = 0.01
 """How long a worker runs until the idle cores are counted again; meanwhile it may compete with serving for its core."""
@@ -103,21 +104,3 @@ def idle_cores() -> int:
     """The number of cores without a runnable thread, apart from the calling one."""
     ready = Path("/proc/loadavg").read_text("ascii").split()[3].partition("/")[0]
     return max(0, (os.cpu_count() or 1) - int(ready) + 1)
-
-
-def workers_of(java: psutil.Process, ids: frozenset[str]) -> set[int]:
-    """The pids of the workers with these ids among TorchServe's child processes."""
-    workers: set[int] = set()
-    try:
-        children = java.children(recursive=True) if ids else []
-    except psutil.Error:
-        return workers
-    for child in children:
-        try:
-            words = child.cmdline()
-        except psutil.Error:
-            continue
-        names = [after for word, after in itertools.pairwise(words) if word in {"--sock-name", "--port"}]
-        if any(name.rpartition(".")[2] in ids for name in names):
-            workers.add(child.pid)
-    return workers

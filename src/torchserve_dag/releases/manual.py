@@ -9,7 +9,8 @@ from pathlib import Path
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.releases.rollout import RolloutProgress, RolloutStore, settle
+from torchserve_dag.releases.rollout import RolloutProgress, RolloutStore, reject, settle
+from torchserve_dag.server import releases_file
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -30,16 +31,27 @@ def roll_back(root: Path, model: str) -> RolloutProgress:
         raise ServerError(f"{model} was never rolled out: there is nothing to roll back.")
     if not last.over:
         return _command(root, model, promoted=False)
+    state, version = State(root), last.plan.version
+    traffic = Door(state).traffic()
     if last.stage == "back":
+        split = traffic.split(model)
+        answers = ", ".join(f"{one} {share:.0%}" for one, share in split.shares.items()) if split else ""
         raise ServerError(
-            f"The last rollout of {model}, to {last.plan.version}, was rolled back already: {last.reason}."
+            f"The last rollout of {model}, to {version}, was rolled back already ({last.reason.rstrip('.')}); now "
+            f"{answers or 'no version'} of it answers. For another version: torchserve-dag default {model} VERSION at "
+            f"once, or torchserve-dag rollout {model} VERSION in steps."
         )
-    served = {one.version for one in Door(State(root)).traffic().served if one.model == model}
+    served = {one.version for one in traffic.served if one.model == model}
     missing = [one for one, weight in last.before.items() if weight and one not in served]
     if missing:
-        raise ServerError(f"{model}/{missing[0]} is no longer served: load it again with torchserve-dag rollout.")
-    settle(root, model, last.before)
-    rolled_back = replace(last, stage="back", share=0.0, reason="it was rolled back by hand", ended=time.time())
+        raise ServerError(
+            f"{model}/{missing[0]} is no longer served: torchserve-dag serve {model}/{missing[0]} loads it; "
+            "then roll back."
+        )
+    reason = "it was rolled back by hand"
+    settle(root, model, last.before, f"rolled back from {version}")
+    reject(state, model, version, reason)
+    rolled_back = replace(last, stage="back", share=0.0, reason=reason, ended=time.time())
     store.save(rolled_back)
     return rolled_back
 
@@ -52,10 +64,10 @@ def reload_routes(root: Path) -> Traffic:
     for one in traffic.served:
         known.setdefault(one.model, []).append(one.version)
     if in_file is not None:
-        routes_file.check(in_file, {model: sorted(versions, key=version_key) for model, versions in known.items()})
+        in_order = {model: sorted(versions, key=version_key) for model, versions in known.items()}
+        routes_file.check(in_file, in_order, "torchserve-dag serve NAME/VERSION loads another")
         for model, route in in_file.value.items():  # a version that routes.yaml names is also loaded at later starts
-            for version in {*route.versions, *route.always.values(), *route.shadow, *filter(None, [route.fallback])}:
-                door.state.save_retired(model, version, retired=False)
+            releases_file.forgive(door.state, model, route.named)
 
     def change(now: Traffic) -> Traffic:
         """Also drop the shares of rollouts that are over: one may have been rolled back while Envoy was down."""

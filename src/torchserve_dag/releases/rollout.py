@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Literal
 
 from torchserve_dag.archives import atomic
+from torchserve_dag.archives.archive import ModelVersion, copies, read_store
 from torchserve_dag.clients import ServingError
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.splits import RolloutShare
 from torchserve_dag.releases import route_weights, stop_if, version_metrics, versions
 from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.server import defaults, releases_file
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
-from torchserve_dag.server.ready import ModelVersion
 from torchserve_dag.server.state import State
 
 logger = logging.getLogger(__name__)
@@ -86,8 +88,6 @@ class RolloutProgress:
     """Why the rollout ended."""
     new: StepMetrics | None = None
     old: StepMetrics | None = None
-    brought: bool = False
-    """Whether the rollout loaded the new version, which was not served before."""
     began: float = 0.0
     """In seconds since 1970."""
     ended: float = 0.0
@@ -169,9 +169,11 @@ def run(root: Path, requested: RolloutProgress) -> None:
         now = _load(root, state, store, requested)
         for share in requested.plan.steps:
             now = _step(Door(state), store, replace(now, share=share))
-        settle(root, requested.plan.model, {requested.plan.version: WHOLE})
         reason = now.reason or "all steps passed"
+        settle(root, requested.plan.model, {requested.plan.version: WHOLE}, f"rolled out: {reason}")
         store.save(replace(now, stage="done", share=WHOLE, reason=reason, ended=time.time()))
+    except _NotBegunError as why:
+        store.save(replace(now, stage="back", reason=str(why), ended=time.time()))
     except _RollBackError as why:
         _roll_back(state, store, requested.plan, str(why))
     except Exception as error:
@@ -179,9 +181,9 @@ def run(root: Path, requested: RolloutProgress) -> None:
         _roll_back(state, store, requested.plan, str(error))
 
 
-def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
+def settle(root: Path, model: str, weights: Mapping[str, float], reason: str) -> None:
     """Make these weights permanent: in `routes.yaml` if it names the model; the version with the largest weight becomes
-    the default. Raises ServerError.
+    the default, in `releases.yaml` too. Raises ServerError.
     """
     state = State(root)
     door = Door(state)
@@ -204,29 +206,43 @@ def settle(root: Path, model: str, weights: Mapping[str, float]) -> None:
     if in_file:
         route_weights.write(root, model, weights)
     with torchserve_client(state) as client:
-        client.set_default(model, version)
-    state.save_default(model, version)
-    for one in weights:  # an earlier rollout of this version, rolled back, may have retired it
-        state.save_retired(model, one, retired=False)
+        defaults.set_default(state, client, model, version, reason)
+    releases_file.forgive(state, model, weights)  # an earlier rollout of one of them may have been rolled back
+
+
+def reject(state: State, model: str, version: str, reason: str) -> None:
+    """No later start loads this version. Raises CheckError, ServerError, OSError."""
+    archive = copies(state.archives).get((model, version))
+    if archive is None:  # it could not be loaded
+        record = state.record()
+        found = read_store(Path(record.store)).archives.get((model, version), ()) if record else ()
+        archive = found[0] if len(found) == 1 else None
+    releases_file.decide(state, "rejected", model, version, archive.hash if archive else "", reason)
 
 
 class _RollBackError(Exception):
     """Why a rollout is rolled back: one sentence."""
 
 
+class _NotBegunError(Exception):
+    """Why a rollout does not begin, which says nothing about its version: one sentence."""
+
+
 def _load(root: Path, state: State, store: RolloutStore, requested: RolloutProgress) -> RolloutProgress:
     plan, door = requested.plan, Door(state)
     traffic = door.traffic()
     split = traffic.split(plan.model)
-    if split is None:
-        raise _RollBackError(f"{plan.model} is not served")
+    if split is None or not split.weights:
+        raise _NotBegunError(f"no version of {plan.model} answers: torchserve-dag serve {plan.model}/{plan.version}")
     before = {version: share * WHOLE for version, share in split.shares.items() if share}
     if before.keys() == {plan.version}:
-        raise _RollBackError(f"{plan.version} answers all requests already")
-    if plan.model in traffic.routes:
-        route_weights.check(root, plan.model)
-    else:  # after a restart in mid-rollout the highest version, which is the new one, must not become the default
-        state.save_default(plan.model, traffic.defaults[plan.model])
+        raise _NotBegunError(f"{plan.version} answers all requests already")
+    try:
+        versions.find_archive(state, plan.model, plan.version)
+        if plan.model in traffic.routes:
+            route_weights.check(root, plan.model)
+    except ServerError as error:
+        raise _NotBegunError(str(error).rstrip(".")) from None
     now = replace(requested, stage="loading", before=before)
     store.save(now)
     if not _is_served(traffic, plan):
@@ -237,8 +253,6 @@ def _load(root: Path, state: State, store: RolloutStore, requested: RolloutProgr
                 )
         except (ServerError, ServingError) as error:
             raise _RollBackError(f"{plan.version} could not be loaded: {error}") from None
-        now = replace(now, brought=True)
-        store.save(now)
     return replace(now, stage="rolling")
 
 
@@ -302,10 +316,8 @@ def _of(all_metrics: Mapping[ModelVersion, VersionMetrics], model: str, version:
 
 
 def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str) -> None:
-    """Restore the former weights. Later starts do not load a version that only this rollout loaded."""
+    """Restore the former weights, and reject the version: later starts do not load it."""
     last = store.progress(plan.model)
-    if last and last.brought:
-        state.save_retired(plan.model, plan.version)
     door, deadline = Door(state), time.monotonic() + ROLL_BACK_S
     while True:
         try:
@@ -317,6 +329,11 @@ def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str
                 reason += "; IT STILL GETS ITS SHARE, because the front door does not answer: run torchserve-dag routes"
                 break
             time.sleep(POLL_S)
+    try:
+        reject(state, plan.model, plan.version, reason)
+    except (CheckError, ServerError, OSError) as error:
+        logger.exception("%s cannot be rejected", plan.version)
+        reason += f"; {releases_file.FILE} could not be written ({error}), so the next start loads it again"
     rolled_back = replace(last, stage="back", share=0.0, reason=reason, ended=time.time()) if last else None
     if rolled_back:
         store.save(rolled_back)

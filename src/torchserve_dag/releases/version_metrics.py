@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
+from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.envoy_config import GUARDED, PROTOCOLS, STANDS_IN
 from torchserve_dag.server import prometheus
-from torchserve_dag.server.ready import ModelVersion
 
 LEFT = frozenset({"-", "DC", "DR"})
 """Envoy's response flags, without a status, for a client that disconnected."""

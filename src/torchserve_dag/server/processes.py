@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,6 +36,24 @@ def ours(pid: int, state: State) -> psutil.Process | None:
 def family(state: State) -> list[psutil.Process]:
     """Every process that was started by a server of this project, running or ended."""
     return [process for process in psutil.process_iter() if _marked(process, state.folder) and alive(process)]
+
+
+def workers_of(java: psutil.Process, ids: frozenset[str]) -> set[int]:
+    """The pids of the workers with these ids among TorchServe's child processes."""
+    workers: set[int] = set()
+    try:
+        children = java.children(recursive=True) if ids else []
+    except psutil.Error:
+        return workers
+    for child in children:
+        try:
+            words = child.cmdline()
+        except psutil.Error:
+            continue
+        names = [after for word, after in itertools.pairwise(words) if word in {"--sock-name", "--port"}]
+        if any(name.rpartition(".")[2] in ids for name in names):
+            workers.add(child.pid)
+    return workers
 
 
 def alive(process: psutil.Process) -> bool:

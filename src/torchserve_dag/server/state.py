@@ -1,4 +1,4 @@
-"""A project's state folder: the running server, its keys, its logs. Nothing is written outside it.
+"""A project's state folder: the running server, its keys, its logs, its copies of the archives.
 
 Only its owner may enter it: another user could read the logs, or hold a lock.
 """
@@ -22,8 +22,6 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 
 FOLDER = ".torchserve-dag"
-KEPT_S = 30.0
-"""Seconds to wait for the lock of `defaults.json` and `retired.json`; a change of these files takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +32,28 @@ class TorchServeProcess:
     """The id of its Java process."""
     addresses: Addresses
     store: str = "model_store"
-    """The folder of the archives that it serves."""
+    """The project's folder of archives; those that are served were copied from there."""
 
 
 class State:
     """The state folder of the project at `root`."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.folder = root.resolve() / FOLDER
         self.config = self.folder / "config.properties"
         self.logs = self.folder / "logs"
         self.tmp = self.folder / "tmp"
         self.key_file = self.folder / "key_file.json"
         """TorchServe writes its key file into its working directory, which is this folder."""
+        self.archives = self.folder / "archives"
+        """The server's own copies of the archives that it serves."""
         self.front_door = self.folder / "front_door"
         self._server = self.folder / "server.json"
-        self._defaults = self.folder / "defaults.json"
-        self._retired = self.folder / "retired.json"
 
     def prepare(self) -> None:
         """Make the folder, and delete what an earlier server left in it, except its logs."""
-        self._make()
+        self.make()
         self.logs.mkdir(mode=0o700, exist_ok=True)
         atomic.write_private(self.folder / ".gitignore", "*\n")
         self.clear()
@@ -66,14 +65,14 @@ class State:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tmp, ignore_errors=True)
 
-    def _make(self) -> None:
+    def make(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)  # an earlier version of this package made it readable for all
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Raises ServerError while another `up` or `down` of this project runs."""
-        self._make()
+        self.make()
         busy = "Another torchserve-dag up or down of this project is running: wait until it ends."
         with locked(self.folder / "lock", 0.0, busy):
             yield
@@ -87,34 +86,6 @@ class State:
 
     def save(self, record: TorchServeProcess) -> None:
         _write(self._server, plain.flatten(record))
-
-    def defaults(self) -> dict[str, str]:
-        """The default version of each model for which `torchserve-dag default` was used."""
-        return {str(name): str(version) for name, version in (_read(self._defaults) or {}).items()}
-
-    def save_default(self, name: str, version: str) -> None:
-        with self._change():
-            _write(self._defaults, {**self.defaults(), name: version})
-
-    def retired(self) -> set[tuple[str, str]]:
-        """The versions of models that are not served although their archives are in the store."""
-        by_model = _read(self._retired) or {}
-        return {(str(name), str(version)) for name, versions in by_model.items() for version in versions}
-
-    def save_retired(self, name: str, version: str, *, retired: bool = True) -> None:
-        with self._change():
-            by_model = _read(self._retired) or {}
-            versions = [other for other in by_model.get(name, []) if other != version]
-            _write(self._retired, {**by_model, name: [*versions, version] if retired else versions})
-
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        """Hold the lock for reading and writing `defaults.json` and `retired.json`."""
-        self._make()
-        with locked(
-            self.folder / "kept.lock", KEPT_S, f"Another command holds {self.folder / 'kept.lock'}: try again."
-        ):
-            yield
 
 
 @contextmanager

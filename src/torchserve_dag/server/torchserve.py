@@ -6,19 +6,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
-from torchserve_dag.archives import atomic, mar
-from torchserve_dag.clients import KeyFile
+from torchserve_dag.archives import atomic
+from torchserve_dag.archives.archive import Archive, ModelVersion, Store, UnusableArchiveError, copy, read_store
+from torchserve_dag.clients import Client, KeyFile, ModelNotFound, ServingError
 from torchserve_dag.server import defaults, java, ports, processes, properties
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.ready import ModelVersion, ReadinessCallback, StartupWait
+from torchserve_dag.server.ready import ReadinessCallback, StartupWait
 from torchserve_dag.server.state import State, TorchServeProcess
 
 LONGEST_SOCKET = 103
@@ -49,46 +49,117 @@ class LaunchPlan:
     properties: dict[str, str]
     """The content of that file."""
     store: Path
-    archives: dict[ModelVersion, str]
+    """The project's folder of archives."""
     where: Addresses
     java_home: Path
 
 
-def plan(root: Path, options: StartOptions, retired: Collection[ModelVersion] = ()) -> LaunchPlan:
-    """Check the project's configuration. All archives except the `retired` will be served. Raises ServerError."""
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A TorchServe that serves."""
+
+    record: TorchServeProcess
+    failed: dict[ModelVersion, str]
+    """The versions that it does not serve, each with its reason."""
+
+
+def plan(root: Path, options: StartOptions) -> LaunchPlan:
+    """Check the project's configuration. Raises ServerError."""
     source = properties.find(root)
     configured = properties.read(source)
     store = (options.store or root / configured.get("model_store", "model_store")).resolve()
-    archives = {version: archive for version, archive in _archives(store).items() if version not in retired}
     where = _addresses(configured, options)
     where.check_free()
-    return LaunchPlan(source, configured, store, archives, where, java.find())
+    return LaunchPlan(source, configured, store, where, java.find())
+
+
+def known(planned: LaunchPlan) -> Store:
+    """The archives that may be served: those of the store that `load_models` names. Raises ServerError."""
+    store = read_store(planned.store)
+    names = planned.properties.get("load_models", "all")
+    if names.lower() != "all":
+        store = store.only({name.strip() for name in names.split(",") if name.strip()})
+    if not store.archives and not store.unusable:
+        raise ServerError(f"There are no archives in {planned.store}: build them with torchserve-dag build.")
+    return store
+
+
+def copy_all(
+    state: State, archives: Mapping[ModelVersion, Archive]
+) -> tuple[dict[ModelVersion, Archive], dict[ModelVersion, str]]:
+    """The server's own copies of archives, and which could not be copied, with the reason. Other copies are deleted."""
+    copied, failed = dict[ModelVersion, Archive](), dict[ModelVersion, str]()
+    for version, archive in archives.items():
+        try:
+            copied[version] = copy(archive, state.archives)
+        except UnusableArchiveError as error:
+            failed[version] = f"{archive.path} {error}"
+    keep_copies(state, copied)
+    return copied, failed
+
+
+def keep_copies(state: State, archives: Mapping[ModelVersion, Archive]) -> None:
+    """Delete all copies but these."""
+    kept = {archive.path for archive in archives.values()}
+    for path in state.archives.glob("*"):
+        if path not in kept:
+            path.unlink(missing_ok=True)
 
 
 def start(
     state: State,
     planned: LaunchPlan,
+    archives: Mapping[ModelVersion, Archive],
     options: StartOptions,
     progress: ReadinessCallback | None = None,
     *,
     changes: Mapping[str, str] | None = None,
-) -> TorchServeProcess:
-    """Start TorchServe, wait until it serves every archive, and set the default versions. Raises ServerError.
+    shares: Mapping[str, Mapping[str, float]] | None = None,
+) -> Started:
+    """Start TorchServe with these copies of archives, wait until it serves them, and set the default versions.
 
-    `changes` are properties that override those of the project.
+    A version that fails is unregistered; if none is left, or if TorchServe ends, raises ServerError. `changes` are
+    properties that override those of the project; `shares` are those of `routes.yaml`.
     """
-    changes = {**properties.listening_at(planned.where), **_sockets(state, planned.where), **(changes or {})}
-    if planned.properties.get("load_models") == "all":  # some archives in the store may be retired
-        changes["load_models"] = ",".join(planned.archives.values())
+    files = {version: archive.path.name for version, archive in archives.items()}
+    listening = {**properties.listening_at(planned.where), **_sockets(state, planned.where)}
+    changes = {**listening, **(changes or {}), "load_models": ",".join(files.values())}
     properties.write(planned.source, state.config, changes)
+    open(state.logs / "console.log", "wb", opener=atomic.private).close()  # now: `logs` begins with what comes after
     logs = Logs(state.logs)
     record = _launch(state, planned, logs, access_log=options.access_log)
     state.save(record)
     with torchserve_client(state) as serving:
-        waiting = StartupWait(planned.archives, logs)
-        waiting.wait(serving, lambda: processes.java(record, state) is not None, options.timeout_s, progress)
-        defaults.apply(state, serving)
-    return record
+        waiting = StartupWait(files, logs)
+        failed = waiting.wait(
+            serving,
+            lambda: processes.java(record, state),
+            options.timeout_s,
+            progress,
+            lambda version: unregister(serving, *version),
+        )
+        if len(failed) == len(files):
+            raise ServerError("; ".join(failed.values()) + ".")
+        keep_copies(state, {version: archive for version, archive in archives.items() if version not in failed})
+        defaults.apply(state, serving, shares or {})
+    return Started(record, dict(failed))
+
+
+def unregister(client: Client, model: str, version: str) -> None:
+    """Take a version out of TorchServe, which refuses that of a default version while there are others.
+
+    Raises ServerError.
+    """
+    try:
+        for info in client.models():
+            others = [one.version for one in info.versions if one.version != version]
+            if info.name == model and info.default.version == version and others:
+                client.set_default(model, defaults.highest(others))
+        client.unregister(model, version)
+    except ModelNotFound:
+        return
+    except ServingError as error:
+        raise ServerError(f"TorchServe does not unregister {model}/{version}: {error}") from None
 
 
 def end(state: State) -> bool:
@@ -117,22 +188,6 @@ def refuse_second(state: State) -> None:
         )
 
 
-def _archives(store: Path) -> dict[ModelVersion, str]:
-    """The archives in a store: (model, version) → file. Raises ServerError."""
-    archives: dict[ModelVersion, str] = {}
-    for path in sorted(store.glob("[!.]*.mar")):
-        try:
-            key = mar.name_and_version(path)
-        except (BadZipFile, OSError, ValueError, KeyError, TypeError):
-            raise ServerError(f"{path} is not an archive: delete it, or build it again.") from None
-        if key in archives:
-            raise ServerError(f"{archives[key]} and {path.name} are both {' '.join(key)}: delete one of them.")
-        archives[key] = path.name
-    if not archives:
-        raise ServerError(f"There are no archives in {store}: build them with torchserve-dag build.")
-    return archives
-
-
 def _addresses(configured: dict[str, str], options: StartOptions) -> Addresses:
     where = properties.addresses(configured).with_ports(options.port, options.grpc_port)
     return where.with_free_ports() if options.free_ports else where
@@ -148,9 +203,9 @@ def _sockets(state: State, where: Addresses) -> dict[str, str]:
 
 def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) -> TorchServeProcess:
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
-    command += ["--ts-config", state.config.name, "--model-store", str(planned.store)]
+    command += ["--ts-config", state.config.name, "--model-store", str(state.archives)]
     begun = time.time()
-    with open(state.logs / "console.log", "wb", opener=atomic.private) as console:
+    with open(state.logs / "console.log", "ab", opener=atomic.private) as console:
         starter = subprocess.Popen(  # noqa: S603 (our own arguments)
             command,
             cwd=state.folder,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torchserve_dag.archives.archive import ModelVersion, Store, copies
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door import settings as front_door_file
@@ -14,7 +15,10 @@ from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.runtime.data import source
 from torchserve_dag.runtime.data.source import CheckError, Problem
-from torchserve_dag.server.ready import ModelVersion
+from torchserve_dag.server import processes, releases_file
+from torchserve_dag.server.releases_file import decided
+from torchserve_dag.server.selection import differences
+from torchserve_dag.server.state import State
 
 FILE = "torchserve-dag.yaml"
 
@@ -55,6 +59,34 @@ def read(root: Path, known: Iterable[ModelVersion]) -> ServingSettings:
     if problems:
         raise CheckError(problems)
     return ServingSettings(project, front_door, routes)
+
+
+def releases_problems(root: Path, store: Store) -> list[Problem]:
+    """Mistakes in `releases.yaml`, and versions whose archive in the store is not the one that was decided on."""
+    try:
+        file = releases_file.read_source(root)
+    except CheckError as error:
+        return error.problems
+    if file is None:
+        return []
+    kinds = {f"{name} {version}": (name, kind, version) for (name, version), (kind, _) in decided(file.value).items()}
+    remarks = differences(store, file.value)
+    return [file.problem(kinds[remark.what], str(remark)) for remark in remarks]
+
+
+def fixed(root: Path) -> dict[ModelVersion, str]:
+    """The versions that nothing may replace, each with the reason, as the end of a sentence. Raises CheckError."""
+    reasons: dict[ModelVersion, str] = {}
+    file = routes_file.read(root)
+    for name, route in (file.value if file else {}).items():
+        reasons |= {(name, version): f"is named in {routes_file.FILE}" for version in route.named}
+    for key, (kind, _) in decided(releases_file.read(root)).items():
+        reasons[key] = f"is {'the default' if kind == 'default' else kind} in {releases_file.FILE}"
+    state = State(root)
+    record = state.record()
+    if record and processes.java(record, state):
+        reasons |= dict.fromkeys(copies(state.archives), "is served now")
+    return reasons
 
 
 def _project(root: Path) -> ProjectSettings:

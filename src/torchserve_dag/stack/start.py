@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchserve_dag.archives import mar
+from torchserve_dag.archives.archive import Archive, ModelVersion, copies
 from torchserve_dag.clients import Client
 from torchserve_dag.front_door import start as front_door
 from torchserve_dag.front_door.door import Door, FrontDoorProcess, Traffic
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.data.loopback import is_loopback
-from torchserve_dag.server import defaults, processes, torchserve
-from torchserve_dag.server.connect import running, torchserve_client
+from torchserve_dag.server import defaults, processes, releases_file, torchserve
+from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
 from torchserve_dag.server.ready import ReadinessCallback
+from torchserve_dag.server.selection import Remark, differences, select
 from torchserve_dag.server.state import State, TorchServeProcess
 from torchserve_dag.stack import settings
 
@@ -32,6 +34,8 @@ class Running:
 
     torchserve: TorchServeProcess
     front_door: FrontDoorProcess | None
+    remarks: list[Remark]
+    """What is to be said about archives: those that failed or were left out, and new ones."""
 
 
 def start(
@@ -40,39 +44,68 @@ def start(
     progress: ReadinessCallback | None = None,
     *,
     with_front_door: bool = True,
+    strict: bool = False,
 ) -> Running:
-    """Start the front door and TorchServe, and wait until every archive is served.
+    """Start the front door and TorchServe, and wait until all that can be served is.
 
-    Raises ServerError or CheckError; then no process is left running, and the logs are kept.
+    Raises ServerError or CheckError if nothing can be served, or, if `strict`, not everything; then no process is left
+    running, and the logs are kept.
     """
     options = options or torchserve.StartOptions()
     state = State(root)
     with state.lock():
         torchserve.refuse_second(state)
         processes.kill(processes.family(state))  # processes that outlived an earlier server may hold its ports
-        planned = torchserve.plan(root, options, state.retired())
-        serving_settings = settings.read(root, planned.archives)
+        planned = torchserve.plan(root, options)
+        store = torchserve.known(planned)
+        serving_settings = settings.read(root, store.archives)
+        routes = serving_settings.routes
+        releases = releases_file.read(root)
+        named = {(name, version) for name, route in routes.items() for version in route.named}
+        selection = select(store, releases, named, copies(state.archives))
+        remarks = [*selection.remarks, *differences(store, releases)]
+        _check_enough(selection.archives, remarks, strict=strict)
         door_settings = serving_settings.front_door
         if with_front_door:
             _check_inside(planned.where)
             door_settings = front_door.with_free_ports(door_settings) if options.free_ports else door_settings
             front_door.check_free(door_settings)
         state.prepare()
+        archives, failed = torchserve.copy_all(state, selection.archives)
+        remarks += [Remark("failed", " ".join(version), why) for version, why in failed.items()]
+        _check_enough(archives, remarks, strict=strict)
         try:
             door = None
             if with_front_door:
                 max_body = int(planned.properties.get("max_request_size", front_door.MAX_BODY))
                 door = front_door.start(root, door_settings, planned.where, max_body, KEEPER)
-            # A rollout registers versions while TorchServe runs: with its management token, on this machine.
-            changes = {"enable_model_api": "true"} if door else {}
-            record = torchserve.start(state, planned, options, progress, changes=changes)
+            # Versions come and go while TorchServe runs: with its management token, on this machine.
+            inside = is_loopback(host_and_port(planned.where.management)[0])
+            started = torchserve.start(
+                state,
+                planned,
+                archives,
+                options,
+                progress,
+                changes={"enable_model_api": "true"} if inside else {},
+                shares={name: route.versions for name, route in routes.items()},
+            )
+            remarks += [Remark("failed", " ".join(version), why) for version, why in started.failed.items()]
+            _check_enough(archives, remarks, strict=strict)
             if door:
                 with torchserve_client(state) as serving:
-                    open_door(state, serving, serving_settings.routes)
+                    open_door(state, serving, routes)
         except BaseException:  # also after Ctrl-C: a half-started server must not keep running
             torchserve.end(state)
             raise
-    return Running(record, door)
+    return Running(started.record, door, remarks)
+
+
+def _check_enough(archives: Mapping[ModelVersion, Archive], remarks: Sequence[Remark], *, strict: bool) -> None:
+    """Raises ServerError with all faults, if nothing can be served, or, if `strict`, if there are any."""
+    faults = [remark for remark in remarks if remark.fault]
+    if not archives or (strict and faults):
+        raise ServerError("; ".join(f"{fault}" for fault in faults) + ".")
 
 
 def stop(root: Path) -> bool:
@@ -101,14 +134,19 @@ def _check_inside(where: Addresses) -> None:
 
 
 def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) -> Traffic:
-    """Route requests to every version that TorchServe serves."""
-    models, store = serving.models(), Path(running(state).store)
+    """Route requests to every version that TorchServe serves. A model whose default is not served has none."""
+    models, store, releases = serving.models(), state.archives, releases_file.read(state.root)
     served = tuple(
         ServedVersion(model.name, version.version, float(version.response_timeout_s), *_kind(store / version.archive))
         for model in models
         for version in model.versions
     )
-    chosen = {model.name: model.default.version for model in models}
+    decided = {name: release.default.version for name, release in releases.items() if release.default}
+    chosen = {
+        model.name: model.default.version
+        for model in models
+        if decided.get(model.name, model.default.version) == model.default.version
+    }
     return Door(state).change(lambda now: replace(now, served=served, defaults=chosen, routes=dict(routes)))
 
 
@@ -119,6 +157,6 @@ def set_default(root: Path, name: str, version: str) -> None:
     if door.record() and name in door.traffic().routes:
         raise ServerError(f"routes.yaml says which version of {name} answers: change it, and run torchserve-dag routes")
     with torchserve_client(state) as serving:
-        defaults.set_default(state, serving, name, version)
+        defaults.set_default(state, serving, name, version, "torchserve-dag default")
     if door.record():
         door.change(lambda now: replace(now, defaults={**now.defaults, name: version}))
