@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +93,16 @@ class FrontEnd:
 
 def request(request_id: str, row: dict[str, bytes], headers: dict[str, str]) -> bytes:
     """As TorchServe's front end writes it (ModelRequestEncoder)."""
+    return request_of_parts(request_id, [(name, "", value) for name, value in row.items()], headers)
+
+
+def request_of_parts(request_id: str, parts: Sequence[tuple[str, str, bytes]], headers: dict[str, str]) -> bytes:
+    """A request with parts, each with its name and content type: those of a form may share a name."""
 
     def sized(data: bytes) -> bytes:
         return struct.pack("!i", len(data)) + data
 
     end = struct.pack("!i", -1)
     named = b"".join(sized(k.encode()) + sized(v.encode()) for k, v in headers.items())
-    parts = b"".join(sized(k.encode()) + sized(b"") + sized(v) for k, v in row.items())
-    return b"I" + sized(request_id.encode()) + named + end + parts + end + end
+    row = b"".join(sized(k.encode()) + sized(media.encode()) + sized(value) for k, media, value in parts)
+    return b"I" + sized(request_id.encode()) + named + end + row + end + end

@@ -64,7 +64,7 @@ def _fields(message: Any) -> Mapping[str, Any]:
         return message
     if isinstance(message, Photo) or not dataclasses.is_dataclass(message) or isinstance(message, type):
         return {}
-    return {name: getattr(message, name) for name in plain.field_types(type(message))}
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
 
 
 def _part(value: Any) -> Body:
