@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -33,8 +35,8 @@ class Model(BaseHTTPRequestHandler):
     server: Server
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        self.server.asked.append(dict(self.headers.items()))
+        self.server.bodies.append(self.rfile.read(int(self.headers["content-length"])))
+        self.server.asked.append({name.lower(): value for name, value in self.headers.items()})
         name = self.path.rpartition("/")[2]
         if "x-cancel" in self.headers:
             self.server.cancelled.set()
@@ -46,6 +48,8 @@ class Model(BaseHTTPRequestHandler):
             self.wfile.write(b"3\r\none\r\n")
             self.server.cancelled.wait(60)
             self.close_connection = True
+        elif name == "french":
+            self.answer('{"text": "\u00e9t\u00e9 \u2026"}'.encode())
         else:
             self.answer(b"one two")
 
@@ -63,6 +67,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Model)
         self.asked: list[dict[str, str]] = []
+        self.bodies: list[bytes] = []
         self.cancelled = threading.Event()
 
 
@@ -181,3 +186,119 @@ def test_status_of_a_server_that_is_not_up_fails(tmp_path: Path) -> None:
 
     assert found.exit_code == 1
     assert "is not up" in found.stderr
+
+
+# What is sent: a file, the standard input, a pipe, the fields of a message.
+
+
+def send(server: Server, *words: str, stdin: bytes | None = None) -> Result:
+    address = f"http://127.0.0.1:{server.server_port}"
+    return CliRunner().invoke(app, ["call", "echo", *words, "--server", address], input=stdin)
+
+
+@pytest.mark.parametrize("words", [("-",), ("/dev/stdin",), ()])
+def test_the_standard_input_is_sent(server: Server, words: tuple[str, ...]) -> None:
+    done = send(server, *words, stdin=b"\x89PNG\r\n\x1a\n...")
+
+    assert (done.exit_code, server.bodies) == (0, [b"\x89PNG\r\n\x1a\n..."])
+    assert server.asked[0]["content-type"] == "image/png"
+
+
+def test_a_program_may_write_into_a_call(server: Server, tmp_path: Path) -> None:
+    """As `call echo <(date)` in a shell, and `date | call echo`."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"of a pipe",))
+    writer.start()
+    done = send(server, str(pipe))
+    writer.join()
+    address = f"http://127.0.0.1:{server.server_port}"
+    command = [sys.executable, "-c", PROGRAM, "call", "echo", "--server", address]
+    piped = subprocess.run(command, input=b"piped", capture_output=True, timeout=500, check=True)
+
+    assert (done.exit_code, piped.stdout) == (0, b"one two")
+    assert server.bodies == [b"of a pipe", b"piped"]
+
+
+def test_a_message_is_sent_field_by_field(server: Server, tmp_path: Path) -> None:
+    photo = tmp_path / "a=b.png"
+    photo.write_bytes(b"\x89PNG\r\n\x1a\n...")
+    done = send(server, f"photo=@{photo}", "caption=a=b", "empty=", "--param", "user=ada")
+    whole = send(server, str(photo))
+    (form, alone), types = server.bodies, [asked["content-type"] for asked in server.asked]
+
+    assert (done.exit_code, whole.exit_code) == (0, 0)
+    assert types[0].startswith("multipart/form-data")
+    for name, value in (
+        ("photo", b"\x89PNG"),
+        ("caption", b"a=b\r\n"),
+        ("empty", b"\r\n"),
+        ("parameters.user", b"ada"),
+    ):
+        _, _, part = form.partition(f'name="{name}"'.encode())
+        assert part.partition(b"\r\n\r\n")[2].startswith(value)
+    assert (alone[:4], types[1]) == (b"\x89PNG", "image/png"), "a file whose name has a = is a file"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("nowhere.txt",), "nowhere.txt is not a file"),
+        ((".",), ". is not a file"),
+        (("photo=@nowhere.txt",), "nowhere.txt is not a file"),
+        (("a=1", "hello"), '"hello" is neither FIELD=VALUE nor FIELD=@FILE'),
+        (("a=1", "a=2"), "a is given twice"),
+    ],
+)
+def test_what_is_nothing_to_send_is_one_sentence(server: Server, words: tuple[str, ...], says: str) -> None:
+    done = send(server, *words)
+
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert says in done.stderr
+    assert not server.asked
+
+
+ESCAPED = rb'"text": "\u00e9t\u00e9 \u2026"'
+
+
+@pytest.mark.parametrize(
+    ("environment", "more", "printed"),
+    [
+        ({"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, [], ESCAPED),
+        ({"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, ["--json"], ESCAPED),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ["--json"], ESCAPED),
+        ({"PYTHONIOENCODING": "utf-8"}, ["--json"], '"text": "\u00e9t\u00e9 \u2026"'.encode()),
+    ],
+)
+def test_an_answer_is_printed_on_a_terminal_that_has_ascii_only(
+    server: Server, project: Path, environment: dict[str, str], more: list[str], printed: bytes
+) -> None:
+    command = [sys.executable, "-c", PROGRAM, "call", "french", "-", *more]
+    command += ["--server", f"http://127.0.0.1:{server.server_port}"]
+    done = subprocess.run(
+        command, input=b"", capture_output=True, env={**os.environ, **environment}, timeout=500, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert printed in done.stdout
+
+
+COMMANDS = (
+    ["check"], ["check", "--json"], ["graph", "flow"], ["graph", "flow", "--json"], ["build", "flow"], ["status"],
+    ["status", "flow"], ["routes"], ["token", "list"], ["check", "\u00e9"], ["call", "\u00e9", "\u00e9"],
+    ["rollback", "\u00e9"], ["default", "\u00e9", "1.0"], ["experiment", "\u00e9"], ["down"],
+)  # fmt: skip
+
+
+def test_every_command_prints_on_a_terminal_that_has_ascii_only(project: Path, write: Callable[..., Path]) -> None:
+    """Its help too. A character that the terminal lacks would raise."""
+    write("answer: {function: \u00e9t\u00e9}", "def \u00e9t\u00e9(text: Text) -> Text: return text\n")
+    group = typer.main.get_group(app)
+    helps = [[*words, "--help"] for words in ([], *([name] for name in group.commands))]
+    runner = CliRunner(charset="ascii")
+    for words in [*helps, *([*command, "--project", str(project)] for command in COMMANDS)]:
+        done = runner.invoke(app, words)
+
+        assert done.exception is None or isinstance(done.exception, SystemExit), (words, done.exception)
+        assert done.stdout_bytes.isascii()
+        assert done.stderr_bytes.isascii()

@@ -91,6 +91,8 @@ def put(name: str, text: str | bytes) -> Break:
 
 MANY_PHOTOS = "from torchserve_dag import Photo\ndef many(text: Text) -> list[Photo]: return []\n"
 
+COUNT_PHOTOS = "from torchserve_dag import Photo\ndef count(photos: list[Photo]) -> int: return len(photos)\n"
+
 REFUSED: dict[str, tuple[Break, str]] = {
     "a card without a hash": (weigh(""), "the card has no sha256"),
     "weights that changed": (weigh(f", sha256: {OTHER}"), "and the card says 000"),
@@ -101,6 +103,10 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "a type that cannot be written": (
         flow("  answer: {function: many}\n", MANY_PHOTOS),
         "is list[Photo] and cannot be written as JSON",
+    ),
+    "a type that no client can send": (
+        flow("  answer: {function: count}\n", COUNT_PHOTOS),
+        "it takes list[Photo], which no client can send",
     ),
     "a version that is built of other code": (
         after_a_build(upper(new="\n# changed\n", suffix=".py")),

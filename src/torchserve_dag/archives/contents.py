@@ -20,6 +20,7 @@ from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
+from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile, Mode
 from torchserve_dag.runtime.worker.protocol import PROTOCOL
@@ -54,6 +55,7 @@ def contents(project: Project, graph: Graph) -> Contents:
 
     Raises CheckError for whatever `build` refuses, or MissingWeightsError where only weights are not here.
     """
+    _check_request(graph)
     _check_output(graph)
     modules = imports.own_modules(project.root, sources(graph))
     handlers = list({file.path: file for file in graph.handlers.values()}.values())
@@ -68,6 +70,13 @@ def contents(project: Project, graph: Graph) -> Contents:
         description["leaders"] = graph.serve.workers  # how many of TorchServe's workers load the model; see sharing.py
     small[BUILD] = to_json(description)
     return Contents(small, packed_weights(project, digests) | _archives(project, graph), digests)
+
+
+def _check_request(graph: Graph) -> None:
+    if not (takes_rows(graph) or codec.reads(graph.request)):
+        what = f"it takes {plain.name_of(graph.request)}, which no client can send"
+        help_ = "take a photo, a text, bytes, data that fits JSON, or a dataclass with such fields"
+        raise CheckError([Problem(str(graph.path), 1, what, help_)])
 
 
 def _check_output(graph: Graph) -> None:

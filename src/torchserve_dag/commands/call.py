@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -11,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchserve_dag.commands.common import JsonOption, ProjectOption, fail, failures, out, project_root
+from torchserve_dag.commands.common import (
+    JsonOption,
+    ProjectOption,
+    ascii_only,
+    fail,
+    failures,
+    out,
+    print_json,
+    project_root,
+)
 from torchserve_dag.commands.remote import (
     CaOption,
     InsecureOption,
@@ -28,7 +36,14 @@ if TYPE_CHECKING:
 
 def call(
     name: Annotated[str, typer.Argument(metavar="NAME[/VERSION]", help="A handler or a workflow that is served.")],
-    file: Annotated[Path, typer.Argument(help="The file to send: a photo, a text, JSON.")],
+    message: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILE|FIELD=VALUE",
+            help="The file to send: a photo, a text, JSON; - is the standard input. A message with several fields: "
+            "FIELD=VALUE or FIELD=@FILE for each.",
+        ),
+    ] = None,
     *,
     grpc: Annotated[bool, typer.Option("--grpc", help="Call over gRPC instead of REST.")] = False,
     param: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A parameter; may be repeated.")] = None,
@@ -52,7 +67,7 @@ def call(
     insecure: InsecureOption = False,
     project: ProjectOption = None,
 ) -> None:
-    """Send a file to a model, and print its answer."""
+    """Send a file, or a message field by field, to a model, and print its answer."""
     from torchserve_dag.clients import Options
 
     model, _, version = name.partition("/")
@@ -64,18 +79,49 @@ def call(
             route_by=dict(_parameter(one) for one in header or []),
         )
         arguments: dict[str, Any] = {"parameters": dict(_parameter(one) for one in param or []), "options": options}
-        if not file.is_file():
-            fail(f"{file} is not a file.")
+        sent = _message(message or [])
         if server and project is None:
             client = remote_client(server, ca, token_of(token, token_file), insecure=insecure, grpc=grpc)
         else:
             client = _client_of_project(project, grpc=grpc)
         with client as serving:
             if stream:
-                _print_chunks(serving.stream(model, file, version or None, timeout=timeout, **arguments))
+                _print_chunks(serving.stream(model, sent, version or None, timeout=timeout, **arguments))
                 return
-            answer = serving.predict(model, file, version or None, timeout=timeout, **arguments)
+            answer = serving.predict(model, sent, version or None, timeout=timeout, **arguments)
     _print(answer, raw=json)
+
+
+def _message(words: list[str]) -> Path | bytes | dict[str, Path | bytes]:
+    """What the words name. Raises OSError if it cannot be read."""
+    if not words:
+        if sys.stdin.isatty():
+            fail("Name a file to send, or write - and type what to send.")
+        words = ["-"]
+    (first, *more) = words
+    if not more and ("=" not in first or Path(first).exists()):
+        return _content(first)
+    fields: dict[str, Path | bytes] = {}
+    for word in words:
+        field, equals, value = word.partition("=")
+        if not field or not equals:
+            fail(f'"{word}" is neither FIELD=VALUE nor FIELD=@FILE; one file alone is sent as it is.')
+        if field in fields:
+            fail(f"{field} is given twice.")
+        fields[field] = _content(value[1:]) if value.startswith("@") else value.encode()
+    return fields
+
+
+def _content(file: str) -> Path | bytes:
+    """A file, whose name may tell its type; the bytes of a pipe."""
+    if file in {"-", "/dev/stdin"}:
+        return sys.stdin.buffer.read()
+    path = Path(file)
+    if path.is_file():
+        return path
+    if path.is_dir() or not path.exists():
+        fail(f"{file} is not a file.")
+    return path.read_bytes()
 
 
 def _client_of_project(project: Path | None, *, grpc: bool) -> RestClient | GrpcClient:
@@ -121,6 +167,6 @@ def _print(answer: Any, *, raw: bool) -> None:
             fail(f"The answer is {len(answer):,} bytes, not text: redirect the output with > FILE.")
         sys.stdout.buffer.write(answer)
     elif raw:
-        sys.stdout.write(json_text.dumps(answer, ensure_ascii=False) + "\n")
+        print_json(answer, indent=None)
     else:
-        out.print_json(data=answer, ensure_ascii=False)
+        out.print_json(data=answer, ensure_ascii=ascii_only())

@@ -78,10 +78,15 @@ def failures() -> Iterator[None]:
         fail(str(error))
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, *, indent: int | None = 2) -> None:
     from torchserve_dag.runtime.data import plain
 
-    sys.stdout.write(json.dumps(plain.flatten(value), indent=2, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(plain.flatten(value), indent=indent, ensure_ascii=ascii_only(), default=str) + "\n")
+
+
+def ascii_only() -> bool:
+    """Whether the output may lack characters: what is no ASCII must be written otherwise."""
+    return out.options.ascii_only
 
 
 def print_problems(problems: list[Problem]) -> None:

@@ -127,7 +127,7 @@ def _train(folder: Path) -> None:
     from torchserve_dag.archives.cards import update
     from torchserve_dag.runtime.project.folders import Project
 
-    with err.status("training a small model"):
+    with err.status("training a small model", spinner="line"):
         done = subprocess.run(
             [sys.executable, "train.py"], cwd=folder, capture_output=True, text=True, check=False
         )  # fmt: skip

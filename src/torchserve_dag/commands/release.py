@@ -13,7 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from torchserve_dag.commands import durations
-from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
+from torchserve_dag.commands.common import (
+    JsonOption,
+    ProjectOption,
+    ascii_only,
+    err,
+    fail,
+    failures,
+    out,
+    print_json,
+    project_root,
+)
 
 if TYPE_CHECKING:
     from torchserve_dag.front_door.door import Traffic
@@ -242,7 +252,10 @@ def _picture(now: RolloutProgress) -> Group:
     plan = now.plan
     width = 40
     filled = round(width * now.share / WHOLE)
-    bar = Text.assemble(("█" * filled, "green"), ("░" * (width - filled), "dim"), f" {now.share:g}% to {plan.version}")
+    full, empty = "#." if ascii_only() else "█░"
+    bar = Text.assemble(
+        (full * filled, "green"), (empty * (width - filled), "dim"), f" {now.share:g}% to {plan.version}"
+    )
     table = Table("", "requests", "errors", "p50 ms", "p99 ms", box=None)
     for label, numbers in ((f"{plan.version} (new)", now.new), (", ".join(now.before), now.old)):
         if numbers:
