@@ -10,7 +10,7 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,13 @@ from torchserve_dag.commands import app
 from torchserve_dag.front_door import certificate
 from torchserve_dag.front_door.tokens import ALGORITHM, ISSUER
 from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.server import processes
 from torchserve_dag.server.connect import torchserve_client
+from torchserve_dag.server.supervised import Role, Supervised
 
 WITHIN_S = 60
+RESTARTED_S = 240
+"""Six versions are loaded again, on a machine that may be busy."""
 
 FUNCTIONS = """
 from __future__ import annotations
@@ -409,30 +413,6 @@ def test_a_body_that_is_too_large_is_told_so(served: Served, protocol: str) -> N
         ask(client, text=b"x" * 27_000_000)
 
 
-def test_envoy_that_is_killed_is_started_again(served: Served) -> None:
-    served.route(SPLIT)
-    envoy = next(one for one in children(served) if "envoy" in one.name())
-    envoy.kill()
-    deadline = time.monotonic() + WITHIN_S
-    found = ""
-    while time.monotonic() < deadline and not found:
-        try:
-            with served.client("rest") as client:
-                found = ask(client, x_tester="yes")
-        except ServingError:
-            time.sleep(0.1)
-
-    assert found == "2.0"
-
-
-def children(served: Served) -> Sequence[Any]:
-    import psutil
-
-    record = served.door.record()
-    assert record
-    return psutil.Process(record.pid).children()
-
-
 class TestHostile:
     """The whole of it, with ten thousand connections and good clients' times, is `loadtests/front_door.py`."""
 
@@ -494,10 +474,60 @@ class TestHostile:
         assert hostile.rapid_resets(target, 5000) in {"ended", "told to go away"}
 
 
+def wait_until_whole(served: Served, killed: str, pid: int) -> None:
+    deadline, supervised = time.monotonic() + RESTARTED_S, Supervised(served.state)
+    while any(one.problem or (one.name == killed and one.pid == pid) for one in supervised.report()):
+        assert time.monotonic() < deadline, supervised.report()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("role", ["keeper", "watcher", "Envoy", "TorchServe"])
+def test_a_process_that_is_killed_is_started_again_by_another(served: Served, role: Role) -> None:
+    """The versions and shares stay; without the keeper or the watcher, no request is lost."""
+    served.route(SPLIT)
+    supervised = Supervised(served.state)
+    before = {one.name: one.pid for one in supervised.report()}
+    os.kill(before[role], signal.SIGKILL)
+    if role == "TorchServe":
+        sentence = tool(served.root, "status", code=1)
+        assert f"TorchServe (pid {before[role]})" in sentence
+        with served.http() as http:
+            refused = [http.post("/predictions/echo", content=b"hi"), http.get("/ping")]
+        assert [(one.status_code, one.headers["retry-after"]) for one in refused] == [(503, "1")] * 2
+    if role in {"keeper", "watcher"}:
+        assert answers(served, "rest", 200, lambda client, _: ask(client, x_tester="yes")) == {"2.0": 200}
+    wait_until_whole(served, role, before[role])
+
+    assert {one.name: one.pid for one in supervised.report() if one.name != role} == {
+        name: pid for name, pid in before.items() if name != role
+    }
+    with served.client("rest") as rest, served.client("grpc") as grpc:
+        assert {ask(rest, x_tester="yes"), ask(grpc, x_tester="yes")} == {"2.0"}
+        assert ask(rest, version="1.0") == "1.0"
+    tool(served.root, "status")
+    assert "running already" in tool(served.root, "up", code=1)
+
+
+def test_up_starts_the_keeper_and_the_watcher_where_both_were_killed(served: Served) -> None:
+    """Which is what a parent would do, had the watcher one."""
+    served.route(SPLIT)
+    supervised = Supervised(served.state)
+    before = {one.name: one.pid for one in supervised.report()}
+    for role in ("watcher", "keeper"):
+        os.kill(before[role], signal.SIGKILL)
+    assert "torchserve-dag up starts what is missing" in tool(served.root, "status", code=1)
+    assert answers(served, "grpc", 50, lambda client, _: ask(client, x_tester="yes")) == {"2.0": 50}
+    run_tool(served.root, "up")
+
+    after = {one.name: one.pid for one in supervised.report()}
+    assert {name for name in after if after[name] == before[name]} == {"Envoy", "TorchServe"}
+    assert not any(one.problem for one in supervised.report())
+
+
 def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
     """Clients go on sending while the server ends: each gets its answer, or cannot connect any more.
 
-    The last test of this file: the server has ended after it.
+    Every process gets the signal at once, as from systemd or a container. The last test of this file: the server has ended after it.
     """
     served.route('echo:\n  versions: {"1.0": 100}\n')
     stopped = threading.Event()
@@ -517,17 +547,18 @@ def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
                         return answered, "ended"
                     return answered, f"{type(error).__name__}: {error}"
 
-    record = served.door.record()
-    assert record
+    family = processes.family(served.state)
     with ThreadPoolExecutor(8) as pool:
         working = [pool.submit(work, PROTOCOLS[i % 2]) for i in range(8)]
         under_way.wait()
         stopped.set()
-        os.kill(record.pid, signal.SIGTERM)
+        for process in family:
+            process.terminate()
         found = [one.result(60) for one in working]
 
     assert {how for _, how in found} == {"ended"}
     assert all(answered > 20 for answered, _ in found)
+    assert processes.wait(family, WITHIN_S) == []
 
 
 def test_nothing_that_the_server_keeps_is_for_other_users(served: Served) -> None:

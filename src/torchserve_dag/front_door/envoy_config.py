@@ -79,9 +79,11 @@ def routes(
     tokens: Sequence[Token],
     token: str,
     requests_per_second: int,
+    *,
+    closed: bool = False,
 ) -> Resource:
-    """Every route, with the rate limits of the tokens."""
-    routes_list = [_connect(), _grpc_ping(token), _feedback()]
+    """Every route, with the rate limits of the tokens; if `closed`, every request is answered 503."""
+    routes_list = [*(_closed() if closed else []), _connect(), _grpc_ping(token), _feedback()]
     for split in splits:
         versions = [one for one in served if one.model == split.model]
         for protocol in PROTOCOLS:
@@ -354,6 +356,12 @@ def _health_check(token: str) -> Resource:
 
 def _enabled() -> Resource:
     return {"@type": f"{TYPES}config.route.v3.FilterConfig", "config": {}}
+
+
+def _closed() -> list[Resource]:
+    """A route that answers 503 while TorchServe starts: it would refuse requests, or let them wait for a model."""
+    answer = {"status": 503, "body": {"inline_string": "TorchServe is starting"}}
+    return [{"name": "closed", "match": {"prefix": "/"}, "direct_response": answer}]
 
 
 def _grpc_ping(token: str) -> Resource:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from torchserve_dag.archives import atomic
 from torchserve_dag.front_door import bootstrap, certificate
-from torchserve_dag.front_door.door import Door, FrontDoorProcess
-from torchserve_dag.front_door.envoy import BOOTSTRAP, DRAIN_S, END_S, LAST_S, LOG, LONGEST_DRAIN_S
+from torchserve_dag.front_door.door import Door, FrontDoorRecord
+from torchserve_dag.front_door.envoy import BOOTSTRAP, LOG, Envoy
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.tokens import OWN
-from torchserve_dag.server import ports, processes
+from torchserve_dag.server import ports
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
 from torchserve_dag.server.state import State
@@ -48,15 +43,10 @@ def check_free(settings: FrontDoor) -> None:
             )
 
 
-def start(
-    root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int, keeper: Sequence[str]
-) -> FrontDoorProcess:
-    """Start the front door, before TorchServe: it answers 404 until models are added. Raises ServerError.
-
-    `keeper` is the command of the process that starts Envoy and watches it; the project's folder is added to it.
-    """
+def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int) -> FrontDoorRecord:
+    """Start the front door, before TorchServe: it is closed until it is opened. Raises ServerError."""
     state = State(root)
-    door = Door(state)
+    door, envoy = Door(state), Envoy(state)
     door.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     shown, key = certificate.files(root, settings, door.folder)
     _own_token(door)
@@ -64,20 +54,12 @@ def start(
     door.show_certificate(shown, key)
     config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), max_body)
     atomic.write_private(door.folder / BOOTSTRAP, json.dumps(config))
-    process = subprocess.Popen(  # noqa: S603 (our own arguments)
-        [*keeper, str(root.resolve())],
-        env={**os.environ, **processes.mark(state)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # it has a log of its own
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        umask=0o077,  # its logs and Envoy's are their owner's only
-    )
-    record = FrontDoorProcess(process.pid, settings, str(shown), str(key))
+    envoy.start()
+    record = FrontDoorRecord(settings, str(shown), str(key))
     door.save(record)
     deadline = time.monotonic() + START_S
     while not door.admin.listens():
-        if process.poll() is not None or time.monotonic() > deadline:
+        if not envoy.running() or time.monotonic() > deadline:
             raise ServerError(f"The front door did not start: {_why(state)}.")
         time.sleep(0.05)
     return record
@@ -85,13 +67,9 @@ def start(
 
 def stop(state: State) -> bool:
     """Drain and end the front door if it runs. Returns whether it ran."""
-    record = Door(state).record()
-    if record is None:
-        return False
-    keeper = psutil.Process(record.pid)
-    keeper.terminate()
-    processes.wait([keeper], LONGEST_DRAIN_S + DRAIN_S + LAST_S + END_S + 2)
-    return True
+    ran = Envoy(state).end()
+    Door(state).forget()
+    return ran
 
 
 def own_token(state: State) -> str:
@@ -110,12 +88,10 @@ def _own_token(door: Door) -> None:
 
 
 def _why(state: State) -> str:
-    for name in (LOG, "front_door_keeper.log"):
-        try:
-            lines = (state.logs / name).read_text("utf-8", "replace").splitlines()
-        except OSError:
-            continue
-        errors = [line for line in lines if "[critical]" in line or "Error" in line]
-        if errors:
-            return errors[-1].rpartition("] ")[2][:400]
-    return f"see {state.logs / LOG}"
+    path = state.logs / LOG
+    try:
+        lines = path.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        lines = []
+    errors = [line for line in lines if "[critical]" in line or "Error" in line]
+    return errors[-1].rpartition("] ")[2][:400] if errors else f"see {path}"

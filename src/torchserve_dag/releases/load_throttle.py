@@ -38,8 +38,8 @@ class LoadThrottle:
         """`java` is TorchServe's process, the parent of its workers."""
         self._java = java
         self._ids: frozenset[str] = frozenset()
-        self._workers: dict[int, int] = {}
-        """The pidfd of each worker by its pid, in round-robin order."""
+        self._workers: dict[int, psutil.Process] = {}
+        """The workers by their pids, in round-robin order."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load-throttle", daemon=True)
 
@@ -48,7 +48,8 @@ class LoadThrottle:
         self._ids = frozenset(ids)
 
     def __enter__(self) -> LoadThrottle:
-        atexit.register(self._end)  # a keeper that ends in mid-load would otherwise leave workers stopped
+        # A keeper that ends must not leave workers stopped; after a keeper that is killed, the next one continues them.
+        atexit.register(self._end)
         self._thread.start()
         return self
 
@@ -89,15 +90,15 @@ class LoadThrottle:
         left = self._workers.keys() - pids
         self._send(signal.SIGCONT, left)
         for pid in left:
-            os.close(self._workers.pop(pid))
+            del self._workers[pid]
         for pid in pids - self._workers.keys():
-            with suppress(OSError):  # the process has ended
-                self._workers[pid] = os.pidfd_open(pid)
+            with suppress(psutil.Error):  # the process has ended
+                self._workers[pid] = psutil.Process(pid)
 
     def _send(self, kind: signal.Signals, pids: Iterable[int]) -> None:
         for pid in pids:
-            with suppress(OSError):
-                signal.pidfd_send_signal(self._workers[pid], kind)
+            with suppress(psutil.Error):
+                self._workers[pid].send_signal(kind)
 
 
 def idle_cores() -> int:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from torchserve_dag.releases import route_weights, stop_if, version_metrics, ver
 from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.source import CheckError
-from torchserve_dag.server import defaults, releases_file
+from torchserve_dag.server import defaults, releases_file, torchserve
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
@@ -149,6 +150,13 @@ class Rollouts:
         self.root = root
         self.store = RolloutStore(State(root))
         self._threads: dict[str, threading.Thread] = {}
+
+    def roll_back_running(self) -> None:
+        """Roll back, at the keeper's start, the rollouts that an earlier keeper left when it was killed."""
+        for one in self.store.all():
+            if not one.over and one.stage != "waiting":
+                target = partial(_roll_back_left, State(self.root), self.store, one)
+                threading.Thread(target=target, name="roll back", daemon=True).start()
 
     def start_requested(self) -> None:
         """Start the rollouts that were requested since the last call."""
@@ -337,6 +345,18 @@ def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str
     rolled_back = replace(last, stage="back", share=0.0, reason=reason, ended=time.time()) if last else None
     if rolled_back:
         store.save(rolled_back)
+
+
+def _roll_back_left(state: State, store: RolloutStore, left: RolloutProgress) -> None:
+    """Roll back a rollout that nobody runs any more; a version that was being loaded is unregistered."""
+    plan = left.plan
+    try:
+        _roll_back(state, store, plan, "the keeper, which ran it, was killed")
+        if not _is_served(Door(state).traffic(), plan):
+            with torchserve_client(state) as client:
+                torchserve.unregister(client, plan.model, plan.version)
+    except (ServerError, ServingError) as error:  # TorchServe is gone too: it starts again without the version
+        logger.warning("the rollout of %s: %s", plan.model, error)
 
 
 def _read(path: Path) -> RolloutProgress | None:

@@ -7,13 +7,17 @@ from torchserve_dag.clients.address import Protocol
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.server.supervised import Supervised
 
 
 def running(state: State) -> TorchServeProcess:
-    """The running TorchServe of this project. Raises ServerError if there is none."""
+    """The running TorchServe of this project. Raises ServerError if there is none, with what follows."""
     record = state.record()
     if record is None or processes.java(record, state) is None:
-        raise ServerError("No server of this project is running: start it with torchserve-dag up.")
+        raise ServerError(
+            Supervised(state).problem("TorchServe")
+            or "No server of this project is running: start it with torchserve-dag up."
+        )
     return record
 
 

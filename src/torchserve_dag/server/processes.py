@@ -1,10 +1,13 @@
-"""The processes of a server: its Java, its workers, and their children."""
+"""The processes of a server: started, found again, waited for, ended."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,8 +18,52 @@ MARK = "TORCHSERVE_DAG_STATE"
 """An environment variable with the state folder; every process of a server inherits it."""
 
 
+_children: list[subprocess.Popen[bytes]] = []
+"""The processes that this one started, so that those that have ended are reaped."""
+
+
 def mark(state: State) -> dict[str, str]:
     return {MARK: str(state.folder)}
+
+
+def spawn(
+    command: Sequence[str],
+    state: State,
+    *,
+    cwd: Path | None = None,
+    stdout: int | None = subprocess.DEVNULL,
+    blocked: Collection[signal.Signals] = (),
+) -> int:
+    """Start a process of this server, and return its pid.
+
+    It has a session of its own, outlives the process that started it, and does not get the `blocked` signals.
+    """
+    _children[:] = [child for child in _children if child.poll() is None]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # a new process inherits the mask
+    try:
+        child = subprocess.Popen(  # noqa: S603 (our own arguments)
+            list(command),
+            cwd=cwd,
+            env={**os.environ, **mark(state)},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stdout,
+            start_new_session=True,
+            umask=0o077,  # its logs are its owner's only
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _children.append(child)
+    return child.pid
+
+
+def ticks(pid: int) -> int:
+    """When a process started, in clock ticks since the machine did (nobody sets that clock); 0 if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[19])
 
 
 def java(record: TorchServeProcess, state: State) -> psutil.Process | None:
@@ -33,9 +80,10 @@ def ours(pid: int, state: State) -> psutil.Process | None:
     return process if alive(process) and _marked(process, state.folder) else None
 
 
-def family(state: State) -> list[psutil.Process]:
-    """Every process that was started by a server of this project, running or ended."""
-    return [process for process in psutil.process_iter() if _marked(process, state.folder) and alive(process)]
+def family(state: State, besides: Collection[int] = ()) -> list[psutil.Process]:
+    """Every process that was started by a server of this project and still runs, without those of these pids."""
+    everybody = (process for process in psutil.process_iter() if process.pid not in besides)
+    return [process for process in everybody if _marked(process, state.folder) and alive(process)]
 
 
 def workers_of(java: psutil.Process, ids: frozenset[str]) -> set[int]:

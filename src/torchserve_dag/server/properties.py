@@ -73,6 +73,8 @@ def write(source: Path, target: Path, changes: Mapping[str, str]) -> None:
 
 
 def _copy_logging(vmargs: str, source: Path, target: Path) -> None:
+    if source.samefile(target):
+        return
     # Copied rather than named by an absolute path: TorchServe splits vmargs at blanks, which a path may contain.
     for argument in vmargs.split():
         name = Path(argument.removeprefix(_LOGGING))

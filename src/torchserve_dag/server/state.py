@@ -35,6 +35,16 @@ class TorchServeProcess:
     """The project's folder of archives; those that are served were copied from there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What `up` has started, and what is kept running until `down`."""
+
+    front_door: bool = True
+    access_log: bool = False
+    timeout_s: float = 600.0
+    """How long the models may take to load."""
+
+
 class State:
     """The state folder of the project at `root`."""
 
@@ -49,7 +59,9 @@ class State:
         self.archives = self.folder / "archives"
         """The server's own copies of the archives that it serves."""
         self.front_door = self.folder / "front_door"
+        self.processes = self.folder / "processes"
         self._server = self.folder / "server.json"
+        self._serving = self.folder / "serving.json"
 
     def prepare(self) -> None:
         """Make the folder, and delete what an earlier server left in it, except its logs."""
@@ -60,10 +72,17 @@ class State:
         self.tmp.mkdir(mode=0o700)
 
     def clear(self) -> None:
-        """Delete what a server that has ended left: its record, its keys, its unpacked archives."""
-        for path in (self._server, self.key_file):
+        """Delete what a server that has ended left: its records, its keys, its unpacked archives."""
+        for path in (self._server, self._serving, self.key_file):
             path.unlink(missing_ok=True)
+        for folder in (self.processes, self.tmp):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def clear_torchserve(self) -> None:
+        """Delete what a TorchServe that has ended left for the next: its keys, its unpacked archives, its sockets."""
+        self.key_file.unlink(missing_ok=True)
         shutil.rmtree(self.tmp, ignore_errors=True)
+        self.tmp.mkdir(mode=0o700)
 
     def make(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -86,6 +105,20 @@ class State:
 
     def save(self, record: TorchServeProcess) -> None:
         _write(self._server, plain.flatten(record))
+
+    def serving(self) -> Serving | None:
+        """What is to be kept running; None before `up` has ended, and after `down` has begun."""
+        try:
+            return plain.build(Serving, _read(self._serving))
+        except plain.WrongDataError:
+            return None
+
+    def save_serving(self, serving: Serving) -> None:
+        _write(self._serving, plain.flatten(serving))
+
+    def forget_serving(self) -> None:
+        """Nothing is started again from now on, and the keeper ends all."""
+        self._serving.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from torchserve_dag.archives import atomic
-from torchserve_dag.archives.archive import Archive, ModelVersion, Store, UnusableArchiveError, copy, read_store
+from torchserve_dag.archives.archive import Archive, ModelVersion, Store, UnusableArchiveError, copies, copy, read_store
 from torchserve_dag.clients import Client, KeyFile, ModelNotFound, ServingError
 from torchserve_dag.server import defaults, java, ports, processes, properties
 from torchserve_dag.server.connect import torchserve_client
@@ -20,11 +24,21 @@ from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.ready import ReadinessCallback, StartupWait
 from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.server.supervised import Supervised
 
 LONGEST_SOCKET = 103
 """The longest path of a Unix socket in bytes: 103 on macOS, 107 on Linux."""
 STOP_S = 20.0
 """How long TorchServe may take to shut down; it takes about three seconds."""
+_STARTER = """
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+from ts.model_server import start
+start()
+"""
+"""TorchServe's own command. Java and its workers inherit that SIGTERM is ignored: a SIGTERM to every process at once
+(systemd, docker) must not end them before the front door is drained. `end` sends SIGINT, which Java obeys too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +143,7 @@ def start(
     logs = Logs(state.logs)
     record = _launch(state, planned, logs, access_log=options.access_log)
     state.save(record)
+    Supervised(state).started("TorchServe", record.pid, "loads its models")
     with torchserve_client(state) as serving:
         waiting = StartupWait(files, logs)
         failed = waiting.wait(
@@ -162,30 +177,45 @@ def unregister(client: Client, model: str, version: str) -> None:
         raise ServerError(f"TorchServe does not unregister {model}/{version}: {error}") from None
 
 
-def end(state: State) -> bool:
-    """Stop TorchServe and every process of the project's server. Returns whether it ran. Raises ServerError."""
+def restart(
+    state: State,
+    served: Collection[ModelVersion] | None,
+    progress: ReadinessCallback | None = None,
+    shares: Mapping[str, Mapping[str, float]] | None = None,
+) -> Started:
+    """Start TorchServe again as it was started, after it has ended, with the versions that it `served` in the end.
+
+    None for all of which it has a copy. Raises ServerError.
+    """
+    record, serving = state.record(), state.serving()
+    if record is None or serving is None:
+        raise ServerError("There is no TorchServe to start again: start it with torchserve-dag up.")
+    state.clear_torchserve()
+    own = copies(state.archives)
+    archives = {version: archive for version, archive in own.items() if served is None or version in served}
+    planned = LaunchPlan(state.config, properties.read(state.config), Path(record.store), record.addresses, java.find())
+    options = StartOptions(access_log=serving.access_log, timeout_s=serving.timeout_s)
+    return start(state, planned, archives, options, progress, shares=shares)
+
+
+def end(state: State, besides: Collection[int] = ()) -> bool:
+    """Stop TorchServe and every process of the project's server, without those of the pids `besides`.
+
+    Returns whether any ran. Raises ServerError.
+    """
     record = state.record()
     process = processes.java(record, state) if record else None
     if process:
-        process.terminate()
+        with suppress(psutil.Error):  # it has just ended
+            process.send_signal(signal.SIGINT)
         processes.wait([process], STOP_S)
-    family = processes.family(state)  # read only now: TorchServe may start processes while it shuts down
+    family = processes.family(state, besides)  # read only now: TorchServe may start processes while it shuts down
     processes.kill(left := processes.wait(family, 1.0))
     if processes.wait(left, 5.0):
         pids = ", ".join(str(survivor.pid) for survivor in left)
         raise ServerError(f"These processes of the server do not end: {pids}.")
     state.clear()
-    return process is not None
-
-
-def refuse_second(state: State) -> None:
-    """Raises ServerError if a server of this project is running."""
-    record = state.record()
-    if record and processes.java(record, state):
-        raise ServerError(
-            f"A server of this project is running already (pid {record.pid}, {record.addresses.inference}): "
-            "stop it with torchserve-dag down."
-        )
+    return process is not None or bool(family)
 
 
 def _addresses(configured: dict[str, str], options: StartOptions) -> Addresses:
@@ -202,7 +232,7 @@ def _sockets(state: State, where: Addresses) -> dict[str, str]:
 
 
 def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) -> TorchServeProcess:
-    command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
+    command = [sys.executable, "-c", _STARTER, "--start", "--ncs"]
     command += ["--ts-config", state.config.name, "--model-store", str(state.archives)]
     begun = time.time()
     with open(state.logs / "console.log", "ab", opener=atomic.private) as console:

@@ -1,73 +1,142 @@
-"""The keeper, a process beside the front door: it restarts Envoy if Envoy ends, ejects versions that keep failing for a
-while, and runs rollouts without a terminal.
+"""The keeper: it starts Envoy, TorchServe and its own watcher again if they end, ejects versions that keep failing for
+a while, and runs rollouts without a terminal.
 
-    python -m torchserve_dag.stack.keeper PROJECT
-
-On SIGTERM it drains the front door, and then ends Envoy and TorchServe: no accepted request is lost.
+None of these processes is its own: another keeper finds them by their records. On SIGTERM, or when nothing is to be
+served any more (`down`), it drains the front door, and then ends Envoy and TorchServe: no accepted request is lost.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
+from torchserve_dag.clients import ServingError
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.envoy import Envoy
 from torchserve_dag.front_door.envoy_config import GUARDED, PROTOCOLS, cluster_name
 from torchserve_dag.releases.rollout import Rollouts
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.state import State
+from torchserve_dag.server.supervised import Supervised
+from torchserve_dag.stack import start, supervise
+from torchserve_dag.stack.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.5
-"""The pause between two rounds of the keeper's steps."""
-LOG, LOG_BYTES = "front_door_keeper.log", 2 * 2**20
-PAUSES_S = (0, 1, 1, 2, 3, 5)
-"""Seconds before each restart of Envoy; the last pause is repeated."""
+EVERY = 5
+"""In so many rounds one looks at what is not a process: certificate, ejections, rollouts, logs."""
+LOG = "keeper.log"
+JOIN_S = 90.0
+"""How long a start of TorchServe may take to be given up."""
+
+
+class _EndingError(Exception):
+    """The keeper ends while it starts TorchServe."""
 
 
 class Keeper:
     """The keeper of one project."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.state = State(root)
+        self.supervised = Supervised(self.state)
         self.door = Door(self.state)
+        self.envoy = Envoy(self.state)
         self.rollouts = Rollouts(root)
         self._ending = threading.Event()
         self._shown: tuple[bytes, bytes] | None = None
+        self._logs = Logs(self.state.logs)
+        self._starting: threading.Thread | None = None
+        self._failure = ""
+        self._watches = {
+            "watcher": Watch(self.supervised, "watcher", lambda: supervise.start_watcher(self.state)),
+            "Envoy": Watch(self.supervised, "Envoy", self.envoy.start),
+            "TorchServe": Watch(self.supervised, "TorchServe", self._start_torchserve, self._why_torchserve_ended),
+        }
 
     def run(self) -> None:
-        """Runs until `end` is called."""
-        envoy, ends = Envoy(self.state), 0
-        self.rollouts.store.forget_running()
-        while not self._ending.wait(LOOK_S):
-            if envoy.ended() is not None:
-                logger.warning("Envoy ended with %s and is restarted", envoy.ended())
-                self._ending.wait(PAUSES_S[min(ends, len(PAUSES_S) - 1)])
-                ends += 1
-                _try(envoy.start)
-                continue
-            for step in (envoy.rotate_logs, self.renew, self.eject, self.rollouts.start_requested):
-                _try(step)
-        self.rollouts.store.forget_running()
-        envoy.end()
-        record = self.state.record()
-        java = processes.java(record, self.state) if record else None
-        if java:
-            java.terminate()
+        """Run until `end` is called or nothing is to be served any more."""
+        serving = self.state.serving()
+        if serving:
+            self._adopt()
+            for turn in itertools.count():
+                if self._ending.wait(supervise.POLL_S) or self.state.serving() is None:
+                    break
+                for step in self._steps(turn, front_door=serving.front_door):
+                    _try(step)
+        self._end_all()
 
     def end(self, _signal: int, _frame: FrameType | None) -> None:
         """The handler of SIGTERM."""
         self._ending.set()
+
+    def _adopt(self) -> None:
+        # A keeper that was killed while a version loaded may have left its workers stopped (releases/load_throttle.py).
+        for process in processes.family(self.state):
+            with suppress(psutil.Error):
+                process.resume()
+        self.rollouts.roll_back_running()
+
+    def _steps(self, turn: int, *, front_door: bool) -> Iterator[Callable[[], None]]:
+        yield self._watches["watcher"].look
+        if front_door:
+            yield self._watches["Envoy"].look
+        if self._starting is None or not self._starting.is_alive():
+            yield self._watches["TorchServe"].look
+        if turn % EVERY or not front_door or not self.envoy.running():
+            return
+        yield self.envoy.rotate_logs
+        yield self.renew
+        if not self.door.traffic().closed:
+            yield self.eject
+            yield self.rollouts.start_requested
+
+    def _start_torchserve(self) -> None:
+        """Begin to start TorchServe. Meanwhile the keeper watches the other processes."""
+        self._starting = threading.Thread(target=self._restart_torchserve, name="TorchServe", daemon=True)
+        self._starting.start()
+
+    def _restart_torchserve(self) -> None:
+        self._failure = ""
+        try:
+            start.restart_torchserve(self.state, self._go_on)
+            logger.info("TorchServe serves again")
+        except _EndingError:
+            return
+        except (ServerError, ServingError, OSError) as error:
+            self._failure = str(error).rstrip(".")
+        except Exception as error:  # the thread's end must have a reason
+            logger.exception("TorchServe cannot be started")
+            self._failure = f"{type(error).__name__}: {error}"
+
+    def _go_on(self, *_: object) -> None:
+        if self._ending.is_set() or self.state.serving() is None:
+            raise _EndingError
+
+    def _why_torchserve_ended(self) -> str:
+        return self._failure or self._logs.server_failure() or ""
+
+    def _end_all(self) -> None:
+        self.state.forget_serving()
+        if self._starting:
+            self._starting.join(JOIN_S)
+        self.rollouts.store.forget_running()
+        watcher = self.supervised.process("watcher")
+        start.end(self.state, {os.getpid(), *([watcher.pid] if watcher else [])})
 
     def renew(self) -> None:
         """Have Envoy use a renewed certificate, without a restart."""
@@ -107,15 +176,13 @@ def _try(step: Callable[[], None]) -> None:
         logger.exception("a step of the keeper failed")
 
 
-def main() -> None:
-    root = Path(sys.argv[1])
-    log = RotatingFileHandler(State(root).logs / LOG, maxBytes=LOG_BYTES, backupCount=1)
-    logging.basicConfig(format="%(asctime)s [%(levelname)s] %(name)s - %(message)s", handlers=[log])
+def main(root: Path) -> None:
+    supervise.log_to(State(root), LOG)
     keeper = Keeper(root)
     signal.signal(signal.SIGTERM, keeper.end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is meant for `up`
-    keeper.run()
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        with supervise.alone(keeper.state, "keeper"):
+            keeper.run()
+    except ServerError as error:
+        sys.exit(str(error))
