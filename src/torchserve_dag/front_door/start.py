@@ -58,7 +58,7 @@ def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int)
     record = FrontDoorRecord(settings, str(shown), str(key))
     door.save(record)
     deadline = time.monotonic() + START_S
-    while not door.admin.listens():
+    while not envoy.listens():
         if not envoy.running() or time.monotonic() > deadline:
             raise ServerError(f"The front door did not start: {_why(state)}.")
         time.sleep(0.05)

@@ -95,7 +95,7 @@ class Supervised:
     def _next(self, role: Role, *, running: bool) -> str:
         by = WATCHED_BY[role]
         if running:
-            return "requests get 503 until it is ready" if role == "TorchServe" else "it goes on"
+            return "requests get 503 until it is ready" if role == "TorchServe" else "wait a moment"
         if self.process(by):
             return f"the {by} starts it again"
         if by == "keeper" and role != "watcher" and self.process("watcher"):

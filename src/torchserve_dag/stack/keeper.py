@@ -97,7 +97,7 @@ class Keeper:
             yield self._watches["Envoy"].look
         if self._starting is None or not self._starting.is_alive():
             yield self._watches["TorchServe"].look
-        if turn % EVERY or not front_door or not self.envoy.running():
+        if not front_door or not self.envoy.running() or not self.envoy.listens() or turn % EVERY:
             return
         yield self.envoy.rotate_logs
         yield self.renew
