@@ -1,4 +1,4 @@
-"""Handlers as TorchServe's users write them, unedited: on its base class, with state between stages, two to a process."""
+"""Handlers as TorchServe's users write them, unedited: on its base class, with state between stages, each in its process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.messages import Failure, Label, Photo
 from torchserve_dag.runtime.workflow import Workflow
 
@@ -129,9 +129,10 @@ def photo(*colour: int) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with two archives whose files have the same names."""
+    tmp_path = tmp_path_factory.mktemp("project")
     (tmp_path / "workflows").mkdir()
     (tmp_path / "model_store").mkdir()
     nets = {"colour": (COLOUR, weights([1, 0, 0], [0, 0, 1])), "shade": (SHADE, weights([0, 0, 0.5], [2, 0, 0]))}
@@ -152,7 +153,7 @@ def write(root: Path, spec: str, functions: str, *, code: str = "flow.py") -> Pa
     return root / "workflows" / "flow.yaml"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def torchserves(root: Path) -> Iterator[Workflow]:
     with Workflow.load(write(root, SPEC, FUNCTIONS, code="any_name.py")) as workflow:
         yield workflow

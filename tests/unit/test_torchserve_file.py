@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.unit.conftest import Mar
-from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.data.parts import Body
 from torchserve_dag.runtime.data.source import CheckError, Problem
 from torchserve_dag.runtime.graph.graph import Policy

@@ -145,7 +145,8 @@ def _rows(node: Node, live: LiveRates | None, within: str) -> Iterable[TextRow]:
 
 def _code_rows(code: Code, node: Node, live: LiveRates | None, within: str) -> Iterable[TextRow]:
     yield TextRow("runs", _what_runs(code, node))
-    how = [f"{code.batch} at a time" if code.kind.elsewhere else f"batch {code.batch}"] if code.batch > 1 else []
+    in_flight = code.kind.elsewhere and not code.kind.one_at_a_time
+    how = [f"{code.batch} at a time" if in_flight else f"batch {code.batch}"] if code.batch > 1 else []
     how += [code.kind.device] if code.kind.device not in {None, "auto"} else []
     how += ["in chunks"] if code.yields else []
     if how:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ class Workflow:
             lanes={d: lanes if d == "cpu" else GPU_LANES for d in {"cpu", *devices.values()}},
             devices=devices,
             starters={name: loaded.starter for name, loaded in self._loaded.items() if loaded.starter},
+            batch_starters={
+                name: loaded.batch_starter for name, loaded in self._loaded.items() if loaded.batch_starter
+            },
             observer=tracing.observer(),
             set_alone=placement.set_alone,
         )
@@ -106,8 +110,8 @@ class Workflow:
 
     def close(self) -> None:
         self.engine.close()
-        for loaded in self._loaded.values():
-            loaded.close()
+        with ThreadPoolExecutor() as closing:  # processes end at the same time
+            list(closing.map(lambda loaded: loaded.close(), self._loaded.values()))
 
     def __enter__(self) -> Workflow:
         return self

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from torchserve_dag.runtime.compat.wire import WireRequest
 
 
 class Context:
@@ -30,12 +32,17 @@ class Context:
         }
         self.metrics: Any = _NoMetrics()
         self.stopping_criteria = None
+        self.header_key_sequence_id = _sequence_key("id")
+        self.header_key_sequence_start = _sequence_key("start")
+        self.header_key_sequence_end = _sequence_key("end")
+        self.cl_socket: Any = None
+        """Where `send_intermediate_predict_response` sends chunks to, by `sendall`."""
         self.begin([])
 
-    def begin(self, headers: Sequence[Mapping[str, Any]]) -> None:
-        """Begin a batch whose requests have these headers, and forget the last batch."""
-        self.request_processor = [RequestProcessor(dict(of_request)) for of_request in headers]
-        self.request_ids = {i: str(uuid.uuid4()) for i in range(len(headers))}
+    def begin(self, requests: Sequence[WireRequest]) -> None:
+        """Begin a batch, and forget the last batch."""
+        self.request_processor = [RequestProcessor(request.headers) for request in requests]
+        self.request_ids = {i: request.id for i, request in enumerate(requests)}
 
     def get_request_id(self, idx: int = 0) -> str | None:
         return self.request_ids.get(idx)
@@ -47,7 +54,7 @@ class Context:
         return self.request_processor[idx].get_request_properties()
 
     def get_sequence_id(self, idx: int) -> Any:
-        return self.get_request_header(idx, "ts_request_sequence_id")
+        return self.get_request_header(idx, self.header_key_sequence_id)
 
     def get_response_status(self, idx: int) -> tuple[int, str | None]:
         processor = self.request_processor[idx]
@@ -114,3 +121,8 @@ class _NoMetrics:
 
     def __call__(self, *_: Any, **__: Any) -> _NoMetrics:
         return self
+
+
+def _sequence_key(what: str) -> str:
+    name = f"ts_request_sequence_{what}"
+    return os.environ.get(name.upper(), name)

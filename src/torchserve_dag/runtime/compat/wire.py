@@ -92,6 +92,23 @@ def read_requests(data: bytearray) -> tuple[list[WireRequest], int]:
     return requests, reader.at
 
 
+def write_requests(requests: Sequence[WireRequest]) -> bytes:
+    """One message with these requests, as TorchServe sends it."""
+    parts: list[bytes] = [b"I"]
+    for request in requests:
+        parts += _text(request.id)
+        for name, value in request.headers.items():
+            if isinstance(value, str):
+                parts += [*_text(name), *_text(value)]
+        parts.append(_INT.pack(_END))
+        for key, body in request.row.items():
+            about = request.headers.get(key)
+            media = about.get("content-type", "") if isinstance(about, Mapping) else ""
+            parts += [*_text(key), *_text(media), _INT.pack(len(body)), body]
+        parts.append(_INT.pack(_END))
+    return b"".join([*parts, _INT.pack(_END)])
+
+
 def write_responses(responses: Sequence[WireResponse], code: int = 200, message: str = "") -> bytes:
     """One message with these responses. A `code` other than 200 makes TorchServe fail every request of the worker."""
     parts = [_INT.pack(code), *_text(message)]
@@ -131,6 +148,21 @@ def read_response_heads(data: bytearray) -> tuple[ResponseHeads, int]:
         reader.skip(reader.size())
         more.append((name, headers.get(NEXT) != "false"))
     return ResponseHeads(code, message, more), reader.at
+
+
+def read_responses(data: bytearray) -> tuple[int, str, list[WireResponse]]:
+    """A whole message: its code, its text, and its responses, without their headers. Raises NotAllThereError."""
+    reader = _Cursor(data, 0)
+    code, message = reader.size(), reader.text(reader.size())
+    responses = []
+    while (size := reader.size()) != _END:
+        name, media = reader.text(size), reader.text(reader.size())
+        status, phrase = reader.size(), reader.text(reader.size())
+        for _ in range(2 * reader.size()):
+            reader.skip(reader.size())
+        start = reader.skip(reader.size())
+        responses.append(WireResponse(name, status, phrase, media, {}, bytes(data[start : reader.at])))
+    return code, message, responses
 
 
 M = TypeVar("M")

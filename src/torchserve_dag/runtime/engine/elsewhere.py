@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchserve_dag.runtime.data.options import Priority
 from torchserve_dag.runtime.engine.lanes import BULK_EVERY
 from torchserve_dag.runtime.engine.plan import Plan
 from torchserve_dag.runtime.engine.request import Item, Request
-from torchserve_dag.runtime.engine.runner import Cancel, Starter, internal_error
+from torchserve_dag.runtime.engine.runner import BatchStarter, Cancel, Chunk, Starter, internal_error
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.graph.graph import REQUEST
 
@@ -53,26 +53,39 @@ class Elsewhere:
         finally:
             stations.clear()  # otherwise this thread would never start items again
 
-    def start_served(self, starter: Starter, item: Item) -> None:
+    def start_batch(self, starter: BatchStarter, items: Sequence[Item]) -> None:
+        """Start a batch in a handler's process."""
+        began = time.monotonic()
+
+        def deliver(answers: Mapping[int, Any]) -> None:
+            nonlocal began
+            since, began = began, time.monotonic()  # of an item that streams, each chunk's time counts
+            self._answered([items[place] for place in answers], list(answers.values()), since)
+
+        starter([(item.request.root.id, item.value) for item in items], deliver)
+
+    def start_served(self, starter: Starter, items: Sequence[Item]) -> None:
         """Start an item in a served model."""
+        (item,) = items
         request, began = item.request, time.monotonic()
         limit = request.root.deadline
         if item.node.policy.timeout_s:
             limit = min(limit, item.since + item.node.policy.timeout_s)
 
         def done(answer: Any) -> None:
-            self._answered(item, answer, began)
+            self._answered(items, [answer], began)
 
         cancel = starter(item.value, max(0.001, limit - began), done)
         self._keep_cancel(item, cancel)
 
-    def start_inner(self, plan: Plan[Item], item: Item) -> None:
+    def start_inner(self, plan: Plan[Item], items: Sequence[Item]) -> None:
         """Start an item in a sub-workflow, as a separate request whose answer becomes the item's."""
+        (item,) = items
         outer, began = item.request, time.monotonic()
         values = {"parameters": outer.values.get("parameters", {}), REQUEST: item.value}
 
         def on_answer(answer: Any) -> None:
-            self._answered(item, answer, began)
+            self._answered(items, [answer], began)
 
         inner = Request(
             outer.id, plan, outer.deadline, values, on_answer, outer.end_request, outer.options, parent=item
@@ -85,17 +98,18 @@ class Elsewhere:
             with self._lock:
                 station.turn += 1
                 first: Priority = "bulk" if station.turn % BULK_EVERY == 0 else "interactive"
-                items = station.take(station.batch - station.in_flight, first)
+                items = station.take(station.free, first)
                 station.in_flight += len(items)
             self._dropped.clear()
             if not items:
                 return
-            for item in items:
+            for batch in [items] if station.one_at_a_time else [[item] for item in items]:
                 try:
-                    station.start(item)
+                    station.start(batch)
                 except BaseException:
-                    logger.exception("request %s: %s could not be started", item.request.id, station.name)
-                    self._answered(item, internal_error(station.name), time.monotonic())
+                    ids = ", ".join(item.request.id for item in batch)
+                    logger.exception("%s could not be started; requests %s", station.name, ids)
+                    self._answered(batch, [internal_error(station.name)] * len(batch), time.monotonic())
 
     def _keep_cancel(self, item: Item, cancel: Cancel) -> None:
         """Keep `cancel` for a started item; cancel at once if nobody waits for its answer any more."""
@@ -106,12 +120,14 @@ class Elsewhere:
         if obsolete:
             cancel()
 
-    def _answered(self, item: Item, answer: Any, began: float) -> None:
-        station = item.station
+    def _answered(self, items: Sequence[Item], answers: Sequence[Any], began: float) -> None:
+        station = items[0].station
         with self._lock:
-            station.in_flight -= 1
-            item.request.elsewhere.pop(item, None)
-        self._deliver(station, [item], [answer], began)
+            for item, answer in zip(items, answers, strict=True):
+                if not isinstance(answer, Chunk):
+                    station.in_flight -= 1
+                    item.request.elsewhere.pop(item, None)
+        self._deliver(station, items, answers, began)
         self.start_items(station)
 
 

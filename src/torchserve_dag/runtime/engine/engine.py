@@ -9,7 +9,7 @@
     queue.py       in which order the items of several requests are taken
     station.py     the queue of one code, with what runs it
     lanes.py       the threads of a device, and which batch each takes next
-    elsewhere.py   items that take no lane: in served models and sub-workflows; cancelling them
+    elsewhere.py   items that take no lane: in served models, handlers' processes and sub-workflows; cancelling them
     outcome.py     what an answer changes: results, retries, fallbacks, failures, nodes that are ready next
     streaming.py   the chunks of an answer, to the client
     timers.py      deadlines, and the pauses before retries
@@ -41,7 +41,7 @@ from torchserve_dag.runtime.engine.node_start import make_items, read_inputs, st
 from torchserve_dag.runtime.engine.outcome import Changes, record_answer, record_result
 from torchserve_dag.runtime.engine.plan import ANSWER, Plan, Plans, make_plan
 from torchserve_dag.runtime.engine.request import Item, Request
-from torchserve_dag.runtime.engine.runner import Runner, Starter, Stream, internal_error
+from torchserve_dag.runtime.engine.runner import BatchStarter, Runner, Starter, Stream, internal_error
 from torchserve_dag.runtime.engine.span import Observer, Span
 from torchserve_dag.runtime.engine.station import CPU, ELSEWHERE, Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream
@@ -57,7 +57,7 @@ class Engine:
     """Runs one graph.
 
     `runners` has a runner for each code that runs in this process, by its name in `graph.codes`, and one called
-    `request` that decodes; `starters` has a starter for each code that runs elsewhere.
+    `request` that decodes; `starters` and `batch_starters` have a starter for each code that runs elsewhere.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Engine:
         lanes: Mapping[str, int],
         devices: Mapping[str, str] | None = None,
         starters: Mapping[str, Starter] | None = None,
+        batch_starters: Mapping[str, BatchStarter] | None = None,
         observer: Observer | None = None,
         set_alone: SetAlone = lambda _: None,
     ) -> None:
@@ -75,7 +76,8 @@ class Engine:
         self.graph = graph
         self._observer = observer
         self._lock = threading.Lock()
-        self._runners, self._devices, self._starters = runners, devices or {}, starters or {}
+        self._runners, self._devices = runners, devices or {}
+        self._starters, self._batch_starters = starters or {}, batch_starters or {}
         self._dropped: list[Item] = []
         """Obsolete items that were taken from the queues; cleared without the lock: see FairQueue."""
         self._entering = _Entering()
@@ -103,9 +105,11 @@ class Engine:
         return make_plan(graph, graph.output, stations, prefix)
 
     def _make_station(self, code: Code, name: str, depth: tuple[int, ...]) -> Station[Item]:
-        start: Callable[[Item], None] | None = None
+        start: Callable[[Sequence[Item]], None] | None = None
         if code.inner:
             start = partial(self._elsewhere.start_inner, self._make_plan(code.inner, f"{name}/", depth))
+        elif code.kind.one_at_a_time:
+            start = partial(self._elsewhere.start_batch, self._batch_starters[name])
         elif code.kind.elsewhere:
             start = partial(self._elsewhere.start_served, self._starters[name])
         station = Station(
@@ -116,6 +120,7 @@ class Engine:
             runner=self._runners.get(name),
             device=self._devices.get(name, CPU),
             start=start,
+            one_at_a_time=code.kind.one_at_a_time,
             dropped=self._dropped,
         )
         self._stations[name] = station

@@ -109,8 +109,6 @@ class Lanes:
                 if ran is not None:
                     del self.busy[me]
                     ran.in_flight -= 1
-                    if ran.one_at_a_time and len(ran):
-                        self._work.notify()  # other lanes skipped this station, and this lane may take another
                     ran = None
                 while not self._closed and (taken := self._take()) is None and not self._dropped:
                     self._idle += 1
@@ -162,8 +160,6 @@ class Lanes:
         due: list[Station[Item]] = []
         overdue = time.monotonic() - MAX_FILL_WAIT_S
         for station in self._stations:
-            if station.one_at_a_time and station.in_flight:
-                continue
             head = station.peek(priority)
             if head is not None:
                 first = first or station

@@ -103,14 +103,15 @@ def _answered(item: Item, answer: Any, changes: Changes) -> None:
 
 
 def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
-    """Keep a chunk, and queue the item again for the next."""
+    """Keep a chunk, and queue the item again for the next, unless that comes by itself."""
     item.answers.append(chunk.value)
     if len(item.answers) > MAX_ELEMENTS:
         error = too_many(item.node.name, len(item.answers))
         _fail(item, Failure(error.status, error.message), changes)
         return
-    item.value, item.since = chunk.stream, time.monotonic()
-    changes.queued.append(item)
+    if chunk.stream:
+        item.value, item.since = chunk.stream, time.monotonic()
+        changes.queued.append(item)
 
 
 def _failed(item: Item, failure: Failure, changes: Changes) -> None:

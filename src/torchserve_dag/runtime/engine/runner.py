@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -14,8 +14,7 @@ logger = logging.getLogger(__name__)
 
 Runner = Callable[[Sequence[Any]], Sequence[Any]]
 """Returns an answer for each item of a batch, in order; a Failure for an item without one. For code that is called by
-parameter names, an item is a dict. A runner with a true attribute `one_at_a_time` is never called by two threads at the
-same time."""
+parameter names, an item is a dict."""
 
 Done = Callable[[Any], None]
 """Called once, from any thread, with an answer or a Failure."""
@@ -26,13 +25,22 @@ Cancel = Callable[[], None]
 Starter = Callable[[Any, float, Done], Cancel]
 """Starts one item elsewhere: its value, its time limit in seconds, and the callback for its answer. Does not block."""
 
+Deliver = Callable[[Mapping[int, Any]], None]
+"""Called, from any thread, with what there is for items of a batch, by their places in it: each item gets an answer or
+a Failure once, or Chunks and then END."""
+
+BatchStarter = Callable[[Sequence[tuple[str, Any]], Deliver], None]
+"""Starts a batch elsewhere: for each item, its request's id and its value. Does not block. The next batch starts when
+each item of the last has been answered."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A runner's answer for an item that streams: the next chunk, and the stream for the chunk after it."""
+    """An answer for an item that streams: the next chunk, and the stream for the chunk after it."""
 
     value: Any
-    stream: Stream
+    stream: Stream | None = None
+    """None where the next chunk comes without being asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic
 
 from torchserve_dag.runtime.data.options import Priority
@@ -38,12 +38,14 @@ class Station(Generic[ItemT]):
         depth: tuple[int, ...],
         runner: Runner | None = None,
         device: str = CPU,
-        start: Callable[[ItemT], None] | None = None,
+        start: Callable[[Sequence[ItemT]], None] | None = None,
+        one_at_a_time: bool = False,
         dropped: list[ItemT],
     ) -> None:
         """A station has a `runner`, which lanes call with batches, or `start`, which starts an item elsewhere.
 
-        `start` does not block. For `dropped` see FairQueue.
+        `start` does not block. With `one_at_a_time` it starts a batch, when the last batch has been answered. For
+        `dropped` see FairQueue.
         """
         self.name = name
         self.batch = batch
@@ -55,7 +57,7 @@ class Station(Generic[ItemT]):
         self.runner = runner or _not_used
         self.device = device if start is None else ELSEWHERE
         self.start = start or _not_used
-        self.one_at_a_time: bool = getattr(runner, "one_at_a_time", False)
+        self.one_at_a_time = one_at_a_time
         self.in_flight = 0
         """The number of batches that run in lanes, or of items that run elsewhere."""
         self.turn = 0
@@ -73,6 +75,13 @@ class Station(Generic[ItemT]):
         if not self.bundle:
             return self.batch
         return max(1, min(MAX_BUNDLE, int(BUNDLE_S / self.item_s))) if self.item_s else 1
+
+    @property
+    def free(self) -> int:
+        """How many items may start elsewhere now."""
+        if self.one_at_a_time:
+            return 0 if self.in_flight else self.batch
+        return self.batch - self.in_flight
 
     def record_run(self, items: int, run_s: float) -> None:
         """A batch of `items` ran for `run_s` seconds."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torchserve_dag.runtime.compat import archive as archives
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.graph.graph import Graph, WorkflowCode
@@ -198,7 +199,7 @@ class Finder:
             return None
         takes = self._type((*place, "takes"), file.takes, Any)
         gives = self._type((*place, "gives"), file.gives, Any)
-        return Signature(file.archive, ArchiveCode(archive), {ONE: takes}, gives)
+        return Signature(file.archive, ArchiveCode(archive), {ONE: takes}, gives, yields=archives.streams(archive))
 
     def _type(self, place: Place, text: str | None, default: Any) -> Any:
         if text is None:

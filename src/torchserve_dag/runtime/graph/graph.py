@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,6 +160,22 @@ class Graph:
                 if code.inner:
                     codes |= {f"{code.name}/{name}": inner for name, inner in code.inner.codes.items()}
         return codes
+
+    @property
+    def time_limits(self) -> dict[str, float]:
+        """How long a batch may run in a process that can be ended, in seconds, by the name of its code.
+
+        Twice the node's own limit: to load a handler again takes longer than a batch that is a little late.
+        """
+        limits: dict[str, float] = {}
+        for node in self.nodes.values():
+            limit = min(2 * (node.policy.timeout_s or math.inf), float(self.serve.timeout_s))
+            for code in node.codes:
+                limits[code.name] = limit
+                if code.inner:
+                    inner = code.inner.time_limits
+                    limits |= {f"{code.name}/{name}": min(limit, of_inner) for name, of_inner in inner.items()}
+        return limits
 
     @property
     def handlers(self) -> dict[str, Source[HandlerFile]]:

@@ -34,6 +34,8 @@ class Kind:
     """Whether the items of a batch run one after the other, so that batching them saves no computation."""
     elsewhere: ClassVar[bool] = False
     """Whether its items are only started, and answered later, so that they occupy none of the engine's threads."""
+    one_at_a_time: ClassVar[bool] = False
+    """Whether it is elsewhere, and starts a batch only when its last batch has been answered."""
     device: str | None = None
     """Where it computes, if that can be chosen: `auto`, `cpu` or `cuda:N`."""
 
@@ -54,8 +56,8 @@ class Kind:
 
     @property
     def batch(self) -> int:
-        """The default batch size; for code that runs elsewhere, the default limit of items in flight."""
-        return MOST_ELSEWHERE if self.elsewhere else 1
+        """The default batch size; for other code elsewhere, the default limit of items in flight."""
+        return MOST_ELSEWHERE if self.elsewhere and not self.one_at_a_time else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from torchserve_dag.runtime.compat.runner import TorchServeRunner
+from torchserve_dag.runtime.compat import archive as archives
+from torchserve_dag.runtime.compat import functions
 from torchserve_dag.runtime.compute.placement import Placement, find_device
 from torchserve_dag.runtime.data.parts import Body, Parts, read
 from torchserve_dag.runtime.data.source import Source
-from torchserve_dag.runtime.engine.runner import Runner, Starter, function_runner, stream_runner
+from torchserve_dag.runtime.engine.runner import BatchStarter, Runner, Starter, function_runner, stream_runner
 from torchserve_dag.runtime.graph.graph import Code, Graph
 from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, ServedCode
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
+from torchserve_dag.runtime.models.handler_process import HandlerProcess, HandlerSpec
 from torchserve_dag.runtime.models.served import ServedModel
 from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.folders import Project
@@ -24,10 +27,13 @@ from torchserve_dag.runtime.project.handler_file import HandlerFile
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A node's code, ready to run: exactly one of a runner and a starter."""
+    """A node's code, ready to run after `wait`: exactly one of a runner and two kinds of starters."""
 
     runner: Runner | None = None
     starter: Starter | None = None
+    batch_starter: BatchStarter | None = None
+    wait: Callable[[], None] = lambda: None
+    """Waits until the code is loaded. Raises RuntimeError if it cannot be."""
     device: str = "cpu"
     hangs: Callable[[], bool] = lambda: False
     """Whether a call did not return in time. Its thread cannot be ended."""
@@ -50,10 +56,26 @@ class Loader:
 
         Raises CheckError, or ValueError for a device that is not there.
         """
-        return {name: self.load_code(name, code) for name, code in graph.codes.items() if not code.inner}
+        codes = {name: code for name, code in graph.codes.items() if not code.inner}
+        limits = graph.time_limits
+        loaded: dict[str, Loaded] = {}
+        try:
+            # Processes load while the others do.
+            for name, code in sorted(codes.items(), key=lambda named: not named[1].kind.one_at_a_time):
+                loaded[name] = self.load_code(name, code, graph.serve.startup_timeout_s, limits[name])
+            for one in loaded.values():
+                one.wait()
+        except BaseException:
+            for one in loaded.values():
+                one.close()
+            raise
+        return loaded
 
-    def load_code(self, name: str, code: Code) -> Loaded:
-        """Load the code of a node. A new kind of code gets its case here."""
+    def load_code(self, name: str, code: Code, startup_s: float, limit_s: float) -> Loaded:
+        """Load the code of a node. A new kind of code gets its case here.
+
+        A process of its own is loaded within `startup_s`, and runs a batch within `limit_s`.
+        """
         match code.kind:
             case HandlerCode(file, device):
                 stages = self._stages(file, self._device or device, code.batch)
@@ -64,14 +86,30 @@ class Loader:
             case FunctionCode(function):
                 make = stream_runner if code.yields else function_runner
                 return Loaded(make(function.__name__, partial(_by_name, function)))
-            case ArchiveCode(archive):
-                return Loaded(TorchServeRunner.of_archive(code.name, archive, self._gpu, code.batch, gives=code.gives))
-            case RowsFunctionCode(path, function_name):
-                return Loaded(TorchServeRunner.of_function(code.name, path, function_name))
+            case ArchiveCode() | RowsFunctionCode():
+                process = HandlerProcess(*self._process(code, code.kind, startup_s, limit_s))
+                return Loaded(batch_starter=process, wait=process.wait, close=process.close)
             case ServedCode() as served:
                 model = ServedModel(served, code.gives)
                 return Loaded(starter=model, close=model.close)
         raise TypeError(f"{code.kind.noun} cannot be loaded")
+
+    def _process(
+        self, code: Code, kind: ArchiveCode | RowsFunctionCode, startup_s: float, limit_s: float
+    ) -> tuple[HandlerSpec, TemporaryDirectory[str] | None]:
+        """What the process of a TorchServe handler runs, and what deletes its folder."""
+        if isinstance(kind, ArchiveCode):
+            root = self._project.root
+            kept_in = root if (root / "build.json").is_file() else None  # an archive of ours, unpacked
+            folder, owned = archives.unpacked(kind.archive, kept_in)
+            source, handler = kind.archive.name, archives.handler_of(kind.archive) or ""
+        else:
+            folder, owned = functions.folder_of(kind.file)
+            source, handler = kind.file.name, f"{kind.file.stem}:{kind.function}"
+        spec = HandlerSpec(
+            code.name, source, folder, handler, code.gives, code.yields, self._gpu, code.batch, startup_s, limit_s
+        )
+        return spec, owned
 
     def _stages(self, file: Source[HandlerFile], device: str, batch: int) -> Stages:
         key = (file.path, device)

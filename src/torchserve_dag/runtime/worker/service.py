@@ -16,7 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.data.codec import content_type_of
 from torchserve_dag.runtime.data.media import FORM, form_fields, media_of
 from torchserve_dag.runtime.data.options import TOKEN, read_options

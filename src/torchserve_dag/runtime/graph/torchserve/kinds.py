@@ -1,4 +1,4 @@
-"""The kinds of code that are TorchServe handlers: they get rows and a context, and run unedited in this process."""
+"""The kinds of code that are TorchServe handlers: they get rows and a context, and run unedited, each in a process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ class ArchiveCode(Kind):
     key = "torchserve"
     noun = "an archive of TorchServe's"
     drawn_as = "model"
+    elsewhere = True
+    one_at_a_time = True
 
     archive: Path
     """A `.mar`, or a folder with what is in one."""
@@ -31,6 +33,8 @@ class RowsFunctionCode(Kind):
     key = "function"
     noun = "a function of TorchServe's"
     drawn_as = "model"
+    elsewhere = True
+    one_at_a_time = True
 
     file: Path
     """The workflow's Python file."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from torchserve_dag.runtime.compat.runner import Row
+from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.graph.expression import Expression
 from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST, Branch, Code, Graph, Node, Output, Policy, result_of
 from torchserve_dag.runtime.graph.kinds import FunctionCode, Kind
@@ -111,6 +111,7 @@ def _row_of(parents: Mapping[str, str]) -> Expression:
     def row(values: Mapping[str, Any]) -> Row:
         request = values.get(REQUEST)
         headers = request.headers if isinstance(request, Row) else {}
+        headers = {key: value for key, value in headers.items() if isinstance(value, str)}  # its parts are not these
         return Row({key: values[name] for key, name in keys.items()}, headers)
 
     return Expression(", ".join(names), Row, frozenset(names), row)

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import ast
 import difflib
-import inspect
-import json
 import math
-import traceback
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from torchserve_dag.runtime.compat.runner import entry_class, modules_of
+from torchserve_dag.runtime.compat import archive as archives
+from torchserve_dag.runtime.compat.functions import check_functions
+from torchserve_dag.runtime.compat.process import ProcessError
 from torchserve_dag.runtime.data import plain, source
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 from torchserve_dag.runtime.graph.graph import Graph
@@ -185,8 +182,12 @@ class _Check:
         if archive is None or ".." in url:  # … but for this
             self._problem(where, f"{name}: there is no archive {url} in model_store/ or beside this file")
             return None
-        if not _names_handler(archive):
+        if not archives.handler_of(archive):
             self._problem(where, f"{name}: {archive} is not an archive of torch-model-archiver's")
+            return None
+        if archives.streams(archive):
+            help_ = "a workflow in our own form streams it: docs/workflows/torchserve-handlers.md"
+            self._problem(where, f"{name}: {url} sends its answer in chunks, and this form knows no streams", help_)
             return None
         return archive
 
@@ -267,24 +268,16 @@ class _Check:
         return None
 
     def _check_functions(self, functions: list[str], file: Path) -> None:
-        modules = modules_of(file)
         try:
-            with modules.loading():
-                module = modules.module(file.stem)
-            for name in functions:
-                if not _can_run(module, name):
-                    what = f'dag: "{name}" is neither in models nor a function of {file.name}'
-                    self._problem(self._place(name), what)
-        except SyntaxError as error:
-            self._problem_in(file, error.lineno, f"not valid Python: {error.msg}")
-        except Exception as error:  # noqa: BLE001 (whatever a file raises when it is imported)
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-            what = f"importing it raised {type(error).__name__}: {error}"
-            alone = isinstance(error, ModuleNotFoundError) and not self.war
-            help_ = "its other files go with it in a .war, as torch-workflow-archiver makes it" if alone else ""
-            self._problem_in(file, lines[-1] if lines else None, what, help_)
-        finally:
-            modules.close()
+            found = check_functions(file, functions)
+        except ProcessError as error:
+            self._problem_in(file, None, f"it cannot be imported: {error}")
+            return
+        if found.what:
+            help_ = "its other files go with it in a .war, as torch-workflow-archiver makes it"
+            self._problem_in(file, found.line, found.what, help_ if found.needs_a_file and not self.war else "")
+        for name in found.missing:
+            self._problem(self._place(name), f'dag: "{name}" is neither in models nor a function of {file.name}')
 
 
 def _step(parents: list[str], kind: Kind, numbers: Mapping[str, int]) -> Step:
@@ -307,24 +300,3 @@ def _defined(file: Path) -> set[str]:
         elif isinstance(statement, ast.Assign):
             names |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
     return names
-
-
-def _can_run(module: ModuleType, name: str) -> bool:
-    """Whether TorchServe finds something to call: a function of that name, or else the file's only class."""
-    if hasattr(module, name):
-        function = getattr(module, name)
-        return callable(function) and not inspect.isclass(function)
-    kind = entry_class(module)
-    return hasattr(kind, "handle") and hasattr(kind, "initialize")
-
-
-def _names_handler(archive: Path) -> bool:
-    try:
-        if archive.is_dir():
-            manifest = (archive / "MAR-INF" / "MANIFEST.json").read_bytes()
-        else:
-            with zipfile.ZipFile(archive) as packed:
-                manifest = packed.read("MAR-INF/MANIFEST.json")
-        return bool(json.loads(manifest)["model"]["handler"])
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError):
-        return False
