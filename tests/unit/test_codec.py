@@ -410,7 +410,7 @@ def test_a_message_is_read_back_as_it_was_written(message: Any) -> None:
 
 
 def test_an_answer_that_json_cannot_hold_is_refused_here_and_not_by_the_client() -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match="score is nan, which JSON does not have"):
         codec.encode(Label("a", float("nan")))
 
 

@@ -196,7 +196,10 @@ def test_an_answer_that_cannot_be_written_touches_no_other(make: Make, project: 
     found = answers(make("workflows/flow.yaml"), project, {"body": b"nan"}, {"body": b"1.5"})
 
     assert [(status, body) for status, _, body in found][1] == (200, 1.5)
-    assert (found[0][0], found[0][2]["message"]) == (500, "The answer cannot be written.")
+    assert (found[0][0], found[0][2]["message"]) == (
+        500,
+        "The answer cannot be written: answer is nan, which JSON does not have.",
+    )
 
 
 def test_bytes_have_their_own_content_type(make: Make, project: Path, write: Write) -> None:

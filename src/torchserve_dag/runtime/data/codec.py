@@ -69,7 +69,7 @@ def decode_answer(kind: type[T], body: bytes) -> T:
 def encode(message: Any) -> tuple[bytes, str]:
     """Encode an answer as a body with its content type.
 
-    A photo is written as PNG, bytes as they are, everything else as JSON.
+    A photo is written as PNG, bytes as they are, everything else as JSON. Raises UnwritableError.
     """
     if isinstance(message, Photo):
         buffer = io.BytesIO()
@@ -79,7 +79,7 @@ def encode(message: Any) -> tuple[bytes, str]:
         return bytes(message), "application/octet-stream"
     if isinstance(message, Failure):
         return json.dumps(failure_fields(message)).encode(), "application/json"
-    return json.dumps(plain.flatten(message), ensure_ascii=False, allow_nan=False).encode(), "application/json"
+    return plain.to_json(message), "application/json"
 
 
 def bmp(photo: Photo) -> bytes:

@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import enum
 import functools
+import json
+import math
 import types
 import typing
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 MOST_BITS = 64
@@ -75,7 +77,9 @@ def build(kind: type[T], data: Any) -> T:
 
 
 def flatten(value: Any) -> Any:
-    """A typed value as plain data: dataclasses become dicts, tuples become lists."""
+    """A typed value as plain data: dataclasses become dicts, tuples lists, scalars of numpy and torch Python's."""
+    if type(value) in _SCALARS:
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {name: flatten(getattr(value, name)) for name in field_types(type(value))}
     if isinstance(value, Mapping):
@@ -84,7 +88,72 @@ def flatten(value: Any) -> Any:
         return [flatten(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.value
-    return value
+    return scalar(value)
+
+
+_SCALARS = {str, int, float, bool, type(None)}
+
+
+def scalar(value: Any) -> Any:
+    """A scalar of numpy or torch, which may be an array without dimensions, as Python's; any other value as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+class UnwritableError(ValueError):
+    """A value has a part that JSON cannot hold."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{dotted(path) or 'it'} is {what}")
+        self.path = path
+        self.what = what
+
+    def at(self, *path: str | int) -> UnwritableError:
+        """The same, of the value that has this one at `path`."""
+        return UnwritableError((*path, *self.path), self.what)
+
+
+def to_json(value: Any) -> bytes:
+    """A typed value as JSON. Raises UnwritableError, which names the part of it."""
+    try:
+        text = json.dumps(flatten(value), ensure_ascii=False, allow_nan=False)
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _unwritable(value, ()) or UnwritableError((), f"{kind_of(value)}, {error}") from error
+
+
+def _unwritable(value: Any, path: Path) -> UnwritableError | None:
+    """The first part that JSON cannot hold."""
+    if len(path) > _MAX_DEPTH:
+        return UnwritableError(path[:3], "nested too deeply, or contains itself")
+    value = scalar(value.value if isinstance(value, enum.Enum) else value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts: Iterable[tuple[str | int, Any]] = ((name, getattr(value, name)) for name in field_types(type(value)))
+    elif isinstance(value, Mapping):
+        parts = ((str(key), part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        return UnwritableError(path, f"{value}, which JSON does not have")
+    elif isinstance(value, str):
+        lone = any("\ud800" <= character <= "\udfff" for character in value)
+        return UnwritableError(path, "text with half a surrogate pair") if lone else None
+    else:
+        return None if value is None or isinstance(value, int | float) else UnwritableError(path, kind_of(value))
+    return next(filter(None, (_unwritable(part, (*path, name)) for name, part in parts)), None)
+
+
+_MAX_DEPTH = 100
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words: `str`, `Label`, `torch.Tensor of shape (3,)`."""
+    if value is None or isinstance(value, type):
+        return "nothing" if value is None else f"the type {value.__name__}"
+    kind, shape = type(value), getattr(value, "shape", None)
+    top = kind.__module__.partition(".")[0]
+    own = dataclasses.is_dataclass(value) or top == "builtins" or top.startswith("torchserve_dag")
+    name = kind.__name__ if own else f"{top}.{kind.__name__}"
+    return f"{name} of shape {tuple(shape)}" if isinstance(shape, tuple) and shape else name
 
 
 @functools.cache

@@ -24,8 +24,8 @@ LONGEST_PAUSE_S = 1.0
 WORTH_RETRYING = frozenset({429, 500, 502, 503, 504, 507})
 """Statuses of failures that may be transient. A 4xx would fail again: the sender has to mend the request."""
 
-FINAL = frozenset({"ModelNotFound", "Unauthorized"})
-"""Types of failures of a served model that are not transient, whatever their status."""
+FINAL = frozenset({"ModelNotFound", "Unauthorized", "WrongType"})
+"""Types of failures that are not transient, whatever their status: two of served models, one of code here."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
+from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.messages import Failure, InputError
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,16 @@ END: Final = object()
 """A runner's answer after the last chunk."""
 
 
-def function_runner(name: str, answer: Callable[[Any], Any]) -> Runner:
-    """A runner that calls `answer` for each item; an exception fails its own item only."""
+def function_runner(name: str, answer: Callable[[Any], Any], as_declared: As | None = None) -> Runner:
+    """A runner that calls `answer` for each item; an exception fails its own item only.
+
+    `as_declared` looks at each answer; one of another type fails its item.
+    """
+    if as_declared:
+        call, check = answer, as_declared
+
+        def answer(item: Any) -> Any:
+            return check(call(item))
 
     def run(items: Sequence[Any]) -> list[Any]:
         return [_guarded(name, answer, item) for item in items]
@@ -63,13 +72,15 @@ def function_runner(name: str, answer: Callable[[Any], Any]) -> Runner:
     return run
 
 
-def stream_runner(name: str, begin: Callable[[Any], Iterator[Any]]) -> Runner:
+def stream_runner(name: str, begin: Callable[[Any], Iterator[Any]], as_declared: As | None = None) -> Runner:
     """A runner for a generator function: each call returns the next chunk of every item."""
 
     def step(item: Any) -> Any:
         stream = item if isinstance(item, Stream) else Stream(iter(begin(item)))
         chunk = next(stream.chunks, END)
-        return END if chunk is END else Chunk(chunk, stream)
+        if chunk is END:
+            return END
+        return Chunk(as_declared(chunk) if as_declared else chunk, stream)
 
     def run(items: Sequence[Any]) -> list[Any]:
         return [_guarded(name, step, item) for item in items]
@@ -87,6 +98,8 @@ def _guarded(name: str, work: Callable[[Any], Any], item: Any) -> Any:
         return work(item)
     except InputError as error:
         return Failure(error.status, error.message, error.type)
+    except WrongTypeError as error:
+        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), "WrongType")
     except BaseException:  # a lane must not end, whatever a function raises
         logger.exception("%s raised", name)
         return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why.", "InternalError")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Protocol
 
+from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.engine.gather import Gather
 from torchserve_dag.runtime.engine.runner import internal_error
 from torchserve_dag.runtime.messages import Failure
@@ -68,6 +70,11 @@ class AnswerStream:
                 for chunk in chunks:
                     self._on_chunk(chunk)
                 failure = None
+            except plain.UnwritableError as error:
+                message = f"A chunk cannot be written: {error.at(self._node)}."
+                failure = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "InternalError", self._node)
+                logger.error("request %s: %s", request.id, message)  # noqa: TRY400 (the sentence says all)
+                request.fail(failure)
             except BaseException:  # a lane must not end
                 logger.exception("request %s: a chunk could not be sent to the client", request.id)
                 failure = internal_error(self._node)

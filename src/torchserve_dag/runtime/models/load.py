@@ -12,12 +12,15 @@ from typing import Any
 from torchserve_dag.runtime.compat import archive as archives
 from torchserve_dag.runtime.compat import functions
 from torchserve_dag.runtime.compute.placement import Placement, find_device
+from torchserve_dag.runtime.data.declared import as_declared
 from torchserve_dag.runtime.data.parts import Body, Parts, read
 from torchserve_dag.runtime.data.source import Source
 from torchserve_dag.runtime.engine.runner import BatchStarter, Runner, Starter, function_runner, stream_runner
 from torchserve_dag.runtime.graph.graph import Code, Graph
 from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, ServedCode
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
+from torchserve_dag.runtime.handler import types_of
+from torchserve_dag.runtime.messages import Failure
 from torchserve_dag.runtime.models.handler_process import HandlerProcess, HandlerSpec
 from torchserve_dag.runtime.models.served import ServedModel
 from torchserve_dag.runtime.models.stages import Stages
@@ -85,7 +88,8 @@ class Loader:
                 )
             case FunctionCode(function):
                 make = stream_runner if code.yields else function_runner
-                return Loaded(make(function.__name__, partial(_by_name, function)))
+                check = as_declared(code.gives, name, also=(Failure,))
+                return Loaded(make(function.__name__, partial(_by_name, function), check))
             case ArchiveCode() | RowsFunctionCode():
                 process = HandlerProcess(*self._process(code, code.kind, startup_s, limit_s))
                 return Loaded(batch_starter=process, wait=process.wait, close=process.close)
@@ -141,7 +145,8 @@ def load_handler(
     handler = kind()
     with project.modules.by_bare_names():  # as the training code called them: a pickle names its classes so
         handler.load(project.weights, settings, placement)
-    stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s)
+    check = as_declared(types_of(kind)[1], file.value.name, also=(Failure,))
+    stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s, check)
     stages.warm_up(batch or run.batch)
     return stages
 

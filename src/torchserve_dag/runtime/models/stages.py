@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from torchserve_dag.runtime.compute.placement import Placement
+from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.handler import Handler, streams
 from torchserve_dag.runtime.messages import Failure, InputError
 from torchserve_dag.runtime.project.handler_file import MicroBatch
@@ -39,7 +40,10 @@ class Stages:
         placement: Placement,
         micro_batch: MicroBatch | None = None,
         timeout_s: float = 30.0,
+        as_declared: As | None = None,
     ) -> None:
+        """`as_declared` looks at each answer; one of another type fails its item."""
+        self._as_declared = as_declared or (lambda answer: answer)
         self.name = name
         self.handler = handler
         self.placement = placement
@@ -73,7 +77,7 @@ class Stages:
                 output = next(outputs, _END)
             if output is _END:
                 return
-            yield self.handler.postprocess(output, item)
+            yield self._answer(output, item)
 
     def warm_up(self, batch: int) -> None:
         """Run the handler's own example, alone and as a full batch. Raises RuntimeError if it fails."""
@@ -167,9 +171,12 @@ class Stages:
 
     def _postprocess(self, outputs: Batch, items: Batch) -> Batch:
         return [
-            output if isinstance(output, Failure) else self._one("postprocess", self.handler.postprocess, output, item)
+            output if isinstance(output, Failure) else self._one("postprocess", self._answer, output, item)
             for output, item in zip(outputs, items, strict=True)
         ]
+
+    def _answer(self, output: Any, item: Any) -> Any:
+        return self._as_declared(self.handler.postprocess(output, item))
 
     def _one(self, stage: str, function: Callable[..., Any], *values: Any) -> Any:
         try:
@@ -182,6 +189,8 @@ class Stages:
     def _failure(self, stage: str, error: BaseException) -> Failure:
         if isinstance(error, InputError):
             return Failure(error.status, error.message)
+        if isinstance(error, WrongTypeError):
+            return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), "WrongType")
         return self._surprise(stage, error)
 
     def _surprise(self, stage: str, error: BaseException) -> Failure:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchserve_dag.runtime.data import plain
+
 logger = logging.getLogger(__name__)
 
 FILE = "scores.log"
@@ -25,7 +27,7 @@ def score_in(answer: Any, path: str) -> float | None:
     """The score at a dotted path in an answer; None where there is none."""
     for name in path.split("."):
         answer = answer.get(name) if isinstance(answer, Mapping) else getattr(answer, name, None)
-    return valid(answer)
+    return valid(plain.scalar(answer))
 
 
 def valid(score: Any) -> float | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
-from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.messages import Failure, Text
 from torchserve_dag.runtime.worker.protocol import ServiceResponse
 
@@ -20,21 +20,33 @@ MAX_BYTES = 6_553_500
 JSON_LINES = "application/x-ndjson"
 PLAIN_TEXT = "text/plain; charset=utf-8"
 
-CANNOT_BE_WRITTEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The answer cannot be written.", "InternalError")
+Named = Callable[[plain.Path], tuple[plain.Path, str | None]]
+"""The name that a part of an answer has for its reader, and the node that gave it."""
 
 
-def write_answer(answer: Any, request_id: str) -> ServiceResponse:
+def write_answer(answer: Any, request_id: str, named: Named = lambda path: (path, None)) -> ServiceResponse:
     """The response with a whole answer; a failure if the answer is one, cannot be encoded, or is too large."""
     if isinstance(answer, Failure):
         return write_failure(answer, request_id)
     try:
         body, content_type = codec.encode(answer)
-    except Exception:
-        logger.exception("request %s: the answer cannot be written", request_id)
-        return write_failure(CANNOT_BE_WRITTEN, request_id)
+    except Exception as error:  # noqa: BLE001 (Pillow's, too)
+        return write_failure(unwritten(error, request_id, named), request_id)
     if len(body) > MAX_BYTES:
         return write_failure(too_large(len(body)), request_id)
     return ServiceResponse(body, content_type)
+
+
+def unwritten(error: Exception, request_id: str, named: Named) -> Failure:
+    """The failure of an answer that cannot be encoded, with the part of it that cannot; it is logged, too."""
+    path, node = named(error.path if isinstance(error, plain.UnwritableError) else ())
+    if isinstance(error, plain.UnwritableError):
+        message = f"The answer cannot be written: {plain.UnwritableError(path, error.what)}."
+        logger.error("request %s: %s", request_id, message)
+    else:
+        message = f"The answer cannot be written: {plain.dotted(path) or 'it'} raised {type(error).__name__}."
+        logger.error("request %s: %s", request_id, message, exc_info=error)
+    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "InternalError", node)
 
 
 def write_failure(failure: Failure, request_id: str) -> ServiceResponse:
@@ -59,13 +71,14 @@ def write_chunk(message: Any) -> tuple[bytes, str]:
     return body, content_type
 
 
-def write_joined(messages: Iterable[Any], request_id: str) -> ServiceResponse:
+def write_joined(messages: Iterable[Any], request_id: str, named: Named = lambda path: (path, None)) -> ServiceResponse:
     """All chunks of an answer in one response, for a client that does not accept chunks."""
+    chunks: list[tuple[bytes, str]] = []
     try:
-        chunks = [write_chunk(message) for message in messages]
-    except Exception:
-        logger.exception("request %s: a chunk cannot be written", request_id)
-        return write_failure(CANNOT_BE_WRITTEN, request_id)
+        chunks.extend(write_chunk(message) for message in messages)
+    except Exception as error:  # noqa: BLE001 (Pillow's, too)
+        wrong = error.at(len(chunks)) if isinstance(error, plain.UnwritableError) else error
+        return write_failure(unwritten(wrong, request_id, named), request_id)
     body = b"".join(chunk for chunk, _ in chunks)
     if len(body) > MAX_BYTES:
         return write_failure(too_large(len(body)), request_id)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from torchserve_dag.runtime.compat.rows import Row
+from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.codec import content_type_of
 from torchserve_dag.runtime.data.media import FORM, form_fields, media_of
-from torchserve_dag.runtime.data.options import TOKEN, read_options
+from torchserve_dag.runtime.data.options import OUTPUTS, TOKEN, read_options
 from torchserve_dag.runtime.data.parts import Body, Parts, message_in
 from torchserve_dag.runtime.engine.request import Request
-from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST, Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
 from torchserve_dag.runtime.messages import Failure, InputError
@@ -141,8 +142,22 @@ class WorkflowService:
             score, token = scores.score_in(answer, self._score), request.options.get(TOKEN)
             scores.log_score(self.name, self.version, request.id, score, token)
         if self.streams and isinstance(answer, list):
-            return write_joined(answer, request.id)
-        return write_answer(answer, request.id)
+            return write_joined(answer, request.id, self._named)
+        named = _by_key if OUTPUTS in request.options else self._named
+        return write_answer(answer, request.id, named)
+
+    def _named(self, path: plain.Path) -> tuple[plain.Path, str | None]:
+        """What a part of the workflow's own answer is called, and the node that gave it."""
+        values = self._workflow.graph.output.values
+        whole = values.get("")
+        value = whole or (values.get(str(path[0])) if path else None)
+        nodes = sorted(value.names - {REQUEST, PARAMETERS}) if value else []
+        return (whole.text.strip(), *path) if whole else path, nodes[0] if len(nodes) == 1 else None
+
+
+def _by_key(path: plain.Path) -> tuple[plain.Path, str | None]:
+    """As `_named`, of an answer that consists of the nodes that a client asked for."""
+    return path, str(path[0]) if path else None
 
 
 _NOTHING_LEFT = ServiceResponse(b"")

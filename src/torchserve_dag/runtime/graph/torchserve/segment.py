@@ -51,7 +51,7 @@ class Segment:
             return failure if self.last else pack({FAILURE_PART: failure})
         if self.last:
             return codec.encode(result)[0]
-        return pack({**parts, self.node: json.dumps(plain.flatten(result)).encode()})
+        return pack({**parts, self.node: plain.to_json(result)})
 
 
 def unseal(row: Mapping[str, Any]) -> dict[str, bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -16,10 +15,8 @@ from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.torchserve.segment import ABOUT_PART, FAILURE_PART, REQUEST_PART, segments, unseal
 from torchserve_dag.runtime.messages import Failure, InputError
 from torchserve_dag.runtime.worker.protocol import OnChunk, Part, PendingResponse, ServiceRequest, ServiceResponse
-from torchserve_dag.runtime.worker.response import CANNOT_BE_WRITTEN, MAX_BYTES, too_large
+from torchserve_dag.runtime.worker.response import MAX_BYTES, too_large, unwritten
 from torchserve_dag.runtime.worker.service import Pending, WorkflowService
-
-logger = logging.getLogger(__name__)
 
 
 def load(folder: Path, gpu: int | None) -> SegmentService:
@@ -38,8 +35,8 @@ class SegmentService(WorkflowService):
         try:
             parts = self._open(request)
         except InputError as error:
-            return Pending(partial(self._seal, {})).refused(Failure(error.status, error.message))
-        pending = Pending(partial(self._seal, parts))
+            return Pending(partial(self._seal, request.id, {})).refused(Failure(error.status, error.message))
+        pending = Pending(partial(self._seal, request.id, parts))
         if failure := codec.failure_in(parts.get(FAILURE_PART, b"")):
             return pending.refused(failure)
         content_type, parameters = json.loads(parts[ABOUT_PART])
@@ -63,12 +60,11 @@ class SegmentService(WorkflowService):
         about = json.dumps([message.content_type, dict(parameters)]).encode()
         return {REQUEST_PART: decompressed(message.content, message.encoding), ABOUT_PART: about}
 
-    def _seal(self, parts: dict[str, bytes], answer: Any, _: bool) -> ServiceResponse:  # noqa: FBT001
+    def _seal(self, request_id: str, parts: dict[str, bytes], answer: Any, _: bool) -> ServiceResponse:  # noqa: FBT001
         try:
             body = self._segment.seal(parts, answer)
-        except Exception:
-            logger.exception("the result of %s cannot be written", self._segment.node)
-            return self._failed(parts, CANNOT_BE_WRITTEN)
+        except Exception as error:  # noqa: BLE001 (Pillow's, too)
+            return self._failed(parts, unwritten(error, request_id, self._named))
         return ServiceResponse(body) if len(body) <= MAX_BYTES else self._failed(parts, too_large(len(body)))
 
     def _failed(self, parts: dict[str, bytes], failure: Failure) -> ServiceResponse:
