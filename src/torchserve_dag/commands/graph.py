@@ -14,6 +14,7 @@ from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail,
 if TYPE_CHECKING:
     from torchserve_dag.pictures.picture import LiveRates
     from torchserve_dag.runtime.graph.graph import Graph
+    from torchserve_dag.runtime.project.folders import Project
     from torchserve_dag.server.state import State
 
 
@@ -29,7 +30,7 @@ def graph(
     live: Annotated[
         bool,
         typer.Option(
-            "--live", help="Show each node's rates on the running server; the busiest node has the strongest colour."
+            "--live", help="Draw what is served, with each node's rates; the busiest node has the strongest colour."
         ),
     ] = False,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that --live measures.")] = 5.0,
@@ -40,8 +41,6 @@ def graph(
     from torchserve_dag.pictures.data import as_data
     from torchserve_dag.pictures.mermaid import mermaid
     from torchserve_dag.pictures.svg import svg
-    from torchserve_dag.runtime.data import plain
-    from torchserve_dag.runtime.graph.read import read_graph
     from torchserve_dag.runtime.project.folders import Project
     from torchserve_dag.server.state import State
 
@@ -50,12 +49,7 @@ def graph(
         fail(f"{output} is neither an .svg nor an .mmd: choose one of these endings.")
     with failures():
         root = project_root(project)
-        found = Project(root)
-        path = found.find("workflows", name) or found.find("handlers", name)
-        if path is None:
-            known = found.references("workflows") + found.references("handlers")
-            fail(f'There is no workflow or handler "{name}"; {plain.did_you_mean(name, known)}')
-        drawn = read_graph(found, path)
+        drawn = _served(State(root), name) if live else _in_project(Project(root), name)
         rates = _rates(State(root), drawn, seconds) if live else None
         if output:
             output.write_text(drawers[output.suffix](drawn, rates), "utf-8")
@@ -65,6 +59,36 @@ def graph(
         out.print(f"wrote {output}", markup=False, soft_wrap=True)
     else:
         sys.stdout.write(mermaid(drawn, rates))
+
+
+def _in_project(project: Project, name: str) -> Graph:
+    from torchserve_dag.runtime.data import plain
+    from torchserve_dag.runtime.graph.read import read_graph
+
+    path = project.find("workflows", name) or project.find("handlers", name)
+    if path is None:
+        known = project.references("workflows") + project.references("handlers")
+        fail(f'There is no workflow or handler "{name}"; {plain.did_you_mean(name, known)}')
+    return read_graph(project, path)
+
+
+def _served(state: State, name: str) -> Graph:
+    """The graph of the archive that is served: the project's files may say something else by now."""
+    from torchserve_dag.archives.archive import UnusableArchiveError, copies
+    from torchserve_dag.archives.unpacked import graph_of
+    from torchserve_dag.server.connect import torchserve_client
+
+    model, _, version = name.partition("/")
+    with torchserve_client(state) as client:
+        served = {(info.name, one.version): one.default for info in client.models() for one in info.versions}
+    version = version or next((one for (other, one), default in served.items() if other == model and default), "")
+    archive = copies(state.archives).get((model, version))
+    if (model, version) not in served or archive is None:
+        fail(f"{name} is not served; these are: {', '.join('/'.join(one) for one in served)}.")
+    try:
+        return graph_of(archive)
+    except UnusableArchiveError as error:
+        fail(f"{model}/{version} {error}.")
 
 
 def _rates(state: State, drawn: Graph, seconds: float) -> LiveRates:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.syntax import Syntax
 from rich.table import Table
 
 from torchserve_dag.commands.common import (
@@ -37,6 +36,7 @@ from torchserve_dag.commands.remote import (
 )
 
 if TYPE_CHECKING:
+    from torchserve_dag.archives.archive import Archive
     from torchserve_dag.server.ready import Readiness
     from torchserve_dag.server.selection import Remark
     from torchserve_dag.server.status import Status, VersionStatus, WorkerStatus
@@ -110,7 +110,7 @@ def up(
             supervise.start(state)
             supervise.wait_until_whole(state, timeout, show)
         with torchserve_client(state) as client:
-            found = status_of(running(state), client)
+            found = status_of(state, running(state), client)
     where, door = running(state).addresses, Door(state).record()
     watcher = "" if foreground else f", pid {supervise.watcher_pid(state)}"
     out.print(f"[green]up[/]: {count(len(found.versions), 'model version')}{watcher}")
@@ -203,6 +203,7 @@ def _remote_status(server: str, ca: Path | None, token: str | None, *, insecure:
 
 
 def _project_status(root: Path, name: str | None, *, json: bool) -> None:
+    from torchserve_dag.archives.archive import copies
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.runtime.data import plain
     from torchserve_dag.server.connect import running, torchserve_client
@@ -223,9 +224,12 @@ def _project_status(root: Path, name: str | None, *, json: bool) -> None:
         if name is not None:
             model, _, version = name.partition("/")
             fields = dict(about(client, model, version or None))
-            print_json(fields) if json else _print_about(fields)
+            archive = copies(state.archives).get((model, str(fields.get("version"))))
+            if archive:
+                fields |= {"hash": archive.hash}
+            print_json(fields) if json else _print_about(fields, archive)
             return
-        found, door = status_of(record, client), Door(state)
+        found, door = status_of(state, record, client), Door(state)
         front_door = door.record()
         shares = {one.model: one.shares for one in door.traffic().splits} if front_door else {}
         listens = front_door.settings.listen if front_door else None
@@ -256,7 +260,7 @@ def _print_status(found: Status, front_door: str | None, shares: Mapping[str, Ma
     if front_door:
         out.print(f"front door https://{front_door}")
     out.print(f"pid {found.pid}, REST {found.addresses['inference']}, gRPC {found.addresses['grpc_inference']}")
-    table = Table("model", "share" if front_door else "", "state", "batch", "queue", "worker pids")
+    table = Table("model", "share" if front_door else "", "state", "batch", "queue", "hash", "worker pids")
     table.columns[0].no_wrap = True
     for one in found.versions:
         colour = "green" if one.state == "ready" else "yellow"
@@ -266,9 +270,11 @@ def _print_status(found: Status, front_door: str | None, shares: Mapping[str, Ma
             f"[{colour}]{one.state}[/]",
             str(one.batch_size),
             str(one.pending),
+            one.hash,
             "\n".join(_worker(worker) for worker in one.workers if worker.pid > 0),
         )
     out.print(table)
+    _print_remarks(found.remarks)
 
 
 def _share(one: VersionStatus, shares: Mapping[str, Mapping[str, float]]) -> str:
@@ -280,12 +286,15 @@ def _worker(worker: WorkerStatus) -> str:
     return f"{worker.pid} {worker.device}{memory}"
 
 
-def _print_about(fields: dict[str, Any]) -> None:
+def _print_about(fields: dict[str, Any], archive: Archive | None) -> None:
     graph = fields.pop("graph", None)
     _print_fields(fields)
-    if graph:
-        out.print("[bold]graph[/] (Mermaid)")
-        out.print(Syntax(graph, "text", background_color="default"))
+    if graph and archive:
+        from torchserve_dag.archives.unpacked import graph_of
+        from torchserve_dag.pictures.tree import tree
+
+        out.print("[bold]graph[/]")
+        out.print(tree(graph_of(archive)), end="", markup=False, soft_wrap=True)
 
 
 def _print_fields(fields: dict[str, Any], indent: int = 0) -> None:

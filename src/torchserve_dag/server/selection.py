@@ -10,7 +10,7 @@ from torchserve_dag.archives.archive import Archive, ModelVersion, Store
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.server.releases_file import FILE, Decision, Kind, ModelReleases, Releases, decided
 
-RemarkKind = Literal["failed", "differs", "new", "left out"]
+RemarkKind = Literal["failed", "differs", "rejected", "new", "left out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,8 @@ class Remark:
     """What a person should know about an archive, in one line."""
 
     kind: RemarkKind
-    """`failed`: it should be served, and cannot be. `differs`: its content is not what was decided on, or is served.
-    `new`: it is served, and nobody decided on it. `left out`: nothing asks for it."""
+    """`failed`: it should be served, and is not. `differs`: its content is not what was decided on, or is served.
+    `rejected`: it is served, and was rolled back. `new`: nobody decided on it. `left out`: nothing asks for it."""
     what: str
     """A model and its version, or a file."""
     why: str
@@ -110,6 +110,34 @@ def differences(store: Store, releases: Releases, served: Mapping[ModelVersion, 
     return remarks
 
 
+def standing(store: Store, releases: Releases, served: Mapping[ModelVersion, Archive | None]) -> list[Remark]:
+    """What is to be said of a running server: what differs, what it lacks, what was rolled back, what is new."""
+    remarks = differences(store, releases, {key: archive for key, archive in served.items() if archive})
+    for key, (kind, decision) in decided(releases).items():
+        what = f"{key[0]} {key[1]}"
+        if kind == "default" and key not in served:
+            how = f"torchserve-dag serve {key[0]}/{key[1]} loads it, default {key[0]} VERSION chooses another"
+            remarks.append(Remark("failed", what, f"it is the default in {FILE}, and is not served: {how}"))
+        elif kind == "rejected" and key in served:
+            again = f"torchserve-dag retire {key[0]}/{key[1]} unloads it, and later starts leave it out"
+            remarks.append(Remark("rejected", what, f"{_when_and_why(decision)}; {again}"))
+    models = {name for name, _ in served}
+    for model, version in sorted(store.archives.keys() - decided(releases).keys(), key=_in_order):
+        default = releases.get(model, ModelReleases()).default
+        if version_key(version) > version_key(default.version) if default else model not in models:
+            remarks.append(_new(model, version))
+    return remarks
+
+
+def _in_order(key: ModelVersion) -> tuple[object, ...]:
+    return key[0], version_key(key[1])
+
+
+def _new(model: str, version: str) -> Remark:
+    how = f"torchserve-dag rollout {model} {version}, or serve {model}/{version} for requests that name it"
+    return Remark("new", f"{model} {version}", f"nobody decided on it: {how}")
+
+
 def _choose(
     in_store: tuple[Archive, ...], decision: tuple[Kind, Decision] | None, copy: Archive | None
 ) -> Archive | str:
@@ -128,9 +156,12 @@ def _left_out(model: str, version: str, kind: Kind | None, decision: Decision) -
     what, again = f"{model} {version}", f"torchserve-dag serve {model}/{version} loads it"
     if kind is None:
         return Remark("left out", what, f"an older version: {again}")
-    because = f": {decision.reason.rstrip('.')}" if decision.reason else ""
-    day = f" on {decision.date.partition(' ')[0]}" if decision.date else ""
-    return Remark("left out", what, f"{kind}{day}{because}; {again}")
+    return Remark("left out", what, f"{kind} {_when_and_why(decision)}; {again}")
+
+
+def _when_and_why(decision: Decision) -> str:
+    day = f"on {decision.date.partition(' ')[0]}" if decision.date else "on an unknown day"
+    return f"{day}: {decision.reason.rstrip('.')}" if decision.reason else day
 
 
 def _missing(model: str, version: str, decision: tuple[Kind, Decision] | None) -> Remark:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from torchserve_dag.archives.archive import Archive, ModelVersion, copies, read_store
 from torchserve_dag.archives.protocol import why_not_spoken
 from torchserve_dag.clients import Client, VersionInfo, WorkerInfo
-from torchserve_dag.server.state import TorchServeProcess
+from torchserve_dag.clients.models import version_info
+from torchserve_dag.server import releases_file
+from torchserve_dag.server.selection import Remark, standing
+from torchserve_dag.server.state import State, TorchServeProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,8 @@ class VersionStatus:
     version: str
     state: str
     """`ready`, `starting` or `stopped`."""
+    hash: str
+    """A short hash of the content of its archive."""
     default: bool
     batch_size: int
     pending: int
@@ -41,30 +48,49 @@ class Status:
     pid: int
     addresses: dict[str, str]
     versions: list[VersionStatus]
+    remarks: list[Remark]
+    """What is not as it was decided, and what nobody decided on."""
 
 
-def status(record: TorchServeProcess, client: Client) -> Status:
-    """The server and every version that it serves. Raises ServingError."""
-    where = record.addresses
-    versions = [_version(model.name, version) for model in client.models() for version in model.versions]
-    return Status(record.pid, {name: getattr(where, name) for name in where.__slots__}, versions)
+def status(state: State, record: TorchServeProcess, client: Client) -> Status:
+    """The server and every version that it serves. Raises ServingError, CheckError."""
+    where, archives = record.addresses, copies(state.archives)
+    versions = [_version(model.name, version, archives) for model in client.models() for version in model.versions]
+    served = {key: archives.get(key) for version in versions if (key := (version.name, version.version))}
+    remarks = standing(read_store(Path(record.store)), releases_file.read(state.root), served)
+    return Status(record.pid, {name: getattr(where, name) for name in where.__slots__}, versions, remarks)
 
 
 def about(client: Client, name: str, version: str | None = None) -> Mapping[str, Any]:
     """What an archive's `build.json` says: its card, its inputs, its graph, the protocol that it speaks.
 
-    If this package does not speak that protocol, a sentence in its place says what to do. Raises ServingError.
+    If this package does not speak that protocol, a sentence in its place says what to do. Of another archive: what
+    TorchServe says. Raises ServingError.
     """
-    described = client.describe(name, version).get("customizedMetadata")
+    whole = client.describe(name, version)
+    described = whole.get("customizedMetadata")
     if not isinstance(described, dict):
-        return {}
+        known = version_info(whole, default=False)
+        return {
+            "name": whole["modelName"],
+            "version": known.version,
+            "built by": "another tool than torchserve-dag: it has no card and no graph",
+            "state": known.state,
+            "archive": known.archive,
+            "workers": {"ready": sum(one.ready for one in known.workers), "at least": known.min_workers},
+            "batch": {"most": known.batch_size, "delay_ms": known.max_batch_delay_ms},
+            "timeout_s": known.response_timeout_s,
+            "queue": known.queued,
+        }
     refusal = why_not_spoken(described) if "inputs" in described else None
     return described | ({"protocol": refusal} if refusal else {})
 
 
-def _version(name: str, info: VersionInfo) -> VersionStatus:
+def _version(name: str, info: VersionInfo, archives: Mapping[ModelVersion, Archive]) -> VersionStatus:
     workers = [_worker(worker) for worker in info.workers]
-    return VersionStatus(name, info.version, info.state, info.default, info.batch_size, info.queued, workers)
+    archive = archives.get((name, info.version))
+    content = archive.hash if archive else ""
+    return VersionStatus(name, info.version, info.state, content, info.default, info.batch_size, info.queued, workers)
 
 
 def _worker(info: WorkerInfo) -> WorkerStatus:

@@ -117,7 +117,7 @@ def _check_enough(archives: Mapping[ModelVersion, Archive], remarks: Sequence[Re
     """Raises ServerError with all faults, if nothing can be served, or, if `strict`, if there are any."""
     faults = [remark for remark in remarks if remark.fault]
     if not archives or (strict and faults):
-        raise ServerError("; ".join(f"{fault}" for fault in faults) + ".")
+        raise ServerError("; ".join(f"{one}" for one in faults or remarks) + ".")
 
 
 def runs(state: State) -> bool:

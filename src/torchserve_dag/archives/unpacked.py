@@ -1,0 +1,25 @@
+"""The graph of an archive that `build` made, read from the archive itself."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+
+from torchserve_dag.archives import mar
+from torchserve_dag.archives.archive import Archive, UnusableArchiveError
+from torchserve_dag.archives.store import part_of_archive
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.project.folders import Project
+
+
+def graph_of(archive: Archive) -> Graph:
+    """The graph that is served, whatever the project's files say by now. Raises UnusableArchiveError, CheckError."""
+    if not mar.is_ours(archive.path):
+        raise UnusableArchiveError("was not built by torchserve-dag, and has no graph")
+    served = json.loads(mar.read_text(archive.path, mar.BUILD))["file"]
+    with tempfile.TemporaryDirectory(prefix="torchserve-dag-") as folder, zipfile.ZipFile(archive.path) as packed:
+        packed.extractall(folder, [entry for entry in packed.namelist() if part_of_archive(entry) == "project"])
+        return read_graph(Project(Path(folder)), Path(folder) / served)
