@@ -21,6 +21,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from torchserve_dag import Workflow
+from torchserve_dag.runtime.compute import placement
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.options import TIMEOUT
 from torchserve_dag.runtime.engine.outcome import FINAL, WORTH_RETRYING
@@ -366,6 +368,40 @@ def test_a_dead_address_costs_neither_threads_nor_files(call: Any) -> None:
 
     wait_until(lambda: process.num_threads() <= before[0] + 2)
     wait_until(lambda: process.num_fds() <= before[1] + 2)
+
+
+def test_photos_are_not_decoded_while_those_of_other_requests_fill_the_memory(serve: Serve, tmp_path: Path) -> None:
+    """A node that runs elsewhere takes no lane, so that nothing else would hold the decoding back."""
+    address, inference, _ = serve()
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "flow.yaml").write_text(
+        f"""
+name: flow
+version: "1.0"
+does: A test.
+nodes:
+  far: {{served: {{model: hangs, at: "{address}", takes: Photo, gives: Photo}}}}
+output: far
+serve: {{pixels_inside: {2 * 300 * 300}}}
+"""
+    )
+    photo = codec.encode(Photo(Image.effect_noise((300, 300), 50).convert("RGB")))[0]
+    with Workflow.load(tmp_path / "workflows" / "flow.yaml") as workflow:
+        requests = [workflow.submit(photo) for _ in range(40)]
+        for _ in range(2):
+            assert inference.inside.acquire(timeout=60)
+        # Each lane may have begun one more before the second was decoded.
+        most = 1 + placement.cores()
+        time.sleep(0.3)
+        assert 2 <= workflow.counts()["request"].items <= most
+        requests[0].cancel()
+        inference.go_on.set()
+        answers = [request.future.result(60) for request in requests]
+
+        assert answers[0].status == 499
+        assert [answer.width for answer in answers[1:]] == [300] * 39
+        assert not workflow.engine._decoding.paused
+        assert workflow.engine._admission._pixels == 0
 
 
 def test_large_bodies_go_both_ways(serve: Serve, call: Any) -> None:

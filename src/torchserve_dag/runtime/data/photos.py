@@ -6,6 +6,7 @@ drops the reason why a file cannot be read.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import threading
@@ -13,7 +14,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial, reduce
 from http import HTTPStatus
 from typing import Any
@@ -58,7 +58,7 @@ Opened = tuple[tuple[int, int], Load]
 """What a format's header says: width and height, and how the pixels are decoded."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Format:
     name: str
     begins: re.Pattern[bytes]
@@ -103,6 +103,15 @@ def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Photo:
 def _too_large(size: str, max_pixels: int) -> InputError:
     message = f"The photo is {size}; the limit is {max_pixels:,}."
     return InputError(message, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
+
+def pixels_in(message: Any) -> int:
+    """How many decoded pixels a request's message holds: it is a photo, or has photos as fields."""
+    if isinstance(message, Photo):
+        return message.width * message.height
+    if dataclasses.is_dataclass(message):
+        return sum(pixels_in(getattr(message, field.name)) for field in dataclasses.fields(message))
+    return 0
 
 
 class _Room:

@@ -22,10 +22,18 @@ class Admission:
     """The requests in flight in an engine."""
 
     def __init__(
-        self, max_inside: int, timeout_s: float, lock: threading.Lock, timers: Timers, sweep: Callable[[], None]
+        self,
+        max_inside: int,
+        pixels_inside: int,
+        timeout_s: float,
+        lock: threading.Lock,
+        timers: Timers,
+        sweep: Callable[[], None],
     ) -> None:
         """`lock` is the engine's; `sweep` drops obsolete items from the queues."""
         self.max_inside = max_inside
+        self._pixels_inside = pixels_inside
+        self._pixels = 0
         self.timeout_s = timeout_s
         self.closed = False
         self._lock = lock
@@ -57,9 +65,20 @@ class Admission:
             self._timers.schedule(request.deadline, request, self._expire)
         return None
 
+    def hold(self, request: Request, pixels: int) -> None:
+        """Count the pixels of a request's decoded message until the request is answered. Under the lock."""
+        request.pixels = pixels
+        self._pixels += pixels
+
+    @property
+    def full_of_pixels(self) -> bool:
+        """Whether no further message may be decoded before a request is answered."""
+        return self._pixels >= self._pixels_inside
+
     def remove(self, request: Request) -> None:
         """Forget an answered request. Under the lock."""
         self._in_flight.pop(request, None)
+        self._pixels -= request.pixels
         key = request.options.cancel_key
         sharing = self._by_cancel_key.get(key) if key else None
         if key and sharing:

@@ -32,6 +32,7 @@ from http import HTTPStatus
 from typing import Any
 
 from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.data.photos import pixels_in
 from torchserve_dag.runtime.engine.admission import CLOSING, Admission
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.elsewhere import Elsewhere
@@ -84,9 +85,15 @@ class Engine:
         self._elsewhere = Elsewhere(self._lock, self._dropped, self._deliver, self._begin)
         self._stations: dict[str, Station[Item]] = {}
         self._plans = Plans(self._make_plan(graph, "", ()))
+        self._decoding = self._stations[REQUEST]
         self._timers = Timers(f"{graph.name}-timers")
         self._admission = Admission(
-            graph.serve.max_inside, float(graph.serve.timeout_s), self._lock, self._timers, self._sweep
+            graph.serve.max_inside,
+            graph.serve.pixels_inside,
+            float(graph.serve.timeout_s),
+            self._lock,
+            self._timers,
+            self._sweep,
         )
         stations = list(self._stations.values())
         self._lanes = {
@@ -280,6 +287,7 @@ class Engine:
     def _deliver(self, station: Station[Item], items: Sequence[Item], answers: Sequence[Any], began: float) -> None:
         now = time.monotonic()
         changes = Changes()
+        pixels = [pixels_in(answer) for answer in answers] if station is self._decoding else ()
         with self._lock:
             station.record_run(len(items), now - began)
             failures = sum(isinstance(answer, Failure) for answer in answers)
@@ -289,6 +297,10 @@ class Engine:
                     _add_span(item, answer, began, now, len(items))
                 if not item.obsolete:
                     record_answer(item, answer, changes)
+            for item, held in zip(items, pixels, strict=bool(pixels)):
+                if not item.request.obsolete:
+                    self._admission.hold(item.request, held)
+                    station.paused = self._admission.full_of_pixels
         if failures:
             for item, answer in zip(items, answers, strict=True):
                 if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -344,6 +356,9 @@ class Engine:
             # A caller may keep the request, but not its images.
             request.values, request.gathers, request.elsewhere = {}, {}, {}
             self._admission.remove(request)
+            if self._decoding.paused and not self._admission.full_of_pixels:
+                self._decoding.paused = False
+                self._lanes[self._decoding.device].wake()
             if request.stream:
                 request.stream.close(answer)
         del released  # it may run the `finally` of a user's generator

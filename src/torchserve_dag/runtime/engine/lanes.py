@@ -96,6 +96,10 @@ class Lanes:
         """
         return station.bundle and items <= station.max_items and not 1 < items <= 1 + self._idle
 
+    def wake(self) -> None:
+        """A station is no longer paused. Under the lock."""
+        self._work.notify_all()
+
     def close(self) -> None:
         """Under the lock."""
         self._closed = True
@@ -160,6 +164,8 @@ class Lanes:
         due: list[Station[Item]] = []
         overdue = time.monotonic() - MAX_FILL_WAIT_S
         for station in self._stations:
+            if station.paused:
+                continue
             head = station.peek(priority)
             if head is not None:
                 first = first or station

@@ -48,6 +48,8 @@ class Request:
     """The answers so far, for each node that has started."""
     elsewhere: dict[Item, Cancel] = field(default_factory=dict)
     """The request's items that run elsewhere, and how to cancel each."""
+    pixels: int = 0
+    """How many pixels its message holds in memory, as long as it is in progress."""
     answered: bool = False
     """Whether the answer or a Failure is decided; `on_answer` is called shortly after."""
     spans: list[Span] = field(default_factory=list)

@@ -58,6 +58,8 @@ class Station(Generic[ItemT]):
         self.device = device if start is None else ELSEWHERE
         self.start = start or _not_used
         self.one_at_a_time = one_at_a_time
+        self.paused = False
+        """Whether lanes take nothing from here for now."""
         self.in_flight = 0
         """The number of batches that run in lanes, or of items that run elsewhere."""
         self.turn = 0

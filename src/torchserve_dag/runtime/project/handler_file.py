@@ -127,6 +127,9 @@ class Serve:
     max_pixels: int = MAX_PIXELS
     """Pixels of the largest photo that a worker decodes, at most 178,956,970. A larger photo is answered 413. A decoded
     pixel takes 4 bytes of memory."""
+    pixels_inside: int = 400_000_000
+    """Pixels of the photos of all requests in progress in a worker. While there are more, further requests wait, and
+    their photos are not decoded."""
     score: str | None = None
     """A field of the answer that holds a number, how good the answer is, for experiments. Dots lead into nested fields:
     `best.score`."""
