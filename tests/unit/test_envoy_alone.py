@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
 import subprocess
+import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from tests.unit.envoy_alone import Alone, Answer, Upstream, alone
+from loadtests.hostile import Http2
+from tests.unit.envoy_alone import WITHIN_S, Alone, Answer, Upstream, alone
 from torchserve_dag.front_door import bootstrap
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import ServedVersion
@@ -489,3 +494,160 @@ class TestLog:
         assert 0 < len(refused) <= bootstrap.REFUSED_PER_S * (took + 2)
         assert max(len(json.dumps(one)) for one in refused) < 1500
         assert len(door.lines(bootstrap.REQUESTS_LOG)) == kept + 1
+
+
+class TestMemory:
+    """With a tenth of the memory, so that a test fills it in seconds."""
+
+    HEAP = 200 * 2**20
+
+    @pytest.fixture
+    def small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Alone]:
+        monkeypatch.setattr(bootstrap, "HEAP_BYTES", self.HEAP)
+        with alone(tmp_path, max_body=25_000_000) as found:
+            yield found
+
+    @contextlib.contextmanager
+    def good_client(self, door: Alone) -> Iterator[None]:
+        """A client that must be answered while it lasts, over a connection for each request."""
+        stop = threading.Event()
+
+        def work() -> set[int]:
+            found = set()
+            while not stop.is_set():
+                with door.http() as http:
+                    found.add(http.post("/predictions/echo", content=b"hi").status_code)
+            return found
+
+        with ThreadPoolExecutor(1) as pool:
+            working = pool.submit(work)
+            try:
+                yield
+            finally:
+                stop.set()
+            assert working.result(WITHIN_S) == {200}
+
+    def test_who_has_no_token_has_nothing_buffered(self, small: Alone) -> None:
+        """A hundred bodies that never end, over one connection: each is answered at once, and forgotten."""
+        for path in ("/ping", "/predictions/echo"):
+            connection = Http2(small.target)
+            streams = [connection.request(path, token=False) for _ in range(100)]
+            small.until(lambda streams=streams, connection=connection: connection.answered.issuperset(streams))
+
+            assert connection.send(streams, 2**20, 1) == 0
+            assert small.stat("^server.memory_allocated$") < self.HEAP / 4
+            connection.close()
+
+    def test_the_largest_streams_are_reset_when_memory_is_short(self, small: Alone) -> None:
+        """A token's hundred bodies of 24 MB over one connection: twelve times the memory."""
+        connection = Http2(small.target)
+        with self.good_client(small):
+            streams = [connection.request("/predictions/echo") for _ in range(100)]
+            connection.send(streams, 24_000_000, WITHIN_S)
+            reset = small.until(lambda: small.stat(r"^envoy\.overload_actions\.reset_high_memory_stream\.count$"))
+
+        assert reset <= len(connection.reset)
+        assert small.stat("^server.memory_allocated$") < 1.2 * self.HEAP
+        connection.close()
+
+    def test_connections_of_http_1_are_closed_when_memory_is_short(self, small: Alone) -> None:
+        """Forty bodies of 24 MB: five times the memory."""
+        head = small.target.head("/predictions/echo", "Content-Length: 25000000") + END
+
+        def upload(_: int) -> None:
+            with small.target.tls("http/1.1") as connection, contextlib.suppress(OSError):
+                for sent in (head, *[b"a" * 2**20] * 23):
+                    connection.sendall(sent)
+
+        with ThreadPoolExecutor(40) as pool:
+            list(pool.map(upload, range(40)))
+        said = small.raw(small.target.head("/predictions/echo", "Content-Length: 2", "Connection: close") + END + b"hi")
+        assert said[:12] in {b"HTTP/1.1 200", b"HTTP/1.1 503", b""}
+        shed = small.stat(r"http1_server_abort_dispatch\.shed_load_count$")
+        with small.http() as http:
+            small.until(lambda: http.post("/predictions/echo", content=b"hi").status_code == 200)
+
+        assert shed > 0
+        assert small.stat("^server.memory_allocated$") < 1.2 * self.HEAP
+
+    def test_an_answer_that_nobody_reads_is_held_here_and_then_reset(self, small: Alone) -> None:
+        """Twenty answers of 48 MB: all of it leaves the server behind, and the largest go when memory is short."""
+        sent: list[int] = []
+
+        def chunks() -> Iterator[bytes]:
+            for _ in range(48):
+                yield b"x" * 2**20
+            sent.append(48)
+
+        small.upstream.rest = lambda request: Answer(chunks=chunks()) if request.path.endswith("/fat") else Answer()
+        connection = Http2(small.target, unread_bytes=65_535)
+        streams = [connection.request("/predictions/echo/1.0/fat") for _ in range(20)]
+        connection.send(streams, 1, WITHIN_S, end=True)
+        small.until(lambda: len(sent) + len(connection.reset) >= len(streams))
+        with small.http() as http:
+            small.until(lambda: http.post("/predictions/echo", content=b"hi").status_code == 200)
+
+        assert len(connection.reset) > 10
+        assert small.stat("^server.memory_allocated$") < 1.2 * self.HEAP
+        connection.close()
+
+
+@pytest.mark.parametrize(("streams", "limits"), [(False, Limits(requests=3)), (True, Limits(streamed=3))])
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_what_is_inside_of_one_version_is_bounded(
+    tmp_path: Path,
+    protocol: str,
+    streams: bool,  # noqa: FBT001 (a parameter of the test)
+    limits: Limits,
+) -> None:
+    """One more is told at once to come later, and other versions have their own bound."""
+    served = (
+        ServedVersion("echo", "1.0", 30.0, ours=True, streams=streams),
+        ServedVersion("other", "1.0", 30.0, ours=True),
+    )
+    go = threading.Event()
+
+    with alone(tmp_path, served, FrontDoor(limits=limits)) as door, door.http() as http, door.grpc() as stub:
+
+        def ask(name: str) -> str:
+            if protocol == "rest":
+                found = http.post(f"/predictions/{name}", content=b"hi")
+                return f"{found.status_code} {found.headers.get('retry-after')}"
+            try:
+                stub.Predictions(PredictionsRequest(model_name=name, input={"data": b"hi"}), metadata=door.metadata)
+            except grpc.RpcError as error:
+                return str(error.code().name)
+            return "answered"
+
+        def slow(request: Any, *_: Any) -> Any:
+            is_echo = "echo" in (request.path if protocol == "rest" else request.model_name)
+            assert not is_echo or go.wait(WITHIN_S)
+            return Answer() if protocol == "rest" else b"hi"
+
+        door.upstream.rest = door.upstream.grpc = slow
+        with ThreadPoolExecutor(8) as pool:
+            inside = [pool.submit(ask, "echo") for _ in range(6)]
+            over = door.until(
+                lambda: (
+                    [one.result() for one in inside if one.done()] if sum(one.done() for one in inside) == 3 else None
+                )
+            )
+            beside = ask("other")
+            go.set()
+            found = Counter(one.result() for one in inside)
+
+    good, full = ("200 None", "503 1") if protocol == "rest" else ("answered", "UNAVAILABLE")
+    assert (over, beside, found) == ([full] * 3, good, {good: 3, full: 3})
+
+
+def test_a_front_door_without_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "HEAP_BYTES", 6 * 2**20)  # less than it has at its start
+    with alone(tmp_path) as door:
+        door.until(lambda: door.stat(r"http1_server_abort_dispatch\.scale_percent$") == 100)
+        with door.http() as http:
+            found = http.post("/predictions/echo", content=b"hi")
+        with door.grpc() as stub, pytest.raises(grpc.RpcError) as error:
+            stub.Predictions(request(), metadata=door.metadata)
+
+    assert (found.status_code, found.headers["retry-after"], found.json()["type"]) == (503, "1", "Overloaded")
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -36,7 +36,11 @@ TRACKED_POWER = 18
 """Streams that hold 2^18 bytes (256 KiB) or more are counted by size, and may be reset."""
 SPARE_FILES = 1024
 """File descriptors reserved for connections to TorchServe and for logs."""
-STREAM_WINDOW = 256 * 2**10
+UNREAD_BYTES = 64 * 2**20
+"""What a client may leave unread of an answer. It is held here, where the largest stream can be reset, and not in
+TorchServe, which keeps everything that Envoy does not take and ends when its heap is full."""
+CONNECTION_WINDOW = 2**20
+"""What may be on its way to Envoy over one HTTP/2 connection."""
 REFUSED_PER_S = 10
 """How many refused requests a second are written to `refused.log`; all are counted."""
 MAX_HEADERS = 100
@@ -100,7 +104,7 @@ def _listener(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body:
     return {
         "name": "front_door",
         "address": {"socket_address": {"address": host, "port_value": port}},
-        "per_connection_buffer_limit_bytes": 128 * 2**10,
+        "per_connection_buffer_limit_bytes": UNREAD_BYTES,
         "filter_chains": [
             {
                 "filters": [http],
@@ -132,8 +136,8 @@ def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int)
         "http_protocol_options": {"accept_http_10": True, "default_host_for_http_10": "localhost"},
         "http2_protocol_options": {
             "max_concurrent_streams": limits.streams,
-            "initial_stream_window_size": STREAM_WINDOW,
-            "initial_connection_window_size": 4 * STREAM_WINDOW,
+            "initial_stream_window_size": UNREAD_BYTES,  # of both directions: Envoy has one number
+            "initial_connection_window_size": CONNECTION_WINDOW,
             # An invalid request ends alone: the connection may be a load balancer's, with others' requests.
             "override_stream_error_on_invalid_http_message": True,
         },
@@ -466,7 +470,6 @@ def _local_replies(limits: Limits, max_body: int) -> Config:
             "HeadersTooLarge",
             f"The headers are larger than {limits.headers_kib} KiB together, or more than {MAX_HEADERS}.",
         ),
-        500: ("InternalError", f"The front door could not pass this request on ({why})."),
         502: ("InternalError", f"The server's answer could not be read ({why})."),
         503: ("Overloaded", "No server can answer now; try later (%LOCAL_REPLY_BODY%)."),
         504: ("DeadlineExceeded", "There was no answer in time."),
@@ -499,9 +502,13 @@ def _local_replies(limits: Limits, max_body: int) -> Config:
             ),
         },
     ]
+    # What http1_server_abort_dispatch refuses is 500, and nothing else of Envoy's own is, but for an answer too large.
+    later = [_overwrite("retry-after", "1")]
+    failed = _failure("Overloaded", f"The front door could not pass this request on; try later ({why}).")
+    mappers.append({"filter": _status(500), "status_code": 503, "headers_to_add": later, **_body(failed)})
     grpc = {"header_filter": {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}}
     for status, (kind, message) in sentences.items():
-        headers = [_overwrite("retry-after", "1")] if status == 503 else []  # noqa: PLR2004 (429 has its own)
+        headers = later if status == 503 else []  # noqa: PLR2004 (429 has its own)
         as_grpc = [_overwrite("grpc-status", GRPC_STATUS[status])] if status in GRPC_STATUS else []
         as_text = {"body_format_override": {"text_format_source": {"inline_string": message}}}
         mappers.append({"filter": _all(_status(status), grpc), "headers_to_add": [*headers, *as_grpc], **as_text})
@@ -585,7 +592,7 @@ def _overload(limits: Limits) -> Config:
         "buffer_factory_config": {"minimum_account_to_track_power_of_two": TRACKED_POWER},
         "actions": [
             _at("shrink_heap", 0.6),
-            {**_from("reduce_timeouts", 0.6, 0.8), "typed_config": idle},
+            {**_from("reduce_timeouts", 0.6, 0.65), "typed_config": idle},
             _from("reset_high_memory_stream", 0.7, 0.9),
             _at("disable_http_keepalive", 0.9),
             _at("stop_accepting_requests", 0.95),

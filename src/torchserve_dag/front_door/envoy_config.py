@@ -139,11 +139,11 @@ def _cluster(name: str, protocol: str, where: Addresses, requests: int) -> Resou
         "type": "STATIC",
         "connect_timeout": "1s",
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}]},
-        # Over HTTP/1.1 a request is a connection; what finds none waits, which would be one more inside.
+        # More connections than requests, so that over HTTP/1.1 too one request too many is refused instead of waiting.
         "circuit_breakers": {
             "thresholds": [
                 {
-                    "max_connections": requests,
+                    "max_connections": 2 * requests,
                     "max_pending_requests": requests,
                     "max_requests": requests,
                     "max_retries": requests,

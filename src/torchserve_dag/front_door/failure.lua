@@ -78,7 +78,7 @@ end
 -- A form that TorchServe cannot read is the client's mistake: TorchServe calls it 500, or 403.
 local function forgive_form(handle)
   local status = handle:headers():get(":status")
-  local size = tonumber(handle:headers():get("content-length"))
+  local size = tonumber(handle:headers():get("content-length") or "")
   if (status ~= "500" and status ~= "403") or not size or size > MAX_FAILURE then return end
   local body = handle:body()
   local text = body and body:getBytes(0, body:length()) or ""

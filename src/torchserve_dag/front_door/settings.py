@@ -34,8 +34,8 @@ class Limits:
     """Rate limit of a token that was made without `--rate`. Beyond it, 429 with `Retry-After`."""
     requests: int = 1024
     """Concurrent requests of one version over REST, and as many over gRPC. Beyond it, 503 with `Retry-After`."""
-    streamed: int = 128
-    """The same for a version that answers in chunks, each of which may be waiting for a client that does not read."""
+    streamed: int = 64
+    """The same of a version that answers in chunks: each answer may be waiting for a client that does not read it."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
