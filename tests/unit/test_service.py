@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import threading
+import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator
@@ -260,6 +261,28 @@ def test_a_pending_response_may_be_cancelled_by_its_host_or_by_the_clients_key(t
     assert [json.loads(response.body)["request_id"] for response in done] == ["id-1"]
     assert (talking.cancel("mine"), talking.cancel("nobody's")) == (True, False)
     assert by_key.result(WAIT_S).status == 499
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "asked", "status", "message"),
+    [
+        (60, {}, 504, "No answer within 30 s."),
+        (3, {"x-timeout-ms": "2000"}, 408, "No answer within 2 s."),
+        (3, {"x-timeout-ms": "200000"}, 200, None),
+        (3, {}, 200, None),
+        (-3, {"x-timeout-ms": "20000"}, 200, None),
+    ],
+)
+def test_a_time_limit_counts_from_the_arrival_at_the_front_door(
+    talking: Service, waited_s: float, asked: dict[str, str], status: int, message: str | None
+) -> None:
+    """TorchServe's queue may hold a request for long: work that nobody waits for is not begun."""
+    arrived = str(round((time.time() - waited_s) * 1000))
+    response = talking.submit(ServiceRequest("id-1", b"one", options={"x-arrived-ms": arrived, **asked})).result(WAIT_S)
+    begun = talking.metrics()["request", "items_total", None]
+
+    assert (response.status, begun) == (status, 1 if status == 200 else 0)
+    assert message is None or json.loads(response.body)["message"] == message
 
 
 def test_a_request_that_is_refused_has_its_response_at_once(talking: Service) -> None:

@@ -12,7 +12,7 @@ from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door.settings import Limits
 from torchserve_dag.front_door.splits import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
-from torchserve_dag.runtime.data.options import CANCEL, CANCEL_KEY
+from torchserve_dag.runtime.data.options import ARRIVED, CANCEL, CANCEL_KEY
 from torchserve_dag.runtime.data.options import TOKEN as TOKEN_NAME
 from torchserve_dag.server.ports import Addresses, host_and_port
 
@@ -28,8 +28,6 @@ MODEL, VERSION = "x-door-model", "x-door-version"
 TOKENS_FILTER = "tokens"
 """The name of the filter that admits the tokens that are issued."""
 TOKENS_KIND = "extensions.filters.http.rbac.v3.RBAC"
-ARRIVED = "x-arrived-ms"
-"""When a request arrived here, in milliseconds since 1970: its time limits count from then, not from its worker."""
 GRPC = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 CALLS = ("Predictions", "StreamPredictions")
 HEALTH = "rest:torchserve"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -36,7 +37,10 @@ HEADERS = {
 TOKEN = "x-door-token"  # noqa: S105 (a header's name)
 """The name of the client's token, which the front door writes into each request. No client can set it there."""
 
-NAMES = frozenset({*HEADERS, TOKEN})
+ARRIVED = "x-arrived-ms"
+"""When the request arrived at the front door, which writes it into each request: milliseconds since 1970."""
+
+NAMES = frozenset({*HEADERS, TOKEN, ARRIVED})
 """Entries of a gRPC message's map, and parts of a form, that are no part of the client's message."""
 
 MAX_REQUEST_ID = 128
@@ -60,6 +64,9 @@ class Options:
     """The key with which the client may cancel the request."""
     request_id: str | None = None
     """The request's id in logs and failures, and in feedback on its answer; generated where the client sends none."""
+
+    waited_s: float = 0.0
+    """How long the request has been on its way from the front door: its time limit began there."""
 
     route_by: Mapping[str, str] = field(default_factory=dict)
     """Headers that the front door's `routes.yaml` asks for; over gRPC they are metadata."""
@@ -87,7 +94,7 @@ NOTHING_ASKED = Options()
 
 def read_options(headers: Mapping[str, str]) -> Options:
     """The options in a request's headers, whose names are in lower case. Raises InputError."""
-    if headers.keys().isdisjoint(HEADERS):
+    if headers.keys().isdisjoint(NAMES):
         return NOTHING_ASKED
     get = headers.get
     names = get(OUTPUTS) or ""
@@ -105,6 +112,7 @@ def read_options(headers: Mapping[str, str]) -> Options:
         get(TRACE),
         get(CANCEL_KEY),
         get(REQUEST_ID),
+        _waited_s(get(ARRIVED)),
     )
 
 
@@ -122,6 +130,14 @@ def named(headers: Mapping[str, str]) -> str | None:
     """The id that a client gave its request; None if it is unfit for a line of a log."""
     name = headers.get(REQUEST_ID)
     return name if name and len(name) <= MAX_REQUEST_ID and name.isascii() and name.isprintable() else None
+
+
+def _waited_s(arrived: str | None) -> float:
+    """The seconds since a request arrived at the front door, which is on this machine; 0 where that is not known."""
+    try:
+        return max(0.0, time.time() - float(arrived) / 1000) if arrived else 0.0
+    except ValueError:  # only the front door's own is always a number
+        return 0.0
 
 
 def _seconds(text: str) -> float:

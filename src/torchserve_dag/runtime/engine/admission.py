@@ -59,6 +59,8 @@ class Admission:
             if len(self._in_flight) >= self.max_inside:
                 message = f"{self.max_inside:,} requests are in progress; try again in a second."
                 return Failure(HTTPStatus.SERVICE_UNAVAILABLE, message, "Overloaded")
+            if request.deadline <= time.monotonic():  # whoever sent it is gone: nothing is begun for it
+                return self.too_late(request.options)
             self._in_flight[request] = None
             if request.options.cancel_key:
                 self._by_cancel_key.setdefault(request.options.cancel_key, set()).add(request)

@@ -152,7 +152,7 @@ class Engine:
         list of all chunks.
         """
         options = options or Options()
-        deadline = time.monotonic() + self._admission.limit_s(options)
+        deadline = time.monotonic() + self._admission.limit_s(options) - options.waited_s
         refusal, plan = None, self._plans.default
         try:
             plan = self._plans.for_outputs(options.outputs)
