@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import jwt
 import pytest
 from typer.testing import CliRunner
@@ -27,6 +29,7 @@ from torchserve_dag.clients import (
     ModelNotFound,
     Options,
     Overloaded,
+    RequestRefused,
     RestClient,
     ServerFailed,
     ServingError,
@@ -37,6 +40,9 @@ from torchserve_dag.commands import app
 from torchserve_dag.front_door import certificate
 from torchserve_dag.front_door.tokens import ALGORITHM, ISSUER
 from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.messages import Text
+from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
+from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
 from torchserve_dag.server import processes
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.supervised import Role, Supervised
@@ -48,10 +54,19 @@ RESTARTED_S = 240
 FUNCTIONS = """
 from __future__ import annotations
 import os, time
-from torchserve_dag import InputError, Text
+from dataclasses import dataclass
+from torchserve_dag import InputError, Photo, Text
+
+@dataclass(frozen=True)
+class Captioned:
+    photo: Photo
+    caption: str
+
+def captioned(text: Captioned) -> Text: return Text(f"{text.photo.width} wide: {text.caption}")
 
 def answer(text: str, version: str) -> Text:
     if text == "refuse": raise InputError("That is refused.", 422)
+    if text.startswith("echo "): return Text(text[5:])
     return Text(version)
 
 def good(text: Text) -> Text: return answer(text.text, "1.0")
@@ -77,6 +92,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for version, function in VERSIONS.items():
         write_version(root, "echo", version, function, "echo.py")
     write_version(root, "other", "1.0", "good", "echo.py")
+    write_version(root, "captioned", "1.0", "captioned", "echo.py")
     (root / "workflows" / "echo.py").write_text(FUNCTIONS)
     run_tool(root, "build")
     (root / "routes.yaml").write_text(SPLIT)
@@ -165,6 +181,106 @@ def test_an_answer_says_which_version_and_request_it_is_of_and_the_log_has_both(
     worker_log = (served.state.logs / "model_log.log").read_text()
     assert "it-fails" in worker_log
     assert "grpc-fails" in worker_log
+
+
+FORM = "application/x-www-form-urlencoded"
+BOUNDARY = "multipart/form-data; boundary=x"
+
+
+def form(*parts: tuple[str, bytes]) -> bytes:
+    heads = ((f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode(), body) for name, body in parts)
+    return b"".join(head + body + b"\r\n" for head, body in heads) + b"--x--\r\n"
+
+
+BODIES = [
+    # What curl -d, wget, urllib and axios declare unless they are told otherwise, whatever the body is.
+    ({"content-type": FORM}, b"echo I like a=b&c=%41+d", 200, "I like a=b&c=%41+d"),
+    ({"content-type": f"{FORM}; charset=UTF-8"}, b'{"text": "echo I like a=b"}', 200, "I like a=b"),
+    ({"content-type": FORM}, b"echo x=%", 200, "x=%"),
+    ({"content-type": FORM}, b"\xff\xd8\xff\xe0", 400, "not UTF-8"),
+    ({"content-type": "text/json"}, b'{"text": "echo a"}', 200, "a"),
+    ({"content-type": "text/plain; charset=latin-1"}, b"echo gr\xfcn", 200, "gr\u00fcn"),
+    ({"content-type": "text/plain; charset=klingon"}, b"echo a", 415, "klingon"),
+    ({"content-type": "text/plain", "content-encoding": "gzip"}, gzip.compress(b"echo a"), 200, "a"),
+    ({"content-type": "text/plain", "content-encoding": "br"}, b"echo a", 415, "content encoding br"),
+    ({"content-type": "application/json"}, b'{"text": "a", "text": "b"}', 400, "written twice"),
+    ({"content-type": BOUNDARY}, form(("mine", b"echo a")), 200, "a"),
+    ({"content-type": BOUNDARY}, form(("body", b"echo a"), ("user", b"me")), 200, "a"),
+    ({"content-type": BOUNDARY}, form(("body", b"echo a"), ("body", b"echo b")), 400, "several parts called body"),
+    ({"content-type": BOUNDARY}, form(("a", b"1"), ("b", b"2")), 400, "Which of a, b is the message?"),
+    ({"content-type": BOUNDARY}, b"no form at all", 400, ""),
+    (
+        {"content-type": BOUNDARY, "content-encoding": "gzip"},
+        gzip.compress(form(("a", b"1"))),
+        415,
+        "cannot be compressed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("headers", "body", "status", "says"), BODIES)
+def test_a_body_is_read_as_it_was_sent(
+    served: Served, headers: dict[str, str], body: bytes, status: int, says: str
+) -> None:
+    with served.http() as http:
+        found = http.post("/predictions/other", content=body, headers=headers)
+
+    assert found.status_code == status, found.text
+    assert found.json()["text"] == says if status == 200 else says in found.json()["message"]
+
+
+def test_the_mistakes_of_clients_count_against_no_version(served: Served) -> None:
+    """Ten failures in a row eject a version that has a fallback."""
+    served.route('echo:\n  versions: {"1.0": 1, "2.0": 99}\n  fallback: "1.0"\n')
+    wrong = [(headers, body) for headers, body, status, _ in BODIES if status != 200]
+    with served.http() as http, served.client("grpc") as grpc:
+        found = [
+            http.post("/predictions/echo", content=body, headers=headers).status_code for headers, body in wrong * 3
+        ]
+        for _ in range(12):
+            with pytest.raises(RequestRefused):
+                grpc.predict("echo", b"\xff")
+        time.sleep(1)  # Envoy tells of an ejection within half a second
+        ejected = served.door.traffic().ejected
+
+    assert len(found) > 20
+    assert all(400 <= status < 500 for status in found), found
+    assert ejected == ()
+    served.route(SPLIT)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_message_with_a_photo_and_a_text_is_sent_in_parts(served: Served, protocol: str) -> None:
+    photo = Path(__file__).parents[2] / "photos" / "coffee.jpg"
+    with served.client(protocol) as client:
+        found = client.predict("captioned", {"photo": photo, "caption": "a cup"}, answer=Text)
+        assert found.text.endswith(" wide: a cup")
+        with pytest.raises(RequestRefused, match="no captoin: its parts are photo, caption"):
+            client.predict("captioned", {"photo": photo, "captoin": "a cup"})
+    words = ["call", "captioned", f"photo=@{photo}", "caption=a cup", *(["--grpc"] if protocol == "grpc" else [])]
+    assert json.loads(tool(served.root, *words)) == {"text": found.text}
+
+
+def test_a_refused_input_is_a_status_over_grpc_too(served: Served) -> None:
+    """TorchServe delivers it with the status OK."""
+    record = served.door.record()
+    assert record
+    credentials = grpc.ssl_channel_credentials(Path(record.certificate).read_bytes())
+    token = (served.state.front_door / "own_token").read_text()
+    with grpc.secure_channel(served.address, credentials) as channel:
+        predictions = InferenceAPIsServiceStub(channel).Predictions
+        with pytest.raises(grpc.RpcError) as error:
+            predictions(
+                PredictionsRequest(model_name="echo", input={"body": b"refuse"}),
+                metadata=(("authorization", f"Bearer {token}"),),
+                timeout=30,
+            )
+    with served.client("grpc") as client, pytest.raises(RequestRefused) as refused:
+        client.predict("echo", b"refuse")
+
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+    assert error.value.details() == "That is refused."  # type: ignore[attr-defined]
+    assert (refused.value.status, refused.value.node, bool(refused.value.request_id)) == (422, "answer", True)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -133,6 +133,37 @@ def test_messages_are_encoded() -> None:
         body_of("photo.jpg")
 
 
+def test_a_message_that_json_cannot_hold_is_a_form_with_a_part_for_each_field(
+    rest: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "cat.gif").write_bytes(b"GIF8 cat")
+    server = FakeServer(reply(200, {}))
+    run(
+        rest(server).predict(
+            "a", {"photo": tmp_path / "cat.gif", "caption": "gr\u00fcn", "top": 3}, parameters={"by": "me"}
+        )
+    )
+    (request,) = server.requests
+    boundary = request.headers["content-type"].partition("boundary=")[2].encode()
+    parts = [part.strip().partition(b"\r\n\r\n") for part in request.content.split(b"--" + boundary)[1:-1]]
+
+    assert [content for _, _, content in parts] == [b"GIF8 cat", "gr\u00fcn".encode(), b"3", b"me"]
+    for (head, _, _), (name, content_type) in zip(
+        parts,
+        [
+            ("photo", b"image/gif"),
+            ("caption", b"text/plain; charset=utf-8"),
+            ("top", b"application/json"),
+            ("parameters.by", None),
+        ],
+        strict=True,
+    ):
+        assert f'name="{name}"'.encode() in head
+        assert content_type is None or b"Content-Type: " + content_type in head
+    with pytest.raises(TypeError, match="cannot have parts itself"):
+        body_of({"inner": {"photo": b"GIF8"}, "photo": b"GIF8"})
+
+
 def test_a_message_alone_is_the_body(rest: Callable[..., Any]) -> None:
     server = FakeServer(reply(200, {}))
     run(rest(server, token="one", management_token="two").predict("a b", b"GIF8 x", "1.0"))
@@ -657,6 +688,10 @@ ABORTS = {
     "killed": (grpc.StatusCode.RESOURCE_EXHAUSTED, f"Out of memory\n{JAVA}.http.InternalServerException"),
     "locked": (grpc.StatusCode.PERMISSION_DENIED, "Token Authorization failed. Token either incorrect, …"),
     "large": (grpc.StatusCode.CANCELLED, "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"),
+    "full": (
+        grpc.StatusCode.UNAVAILABLE,
+        'Model "full" has no worker to serve inference …\nInternalServerException.()',
+    ),
     "limited": (grpc.StatusCode.RESOURCE_EXHAUSTED, "local_rate_limited"),
     "lost": (grpc.StatusCode.UNAVAILABLE, "Socket closed"),
 }
@@ -682,6 +717,9 @@ class Inference(inference_pb2_grpc.InferenceAPIsServiceServicer):
             return inference_pb2.PredictionResponse(prediction=b'{"cancelled": true}')
         if request.model_name in ABORTS:
             context.abort(*ABORTS[request.model_name])
+        if request.model_name == "refused":  # the front door's
+            context.set_trailing_metadata((("x-failure", json.dumps(FAILURE)),))
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "No.")
         if request.model_name == "slow":
             time.sleep(0.5)
         if request.model_name == "refuses":
@@ -747,6 +785,16 @@ def test_grpc_sends_the_message_and_parameters_as_inputs(kind: Any, served: tupl
     assert 29_000 < int(inputs.pop("x-timeout-ms")) <= 30_000
     assert (inputs, version) == ({"body": body_of(OBJECTS).content, "top": b"3"}, "1.0")
     assert metadata["authorization"] == "Bearer one"
+
+
+@both
+def test_grpc_sends_a_message_in_parts_as_inputs(kind: Any, served: tuple[str, Inference]) -> None:
+    address, inference = served
+    over_grpc(kind, address, "predict", "a", {"body": b"1", "caption": "gr\u00fcn"}, parameters={"top": "3"})
+    sent, _, _ = inference.seen
+
+    del sent["x-timeout-ms"]
+    assert sent == {"body": b"1", "caption": "gr\u00fcn".encode(), "parameters.top": b"3"}
 
 
 @both
@@ -825,6 +873,7 @@ def test_grpc_asks_the_same_questions(kind: Any, served: tuple[str, Inference]) 
     [
         ("nobody", ModelNotFound, 404, False),
         ("busy", Overloaded, 503, True),
+        ("full", Overloaded, 503, True),
         ("unnamed", RequestRefused, 400, False),
         ("raises", ServerFailed, 503, False),
         ("killed", ServerFailed, 507, False),
@@ -834,6 +883,7 @@ def test_grpc_asks_the_same_questions(kind: Any, served: tuple[str, Inference]) 
         ("lost", ConnectionLost, 502, False),
         ("slow", DeadlineExceeded, 504, False),
         ("refuses", RequestRefused, 415, False),
+        ("refused", RequestRefused, 415, False),
     ],
 )
 def test_grpcs_failures_are_rests(
@@ -843,6 +893,19 @@ def test_grpcs_failures_are_rests(
         over_grpc(kind, served[0], "predict", model, b"x", timeout=0.3 if model == "slow" else 30)
 
     assert (type(caught.value), caught.value.status, caught.value.unserved) == (expected, status, unserved)
+
+
+@both
+@pytest.mark.parametrize("model", ["refuses", "refused"])
+def test_a_models_failure_over_grpc_has_all_that_the_worker_said(
+    kind: Any, served: tuple[str, Inference], model: str
+) -> None:
+    """In TorchServe's answer, or beside the status that the front door makes of it."""
+    with pytest.raises(RequestRefused) as caught:
+        over_grpc(kind, served[0], "predict", model, b"x")
+
+    error = caught.value
+    assert (error.type, error.message, error.node, error.request_id) == ("InputError", "No.", "detect", "r1")
 
 
 @both

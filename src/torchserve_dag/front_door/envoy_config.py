@@ -12,6 +12,7 @@ from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door.settings import Limits
 from torchserve_dag.front_door.splits import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
+from torchserve_dag.runtime.data.media import FORM_AS_SENT
 from torchserve_dag.runtime.data.options import ARRIVED, CANCEL, CANCEL_KEY
 from torchserve_dag.runtime.data.options import TOKEN as TOKEN_NAME
 from torchserve_dag.server.ports import Addresses, host_and_port
@@ -44,7 +45,6 @@ NOT_FOUND, UNIMPLEMENTED, UNAVAILABLE = "5", "12", "14"
 """Statuses of gRPC."""
 WHOLE = 1_000_000
 """The sum of the integer weights of a model's clusters."""
-FORM_AS_SENT = "application/vnd.torchserve-dag.form"
 UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 1}
 """Retry once if TorchServe cannot have received the request."""
 
