@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime/graph",),
     ("runtime/compat", "runtime/project"),
     ("runtime/data", "runtime/handler"),
-    ("runtime/compute", "runtime/messages", "runtime/protos"),
+    ("runtime/compute", "runtime/logs", "runtime/messages", "runtime/protos"),
 )
 """The rooms from the top down: a room imports from the floors below its own only."""
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from torchserve_dag.runtime import logs
+
 hypothesis.settings.register_profile(  # a busy machine is slow, and that is no failure
     "unit", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -72,6 +74,12 @@ def wait_at(gate: str) -> None:
 """What every handler and workflow of a test may use; who waits at a gate goes on when its file is there."""
 
 Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def no_fault_is_known_from_another_test() -> None:
+    """A fault has its traceback once a minute, and two tests may raise at one place."""
+    logs.forget()
 
 
 @pytest.fixture

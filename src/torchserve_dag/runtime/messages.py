@@ -49,6 +49,8 @@ class Failure:
     """A short name for programs."""
     node: str | None = None
     """The workflow's node that failed."""
+    fault: str = field(default="", compare=False)
+    """What the log calls the exception behind it: the client is then told how its server's owner finds it there."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", int(self.status))  # an HTTPStatus would print its name

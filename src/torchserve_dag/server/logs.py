@@ -8,6 +8,8 @@ import time
 import zlib
 from pathlib import Path
 
+from torchserve_dag.runtime.logs import CONTINUED
+
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b.*")
 _STARTED = "Torch worker started."
 _AT = re.compile(r"^\S+ \[\w+\s*\] (?P<thread>\S+) \S+ - (?P<message>.*)$")
@@ -64,7 +66,7 @@ class Logs:
 
     def _messages(self, log: str, thread: re.Pattern[str]) -> list[str]:
         events = [at for line in self._lines(log) if (at := _AT.match(line))]
-        return [at["message"] for at in events if thread.match(at["thread"])]
+        return [at["message"].removeprefix(CONTINUED) for at in events if thread.match(at["thread"])]
 
     def _lines(self, name: str) -> list[str]:
         """The lines of a log since this object was made; log4j may have moved some of them to NAME.1.log.gz."""

@@ -24,8 +24,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.compat.context import Context
-from torchserve_dag.runtime.compat.link import ANSWER, CHUNK, FAILED, LOADED, receive, send
+from torchserve_dag.runtime.compat.link import ANSWER, CHUNK, FAILED, FAULT, LOADED, receive, send
 from torchserve_dag.runtime.compat.wire import WireRequest, WireResponse, read_requests, write_responses
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def main() -> None:
 
 def _serve(link: socket.socket) -> None:
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)  # as TorchServe's worker does
+    logging.getLogger().handlers[0].setFormatter(logs.Formatter())
     message = receive(link)
     if message is None:
         return
@@ -183,9 +185,10 @@ def answer(name: str, handle: Handle, context: Context, requests: list[WireReque
             for request in requests
         ]
         answers = handle(rows, context)
-    except BaseException as error:  # also SystemExit: it is the batch that failed
-        logger.exception("%s raised", name)
-        return write_responses([], *_failure(name, error))
+    except BaseException as error:  # noqa: BLE001 (also SystemExit: it is the batch that failed)
+        status, what = _failure(name, error)
+        fault = logs.report(logger, error, f"{name} raised", line=False)
+        return write_responses([], status, f"{what}{FAULT}{fault}")
     if not isinstance(answers, list) or len(answers) != len(requests):
         what = f"{name} must answer with a list as long as its batch, {len(requests)}."
         return write_responses([], HTTPStatus.INTERNAL_SERVER_ERROR, what)
@@ -225,8 +228,8 @@ def _response(name: str, context: Context, index: int, wire_id: str, answer: Any
     try:
         status = context.get_response_status(index)[0]
         return WireResponse(wire_id, int(status), body=as_bytes(answer))
-    except Exception:
-        logger.exception("%s gave an answer that cannot be written", name)
+    except Exception as error:  # noqa: BLE001 (a handler's object may raise anything)
+        logs.report(logger, error, f"{name} gave an answer that cannot be written")
         what = f"{name} gave an answer that cannot be written: {type(answer).__name__}."
         return WireResponse(wire_id, HTTPStatus.INTERNAL_SERVER_ERROR, body=what.encode())
 
@@ -236,8 +239,8 @@ def _failure(name: str, error: BaseException) -> tuple[int, str]:
     if util and isinstance(error, util.PredictionException) and error.error_code in _STATUSES:
         return int(error.error_code), str(error.message)
     if isinstance(error, MemoryError) or "CUDA" in str(error):  # TorchServe's own rule
-        return HTTPStatus.INSUFFICIENT_STORAGE, f"{name} ran out of memory; the log says where."
-    return HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why."
+        return HTTPStatus.INSUFFICIENT_STORAGE, f"{name} ran out of memory."
+    return HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed."
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ BATCH = b"B"
 """To the process: a batch, as TorchServe sends it (wire.py)."""
 CHUNK, ANSWER = b"C", b"A"
 """From the process: chunks of the batch's answers, and the answers, as TorchServe's workers send them (wire.py)."""
+FAULT = "\nfault "
+"""Between the sentence of a batch that failed and the name of its fault in the log."""
 
 _HEAD = struct.Struct("!cQ")
 

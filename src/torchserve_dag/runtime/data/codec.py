@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -96,7 +97,10 @@ def writes(kind: Any) -> bool:
 
 def failure_fields(failure: Failure, request_id: str | None = None) -> dict[str, Any]:
     """A failure as JSON fields: TorchServe's `code`, `type`, `message`; `node` and `request_id` if known."""
-    fields = {"code": failure.status, "type": failure.type, "message": failure.message}
+    message = failure.message
+    if failure.fault and request_id:  # quoted, for it is copied into a shell, and the client may have chosen it
+        message = f"{message.rstrip('.')}: torchserve-dag logs --request {shlex.quote(request_id)} says why."
+    fields = {"code": failure.status, "type": failure.type, "message": message}
     return fields | {k: v for k, v in (("node", failure.node), ("request_id", request_id)) if v is not None}
 
 

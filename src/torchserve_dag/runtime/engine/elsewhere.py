@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.options import Priority
 from torchserve_dag.runtime.engine.lanes import BULK_EVERY
 from torchserve_dag.runtime.engine.plan import Plan
@@ -106,10 +107,10 @@ class Elsewhere:
             for batch in [items] if station.one_at_a_time else [[item] for item in items]:
                 try:
                     station.start(batch)
-                except BaseException:
-                    ids = ", ".join(item.request.id for item in batch)
-                    logger.exception("%s could not be started; requests %s", station.name, ids)
-                    self._answered(batch, [internal_error(station.name)] * len(batch), time.monotonic())
+                except BaseException as error:  # noqa: BLE001 (the caller must not end)
+                    fault = logs.report(logger, error, f"{station.name} could not be started", line=False)
+                    failed = [internal_error(station.name, fault)] * len(batch)
+                    self._answered(batch, failed, time.monotonic())
 
     def _keep_cancel(self, item: Item, cancel: Cancel) -> None:
         """Keep `cancel` for a started item; cancel at once if nobody waits for its answer any more."""

@@ -31,6 +31,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.photos import pixels_in
 from torchserve_dag.runtime.engine.admission import CLOSING, Admission
@@ -220,9 +221,9 @@ class Engine:
                 started.append((request, node, make_items(request, node, values, chunks), len(chunks)))
             except InputError as error:
                 self._end_request(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
-            except Exception:
-                logger.exception("request %s: the expressions of %s raised", request.id, node.name)
-                self._end_request(request, internal_error(request.plan.prefix + node.name))
+            except Exception as error:  # noqa: BLE001 (a user's object may raise anything)
+                fault = logs.report(logger, error, f"request {request.id}: the expressions of {node.name} raised")
+                self._end_request(request, internal_error(request.plan.prefix + node.name, fault))
         with self._lock:
             for request, node, made, chunk_count in started:
                 start_node(request, node, made, chunk_count, changes)
@@ -270,16 +271,14 @@ class Engine:
     def _run(self, station: Station[Item], items: list[Item]) -> None:
         """Run one batch, in a lane."""
         began = time.monotonic()
-        answers: Sequence[Any] = ()
+        answers: Sequence[Any]
         try:
             answers = station.runner([item.value for item in items])
             if len(answers) != len(items):
-                logger.error("%s gave %d answers for %d items", station.name, len(answers), len(items))
-        except BaseException:  # a lane must not end: libraries raise SystemExit, and a Rust panic is no Exception
-            ids = ", ".join(item.request.id for item in items)
-            logger.exception("%s raised; requests %s", station.name, ids)
-        if len(answers) != len(items):
-            answers = [internal_error(station.name)] * len(items)
+                raise ValueError(f"{len(answers)} answers for {len(items)} items")  # noqa: TRY301
+        except BaseException as error:  # noqa: BLE001 (a lane must not end: SystemExit, or a Rust panic, is no Exception)
+            fault = logs.report(logger, error, f"{station.name} raised", line=False)
+            answers = [internal_error(station.name, fault)] * len(items)
         self._deliver(station, items, answers, began)
 
     # The effects of the answers, which outcome.py decides.
@@ -304,7 +303,8 @@ class Engine:
         if failures:
             for item, answer in zip(items, answers, strict=True):
                 if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                    logger.error("request %s: %s: %s", item.request.id, station.name, answer.message)
+                    fault = f" (fault {answer.fault})" if answer.fault else ""
+                    logger.error("request %s: %s: %s%s", item.request.id, station.name, answer.message, fault)
         self._apply(changes)
 
     def _apply(self, changes: Changes) -> None:
@@ -338,9 +338,9 @@ class Engine:
             known = request.values
         try:
             values = {name: value.evaluate(known) for name, value in request.plan.output.values.items()}
-        except Exception:
-            logger.exception("request %s: the expressions of the output raised", request.id)
-            self._end_request(request, internal_error(f"{request.plan.prefix}output"))
+        except Exception as error:  # noqa: BLE001 (as above)
+            fault = logs.report(logger, error, f"request {request.id}: the expressions of the output raised")
+            self._end_request(request, internal_error(f"{request.plan.prefix}output", fault))
         else:
             self._end_request(request, values.get("", values))
 
@@ -383,8 +383,8 @@ class Engine:
         whole = Span(self.graph.name, request.id, request.options.trace, request.began_ns, time.time_ns(), {}, failure)
         try:
             observer([whole, *request.spans])
-        except Exception:
-            logger.exception("request %s: its spans could not be exported", request.id)
+        except Exception as error:  # noqa: BLE001 (an exporter may raise anything)
+            logs.report(logger, error, f"request {request.id}: its spans could not be exported")
 
     # The engine as a whole.
 
@@ -444,8 +444,8 @@ def _set_answer(future: Future[Any], answer: Any) -> None:
     try:
         if future.set_running_or_notify_cancel():
             future.set_result(answer)
-    except BaseException:  # a future's callback must not end a lane
-        logger.exception("a callback that waited for an answer raised")
+    except BaseException as error:  # noqa: BLE001 (a future's callback must not end a lane)
+        logs.report(logger, error, "a callback that waited for an answer raised")
 
 
 def _add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> None:

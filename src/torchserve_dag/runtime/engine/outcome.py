@@ -7,7 +7,7 @@ the engine carries out.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchserve_dag.runtime.engine.fan_out import MAX_ELEMENTS, too_many
@@ -143,4 +143,4 @@ def _fail(item: Item, failure: Failure, changes: Changes) -> None:
     item.settled = True
     # A body that cannot be decoded belongs to no node; a failure in a sub-workflow names its node already.
     node = failure.node or (None if item.node.name == REQUEST else item.station.name)
-    changes.failed.append((item.request, Failure(failure.status, failure.message, failure.type, node)))
+    changes.failed.append((item.request, replace(failure, node=node)))

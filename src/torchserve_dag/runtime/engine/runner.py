@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.messages import Failure, InputError
 
@@ -88,8 +89,8 @@ def stream_runner(name: str, begin: Callable[[Any], Iterator[Any]], as_declared:
     return run
 
 
-def internal_error(node: str) -> Failure:
-    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{node} failed; the log says why.", "InternalError", node)
+def internal_error(node: str, fault: str) -> Failure:
+    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{node} failed.", "InternalError", node, fault)
 
 
 def _guarded(name: str, work: Callable[[Any], Any], item: Any) -> Any:
@@ -100,6 +101,6 @@ def _guarded(name: str, work: Callable[[Any], Any], item: Any) -> Any:
         return Failure(error.status, error.message, error.type)
     except WrongTypeError as error:
         return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), "WrongType")
-    except BaseException:  # a lane must not end, whatever a function raises
-        logger.exception("%s raised", name)
-        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed; the log says why.", "InternalError")
+    except BaseException as error:  # noqa: BLE001 (a lane must not end, whatever a function raises)
+        fault = logs.report(logger, error, f"{name} raised", line=False)
+        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed.", "InternalError", fault=fault)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.engine.gather import Gather
 from torchserve_dag.runtime.engine.runner import internal_error
@@ -75,9 +76,9 @@ class AnswerStream:
                 failure = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "InternalError", self._node)
                 logger.error("request %s: %s", request.id, message)  # noqa: TRY400 (the sentence says all)
                 request.fail(failure)
-            except BaseException:  # a lane must not end
-                logger.exception("request %s: a chunk could not be sent to the client", request.id)
-                failure = internal_error(self._node)
+            except BaseException as error:  # noqa: BLE001 (a lane must not end)
+                fault = logs.report(logger, error, f"request {request.id}: a chunk could not be sent to the client")
+                failure = internal_error(self._node, fault)
                 request.fail(failure)
             with self._lock:
                 self._sending = False

@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from torchserve_dag.runtime import logs
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,8 +71,8 @@ class Timers:
         if subject is not None and not subject.obsolete:
             try:
                 action(subject)
-            except BaseException:  # this thread must not end
-                logger.exception("the action of a timer raised")
+            except BaseException as error:  # noqa: BLE001 (this thread must not end)
+                logs.report(logger, error, "the action of a timer raised")
 
 
 def _pending(reference: weakref.ref[Any]) -> bool:

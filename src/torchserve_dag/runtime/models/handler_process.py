@@ -18,6 +18,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.compat import link
 from torchserve_dag.runtime.compat.process import Process, ProcessError, ProcessTooSlowError
 from torchserve_dag.runtime.compat.rows import wire_request
@@ -256,9 +257,11 @@ class _Batch:
             names.add(name)
             try:
                 requests[place] = wire_request(name, value)
-            except Exception:
-                logger.exception("request %s: its input cannot be sent to %s", request_id, self._spec.name)
-                self._give({place: self._failure(f"The input of {self._spec.name} cannot be written.")})
+            except Exception as error:  # noqa: BLE001 (whatever encoding raises)
+                what = f"request {request_id}: its input cannot be sent to {self._spec.name}"
+                fault = logs.report(logger, error, what)
+                failure = self._failure(f"The input of {self._spec.name} cannot be written.")
+                self._give({place: replace(failure, fault=fault)})
         return requests
 
     def _ask(self, process: Process, requests: Mapping[int, WireRequest]) -> Failure | None:
@@ -272,7 +275,8 @@ class _Batch:
             message = process.answer(end - time.monotonic(), spec.limit_s)
             last = message.kind == link.ANSWER
             if last and message.code >= HTTPStatus.BAD_REQUEST:
-                return self._failure(message.text, message.code)
+                what, _, fault = message.text.partition(link.FAULT)
+                return replace(self._failure(what, message.code), fault=fault)
             responses = {place: r for r in message.responses if (place := places.get(r.id, -1)) in self._open}
             if spec.streams:
                 self._began = True

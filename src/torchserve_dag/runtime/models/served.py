@@ -12,6 +12,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.runtime.data.options import TIMEOUT
@@ -74,9 +75,10 @@ class ServedModel:
             token = self._token()
             metadata = (("authorization", f"Bearer {token}"),) if token else ()
             call = self._channel.predictions(request, timeout=timeout_s, metadata=metadata)
-        except Exception:
-            logger.exception("%s cannot be called", self._name)
-            done(Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self._name} cannot be called.", "InternalError"))
+        except Exception as error:  # noqa: BLE001 (whatever encoding or grpc raises)
+            message, status = f"{self._name} cannot be called", HTTPStatus.INTERNAL_SERVER_ERROR
+            fault = logs.report(logger, error, message, line=False)
+            done(Failure(status, f"{message}.", "InternalError", fault=fault))
             return _nothing
         self._calls.add(call)
         call.add_done_callback(lambda call: self._ended(call, len(body), timeout_s, done))
@@ -113,9 +115,10 @@ class ServedModel:
                 answer = self._answer(call.result().prediction)
             else:
                 answer = self._failed(code, call.details() or "", size, timeout_s)
-        except Exception:
-            logger.exception("the answer of %s cannot be read", self._name)
-            answer = Failure(HTTPStatus.BAD_GATEWAY, f"The answer of {self._name} cannot be read.", "UnexpectedAnswer")
+        except Exception as error:  # noqa: BLE001 (as above)
+            fault = logs.report(logger, error, f"the answer of {self._name} cannot be read", line=False)
+            message = f"The answer of {self._name} cannot be read."
+            answer = Failure(HTTPStatus.BAD_GATEWAY, message, "UnexpectedAnswer", fault=fault)
         done(answer)
 
     def _answer(self, body: bytes) -> Any:

@@ -10,6 +10,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from http import HTTPStatus
 from typing import Any, Final
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.compute.placement import Placement
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.handler import Handler, streams
@@ -194,5 +195,6 @@ class Stages:
         return self._surprise(stage, error)
 
     def _surprise(self, stage: str, error: BaseException) -> Failure:
-        logger.error("%s: %s raised", self.name, stage, exc_info=error)
-        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self.name} failed in {stage}.", "HandlerError")
+        fault = logs.report(logger, error, f"{self.name}: {stage} raised", line=False)
+        message = f"{self.name} failed in {stage}."
+        return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "HandlerError", fault=fault)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -72,10 +71,17 @@ _SEPARATORS = str.maketrans(",:|", "___")
 
 
 def publish_every(
-    period_s: float, workflow: str, version: str, metrics: Callable[[], Mapping[Series, float]]
+    period_s: float,
+    workflow: str,
+    version: str,
+    metrics: Callable[[], Mapping[Series, float]],
+    write: Callable[[str], object],
 ) -> Publisher:
-    """Publish what `metrics` returns, every `period_s` seconds, in a thread that ends with `close` or the process."""
-    publisher = Publisher(workflow, version, metrics)
+    """Publish what `metrics` returns, every `period_s` seconds, in a thread that ends with `close` or the process.
+
+    `write` writes lines that TorchServe obeys.
+    """
+    publisher = Publisher(workflow, version, metrics, write)
     threading.Thread(target=publisher.run, args=(period_s,), name="metrics", daemon=True).start()
     return publisher
 
@@ -83,10 +89,16 @@ def publish_every(
 class Publisher:
     """Prints a worker's metrics for TorchServe."""
 
-    def __init__(self, workflow: str, version: str, metrics: Callable[[], Mapping[Series, float]]) -> None:
+    def __init__(
+        self,
+        workflow: str,
+        version: str,
+        metrics: Callable[[], Mapping[Series, float]],
+        write: Callable[[str], object],
+    ) -> None:
         self._labels = f"workflow:{workflow.translate(_SEPARATORS)},version:{version.translate(_SEPARATORS)}"
         self._host = socket.gethostname()
-        self._metrics = metrics
+        self._metrics, self._write = metrics, write
         self._published: Mapping[Series, float] = {}
         self._publishing = threading.Lock()
         self._closed = threading.Event()
@@ -101,12 +113,9 @@ class Publisher:
             logger.exception("the metrics of this worker are no longer updated")
 
     def publish(self) -> None:
-        """Print the increases since the last call."""
+        """Write the increases since the last call; nothing too, for `write` also watches what passes it on."""
         with self._publishing:
-            if lines := self.lines():
-                # A single write, so that the output of other threads does not land between the lines.
-                sys.stdout.write("\n".join(lines) + "\n")
-                sys.stdout.flush()
+            self._write("".join(f"{line}\n" for line in self.lines()))
 
     def close(self) -> None:
         """Publish for the last time."""
@@ -116,8 +125,7 @@ class Publisher:
     def lines(self) -> list[str]:
         """The lines with the increases since the last call.
 
-        A series starts with 0, so that Prometheus sees its first increase. The first line always adds 0, because it
-        may be lost: `print` writes a text and its line end separately, so another thread's text may precede it.
+        A series starts with 0, so that Prometheus sees its first increase.
         """
         now, before = self._metrics(), self._published
         self._published = now
@@ -125,9 +133,8 @@ class Publisher:
         increases = {
             series: value - before.get(series, 0) for series, value in now.items() if value > before.get(series, 0)
         }
-        zeros = new or list(increases)[:1]
         return [
-            *(self._line(series, 0) for series in zeros),
+            *(self._line(series, 0) for series in new),
             *(self._line(series, increase) for series, increase in increases.items()),
         ]
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data import plain
 
 logger = logging.getLogger(__name__)
@@ -56,5 +57,5 @@ def log_score(model: str, version: str, request_id: str | None, score: float | N
                 path.replace(path.with_suffix(".1.log"))
         finally:
             os.close(file)
-    except OSError:
-        logger.exception("request %s: the score could not be written", request_id)
+    except OSError as error:
+        logs.report(logger, error, f"request {request_id}: the score could not be written")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.messages import Failure, Text
 from torchserve_dag.runtime.worker.protocol import ServiceResponse
@@ -40,13 +41,14 @@ def write_answer(answer: Any, request_id: str, named: Named = lambda path: (path
 def unwritten(error: Exception, request_id: str, named: Named) -> Failure:
     """The failure of an answer that cannot be encoded, with the part of it that cannot; it is logged, too."""
     path, node = named(error.path if isinstance(error, plain.UnwritableError) else ())
+    fault = ""
     if isinstance(error, plain.UnwritableError):
         message = f"The answer cannot be written: {plain.UnwritableError(path, error.what)}."
         logger.error("request %s: %s", request_id, message)
     else:
         message = f"The answer cannot be written: {plain.dotted(path) or 'it'} raised {type(error).__name__}."
-        logger.error("request %s: %s", request_id, message, exc_info=error)
-    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "InternalError", node)
+        fault = logs.report(logger, error, f"request {request_id}: {message}")
+    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "InternalError", node, fault)
 
 
 def write_failure(failure: Failure, request_id: str) -> ServiceResponse:

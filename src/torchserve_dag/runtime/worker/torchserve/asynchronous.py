@@ -14,14 +14,17 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.compat.wire import READ_BYTES, WireReader, WireRequest, read_requests
 from torchserve_dag.runtime.messages import Failure
 from torchserve_dag.runtime.telemetry import metrics
+from torchserve_dag.runtime.worker import output
 from torchserve_dag.runtime.worker.protocol import Service, ServiceResponse
 from torchserve_dag.runtime.worker.service import load
 from torchserve_dag.runtime.worker.torchserve import batched
@@ -37,7 +40,7 @@ LOG = "workers_without_guard.log"
 GIVE_UP_S = 5
 """How long TorchServe may take to read the failures of the unanswered requests."""
 
-_BROKEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The worker failed; its log says why.", "InternalError")
+_BROKEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The worker failed.", "InternalError")
 
 
 def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
@@ -73,13 +76,13 @@ def _guard(folder: Path, gpu: int | None, startup_s: float) -> Guard:
 def _serve(folder: Path, gpu: int | None, startup_s: float, link: socket.socket) -> NoReturn:
     """Load the model, and answer the requests that come over the link. If the guard ends, become the new guard."""
     loaded = threading.Event()
+    output.take_over()
     threading.Thread(target=_end_with_guard, args=(link, loaded), daemon=True).start()
     service = load(folder, gpu)
     loaded.set()
     link.sendall(LOADED)
-    print(f"[PID]{os.getpid()}", flush=True)  # noqa: T201 (TorchServe reads this line for the pid that it reports)
-    # Only after that line: output of another thread could land within it.
-    metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics)
+    output.command(f"[PID]{os.getpid()}\n")  # TorchServe reads this line for the pid that it reports
+    metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics, output.command)
     _, (connection, *_), *_ = socket.recv_fds(link, 1, 1)
     loop = AsynchronousLoop(service, link)
     threading.Thread(target=loop.end_when_it_hangs, name="end when it hangs", daemon=True).start()
@@ -170,9 +173,9 @@ class AsynchronousLoop:
                 in_chunks = self._service.streams and request.accepts_chunks
                 pending = self._service.submit(request, partial(self._send_chunk, exchange) if in_chunks else None)
                 pending.add_done_callback(partial(self._end, exchange))
-        except Exception:
-            logger.exception("request %s: the service raised", request.id)
-            self._send(exchange, exchange.failure(_BROKEN))
+        except Exception as error:  # noqa: BLE001 (whatever the service raises)
+            fault = logs.report(logger, error, f"request {request.id}: the service raised")
+            self._send(exchange, exchange.failure(replace(_BROKEN, fault=fault)))
 
     def _send_chunk(self, exchange: Exchange, body: bytes, content_type: str) -> None:
         self._send(exchange, exchange.chunk(body, content_type), last=False)

@@ -27,6 +27,7 @@ from torchserve_dag.runtime.compat.wire import (
     write_responses,
 )
 from torchserve_dag.runtime.telemetry import metrics
+from torchserve_dag.runtime.worker import output
 from torchserve_dag.runtime.worker import service as services
 from torchserve_dag.runtime.worker.protocol import PendingResponse, Service, ServiceResponse
 from torchserve_dag.runtime.worker.torchserve import segments, sharing
@@ -75,6 +76,8 @@ def _start(folder: Path, context: Context) -> BatchedLoop | None:
             socket_reader.serve = role.hand_over
             return None
         leader = role
+    if socket_reader:
+        output.take_over()
     is_segment = "segment" in build
     service = (segments.load if is_segment else services.load)(folder, context.system_properties.get("gpu_id"))
     loop = _loops[folder] = BatchedLoop(service, controls=not is_segment)
@@ -82,7 +85,7 @@ def _start(folder: Path, context: Context) -> BatchedLoop | None:
         socket_reader.serve = loop.run
     if leader:
         leader.open(loop.run)
-    metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics)
+    metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics, output.command)
     threading.Thread(target=loop.end_when_it_hangs, name="end when it hangs", daemon=True).start()
     return loop
 

@@ -1,0 +1,70 @@
+"""A worker's standard output and error, which a server reads line by line, and some of whose lines it obeys.
+
+TorchServe (0.12.0) takes a line `[METRICS]…` for a metric, and `[PID]…` for the worker's pid, on both streams. Whatever
+writes there may hold a client's text: a handler's `print`, an exception's message, a library in C, a child process. So
+the descriptors 1 and 2 become pipes to a small process of the worker's (`relay.py`), which takes commands from a third
+pipe only. It is a process, because a thread of this one would lose the last words of a crash.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+from torchserve_dag.runtime.logs import Formatter
+from torchserve_dag.runtime.worker import relay
+
+_taken: WorkerOutput | None = None
+
+
+def take_over() -> None:
+    """From now on only `command` writes lines that the server obeys, and a record of a log begins only one line."""
+    global _taken  # noqa: PLW0603 (a process has one output)
+    _taken = _taken or WorkerOutput()
+
+
+def command(lines: str) -> None:
+    """Write lines that the server obeys."""
+    if _taken:
+        _taken.command(lines)
+    else:
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+
+
+class WorkerOutput:
+    """The output of this process, and its relay."""
+
+    def __init__(self) -> None:
+        self._real = [os.dup(descriptor) for descriptor in (1, 2)]
+        # This process keeps the ends to read from, too: should the relay end, nothing is lost until it runs again.
+        (commands, self._commands), (output, into_output), (errors, into_errors) = (os.pipe() for _ in range(3))
+        self._sources = (commands, output, errors)
+        self._starting = threading.Lock()
+        self._start()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for pipe, descriptor in ((into_output, 1), (into_errors, 2)):
+            os.dup2(pipe, descriptor)
+            os.close(pipe)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(Formatter(handler.formatter))
+
+    def command(self, lines: str) -> None:
+        """Write to the relay. A worker does so once a second, and starts its relay again if it has ended."""
+        with self._starting:
+            if self._relay.poll() is not None:
+                self._start()
+        relay.write(self._commands, lines.encode())
+
+    def _start(self) -> None:
+        self._relay = subprocess.Popen(  # noqa: S603 (our own arguments)
+            [sys.executable, "-I", "-S", str(relay.__file__), *map(str, self._sources)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._real[0],
+            stderr=self._real[1],
+            pass_fds=self._sources,
+        )
