@@ -87,7 +87,8 @@ def _look_at(kind: Any) -> Callable[[Any], Any] | None:
     if origin is list:
         return lambda value: value if isinstance(value, list) else list(value) if isinstance(value, tuple) else _WRONG
     if origin is tuple:
-        return lambda value: _tuple(_fixed(kind), value)
+        length = _fixed(kind)
+        return lambda value: _tuple(length, value)
     if origin is dict:
         origin = Mapping
     return _instance(origin)

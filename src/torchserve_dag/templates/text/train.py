@@ -1,4 +1,4 @@
-"""Train the model of handlers/language.py on sentences.tsv, and write it into weights/language/.
+"""Train the network of language_model.py on sentences.tsv, and write it into weights/language/.
 
 python train.py && torchserve-dag build --update-cards
 """
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from handlers.language import LanguageModel, trigrams
+from language_model import LanguageModel, trigrams
 
 ROOT = Path(__file__).parent
 WEIGHTS = ROOT / "weights" / "language"

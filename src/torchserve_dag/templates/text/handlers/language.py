@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchserve_dag import Handler, InputError, Label, Labels, Placement, Text
 
-BUCKETS = 4096
-"""Trigrams are hashed into this many rows of the model's table."""
-
-
-def trigrams(text: str) -> Tensor:
-    """The text's trigrams as rows of the table: int64 [trigram], at least one."""
-    padded = f" {' '.join(text.lower().split())} "
-    return torch.tensor([zlib.crc32(padded[i : i + 3].encode()) % BUCKETS for i in range(len(padded) - 2)])
-
-
-class LanguageModel(nn.Module):
-    """Logits are the mean of one learned row for each trigram."""
-
-    def __init__(self, languages: int) -> None:
-        super().__init__()
-        self.rows = nn.EmbeddingBag(BUCKETS, languages, mode="mean")
-
-    def forward(self, rows: Tensor, starts: Tensor) -> Tensor:
-        """Trigrams of all texts [trigram], and where each text starts [batch] → logits [batch, language]."""
-        logits: Tensor = self.rows(rows, starts)
-        return logits
+from language_model import LanguageModel, trigrams
 
 
 @dataclass(frozen=True, slots=True)
