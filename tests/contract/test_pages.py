@@ -10,6 +10,7 @@ import pytest
 
 from tests.contract.conftest import ROOT
 from tests.contract.test_docs import parse
+from torchserve_dag.runtime.data.codec import FAILURE_TRAILER
 from torchserve_dag.runtime.data.options import HEADERS
 
 DOCS = ROOT / "docs"
@@ -89,7 +90,7 @@ def test_its_commands_exist(page: Path) -> None:
 def test_the_options_that_it_names_exist(page: Path) -> None:
     named = set(re.findall(r"`(x-[a-z-]+)[`:]", page.read_text("utf-8")))
 
-    assert named <= set(HEADERS) | {"x-model-version", "x-user-id", "x-tester"}
+    assert named <= set(HEADERS) | {"x-model-version", "x-user-id", "x-tester", FAILURE_TRAILER}
 
 
 def test_the_front_page_leads_to_every_page() -> None:
