@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import socket
@@ -13,11 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from torchserve_dag.server import java, ports, processes, properties, releases_file, torchserve
+from torchserve_dag.clients.models import ModelInfo, VersionInfo, WorkerInfo
+from torchserve_dag.server import java, ports, processes, properties, ready, releases_file, torchserve
 from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
+from torchserve_dag.server.ready import StartupWait
 from torchserve_dag.server.state import State, TorchServeProcess
 from torchserve_dag.stack import start as stack
 
@@ -200,6 +203,143 @@ def test_the_log_gives_the_first_cause_of_the_last_failure_of_this_run(tmp_path:
         file.write(f"{other}OSError: of another model\n")
 
     assert logs.worker_failure("upper", "1.0") == "RuntimeError: no weights"
+
+
+def test_lines_that_were_moved_to_another_file_meanwhile_are_found(tmp_path: Path) -> None:
+    """log4j moves 20 MB at a time: a busy worker's error may be in the zipped file by the time that it is looked for."""
+    at = "2026-11-23T13:26:59,816 [INFO ] W-9000-m_1.0-stdout MODEL_LOG - "
+    log = tmp_path / "model_log.log"
+    log.write_text(f"{at}Torch worker started.\n{at}ValueError: of an earlier run\n")
+    logs = Logs(tmp_path)
+    with log.open("a") as file:
+        file.write(f"{at}Torch worker started.\n{at}RuntimeError: no weights\n")
+    with gzip.open(tmp_path / "model_log.1.log.gz", "wb") as moved:
+        moved.write(log.read_bytes())
+    log.unlink()
+    log.write_text(f"{at}Backend worker process died.\n")
+
+    assert logs.worker_failure("m", "1.0") == "RuntimeError: no weights"
+
+
+def test_the_log_of_another_version_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    logs = Logs(tmp_path)
+    at = "2026-11-23T13:26:59,816 [INFO ] W-9000-m_1.0.1-stdout MODEL_LOG - "
+    (tmp_path / "model_log.log").write_text(f"{at}ValueError: of 1.0.1\n")
+    at = "2026-11-23T13:26:59,816 [WARN ] W-9001-m_1.0.1 org.pytorch.serve.wlm.WorkerThread - "
+    (tmp_path / "ts_log.log").write_text(f"{at}Auto recovery failed again\n" * 2)
+
+    assert (logs.worker_failure("m", "1.0"), logs.failed_again("m", "1.0")) == (None, 0)
+    assert (logs.worker_failure("m", "1.0.1"), logs.failed_again("m", "1.0.1")) == ("ValueError: of 1.0.1", 2)
+
+
+def test_a_java_that_does_not_start_is_said_with_its_reason_each_time(tmp_path: Path) -> None:
+    """The second time too, although the first one's lines are in the same console.log."""
+    java_home = tmp_path / "java"
+    (java_home / "bin").mkdir(parents=True)
+    (java_home / "bin" / "java").write_text(
+        "#!/bin/sh\necho 'Error: Could not create the Java Virtual Machine.'\nexit 1\n"
+    )
+    (java_home / "bin" / "java").chmod(0o755)
+    state = State(tmp_path)
+    where = Addresses().with_free_ports()
+    plan = torchserve.LaunchPlan(ROOT / "config.properties", {}, tmp_path / "model_store", where, java_home)
+    for _ in range(2):
+        state.prepare()
+        state.archives.mkdir(exist_ok=True)
+        with pytest.raises(
+            ServerError, match="TorchServe did not start: Error: Could not create the Java Virtual Machine"
+        ):
+            torchserve.start(state, plan, {}, torchserve.StartOptions())
+
+
+def described(version: str, workers: list[WorkerInfo]) -> VersionInfo:
+    """With one worker at least."""
+    return VersionInfo(version, default=True, workers=tuple(workers), min_workers=1, max_workers=1, batch_size=1,
+                       max_batch_delay_ms=1, response_timeout_s=1, queued=0, archive="")  # fmt: skip
+
+
+class Starting:
+    """TorchServe's description of its models while they load: each look is the next of `looks`, and then the last."""
+
+    def __init__(self, *looks: dict[tuple[str, str], list[tuple[int, bool]]]) -> None:
+        self.looks = list(looks)
+        self.unregistered: list[tuple[str, str]] = []
+
+    def models(self, **_: object) -> list[ModelInfo]:
+        look = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+        return [
+            ModelInfo(name, (described(version, [WorkerInfo("9000", ready=is_ready, pid=pid, gpu=False) for pid, is_ready in workers]),))
+            for (name, version), workers in look.items()
+            if (name, version) not in self.unregistered
+        ]  # fmt: skip
+
+
+def ended_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as one:
+        one.wait()
+    return one.pid
+
+
+def wait_for(server: Starting, folder: Path, *models: str, timeout_s: float = 60) -> dict[tuple[str, str], str]:
+    waiting = StartupWait({(name, "1.0"): f"{name}.mar" for name in models}, Logs(folder))
+    take_out = server.unregistered.append
+    return waiting.wait(server, psutil.Process, timeout_s, None, take_out)  # type: ignore[arg-type]
+
+
+class TestStartupWait:
+    @pytest.fixture(autouse=True)
+    def at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ready, "POLL_S", 0.01)
+        monkeypatch.setattr(ready, "GONE_S", 0.1)
+
+    def test_one_that_keeps_failing_is_taken_out_and_the_others_are_waited_for(self, tmp_path: Path) -> None:
+        good = [{("good", "1.0"): [(1, False)]}] * 5
+        looks = [{**look, ("bad", "1.0"): [(pid, False)]} for pid, look in enumerate(good, 100_000)]
+        server = Starting(*looks, {("good", "1.0"): [(1, True)]})
+        failed = wait_for(server, tmp_path, "good", "bad")
+
+        assert failed.keys() == {("bad", "1.0")}
+        assert failed["bad", "1.0"].startswith("A worker of bad 1.0 keeps failing: ")
+        assert server.unregistered == [("bad", "1.0")]
+
+    def test_a_worker_that_is_not_started_again_has_failed_at_once(self, tmp_path: Path) -> None:
+        """TorchServe's asynchronous mode makes one attempt."""
+        server = Starting({("m", "1.0"): [(ended_pid(), False)]})
+
+        assert wait_for(server, tmp_path, "m", timeout_s=500).keys() == {("m", "1.0")}
+
+    def test_a_worker_whose_process_is_being_started_again_has_not(self, tmp_path: Path) -> None:
+        """Its new process has not written its pid yet: on a busy machine that takes long."""
+        command = [sys.executable, "-c", "import time; time.sleep(60)", "--sock-name", "/tmp/.ts.sock.9000"]
+        with subprocess.Popen(command) as starting:
+            gone, looks = ended_pid(), 100
+            server = Starting(*[{("m", "1.0"): [(gone, False)]}] * looks, {("m", "1.0"): [(starting.pid, True)]})
+            failed = wait_for(server, tmp_path, "m")
+            starting.kill()
+
+        assert failed == {}
+
+    def test_a_process_that_cannot_be_started_at_all_is_counted_in_the_log(self, tmp_path: Path) -> None:
+        server = Starting({("m", "1.0"): [(-1, False)]})
+        models = server.models
+
+        def write(**more: object) -> list[ModelInfo]:
+            at = "2026-11-23T13:26:59,816 [WARN ] W-9000-m_1.0 org.pytorch.serve.wlm.WorkerThread - "
+            text = f"{at}Backend worker error\norg.x.WorkerInitializationException: Failed start worker process\n"
+            with (tmp_path / "ts_log.log").open("a") as log:
+                log.write(f"{text}{at}Auto recovery failed again\n")
+            return models(**more)
+
+        server.models = write  # type: ignore[method-assign]
+        failed = wait_for(server, tmp_path, "m", timeout_s=500)
+
+        assert "org.x.WorkerInitializationException: Failed start worker process" in failed["m", "1.0"]
+
+    def test_what_torchserve_did_not_accept_and_what_takes_too_long_have_failed(self, tmp_path: Path) -> None:
+        failed = wait_for(Starting({("slow", "1.0"): [(1, False)]}), tmp_path, "slow", "unknown", timeout_s=1)
+
+        assert "TorchServe did not accept unknown 1.0" in failed["unknown", "1.0"]
+        assert "slow 1.0 was not ready after 1 s: allow more time with --timeout" in failed["slow", "1.0"]
 
 
 def test_the_path_of_a_socket_is_never_too_long(tmp_path: Path) -> None:

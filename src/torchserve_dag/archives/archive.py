@@ -110,7 +110,7 @@ def copy(archive: Archive, folder: Path) -> Archive:
     target = folder / f"{archive.name}-{archive.version}.{archive.hash}.mar"
     copied = Archive(target, archive.name, archive.version, archive.hash)
     try:
-        if target.exists() and read_archive(target) == copied:
+        if _is(target, copied):
             return copied
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic.part_of(target) as part:
@@ -133,6 +133,13 @@ def copies(folder: Path) -> dict[ModelVersion, Archive]:
             continue
         found[archive.name, archive.version] = archive
     return found
+
+
+def _is(path: Path, archive: Archive) -> bool:
+    try:
+        return read_archive(path) == archive
+    except UnusableArchiveError:  # there is none, or it is damaged
+        return False
 
 
 _NO_RANGES = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}

@@ -25,6 +25,8 @@ HEAD = """\
 LOCK_S = 30.0
 """Seconds to wait for the file's lock; a change takes milliseconds."""
 
+LONGEST_REASON = 500
+
 Kind = Literal["default", "served", "retired", "rejected"]
 
 
@@ -105,7 +107,7 @@ def decide(state: State, kind: Kind, name: str, version: str, content: str, reas
 
     Raises CheckError for a file with a mistake, ServerError, OSError.
     """
-    one = Decision(content, datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S"), reason)
+    one = Decision(content, datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S"), _one_line(reason))
 
     def edit(releases: Releases) -> Releases:
         of = releases.get(name, ModelReleases())
@@ -143,6 +145,11 @@ def change(state: State, edit: Callable[[Releases], Releases]) -> None:
         after = edit(before)
         if after != before:
             atomic.write_text(state.root / FILE, written(after))
+
+
+def _one_line(text: str) -> str:
+    """A text, such as a worker's error, as a line that a file may have."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:LONGEST_REASON]
 
 
 def written(releases: Releases) -> str:
