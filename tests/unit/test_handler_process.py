@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import json
@@ -20,6 +21,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ import torch
 from PIL import Image
 
 from tests.unit.conftest import Mar, Write
+from tests.unit.front_end import FrontEnd
+from torchserve_dag.archives.build import build
 from torchserve_dag.runtime.compat import archive as archives
 from torchserve_dag.runtime.compat.child import as_bytes, decoded
 from torchserve_dag.runtime.compat.context import Context, RequestProcessor
@@ -46,6 +50,7 @@ from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.engine.runner import END, Chunk
 from torchserve_dag.runtime.messages import Box, Failure, Label, Labels, Photo, Text
 from torchserve_dag.runtime.models.handler_process import REFUSE_AFTER, HandlerProcess, HandlerSpec
+from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.workflow import Workflow
 
 DOES_WHAT_IT_IS_TOLD = """
@@ -951,3 +956,82 @@ time.sleep(600)
         worker.kill()
 
     until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.parametrize("mode", ["batched", "asynchronous"])
+def test_in_torchserves_own_worker_a_process_outlives_no_worker(
+    project: Path, write: Write, mar: Mar, mode: str
+) -> None:
+    """In asynchronous mode a guard starts the process that computes, and another when it ends."""
+    mar("fragile", FRAGILE)
+    more = f"serve: {{mode: {mode}}}"
+    write("answer: {torchserve: {archive: fragile.mar, takes: bytes, gives: Text}}", more=more)
+    (built,) = build(Project(project), ["flow"]).built
+    folder = project / "unpacked"
+    with zipfile.ZipFile(built.path) as archive:
+        archive.extractall(folder)
+    with worker(folder, mode) as (program, front):
+
+        def text_of(name: str, body: bytes) -> str:
+            front.ask(name, body)
+            return str((front.answer(name) if mode == "asynchronous" else front.part(name)).json.get("text"))
+
+        first = int(text_of("1", b"a"))
+        front.ask("2", b"die")
+        died = front.answer("2") if mode == "asynchronous" else front.part("2")
+        second = int(text_of("3", b"b"))
+        assert (died.status, died.json["node"], alive(first)) == (507, "answer", False)
+        assert sorted(path.name for path in folder.glob(".fragile*")) == [".fragile.mar", ".fragile.mar.lock"]
+        computes = psutil.Process(second).parent()
+        assert computes
+        assert (computes.pid == program.pid) == (mode == "batched")
+        computes.kill()
+
+        until(lambda: not alive(second))
+        if mode == "asynchronous":
+            third = int(text_of("4", b"c"))
+            assert third not in {first, second}
+            until(lambda: alive(third))
+
+    until(lambda: not any(str(folder) in path_of(one) for one in psutil.process_iter()))
+
+
+def path_of(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("PYTHONPATH", "") if alive(process.pid) else ""
+    except psutil.Error:
+        return ""
+
+
+@contextmanager
+def worker(folder: Path, mode: str) -> Iterator[tuple[subprocess.Popen[bytes], FrontEnd]]:
+    """TorchServe's own worker program with an unpacked archive, as TorchServe's front end starts it."""
+    ts = Path(inspect.getfile(importlib.import_module("ts"))).parent
+    address = f"{tempfile.mkdtemp()}/worker.9000"
+    command = [sys.executable, str(ts / "model_service_worker.py"), "--sock-type", "unix", "--sock-name", address]
+    command += [
+        "--metrics-config",
+        str(ts / "configs" / "metrics.yaml"),
+        *(["--async"] if mode == "asynchronous" else []),
+    ]
+    with (
+        subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}) as program,
+        socket.socket(socket.AF_UNIX) as connection,
+    ):
+        until(lambda: connection.connect_ex(address) == 0)
+        manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_bytes())
+        sized = [
+            len(text).to_bytes(4, "big") + text
+            for text in (b"flow", str(folder).encode(), manifest["model"]["handler"].encode(), b"")
+        ]
+        connection.sendall(
+            b"L" + sized[0] + sized[1] + (1).to_bytes(4, "big") + sized[2] + b"\xff" * 4 + sized[3] + b"\1"
+        )
+        loaded = connection.recv(1 << 16)
+        assert loaded[:4] == (200).to_bytes(4, "big"), loaded
+        front = FrontEnd(connection)
+        try:
+            yield program, front
+        finally:
+            front.close()
+            program.kill()

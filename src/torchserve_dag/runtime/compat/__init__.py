@@ -1,1 +1,1 @@
-"""Runs unedited TorchServe handlers."""
+"""Unedited TorchServe handlers: their archives, their processes, and what they are sent."""

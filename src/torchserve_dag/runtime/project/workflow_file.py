@@ -40,14 +40,14 @@ class ServedFile:
 
 @dataclass(frozen=True, slots=True)
 class TorchServeFile:
-    """An existing TorchServe archive, run in the workflow's process with its own, unedited handler."""
+    """An existing TorchServe archive, whose own, unedited handler runs in a process of its own."""
 
     archive: str
     """A `.mar` file in `model_store/`, or its path from the project's root."""
     takes: str | None = None
     """The type of the archive's input. Without it, any type."""
     gives: str | None = None
-    """The type of the archive's answer. Without it, any type."""
+    """The type of the archive's answer; of each chunk, if its handler streams. Without it, any type."""
 
 
 @dataclass(frozen=True, slots=True)
