@@ -628,7 +628,7 @@ def test_rows_that_fail_together_are_tried_alone(told: HandlerProcess, capfd: py
     answers = ask(told, b"answer = 'a'", b"raise KeyError('secret')", b"answer = 'c'")
 
     assert answers == [b"a", Failure(500, "m failed.", "HandlerError", "m"), b"c"]
-    until(lambda: "secret" in capfd.readouterr().out)
+    until(lambda: "secret" in capfd.readouterr().err)
 
 
 def test_an_answer_that_cannot_be_written_is_a_failure_of_its_row_alone(told: HandlerProcess) -> None:
@@ -786,7 +786,7 @@ def test_no_line_of_a_handlers_is_torchserves_to_obey(told: HandlerProcess, capf
 
     def printed() -> bool:
         nonlocal seen
-        seen += capfd.readouterr().out
+        seen += capfd.readouterr().err
         return "the end" in seen
 
     tell(

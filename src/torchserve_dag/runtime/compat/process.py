@@ -162,10 +162,13 @@ class Process:
 
 
 def _copy_lines(name: str, output: IO[bytes]) -> None:
-    """Write a process's output to this one's, each line behind the node's name: TorchServe must not obey it."""
+    """Write a process's output to this one's log, each line behind the node's name: TorchServe must not obey it.
+
+    To the standard error, for the standard output is a program's own.
+    """
     with output, contextlib.suppress(ValueError):  # this process's own output is closed
         while line := output.readline(_LONGEST_LINE):
             for part in line.decode("utf-8", "replace").splitlines():  # Java knows as many ends of a line as Python
                 if not part.startswith(_FOR_TORCHSERVE):
-                    sys.stdout.write(f"{name}: {part}\n")
-            sys.stdout.flush()
+                    sys.stderr.write(f"{name}: {part}\n")
+            sys.stderr.flush()
