@@ -32,12 +32,15 @@ class Target:
         return socket.create_connection((self.host, self.port), timeout)
 
     def tls(self, *protocols: str, timeout: float = 10.0) -> ssl.SSLSocket:
+        return self.wrap(self.connect(timeout), *protocols)
+
+    def wrap(self, connection: socket.socket, *protocols: str) -> ssl.SSLSocket:
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         if protocols:
             context.set_alpn_protocols(list(protocols))
-        return context.wrap_socket(self.connect(timeout))
+        return context.wrap_socket(connection)
 
     def head(self, path: str = "/predictions/echo", *more: str) -> bytes:
         """The head of a request, with its token, but for its end."""
@@ -285,6 +288,10 @@ class Http2:
                 with self._changed:
                     self._changed.wait(0.1)
         return sent
+
+    def write(self, stream: int, body: bytes) -> None:
+        """A whole body, smaller than a frame and the windows."""
+        self._send(_frame(DATA, 1, stream, body))
 
     def close(self) -> None:
         self._socket.close()

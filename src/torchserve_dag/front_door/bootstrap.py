@@ -54,7 +54,7 @@ BUCKETS_US = [round(1000 * 1.15**i) for i in range(-8, 84)]
 """Upper bounds of the histogram of durations, 15 % apart: from 0.3 ms to 2 minutes."""
 GRPC_STATUS = {413: "8", 504: "4"}
 """HTTP status → gRPC status, where Envoy's own mapping differs: RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
-REQUEST_ID = "%REQUEST_HEADER(x-request-id)%"
+REQUEST_ID = f"%REQUEST_HEADER(x-request-id):{MAX_REQUEST_ID}%"
 
 _FILTERS = f"{TYPES}extensions.filters.http."
 _HEAP = "envoy.resource_monitors.fixed_heap"
@@ -347,7 +347,7 @@ def _logs(folder: Path, logs: Path) -> list[Config]:
     """
     common = {
         "time": "%START_TIME%",
-        "request_id": f"%REQUEST_HEADER(x-request-id):{MAX_REQUEST_ID}%",
+        "request_id": REQUEST_ID,
         "protocol": "%PROTOCOL%",
         "method": "%REQUEST_HEADER(:method):32%",
         "path": "%PATH(NQ):256%",
