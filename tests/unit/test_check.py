@@ -31,6 +31,9 @@ FUNCTIONS = """
     def many(*texts: Text) -> Text: return texts[0]
     async def later(text: Text) -> Text: return text
     def flag(text: Text) -> bool: return True
+    @dataclass
+    class Lost: field: Txt
+    def lost(text: Text) -> list[Lost]: return []
     def _hidden(text: Text) -> Text: return text
     not_a_function = 3
 """
@@ -72,6 +75,16 @@ def test_a_workflow_without_a_mistake_becomes_a_graph(write: Write) -> None:
     assert (graph.nodes["upper"].code.batch, graph.nodes["size"].code.batch) == (4, 1)
 
 
+STAGES = """from __future__ import annotations
+import dataclasses, json
+from torchserve_dag import Handler
+@dataclasses.dataclass
+class B:
+    {}
+class A(Handler[str, str, str, str]):
+    def preprocess(self, item: str) -> str: return item
+    def postprocess(self, output: str, item: str) -> {}: return output
+"""
 ONE_OF = "it has exactly one of handler, function, workflow, served, torchserve"
 
 
@@ -98,6 +111,9 @@ ONE_OF = "it has exactly one of handler, function, workflow, served, torchserve"
         ("answer: {handler: upper, inputs: {item: request}}", 5, "upper takes one input", ""),
         ("answer: {function: twice, batch: 2}", 5, "batch and device are for models", ""),
         ("answer: {handler: upper, batch: 0}", 5, "batch is at least 1", ""),
+        ("answer: {handler: upper, device: gpu}", 5, '"gpu" is not a device; write auto, cpu or cuda:N', ""),
+        ("answer: {function: lost}", 5, "the annotations of lost: the fields of Lost: name 'Txt' is not defined", ""),
+        ("answer: {torchserve: {archive: ../other.mar}}", 5, "../other.mar is not below the project's root", "copy it"),
         ("answer: {handler: upper, batch: many}", 5, "expected a whole number, not 'many'", ""),
         ("answer: {function: both, inputs: {txt: request}}", 5, 'both has no parameter "txt"', 'did you mean "text"?'),
         ("answer: {function: three, inputs: {one: request, two: request}}", 5, 'the parameter "count" of three gets nothing', ""),
@@ -371,6 +387,8 @@ def handler_problem(project: Path, code: str | None = None, card: str | None = N
             "2 subclasses of Handler, where one is meant",
         ),
         ("from torchserve_dag import Handler\nclass A(Handler): pass\n", 1, "A.preprocess does not say"),
+        (STAGES.format("pass", "json.Nope"), 1, "the annotations of A: module 'json' has no attribute 'Nope'"),
+        (STAGES.format("x: Txt", "B"), 1, "the fields of B: name 'Txt' is not defined"),
     ],
 )
 def test_a_handler_that_is_not_fit_to_serve_is_named(project: Path, code: str, line: int, what: str) -> None:

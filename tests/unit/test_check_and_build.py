@@ -108,6 +108,18 @@ REFUSED: dict[str, tuple[Break, str]] = {
         flow("  answer: {function: count}\n", COUNT_PHOTOS),
         "it takes list[Photo], which no client can send",
     ),
+    "an answer that JSON does not know": (
+        flow("  answer: {function: one}\n", "import enum\nclass E(enum.Enum):\n    A = object()\ndef one(text: Text) -> E: return E.A\n"),
+        "is E and cannot be written as JSON",
+    ),
+    "a request that nobody can send": (
+        flow("  answer: {function: one}\n", "def one(text: set[int]) -> str: return ''\n"),
+        "it takes set[int], which no client can send",
+    ),
+    "an archive that is not below the root": (
+        both(put("../other.mar", b""), flow("  answer: {torchserve: {archive: ../other.mar}}\n")),
+        "../other.mar is not below the project's root",
+    ),
     "a version that is built of other code": (
         after_a_build(upper(new="\n# changed\n", suffix=".py")),
         "upper-1.0.mar is already built from other input",

@@ -201,6 +201,19 @@ def given(kind: Any) -> Any:
     return Union[tuple(parts)] if parts else kind  # noqa: UP007 (made from a list)
 
 
+def unresolved(kind: Any, outer: frozenset[Any] = frozenset()) -> str:
+    """Why a type's fields are not known, at any depth: an annotation that names nothing. Empty where all are."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind not in outer:
+        try:
+            parts: Iterable[Any] = field_types(kind).values()
+        except Exception as error:  # noqa: BLE001 (annotations are the user's, and evaluated)
+            return f"the fields of {kind.__name__}: {error}"
+        outer |= {kind}
+    else:
+        parts = typing.get_args(kind)
+    return next(filter(None, (unresolved(part, outer) for part in parts)), "")
+
+
 def fits_json(kind: Any, outer: frozenset[type] = frozenset()) -> bool:
     """Whether a value of this type survives a round trip through JSON. `outer`: the dataclasses around it."""
     if kind in {Any, str, int, float, bool, None, type(None)} or kind in outer:
@@ -214,7 +227,7 @@ def fits_json(kind: Any, outer: frozenset[type] = frozenset()) -> bool:
         return all(fits_json(part, outer) for part in parts if part is not ...)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return all(fits_json(part, outer | {kind}) for part in field_types(kind).values())
-    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+    return isinstance(kind, type) and issubclass(kind, enum.Enum) and all(type(one.value) in _SCALARS for one in kind)
 
 
 def _build(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:  # noqa: C901, PLR0911 (one return a kind)

@@ -130,6 +130,8 @@ class Finder:
         untyped = [p for p in (*parameters, "return") if p not in hints]
         if untyped:
             self.problems.add(place, f"{called} does not say the type of {', '.join(untyped)}", "annotate it")
+        for reason in dict.fromkeys(filter(None, map(plain.unresolved, hints.values()))):
+            self.problems.add(place, f"the annotations of {called}: {reason}")
         gives = hints.get("return")
         yields = (typing.get_origin(gives) or gives) in _YIELDS
         if yields:
@@ -193,6 +195,10 @@ class Finder:
     def _archive(self, place: Place, file: TorchServeFile) -> Signature | None:
         folders = (self.functions_path.parent, self.project.root / "model_store", self.project.root)
         archive = next((path for folder in folders if (path := folder / file.archive).is_file()), None)
+        if Path(file.archive).is_absolute() or ".." in Path(file.archive).parts:
+            hint = "copy it into model_store/, and write its name"
+            self.problems.add((*place, "archive"), f"{file.archive} is not below the project's root", hint)
+            return None
         if archive is None:
             hint = "put it into model_store/"
             self.problems.add((*place, "archive"), f"there is no archive {file.archive} in model_store/", hint)
@@ -206,9 +212,13 @@ class Finder:
             return default
         try:
             module = self._functions() if self.functions_path.is_file() else None
-            return type_named(text, known_types(module))
+            kind = type_named(text, known_types(module))
         except ValueError as error:
             self.problems.add(place, str(error))
         except CheckError as error:
             self.problems.add_all(error)
+        else:
+            if reason := plain.unresolved(kind):
+                self.problems.add(place, reason)
+            return kind
         return Any

@@ -86,9 +86,12 @@ class Project:
             what = f"{len(classes)} subclasses of Handler, where one is meant"
             raise CheckError([Problem(str(path), 1, what)])
         try:
-            types_of(classes[0])
-        except (TypeError, NameError) as error:
-            raise CheckError([Problem(str(path), 1, str(error))]) from None
+            types = types_of(classes[0])
+        except Exception as error:  # noqa: BLE001 (annotations are the user's, and evaluated)
+            what = str(error) if isinstance(error, TypeError) else f"the annotations of {classes[0].__name__}: {error}"
+            raise CheckError([Problem(str(path), 1, what)]) from None
+        if reasons := dict.fromkeys(filter(None, map(plain.unresolved, types))):
+            raise CheckError([Problem(str(path), 1, reason) for reason in reasons])
         return classes[0]
 
     def settings(self, file: Source[HandlerFile], kind: HandlerClass) -> Any:
@@ -99,3 +102,6 @@ class Project:
             raise CheckError(
                 [file.problem(("settings", *w.path), f"settings: {w.what}", w.help) for w in error.wrongs]
             ) from None
+        except Exception as error:  # noqa: BLE001 (its annotations and its __post_init__ are the user's)
+            what = f"settings: {kind.__name__}.Settings raised {type(error).__name__}: {error}"
+            raise CheckError([file.problem(("settings",), what)]) from None

@@ -12,6 +12,7 @@ from torchserve_dag.runtime.data.plain import WrongFieldError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 CODE = re.compile(r"[A-Za-z0-9_]+\.py\Z")
+DEVICE = re.compile(r"(auto|cpu|cuda(:[0-9]+)?)\Z")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*\Z")
 
 Mode = Literal["batched", "asynchronous"]
@@ -96,6 +97,7 @@ class Run:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError("batch is at least 1")
+        check_device(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,12 @@ class Serve:
         if self.max_pixels > MOST_PIXELS:
             what = f"max_pixels is at most {MOST_PIXELS:,}: Pillow decodes no larger photo"
             raise WrongFieldError(what, "max_pixels")
+
+
+def check_device(device: str) -> None:
+    """Raises WrongFieldError for what is no device on any machine."""
+    if not DEVICE.match(device):
+        raise WrongFieldError(f'"{device}" is not a device; write auto, cpu or cuda:N', "device")
 
 
 def check_identity(name: str, version: str, code: str = "") -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchserve_dag.runtime.data.plain import WrongFieldError
-from torchserve_dag.runtime.project.handler_file import Serve, check_identity
+from torchserve_dag.runtime.project.handler_file import Serve, check_device, check_identity
 
 RESERVED = ("request", "item", "parameters", "len")
 _ADDRESS = re.compile(r"[^\s:/]+:[0-9]{1,5}\Z")
@@ -213,6 +213,8 @@ def _check_code(code: CodeFile) -> None:
         raise ValueError("batch and device are for models; a function takes one item at a time")
     if code.device is not None and code.handler is None:
         raise ValueError("device is for handlers")
+    if code.device is not None:
+        check_device(code.device)
     if code.batch is not None and code.batch < 1:
         raise WrongFieldError("batch is at least 1", "batch")
 
