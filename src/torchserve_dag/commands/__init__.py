@@ -22,6 +22,7 @@ from torchserve_dag.commands.check import check
 from torchserve_dag.commands.common import fail
 from torchserve_dag.commands.experiment import experiment
 from torchserve_dag.commands.graph import graph
+from torchserve_dag.commands.logs import logs
 from torchserve_dag.commands.new import new
 from torchserve_dag.commands.release import promote, retire, rollback, rollout, routes
 from torchserve_dag.commands.release import serve as serve_version  # `serve` is a module of this package
@@ -62,8 +63,8 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    new, check, graph, tune, build, up, serve_version, status, call, default, down, routes, rollout, promote, rollback,
-    retire, experiment, bench,
+    new, check, graph, tune, build, up, serve_version, status, logs, call, default, down, routes, rollout, promote,
+    rollback, retire, experiment, bench,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

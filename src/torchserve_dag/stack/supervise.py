@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from typing import NoReturn
 
+from torchserve_dag.runtime.logs import Formatter
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State, locked
@@ -89,8 +90,8 @@ def log_to(state: State, name: str) -> None:
     state.logs.mkdir(parents=True, exist_ok=True)
     file = RotatingFileHandler(state.logs / name, maxBytes=LOG_BYTES, backupCount=1)
     handlers: list[logging.Handler] = [file, logging.StreamHandler(sys.stdout)]
-    logging.basicConfig(
-        format="%(asctime)s [%(levelname)s] %(name)s - %(message)s", handlers=handlers, level=logging.INFO
-    )
+    for handler in handlers:
+        handler.setFormatter(Formatter(logging.Formatter("%(asctime)s [%(levelname)s] %(name)s - %(message)s")))
+    logging.basicConfig(handlers=handlers, level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.raiseExceptions = False  # whoever read the standard output may have gone
