@@ -338,16 +338,40 @@ class Worker:
         raise AssertionError("the worker has ended")
 
 
+WORKER = """
+import logging, socket, sys
+from pathlib import Path
+from torchserve_dag.runtime.worker.torchserve.asynchronous import _guard
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+_guard(Path(sys.argv[1]), None, 60).run(socket.socket(fileno=int(sys.argv[2])))
+"""
+WITHOUT_PIDFD = """
+import ctypes, os, struct
+PIDFD_OPEN, ALLOW, REFUSE = 434, 0x7FFF0000, 0x00050000 | 1
+filters = [(0x20, 0, 0, 0), (0x15, 0, 1, PIDFD_OPEN), (0x06, 0, 0, REFUSE), (0x06, 0, 0, ALLOW)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in filters))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(filters), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program) == 0
+try:
+    os.pidfd_open(os.getpid())
+    raise SystemExit("pidfd_open is not refused")
+except PermissionError:
+    pass
+"""
+"""Has the kernel refuse pidfd_open (a seccomp filter), as container runtimes do that do not know it."""
+
+
 @pytest.fixture
-def worker(project: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+def worker(request: pytest.FixtureRequest, project: Path, write: Write) -> Iterator[Worker]:
     """A worker as it is after TorchServe has connected and had the model loaded."""
     write("answer: {function: slow}", SLOW, more="serve: {timeout_s: 6}\n")
     (project / "build.json").write_text(json.dumps({"file": "workflows/flow.yaml"}))
     ours, theirs = socket.socketpair()
     process = subprocess.Popen(
-        [sys.executable, "-m", "torchserve_dag.runtime.worker.torchserve.asynchronous", str(project), "", "60", str(theirs.fileno())],
+        [sys.executable, "-c", getattr(request, "param", "") + WORKER, str(project), str(theirs.fileno())],
         pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "LOG_LOCATION": str(project), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     theirs.close()
     front = FrontEnd(ours)
@@ -378,18 +402,28 @@ def test_when_the_process_that_computes_is_killed_its_requests_are_answered_and_
     assert worker.computing() != pid
 
 
-def test_when_the_guard_is_killed_the_other_process_takes_its_place(worker: Worker) -> None:
+def test_when_the_guard_is_killed_its_requests_are_answered_and_nothing_is_left(worker: Worker, project: Path) -> None:
+    """TorchServe finds its connection closed, and starts another worker."""
     front, pid = worker.front, worker.computing()
     front.ask("id-1", b"long")
     front.settle()
     worker.process.kill()
 
     assert front.answer("id-1").status == 507
-    front.ask("id-2", b"a")
-    assert front.answer("id-2").json == {"text": "A"}
-    assert not ended(pid), "it is the guard now"
-    front.close()  # and ends when TorchServe does
     wait_for(lambda: ended(pid))
+    assert [path.name for path in project.rglob("*.log")] == []
+
+
+@pytest.mark.parametrize("worker", [WITHOUT_PIDFD], indirect=True)
+def test_a_worker_serves_where_the_kernel_refuses_pidfds(worker: Worker) -> None:
+    pid = worker.computing()
+    worker.front.ask("id-1", b"a")
+    assert worker.front.answer("id-1").json == {"text": "A"}
+    os.kill(pid, signal.SIGKILL)
+
+    assert worker.computing() != pid
+    worker.front.ask("id-2", b"b")
+    assert worker.front.answer("id-2").json == {"text": "B"}
 
 
 def test_when_torchserve_ends_nothing_is_left(worker: Worker) -> None:

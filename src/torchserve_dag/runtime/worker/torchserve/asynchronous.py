@@ -35,8 +35,6 @@ from torchserve_dag.runtime.worker.torchserve.rows import control, read_request
 
 logger = logging.getLogger(__name__)
 
-LOG = "workers_without_guard.log"
-
 GIVE_UP_S = 5
 """How long TorchServe may take to read the failures of the unanswered requests."""
 
@@ -70,11 +68,11 @@ class _StandIn:
 
 def _guard(folder: Path, gpu: int | None, startup_s: float) -> Guard:
     """Raises RuntimeError where the model cannot be loaded."""
-    return Guard(partial(_serve, folder, gpu, startup_s), startup_s)
+    return Guard(partial(_serve, folder, gpu), startup_s)
 
 
-def _serve(folder: Path, gpu: int | None, startup_s: float, link: socket.socket) -> NoReturn:
-    """Load the model, and answer the requests that come over the link. If the guard ends, become the new guard."""
+def _serve(folder: Path, gpu: int | None, link: socket.socket) -> NoReturn:
+    """Load the model, and answer the requests that come over the link, until the guard ends."""
     loaded = threading.Event()
     output.take_over()
     threading.Thread(target=_end_with_guard, args=(link, loaded), daemon=True).start()
@@ -91,22 +89,9 @@ def _serve(folder: Path, gpu: int | None, startup_s: float, link: socket.socket)
         loop.drain()
         os._exit(EXIT_HANGS)
     torchserve = socket.socket(fileno=connection)
-    if _hung_up(torchserve, 0):
-        os._exit(0)
-    loop.give_up(torchserve)
-    torchserve.set_inheritable(True)
-    _start_afresh(str(folder), "" if gpu is None else str(gpu), str(startup_s), str(connection))
-
-
-def _start_afresh(*arguments: str) -> NoReturn:
-    """Become a guard by executing a new program: only a process without threads may fork safely."""
-    # TorchServe reads a worker's output only while the process that it started lives, so from now on a file gets it.
-    log = os.open(Path(os.environ.get("LOG_LOCATION", ".")) / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torchserve_dag.runtime.worker.torchserve.asynchronous", *arguments]
-    os.execve(sys.executable, command, environment)  # noqa: S606
+    if not _hung_up(torchserve, 0):  # the guard has ended, and not TorchServe
+        loop.give_up(torchserve)
+    os._exit(1)
 
 
 def _end_with_guard(link: socket.socket, loaded: threading.Event) -> None:
@@ -200,10 +185,3 @@ def _receive(link: socket.socket) -> bytes:
         return link.recv(READ_BYTES)
     except ConnectionError:
         return b""
-
-
-if __name__ == "__main__":
-    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
-    logger.error("%s: the worker's guard has ended; this process becomes the guard", time.strftime("%Y-%m-%dT%H:%M:%S"))
-    _folder, _gpu, _startup_s, _connection = sys.argv[1:]
-    _guard(Path(_folder), int(_gpu) if _gpu else None, float(_startup_s)).run(socket.socket(fileno=int(_connection)))

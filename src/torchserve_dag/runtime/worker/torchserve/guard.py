@@ -66,6 +66,7 @@ class Guard:
         self._to_torchserve = bytearray()
         self._unanswered: dict[str, Exchange] = {}
         """The unanswered requests, by TorchServe's id."""
+        self._signals = _child_signals()
         self._start()
         while not self._loaded:
             if self._step():
@@ -102,10 +103,11 @@ class Guard:
         sys.stderr.flush()
         self._pid = os.fork()
         if not self._pid:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._link.close()
             self._become(theirs)
         theirs.close()
-        self._end = os.pidfd_open(self._pid)
 
     def _become(self, link: socket.socket) -> NoReturn:
         try:
@@ -118,7 +120,7 @@ class Guard:
             os._exit(1)  # the forked process must never return into TorchServe's own code
 
     def _hand_over(self, connection: socket.socket) -> None:
-        """Pass the connection to the computing process too, which keeps it open if the guard ends."""
+        """Pass the connection to the computing process too, which fails its requests over it if the guard ends."""
         socket.send_fds(self._link, [b"\0"], [connection.fileno()])
         self._open = True
 
@@ -130,8 +132,6 @@ class Guard:
             self._to_torchserve += exchange.failure(DIED)
         logger.error("the worker's process ended with %d unanswered requests", len(self._unanswered))
         self._unanswered.clear()
-        os.waitpid(self._pid, 0)
-        os.close(self._end)
         self._link.close()
 
     # Between TorchServe and the computing process.
@@ -139,7 +139,7 @@ class Guard:
     def _step(self) -> bool:
         """Wait for messages, and pass them on. Returns whether the computing process has ended."""
         poll = select.poll()
-        poll.register(self._end, select.POLLIN)
+        poll.register(self._signals, select.POLLIN)
         poll.register(self._link, self._wanted(self._to_compute, len(self._to_torchserve) < MAX_BUFFERED))
         if self._connection:
             readable = self._open and len(self._to_compute) < MAX_BUFFERED
@@ -148,7 +148,7 @@ class Guard:
             self._why = f"the model was not loaded within {self._startup_s:g} s"
             os.kill(self._pid, signal.SIGKILL)
         events = dict(poll.poll(None if self._loaded else 1000))
-        if self._end in events:
+        if self._signals.fileno() in events and self._has_ended():
             return True
         if events.get(self._link.fileno(), 0) & select.POLLIN:
             self._receive_responses()
@@ -164,6 +164,12 @@ class Guard:
             self._held = False
             self._link.shutdown(socket.SHUT_WR)
         return False
+
+    def _has_ended(self) -> bool:
+        """Whether the computing process is the one that has ended, which is then reaped."""
+        _read(self._signals)
+        pid, _ = os.waitpid(self._pid, os.WNOHANG)
+        return pid == self._pid
 
     @staticmethod
     def _wanted(outgoing: bytearray, readable: bool) -> int:  # noqa: FBT001
@@ -203,6 +209,16 @@ class Guard:
     def _finish(self, status: int) -> NoReturn:
         os.kill(self._pid, signal.SIGKILL)
         sys.exit(status)
+
+
+def _child_signals() -> socket.socket:
+    """A socket that is readable when a child of this process has ended. (Some container runtimes refuse a pidfd.)"""
+    readable, written = socket.socketpair()
+    for side in (readable, written):
+        side.settimeout(0)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored by default, and then nothing is written
+    signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
+    return readable
 
 
 def _read(side: socket.socket) -> bytes:
