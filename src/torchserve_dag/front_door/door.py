@@ -64,12 +64,14 @@ class Traffic:
     """Model → new version and share of its running rollout."""
     ejected: tuple[tuple[str, str], ...] = ()
     """Models and versions that keep failing and get no requests for a while."""
+    resting: tuple[tuple[str, str], ...] = ()
+    """Models and versions whose workers are being started again: requests get 503, or the fallback's answer."""
     closed: bool = False
     """Whether TorchServe is starting, at first or again: every request is answered 503, with `retry-after`."""
 
     @property
     def splits(self) -> list[Split]:
-        return splits(self.served, self.routes, self.defaults, self.rollouts, self.ejected)
+        return splits(self.served, self.routes, self.defaults, self.rollouts, (*self.ejected, *self.resting))
 
     def split(self, model: str) -> Split | None:
         return next((one for one in self.splits if one.model == model), None)
@@ -206,7 +208,9 @@ class Door:
     def _files(self, traffic: Traffic) -> Files:
         token, limits = self._torchserve_token(), self._limits()
         shares = traffic.splits
-        clusters = envoy_config.clusters([*traffic.served, *traffic.leaving], shares, traffic.torchserve, token, limits)
+        clusters = envoy_config.clusters(
+            [*traffic.served, *traffic.leaving], shares, traffic.torchserve, token, limits, traffic.resting
+        )
         routes = envoy_config.routes(
             traffic.served,
             shares,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
@@ -50,22 +50,34 @@ UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request"
 
 
 def clusters(
-    served: Iterable[ServedVersion], splits: Sequence[Split], where: Addresses, token: str, limits: Limits
+    served: Iterable[ServedVersion],
+    splits: Sequence[Split],
+    where: Addresses,
+    token: str,
+    limits: Limits,
+    resting: Collection[tuple[str, str]] = (),
 ) -> list[Resource]:
-    """A cluster for each version and protocol. Each writes its version into requests for TorchServe."""
+    """A cluster for each version and protocol. Each writes its version into requests for TorchServe.
+
+    Those of the models and versions that are `resting` have no address, and so answer 503 at once.
+    """
     by_model = {split.model: split for split in splits}
     resources = []
     for one in served:
         split = by_model.get(one.model)
         for protocol in PROTOCOLS:
-            resources.append(_version_cluster(one, protocol, where, token, limits))
+            own = [_version_cluster(one, protocol, where, token, limits)]
             if split and split.falls_back(one.version):
-                resources.append(_guarded_cluster(one, protocol, where, token, limits, split))
+                own.append(_guarded_cluster(one, protocol, where, token, limits, split))
             if split and one.version == split.fallback:
-                resources += [
+                own += [
                     _version_cluster(one, protocol, where, token, limits, STANDS_IN + out, stands_in_for=out)
                     for out in sorted(split.ejected)
                 ]
+            if (one.model, one.version) in resting:
+                for cluster in own:
+                    cluster["load_assignment"]["endpoints"] = []
+            resources += own
     resources += [_cluster(f"{protocol}:torchserve", protocol, where, limits.requests) for protocol in PROTOCOLS]
     resources[-2]["health_checks"] = [_health_check(token)]
     return resources

@@ -32,6 +32,7 @@ from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.state import State
 from torchserve_dag.server.supervised import Supervised
 from torchserve_dag.stack import start, supervise
+from torchserve_dag.stack.heal import Healer
 from torchserve_dag.stack.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Keeper:
         self._logs = Logs(self.state.logs)
         self._starting: threading.Thread | None = None
         self._failure = ""
+        self._healer = Healer(self.state)
         self._watches = {
             "watcher": Watch(self.supervised, "watcher", lambda: supervise.start_watcher(self.state)),
             "Envoy": Watch(self.supervised, "Envoy", self.envoy.start),
@@ -102,6 +104,7 @@ class Keeper:
         yield self.envoy.rotate_logs
         yield self.renew
         if not self.door.traffic().closed:
+            yield self._healer.look
             yield self.eject
             yield self.rollouts.start_requested
 
@@ -170,7 +173,7 @@ def _try(step: Callable[[], None]) -> None:
     """Run a step of the keeper. A step that fails is logged, and runs again in the next round."""
     try:
         step()
-    except (ServerError, OSError) as error:
+    except (ServerError, ServingError, OSError) as error:
         logger.warning("%s", error)
     except Exception:  # one failing step must not end the keeper
         logger.exception("a step of the keeper failed")

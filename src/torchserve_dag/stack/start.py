@@ -143,7 +143,7 @@ def restart_torchserve(state: State, progress: ReadinessCallback | None = None) 
         for version, why in failed.items():
             logger.error("%s is not served any more: %s", "/".join(version), why)
         if door:
-            door.change(lambda now: replace(now, served=_without(now.served, failed), closed=False))
+            door.change(lambda now: replace(now, served=_without(now.served, failed), resting=(), closed=False))
     except BaseException:
         processes.kill(processes.family(state, others))
         raise

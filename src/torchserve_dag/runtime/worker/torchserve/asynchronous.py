@@ -31,7 +31,7 @@ from torchserve_dag.runtime.worker.torchserve import batched
 from torchserve_dag.runtime.worker.torchserve.batched import EXIT_HANGS, PUBLISH_S, Context, hangs_before
 from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
 from torchserve_dag.runtime.worker.torchserve.guard import DIED, HOLD, LOADED, Guard
-from torchserve_dag.runtime.worker.torchserve.rows import control, read_request
+from torchserve_dag.runtime.worker.torchserve.rows import control, over_rest, read_request
 
 logger = logging.getLogger(__name__)
 
@@ -141,12 +141,18 @@ class AsynchronousLoop:
             time.sleep(0.1)
 
     def give_up(self, connection: socket.socket) -> None:
-        """Fail the unanswered requests, over TorchServe's own connection."""
+        """Fail the unanswered requests, and those that TorchServe has sent since, over TorchServe's own connection."""
         connection.settimeout(GIVE_UP_S)
         with self._sending:
             exchanges, self._unanswered = self._unanswered, {}
             for exchange in exchanges.values():
                 connection.sendall(exchange.failure(DIED))
+        connection.shutdown(socket.SHUT_RD)  # TorchServe cannot write any more, and fails what it wanted to send
+        unread: WireReader[list[WireRequest]] = WireReader(read_requests)
+        while data := _receive(connection):
+            for requests, _ in unread.feed(data):
+                for wire in requests:
+                    connection.sendall(Exchange(wire.id, over_rest(wire.headers), wire.id).failure(DIED))
 
     def _begin(self, wire: WireRequest) -> None:
         request = read_request(wire)

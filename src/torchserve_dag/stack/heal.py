@@ -1,0 +1,154 @@
+"""Start the workers of a version again where TorchServe does not.
+
+TorchServe (0.12.0) never calls a worker in asynchronous mode ready again once that worker has ended, and gives up a
+worker that failed to start for five minutes. Scaling the version to no worker and back makes new ones; TorchServe then
+gives them the requests that the old ones had not answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import httpx
+import psutil
+
+from torchserve_dag.archives.archive import ModelVersion
+from torchserve_dag.clients import Client, VersionInfo
+from torchserve_dag.front_door.door import Door
+from torchserve_dag.front_door.splits import ServedVersion
+from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.processes import alive
+from torchserve_dag.server.state import State
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 30.0
+"""How often TorchServe is asked for its workers while the processes of all of them run."""
+PATIENCE_S = 60.0
+"""How long TorchServe may take to start a worker in batched mode again."""
+LONGEST_PAUSE_S = 60.0
+"""Between two attempts for one version; the pauses before are 1, 2, 4 … s."""
+READY_S = 600.0
+SCALE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """What was seen last of a version."""
+
+    pids: tuple[int, ...]
+    whole_at: float
+    """When all its workers were last seen ready."""
+    next_at: float = 0.0
+    """When it may be healed, at the earliest."""
+    tries: int = 0
+    """How often it was healed since it was whole for a while."""
+
+
+class Healer:
+    """Looks after the workers of the versions that the front door serves."""
+
+    def __init__(self, state: State) -> None:
+        self._state, self._door = state, Door(state)
+        self._seen: dict[ModelVersion, _Sight] = {}
+        self._asked_at = float("-inf")
+        self._healing: threading.Thread | None = None
+
+    def look(self) -> None:
+        """Begin to heal a version that needs it. Raises ServerError or ServingError."""
+        if self._healing and self._healing.is_alive():
+            return
+        now = time.monotonic()
+        dead = any(not _runs(pid) for sight in self._seen.values() for pid in sight.pids)
+        waits = any(sight.whole_at < self._asked_at for sight in self._seen.values())
+        if now - self._asked_at < LOOK_S and not dead and not waits:
+            return
+        self._asked_at = now
+        traffic = self._door.traffic()
+        if traffic.resting:  # an earlier keeper was killed while it healed
+            self._door.change(lambda now: replace(now, resting=()))
+        with torchserve_client(self._state) as client:
+            infos = {(model.name, one.version): one for model in client.models(timeout=10) for one in model.versions}
+        for one in traffic.served:
+            version = (one.model, one.version)
+            info = infos.get(version)
+            if info and self._is_stuck(version, one, info, now):
+                sight = self._seen[version]
+                pause = min(2.0**sight.tries, LONGEST_PAUSE_S)
+                self._seen[version] = replace(sight, next_at=now + pause, tries=sight.tries + 1)
+                self._healing = threading.Thread(target=self._heal, args=(version, info.min_workers), daemon=True)
+                self._healing.start()
+                return
+
+    def _is_stuck(self, version: ModelVersion, served: ServedVersion, info: VersionInfo, now: float) -> bool:
+        before = self._seen.get(version) or _Sight((), now)
+        whole = all(worker.ready for worker in info.workers) and bool(info.workers)
+        sight = replace(
+            before,
+            pids=tuple(worker.pid for worker in info.workers if worker.pid > 0),
+            whole_at=now if whole else before.whole_at,
+            tries=0 if whole and now > before.next_at + LONGEST_PAUSE_S else before.tries,
+        )
+        self._seen[version] = sight
+        if whole or not info.min_workers or now < sight.next_at:
+            return False
+        gone = not any(_runs(pid) for pid in sight.pids)
+        return served.streams or (gone and now - sight.whole_at > PATIENCE_S)
+
+    def _heal(self, version: ModelVersion, workers: int) -> None:
+        """Meanwhile requests for the version get 503, or its fallback's answers."""
+        name = "/".join(version)
+        logger.warning("TorchServe does not start the workers of %s again: it is scaled to none and back", name)
+        try:
+            self._door.change(lambda now: replace(now, resting=(*now.resting, version)))
+            try:
+                for count in (0, workers):
+                    scale(self._state, version, count)
+                self._wait(version)
+            finally:
+                self._door.change(lambda now: replace(now, resting=tuple(one for one in now.resting if one != version)))
+            logger.info("%s serves again", name)
+        except Exception:  # whatever it is, the keeper goes on, and tries again after a while
+            logger.exception("%s cannot be healed yet", name)
+
+    def _wait(self, version: ModelVersion) -> None:
+        deadline = time.monotonic() + READY_S
+        with torchserve_client(self._state) as client:
+            while not _ready(client, version):
+                if time.monotonic() > deadline:
+                    raise ServerError(f"{'/'.join(version)} is not ready after {READY_S:g} s.")
+                time.sleep(0.3)
+
+
+def scale(state: State, version: ModelVersion, workers: int) -> None:
+    """Have TorchServe run this many workers of a version. Raises ServerError."""
+    address, token = running(state).addresses.management, torchserve_tokens(state).management
+    # Not `synchronous`: TorchServe would wait in one of netty's threads, and that thread's connections with it.
+    query: dict[str, int | str] = {"min_worker": workers, "max_worker": workers, "synchronous": "false"}
+    try:
+        answer = httpx.put(
+            f"{address}/models/{'/'.join(version)}",
+            params=query,
+            headers={"authorization": f"Bearer {token}"},
+            timeout=SCALE_S,
+            trust_env=False,
+        )
+    except httpx.HTTPError as error:
+        raise ServerError(f"TorchServe does not scale {'/'.join(version)}: {error}.") from None
+    if not answer.is_success:
+        raise ServerError(f"TorchServe does not scale {'/'.join(version)}: {answer.text[:200].strip()}.")
+
+
+def _ready(client: Client, version: ModelVersion) -> bool:
+    return any(one.ready for model in client.models() for one in model.versions if (model.name, one.version) == version)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return alive(psutil.Process(pid))
+    except psutil.Error:
+        return False
