@@ -454,6 +454,13 @@ def test_a_tiff_of_16_bits_a_colour(compression: int, order: str, *, alpha: bool
     assert differ(pixels(body), table(BLENDED if alpha else COLOURS, 3)) <= 1
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_of_16_bits_an_ink(order: str) -> None:
+    body = colour_tiff([tuple(value * 257 for value in sample) for sample in SEPARATIONS], 5, 16, order)
+
+    assert differ(pixels(body), table([from_cmyk(sample) for sample in SEPARATIONS], 3)) <= 1
+
+
 def test_a_tiff_in_tiles() -> None:
     tile = [[(x, y, 7) for x in range(16)] for y in range(16)]
     data = bytes(itertools.chain(*itertools.chain(*tile)))
@@ -603,6 +610,14 @@ def test_a_bmp_in_runs() -> None:
     have = pixels(bmp(5, 2, 8, data, palette=COLOURS, compression=1))
 
     assert have == [[COLOURS[3]] * 5, [COLOURS[i] for i in (1, 1, 0, 1, 2)]]
+
+
+def test_a_large_bmp_in_runs_is_refused() -> None:
+    """Its 14 bytes would cost seconds."""
+    error = refused(bmp(5_000_000, 2, 8, bytes([2, 1, 0, 0] * 3 + [0, 1]), palette=COLOURS, compression=1))
+
+    assert error.status == 415
+    assert "compressed, with more than 4,000,000 pixels" in error.message
 
 
 @pytest.mark.parametrize(
@@ -812,7 +827,7 @@ def test_a_jpeg_of_ten_thousand_scans_is_refused() -> None:
     error = refused(body[:last] + body[last:-2] * 10_000 + b"\xff\xd9")
 
     assert error.status == 415
-    assert "more than 100 scans" in error.message
+    assert "more than 50 scans" in error.message
 
 
 @pytest.mark.parametrize(("place", "value"), [(4, 12), (9, 2)])
@@ -909,6 +924,14 @@ def test_a_photo_is_turned_upright(orientation: int, kind: str, mode: str) -> No
     have = [upright.getpixel((side * x + 8, side * y + 8)) for y in range(3) for x in range(2)]
     assert near(have, [grey(letters[letter]) for letter in "abcdef"], 2)
     assert upright.info == {}
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\xff\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_exif_that_cannot_be_read_turns_nothing(kind: str, exif: bytes) -> None:
+    assert pixels(saved(SCENE, kind, exif=exif)) == pixels(saved(SCENE, kind))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
