@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 import textwrap
 import zipfile
@@ -177,8 +179,6 @@ def test_a_pickle_of_the_training_code_is_read_in_load(project: Path) -> None:
             """,
         },
     )
-    import subprocess
-
     subprocess.run([sys.executable, "train.py"], cwd=project, check=True)
 
     assert answer_of(project / "handlers" / "marker.yaml") == "trained"
@@ -275,6 +275,42 @@ def test_a_type_that_only_the_yaml_names_brings_its_file(write: Write, project: 
     folder = unpacked(built(project), tmp_path / "archive")
 
     assert read_graph(Project(folder), folder / "workflows" / "flow.yaml").answer.__name__ == "Mark"
+
+
+def test_a_worker_imports_the_archives_modules_with_the_archives_runtime(
+    write: Write, project: Path, tmp_path: Path
+) -> None:
+    """As TorchServe starts it: the archive's folder is on Python's path, with other modules of these names behind it."""
+    put(project, SHARED)
+    write(NODES, "import helper\nfrom mynet.layers import Net\ndef mark(text: Text) -> Text:\n    from handlers.beside import MARK\n    return Text(f'{helper.MARK} {Net.size} {MARK}')")  # fmt: skip
+    folder = unpacked(built(project), tmp_path / "archive")
+    put(tmp_path / "installed", {"helper.py": "MARK = 'another'", "mynet/__init__.py": "", "handlers/__init__.py": ""})
+    program = """
+import sys, serve
+from pathlib import Path
+import torchserve_dag
+from torchserve_dag.runtime.worker.protocol import ServiceRequest
+from torchserve_dag.runtime.worker.service import load
+assert Path(torchserve_dag.__file__).is_relative_to(Path.cwd())
+import helper
+assert helper.MARK == "another"
+loaded = load(Path.cwd(), None)
+print(loaded.submit(ServiceRequest("1", b"a")).result(60).body.decode())
+loaded.close()
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"text": "root 7 beside"}
 
 
 # What is refused, and what to write instead.
