@@ -47,7 +47,9 @@ from torchserve_dag.runtime.compat.wire import (
     write_responses,
 )
 from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.engine.runner import END, Chunk
+from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.messages import Box, Failure, Label, Labels, Photo, Text
 from torchserve_dag.runtime.models.handler_process import REFUSE_AFTER, HandlerProcess, HandlerSpec
 from torchserve_dag.runtime.project.folders import Project
@@ -104,6 +106,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield begin
     for one in started:
         one.close()
+    for one in started:
+        one.join()
 
 
 def of_module(factory: pytest.TempPathFactory, code: str) -> Iterator[HandlerProcess]:
@@ -114,6 +118,7 @@ def of_module(factory: pytest.TempPathFactory, code: str) -> Iterator[HandlerPro
     process.wait()
     yield process
     process.close()
+    process.join()
 
 
 @pytest.fixture(scope="module")
@@ -435,6 +440,35 @@ def test_an_archive_is_unpacked_for_one_process_or_once_for_all_workers(tmp_path
     assert [path.name for path in shared.iterdir()] == ["MAR-INF"]
     assert archives.handler_of(archive) == archives.handler_of(shared) == "handler.py"
     assert archives.handler_of(tmp_path) is None
+
+
+def test_an_archive_that_only_unpacks_to_much_costs_little(tmp_path: Path) -> None:
+    """A megabyte of an archive may hold a gigabyte of blanks."""
+    large = b"send_intermediate_predict_response()" + b" " * archives.MAX_TEXT
+    manifest = json.dumps({"model": {"handler": "handler.py"}}).encode()
+    for name, files in {"a": (manifest + large, b""), "b": (manifest, large)}.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.mar", "w", zipfile.ZIP_DEFLATED) as packed:
+            for path, content in zip(("MAR-INF/MANIFEST.json", "handler.py"), files, strict=True):
+                packed.writestr(path, content)
+        with zipfile.ZipFile(tmp_path / f"{name}.mar") as packed:
+            packed.extractall(tmp_path / name)
+        for archive in (tmp_path / f"{name}.mar", tmp_path / name):
+            assert archives.handler_of(archive) == (None if name == "a" else "handler.py")
+            assert not archives.streams(archive)
+
+
+def test_a_file_that_is_no_archive_is_named_by_check(write: Write, project: Path) -> None:
+    (project / "model_store").mkdir()
+    (project / "model_store" / "junk.mar").write_bytes(b"junk")
+    path = write("answer: {torchserve: {archive: junk.mar, takes: Text, gives: Text}}")
+    with pytest.raises(CheckError) as caught:
+        read_graph(Project(project), path)
+
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.what) == (
+        5,
+        f"answer: {project}/model_store/junk.mar is not an archive of torch-model-archiver's",
+    )
 
 
 @pytest.mark.parametrize(
@@ -922,6 +956,7 @@ def test_a_closed_process_is_gone_with_its_children_and_its_folder(start: Start,
 
     process.close()
     process.close()
+    process.join()
 
     closing = Failure(503, "m is closing.", "HandlerUnavailable", "m")
     assert waiting.wait() == [[closing]]

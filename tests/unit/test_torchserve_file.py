@@ -473,6 +473,14 @@ def test_what_is_no_archive_is_refused(put: Put, project: Path) -> None:
     assert "is not an archive of torch-model-archiver's" in problems(path)[0].what
 
 
+def test_an_archive_that_streams_is_refused_here(put: Put, mar: Mar) -> None:
+    mar("m1", "def handle(data, context): send_intermediate_predict_response(['a'], {}, '', 200, context)")
+    (problem,) = problems(put("models:\n  m1: {url: m1.mar}\ndag:\n  m1: []\n"))
+
+    assert problem.what == "m1: m1.mar sends its answer in chunks, and this form knows no streams"
+    assert problem.help.startswith("a workflow in our own form streams it")
+
+
 # The workflow's Python file.
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torchserve_dag.runtime.engine.engine import Engine
 from torchserve_dag.runtime.engine.request import Request
 from torchserve_dag.runtime.graph.graph import REQUEST, Graph
 from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.models import load
 from torchserve_dag.runtime.models.load import Loader, decoder
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.telemetry import tracing
@@ -110,8 +110,7 @@ class Workflow:
 
     def close(self) -> None:
         self.engine.close()
-        with ThreadPoolExecutor() as closing:  # processes end at the same time
-            list(closing.map(lambda loaded: loaded.close(), self._loaded.values()))
+        load.close(self._loaded.values())
 
     def __enter__(self) -> Workflow:
         return self

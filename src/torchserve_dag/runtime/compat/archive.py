@@ -9,11 +9,14 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 _STREAMS = "send_intermediate_predict_response"
 """The function of TorchServe's that a handler calls to send a chunk."""
+MAX_TEXT = 1 << 20
+"""Bytes of a manifest, or of a Python file that is read. An archive may hold gigabytes of zeros in a few kilobytes."""
 _ERRORS = (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError)
 
 
@@ -59,10 +62,16 @@ def _extract(archive: Path, folder: Path) -> None:
 
 
 def _read(archive: Path, name: str) -> bytes:
+    """A small file of an archive. Raises one of _ERRORS."""
     if archive.is_dir():
-        return (archive / name).read_bytes()
-    with zipfile.ZipFile(archive) as packed:
-        return packed.read(name)
+        with (archive / name).open("rb") as file:
+            content = file.read(MAX_TEXT + 1)
+    else:
+        with zipfile.ZipFile(archive) as packed, packed.open(name) as entry:
+            content = entry.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise ValueError(f"{name} is larger than {MAX_TEXT:,} bytes")
+    return content
 
 
 def _python_files(archive: Path) -> Iterator[str]:
@@ -73,11 +82,12 @@ def _python_files(archive: Path) -> Iterator[str]:
         else:
             with zipfile.ZipFile(archive) as packed:
                 names = [name for name in packed.namelist() if name.endswith(".py")]
-        for name in names:
-            if PurePosixPath(name).parts[0] != "torchserve_dag":
-                yield _read(archive, name).decode("utf-8", "replace")
     except _ERRORS:
         return
+    for name in names:
+        if PurePosixPath(name).parts[0] != "torchserve_dag":
+            with suppress(*_ERRORS):
+                yield _read(archive, name).decode("utf-8", "replace")
 
 
 def _names(text: str) -> set[str]:

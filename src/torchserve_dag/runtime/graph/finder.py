@@ -203,6 +203,10 @@ class Finder:
             hint = "put it into model_store/"
             self.problems.add((*place, "archive"), f"there is no archive {file.archive} in model_store/", hint)
             return None
+        if not archives.handler_of(archive):
+            what = f"{archive} is not an archive of torch-model-archiver's"
+            self.problems.add((*place, "archive"), what, "its MAR-INF/MANIFEST.json names no handler")
+            return None
         takes = self._type((*place, "takes"), file.takes, Any)
         gives = self._type((*place, "gives"), file.gives, Any)
         return Signature(file.archive, ArchiveCode(archive), {ONE: takes}, gives, yields=archives.streams(archive))

@@ -101,7 +101,7 @@ class HandlerProcess:
             deliver(dict.fromkeys(range(len(items)), refusal))
 
     def close(self) -> None:
-        """End the process; a batch in it fails."""
+        """End the process, and return at once: `join` waits for its end. A batch in it fails."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -110,6 +110,9 @@ class HandlerProcess:
                 self._wake.send(b"\0")
         if process:
             process.interrupt()
+
+    def join(self) -> None:
+        """Wait until the process has ended and its folder is deleted."""
         if self._thread is not threading.current_thread():  # the callback of an answer may close everything
             self._thread.join(10)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ class Loaded:
     hangs: Callable[[], bool] = lambda: False
     """Whether a call did not return in time. Its thread cannot be ended."""
     close: Callable[[], None] = lambda: None
+    join: Callable[[], None] = lambda: None
+    """Waits, for a few seconds, until nothing of it is left after `close`."""
 
 
 class Loader:
@@ -69,8 +71,7 @@ class Loader:
             for one in loaded.values():
                 one.wait()
         except BaseException:
-            for one in loaded.values():
-                one.close()
+            close(loaded.values())
             raise
         return loaded
 
@@ -92,7 +93,7 @@ class Loader:
                 return Loaded(make(function.__name__, partial(_by_name, function), check))
             case ArchiveCode() | RowsFunctionCode():
                 process = HandlerProcess(*self._process(code, code.kind, startup_s, limit_s))
-                return Loaded(batch_starter=process, wait=process.wait, close=process.close)
+                return Loaded(batch_starter=process, wait=process.wait, close=process.close, join=process.join)
             case ServedCode() as served:
                 model = ServedModel(served, code.gives)
                 return Loaded(starter=model, close=model.close)
@@ -160,6 +161,14 @@ def decoder(kind: Any, max_pixels: int) -> Runner:
         return read(kind, request, max_pixels=max_pixels) if isinstance(request, Body | Parts) else request
 
     return function_runner("decode", decode)
+
+
+def close(loaded: Collection[Loaded]) -> None:
+    """Close all of them, at the same time."""
+    for one in loaded:
+        one.close()
+    for one in loaded:
+        one.join()
 
 
 def _by_name(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
