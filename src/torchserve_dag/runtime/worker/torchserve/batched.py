@@ -24,13 +24,14 @@ from torchserve_dag.runtime.compat.wire import (
     WireRequest,
     WireResponse,
     read_requests,
-    write_responses,
 )
+from torchserve_dag.runtime.data.options import PIECES
 from torchserve_dag.runtime.telemetry import metrics
 from torchserve_dag.runtime.worker import output
 from torchserve_dag.runtime.worker import service as services
 from torchserve_dag.runtime.worker.protocol import PendingResponse, Service, ServiceResponse
 from torchserve_dag.runtime.worker.torchserve import segments, sharing
+from torchserve_dag.runtime.worker.torchserve.batch_messages import batch_messages
 from torchserve_dag.runtime.worker.torchserve.exchange import wire_response
 from torchserve_dag.runtime.worker.torchserve.rows import TorchServeRequest, control, read_request
 
@@ -111,7 +112,9 @@ class BatchedLoop:
             while data := connection.recv(READ_BYTES):
                 for batch, _ in batches.feed(data):
                     with answering:
-                        connection.sendall(write_responses(self.answer(batch)))
+                        streams = {wire.id for wire in batch if PIECES in wire.row}
+                        for message in batch_messages(self.answer(batch), streams):
+                            connection.sendall(message)
         self._answering.remove(answering)
 
     def handle(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
