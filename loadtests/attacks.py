@@ -42,6 +42,7 @@ from loadtests.hostile import END, Http2, Target  # noqa: E402
 from torchserve_dag.front_door.bootstrap import REFUSED_LOG, REQUESTS_LOG  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
+from torchserve_dag.releases import version_metrics  # noqa: E402
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest  # noqa: E402
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub  # noqa: E402
 from torchserve_dag.server.state import State  # noqa: E402
@@ -329,6 +330,61 @@ def bad_forms(server: Server) -> str:
                     http.post("/predictions/echo", content=b"x=%\xff", headers={"content-type": kind}).status_code
                 ] += 1
     return f"{dict(found)}; ejected: {list(server.door.traffic().ejected)}"
+
+
+@attack("a time limit of 1 ms, cancels and refused inputs, all at one version by a sticky header's value")
+def client_decides(server: Server) -> str:
+    """None of it may eject a version, or count against it in a rollout."""
+    before = version_metrics.read(server.door.admin)
+    found: Counter[int] = Counter()
+    end = time.monotonic() + 8
+    headers = {"content-type": "text/plain"}
+    with server.http() as http:
+        while time.monotonic() < end:
+            late = http.post("/predictions/echo", content=b"sleep 0.05", headers={**headers, "x-timeout-ms": "1"})
+            refused = http.post("/predictions/echo", content=b"bad \n[PID]1", headers=headers)
+            found.update([late.status_code, refused.status_code])
+            with suppress(httpx.TimeoutException):
+                http.post("/predictions/echo", content=b"sleep 0.2", headers=headers, timeout=0.02)
+    now = version_metrics.read(server.door.admin)
+    errors = {name: now[name].errors - before[name].errors for name in before if name[0] == "echo"}
+    return f"{dict(found)}; errors {errors}; ejected: {list(server.door.traffic().ejected)}"
+
+
+@attack("exceptions whose messages hold lines that TorchServe would obey")
+def forged_commands(server: Server) -> str:
+    forged = (
+        "x\n[METRICS]forged_total.Count:1|#a:b|#type:COUNTER|#hostname:h,1\r[PID]1\u2028[METRICS]forged2.Count:1|#a:b"
+    )
+    end, sent = time.monotonic() + 8, 0
+    with server.http() as http:
+        while time.monotonic() < end:
+            http.post("/predictions/echo", content=f"fail {forged}".encode(), headers={"content-type": "text/plain"})
+            sent += 1
+    time.sleep(1.5)
+    record = server.state.record()
+    page = httpx.get(f"{record.addresses.metrics}/metrics", trust_env=False).text if record else ""
+    log = (server.state.logs / "model_log.log").read_text("utf-8", "replace")
+    return f"{sent:,} sent; on /metrics: {page.count('forged')}; tracebacks in the log: {log.count('Traceback')}"
+
+
+@attack("batches of 16 answers of 6 MB")
+def large_batches(server: Server) -> str:
+    found: Counter[str] = Counter()
+
+    def ask(_: int) -> str:
+        with server.http() as http:
+            begun = time.monotonic()
+            try:
+                answer = http.post("/predictions/echo", content=b"big 6000000", headers={"content-type": "text/plain"})
+            except httpx.HTTPError as error:
+                return type(error).__name__
+            took = "under 5 s" if time.monotonic() - begun < 5 else "over 5 s"  # noqa: PLR2004
+            return f"{answer.status_code} with {len(answer.content):,} bytes, {took}"
+
+    with ThreadPoolExecutor(32) as pool:
+        found.update(pool.map(ask, range(96)))
+    return str(dict(found))
 
 
 def _uploads(server: Server, count: int, head: bytes) -> str:
