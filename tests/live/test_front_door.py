@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import jwt
 import pytest
 from typer.testing import CliRunner
@@ -44,7 +45,7 @@ from torchserve_dag.runtime.messages import Text
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
 from torchserve_dag.server import processes
-from torchserve_dag.server.connect import torchserve_client
+from torchserve_dag.server.connect import running, torchserve_client
 from torchserve_dag.server.supervised import Role, Supervised
 
 WITHIN_S = 60
@@ -224,6 +225,32 @@ def test_a_body_is_read_as_it_was_sent(
 ) -> None:
     with served.http() as http:
         found = http.post("/predictions/other", content=body, headers=headers)
+
+    assert found.status_code == status, found.text
+    assert found.json()["text"] == says if status == 200 else says in found.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "says"),
+    [
+        ({"content-type": FORM}, b'{"text": "echo I like a=b"}', 415, "send Content-Type: text/plain"),
+        ({"content-type": FORM}, b"echo hello", 415, "send Content-Type: text/plain"),
+        ({"content-type": BOUNDARY}, form(("body", b"echo a"), ("body", b"echo b")), 400, "several parts called body"),
+        (
+            {"content-type": "text/plain; charset=latin-1", "content-encoding": "gzip"},
+            gzip.compress(b"echo \xfc"),
+            200,
+            "ü",
+        ),
+    ],
+)
+def test_torchserves_own_port_takes_forms_apart_and_the_worker_says_so(
+    served: Served, headers: dict[str, str], body: bytes, status: int, says: str
+) -> None:
+    key = json.loads(served.state.key_file.read_text())["inference"]["key"]
+    where = running(served.state).addresses.inference
+    sent = {**headers, "authorization": f"Bearer {key}"}
+    found = httpx.post(f"{where}/predictions/other", content=body, headers=sent, trust_env=False, timeout=60)
 
     assert found.status_code == status, found.text
     assert found.json()["text"] == says if status == 200 else says in found.json()["message"]

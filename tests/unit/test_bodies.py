@@ -22,13 +22,14 @@ from PIL import Image
 
 from tests.unit.front_end import REST, WAIT_S, request_of_parts
 from torchserve_dag.clients.bodies import body_of
+from torchserve_dag.runtime.compat.rows import wire_request
 from torchserve_dag.runtime.compat.wire import read_requests
 from torchserve_dag.runtime.data import content_encoding, media
 from torchserve_dag.runtime.data.codec import reads
 from torchserve_dag.runtime.data.parts import Body, Parts, message_in, read
 from torchserve_dag.runtime.messages import Photo, Text
 from torchserve_dag.runtime.worker.protocol import Part, Service, ServiceRequest, ServiceResponse
-from torchserve_dag.runtime.worker.service import load
+from torchserve_dag.runtime.worker.service import WorkflowService, load
 from torchserve_dag.runtime.worker.torchserve.rows import read_request
 
 FORM = media.FORM
@@ -316,8 +317,12 @@ def test_what_is_no_part_of_the_message_is_a_parameter(services: dict[str, Servi
 
 def over_torchserve(service: Service, headers: dict[str, str], *parts: tuple[str, str, bytes]) -> tuple[int, Any]:
     """The answer to a request as TorchServe writes it to a worker's socket: with parts that may share a name."""
+    return answer(service, over_wire(headers, *parts))
+
+
+def over_wire(headers: dict[str, str], *parts: tuple[str, str, bytes]) -> ServiceRequest:
     ((wire,), _) = read_requests(bytearray(request_of_parts("id-1", parts, headers)))
-    return answer(service, read_request(wire))
+    return read_request(wire)
 
 
 def http(content_type: str, **more: str) -> dict[str, str]:
@@ -372,6 +377,27 @@ def test_a_form_that_the_front_door_hands_on_as_it_was_sent_is_a_body(services: 
 
     assert over_torchserve(services["text"], sent, ("body", media.FORM_AS_SENT, b"gr\xfcn=b")) == (200, "grün=b")
     assert over_torchserve(services["text"], sent, ("body", media.FORM_AS_SENT, b'{"text": "a=b"}')) == (200, "a=b")
+
+
+@pytest.mark.parametrize(
+    ("body", "row"),
+    [
+        (b"data=a%20b&x=&y=%c3%bc", {"data": b"a b", "x": b"", "y": "ü".encode()}),
+        (b"data=a+b", {"data": b"a b"}),
+        (PNG, {"body": PNG}),
+        (b'{"text": "I like a=b"}', {"body": b'{"text": "I like a=b"}'}),
+        (b"hello", {"body": b"hello"}),
+        (b"a=" * 100_000, {"body": b"a=" * 100_000}),
+    ],
+)
+def test_a_torchserve_handler_gets_a_forms_fields_as_from_torchserve_and_anything_else_as_the_body(
+    services: dict[str, Service], body: bytes, row: dict[str, bytes]
+) -> None:
+    service = services["text"]
+    assert isinstance(service, WorkflowService)
+    sent = over_wire(http(media.FORM_AS_SENT), ("body", media.FORM_AS_SENT, body))
+
+    assert service._row(sent).values == row
 
 
 def test_the_charset_and_the_encoding_are_in_torchserves_headers(services: dict[str, Service]) -> None:
@@ -442,6 +468,17 @@ def test_a_message_that_no_client_could_send_is_known(known: dict[str, Any]) -> 
 
     assert all(map(reads, sendable))
     assert not any(map(reads, [list[Photo], dict[str, Photo], Photo | Text, list[bytes], tuple[Photo, str]]))
+
+
+def test_an_unedited_handler_gets_such_a_message_as_a_form(known: dict[str, Any]) -> None:
+    row = wire_request("id-1", known["Captioned"](Photo(Image.new("RGB", (4, 3))), "grün", 2))
+
+    assert row.row.keys() == {"photo", "caption", "count", "tags", "style"}
+    assert (row.row["caption"], row.row["count"], row.row["photo"][:2]) == ("grün".encode(), b"2", b"BM")
+    assert (row.headers["caption"], row.headers["count"]) == (
+        {"content-type": "text/plain"},
+        {"content-type": "application/json"},
+    )
 
 
 def test_a_client_sends_in_parts_what_json_cannot_hold(tmp_path: Path, known: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torchserve_dag import Workflow
 from torchserve_dag.runtime.compute import placement
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.options import TIMEOUT
+from torchserve_dag.runtime.data.parts import Body, message_in, read
 from torchserve_dag.runtime.engine.outcome import FINAL, WORTH_RETRYING
 from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, Label, Labels, Photo, Text
@@ -184,6 +186,26 @@ def test_what_is_sent_is_what_our_own_server_reads(serve: Serve, call: Any, valu
 
     assert codec.encode(codec.decode(kind, body)) == codec.encode(value)
     assert len(body) < 6_553_500  # what TorchServe takes unless it is told otherwise
+
+
+@dataclass(frozen=True)
+class Captioned:
+    photo: Photo
+    caption: str
+    count: int = 1
+    mask: Photo | None = None
+
+
+def test_a_message_that_json_cannot_hold_is_sent_in_parts(serve: Serve, call: Any) -> None:
+    address, inference, _ = serve()
+    ask(call(address), Captioned(PHOTO, "a cat", 2))
+    sent = inference.seen[0]["input"]
+    del sent[TIMEOUT]
+
+    message, parameters = message_in(Captioned, {name: Body(content) for name, content in sent.items()})
+    got = read(Captioned, message)
+    assert (got.caption, got.count, got.mask, parameters) == ("a cat", 2, None, {})
+    assert codec.encode(got.photo) == codec.encode(PHOTO)
 
 
 @pytest.mark.parametrize(

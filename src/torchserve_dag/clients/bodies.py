@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import mimetypes
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torchserve_dag.clients.errors import unexpected_answer
 from torchserve_dag.runtime.data import codec, plain
-from torchserve_dag.runtime.data.parts import Body, Parts
+from torchserve_dag.runtime.data.parts import Body, Parts, fields_apart
 from torchserve_dag.runtime.messages import InputError, Photo, Text
 
 T = TypeVar("T")
@@ -21,7 +19,6 @@ UNKNOWN = "application/octet-stream"
 
 PLAIN_TEXT = "text/plain; charset=utf-8"
 
-_BYTES = bytes | bytearray | memoryview
 _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
     (b"\x89PNG\r\n\x1a\n", "image/png"),
@@ -53,18 +50,10 @@ def body_of(message: Any) -> Body | Parts:
     if isinstance(message, Text):
         # Not as JSON: over gRPC, without a content type, a server cannot tell JSON from a text that looks like JSON.
         return Body(message.text.encode(), PLAIN_TEXT)
-    fields = _fields(message)
-    if any(isinstance(value, Photo | Path | _BYTES) for value in fields.values()):
-        return Parts({name: _part(value) for name, value in fields.items() if value is not None})
+    fields = fields_apart(message)
+    if fields is not None:
+        return Parts({name: _part(value) for name, value in fields.items()})
     return Body(*codec.encode(message))
-
-
-def _fields(message: Any) -> Mapping[str, Any]:
-    if isinstance(message, Mapping):
-        return message
-    if isinstance(message, Photo) or not dataclasses.is_dataclass(message) or isinstance(message, type):
-        return {}
-    return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
 
 
 def _part(value: Any) -> Body:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchserve_dag.runtime.compat.wire import WireRequest
 from torchserve_dag.runtime.data import codec, plain
+from torchserve_dag.runtime.data.parts import BODY, fields_apart
 from torchserve_dag.runtime.messages import Photo, Text
 
 JSON, PLAIN_TEXT = "application/json", "text/plain"
@@ -35,7 +36,7 @@ class Row:
 
 def wire_request(name: str, item: Any) -> WireRequest:
     """An item, which is a Row or a message, as TorchServe would send it. Raises whatever encoding raises."""
-    row = item if isinstance(item, Row) else Row({"body": item})
+    row = item if isinstance(item, Row) else Row(fields_apart(item) or {BODY: item})
     parts: dict[str, bytes] = {}
     headers: dict[str, Any] = {key: value for key, value in row.headers.items() if isinstance(value, str)}
     for key, value in row.values.items():

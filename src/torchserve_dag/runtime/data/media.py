@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from http import HTTPStatus
-from urllib.parse import parse_qsl
+from urllib.parse import unquote_to_bytes
 
 from torchserve_dag.runtime.messages import InputError
 
@@ -63,4 +63,5 @@ def form_fields(body: bytes) -> list[tuple[str, bytes]] | None:
     """The fields of a body of the type FORM; None for a body of which only the type says that it is a form."""
     if not _FORM.fullmatch(body):
         return None
-    return [(name.decode("utf-8", "replace"), value) for name, value in parse_qsl(body, keep_blank_values=True)]
+    pairs = (field.replace(b"+", b" ").partition(b"=") for field in body.split(b"&"))
+    return [(unquote_to_bytes(name).decode("utf-8", "replace"), unquote_to_bytes(value)) for name, _, value in pairs]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torchserve_dag.runtime.data import codec, media, photos, plain, strict_json
@@ -77,6 +78,20 @@ def read(kind: type[T], message: Body | Parts, *, max_pixels: int = photos.MAX_P
         except ValueError as error:  # a dataclass's own __post_init__ says no
             wrongs.append(str(error))
     raise InputError(f"The form does not fit: {'; '.join(wrongs)}.", HTTPStatus.UNPROCESSABLE_ENTITY)
+
+
+def fields_apart(message: Any) -> dict[str, Any] | None:
+    """The fields of a message that JSON cannot hold, because a photo, bytes or a file are among them, without those
+    that are None; the message is sent in parts, one for each. None for any other message.
+    """
+    if isinstance(message, Mapping):
+        fields = dict(message)
+    elif dataclasses.is_dataclass(message) and not isinstance(message, Photo | type):
+        fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    else:
+        return None
+    apart = any(isinstance(value, Photo | Path | bytes | bytearray | memoryview) for value in fields.values())
+    return {name: value for name, value in fields.items() if value is not None} if apart else None
 
 
 def _in_fields(kind: Any, message: Mapping[str, Body]) -> bool:

@@ -16,6 +16,7 @@ from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.runtime.data.options import TIMEOUT
+from torchserve_dag.runtime.data.parts import BODY, fields_apart
 from torchserve_dag.runtime.engine.runner import Cancel, Done
 from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
@@ -66,11 +67,12 @@ class ServedModel:
         """Start one call."""
         served = self._served
         try:
-            body = _body_of(value)
+            fields = fields_apart(value)
+            inputs = {BODY: _body_of(value)} if fields is None else {name: _part(one) for name, one in fields.items()}
             # TorchServe does not pass gRPC's deadline to its worker, so an input carries it, too.
             limit = str(max(1, math.ceil(timeout_s * 1000))).encode()
             request = self._channel.request(
-                model_name=served.name, model_version=served.version or "", input={"body": body, TIMEOUT: limit}
+                model_name=served.name, model_version=served.version or "", input=inputs | {TIMEOUT: limit}
             )
             token = self._token()
             metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -81,7 +83,8 @@ class ServedModel:
             done(Failure(status, f"{message}.", "InternalError", fault=fault))
             return _nothing
         self._calls.add(call)
-        call.add_done_callback(lambda call: self._ended(call, len(body), timeout_s, done))
+        size = sum(map(len, inputs.values()))
+        call.add_done_callback(lambda call: self._ended(call, size, timeout_s, done))
 
         def cancel() -> None:
             call.cancel()
@@ -229,6 +232,10 @@ def _body_of(value: Any) -> bytes:
     if isinstance(value, Photo):
         return _photo(value)
     return codec.encode(value)[0]
+
+
+def _part(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else _body_of(value)
 
 
 def _photo(photo: Photo) -> bytes:

@@ -58,7 +58,7 @@ class ServiceRequest:
     """The parts of a form in their order, options excepted; None: the body is the only part."""
     repeated: Sequence[str] = ()
     """Names that several parts of the form had. `parts` has the last part of each name."""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, Any] = field(default_factory=dict)
     """The headers as they were sent, for TorchServe handlers."""
 
 

@@ -34,31 +34,38 @@ def read_request(wire: WireRequest) -> TorchServeRequest:
 
     Its id is the client's `x-request-id`, and TorchServe's own id where the client sent none.
     """
-    sent = {name: value for name, value in wire.headers.items() if isinstance(value, str)}
-    headers = {name.lower(): value for name, value in sent.items()}
-    parts = [_part(name, value, wire.headers.get(name)) for name, value in wire.row.items()]
-    # Over gRPC, options are entries of the map; a form may have them, too.
-    options = {part.name.lower(): _text(part.content) for part in parts if part.name.lower() in NAMES} | headers
-    parts = [part for part in parts if part.name.lower() not in NAMES]
+    headers = {name.lower(): value for name, value in wire.headers.items() if isinstance(value, str)}
+    options: dict[str, str] = {}  # over gRPC they are entries of the map; a form may have them, too
+    parts: list[Part] = []
+    for name, value in wire.row.items():
+        part = _part(name, value, wire.headers.get(name))
+        if name != BODY and (option := name.lower()) in NAMES:
+            options[option] = part.content.decode("utf-8", "replace")
+        else:
+            parts.append(part)
+    options.update(headers)
     content_type = headers.get("content-type")
-    body: Part | None = None
-    if len(parts) == 1 and parts[0].name == BODY and media.media_of(content_type) != media.FORM and not wire.repeated:
+    is_body = len(parts) == 1 and parts[0].name == BODY and not wire.repeated
+    if is_body and media.media_of(content_type) != media.FORM:
         (body,) = parts
-        if media.media_of(content_type) != media.media_of(body.content_type):  # a form's own type is not its part's
+        if content_type and content_type.startswith(body.content_type or "\0"):
+            content_type = content_type.replace(media.FORM_AS_SENT, media.FORM)  # with the charset, which parts lack
+        else:  # a form's own type is not its part's
             content_type = body.content_type
-        elif content_type:  # TorchServe gives the part the media type, and drops the charset
-            content_type = content_type.replace(media.FORM_AS_SENT, media.FORM)
+        content, form = body.content, None
+    else:
+        content, form = b"", parts
     return TorchServeRequest(
         named(options) or wire.id,
-        body.content if body else b"",
-        content_type or None,
+        content,
+        content_type,
         headers.get("content-encoding"),
         options=owned_keys(options),
-        parts=None if body else parts,
+        parts=form,
         repeated=wire.repeated,
-        headers=sent,
+        headers=wire.headers,
         rest=over_rest(headers),
-        describes=sent.get("describe") == "True",
+        describes=wire.headers.get("describe") == "True",
     )
 
 
@@ -91,7 +98,3 @@ def over_rest(headers: Mapping[str, Any]) -> bool:
         return True
     names = {name.lower() for name, value in headers.items() if isinstance(value, str)}
     return "explain" in names or ("host" in names and "describe" not in names)
-
-
-def _text(content: bytes) -> str:
-    return content.decode("utf-8", "replace")
