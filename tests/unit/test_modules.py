@@ -97,7 +97,7 @@ WAYS = {
     ),
     "import mynet.sizes as sizes": ("str(sizes.SIZE)", "7", {"src/mynet/__init__.py", "src/mynet/sizes.py"}),
     "from mynet import sizes": ("str(sizes.SIZE)", "7", {"src/mynet/__init__.py", "src/mynet/sizes.py"}),
-    "from tools.text import loud": ("loud('a')", "A", {"src/tools/text.py"}),
+    "from tools.text import loud": ("loud('a')", "A", {"src/tools/__init__.py", "src/tools/text.py"}),
     "from handlers.beside import MARK": ("MARK", "beside", {"handlers/beside.py"}),
     "from .rules import MARK": ("MARK", "beside", {"handlers/beside.py", "workflows/rules.py"}),
     "from . import rules": ("rules.MARK", "beside", {"handlers/beside.py", "workflows/rules.py"}),
@@ -282,9 +282,12 @@ def test_a_worker_imports_the_archives_modules_with_the_archives_runtime(
 ) -> None:
     """As TorchServe starts it: the archive's folder is on Python's path, with other modules of these names behind it."""
     put(project, SHARED)
-    write(NODES, "import helper\nfrom mynet.layers import Net\ndef mark(text: Text) -> Text:\n    from handlers.beside import MARK\n    return Text(f'{helper.MARK} {Net.size} {MARK}')")  # fmt: skip
+    write(NODES, "import helper\nfrom mynet.layers import Net\nfrom tools.text import loud\ndef mark(text: Text) -> Text:\n    from handlers.beside import MARK\n    return Text(f'{helper.MARK} {Net.size} {loud(MARK)}')")  # fmt: skip
     folder = unpacked(built(project), tmp_path / "archive")
-    put(tmp_path / "installed", {"helper.py": "MARK = 'another'", "mynet/__init__.py": "", "handlers/__init__.py": ""})
+    put(
+        tmp_path / "installed",
+        {"helper.py": "MARK = 'another'", "mynet/__init__.py": "", "tools/__init__.py": "", "handlers/__init__.py": ""},
+    )
     program = """
 import sys, serve
 from pathlib import Path
@@ -310,7 +313,7 @@ loaded.close()
     )
 
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"text": "root 7 beside"}
+    assert json.loads(done.stdout) == {"text": "root 7 BESIDE"}
 
 
 # What is refused, and what to write instead.
@@ -399,6 +402,14 @@ def test_a_name_that_means_two_modules_is_refused(
     (problem,) = build(Project(project), ["flow"]).problems
 
     assert problem.what == what.format(root=project, yaml=yaml.__file__)
+
+
+def test_a_folder_of_scripts_does_not_hide_an_installed_package(write: Write, project: Path) -> None:
+    put(project, {"yaml/convert.py": "import nowhere"})
+    path = write(NODES, "import yaml\ndef mark(text: Text) -> Text: return Text(yaml.safe_load('a'))")
+
+    assert answer_of(path) == "a"
+    assert not [name for name in zipfile.ZipFile(built(project)).namelist() if name.startswith("src/")]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def contents(project: Project, graph: Graph) -> Contents:
     digests = weights.verified(project, handlers)
     small = runtime()
     small |= {f"{path.parent.name}/{path.name}": path.read_bytes() for path in graph.files}
-    small |= {imports.path_inside(name, file): file.read_bytes() for name, file in modules.items()}
+    small |= imports.packed(modules)
     mode: Mode = graph.serve.mode or ("asynchronous" if graph.streams else "batched")
     small |= served_as(mode, graph)
     description = _description(project, graph, handlers, digests, modules)

@@ -12,10 +12,10 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torchserve_dag.runtime.data.source import CheckError, Problem
-from torchserve_dag.runtime.project.modules import FOLDERS, NEVER_OWN, find, help_for, name_of, places
+from torchserve_dag.runtime.project.modules import FOLDERS, NEVER_OWN, find, help_for, name_of, owns, places
 
 _OPTIONAL = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 """An import whose failure is caught may fail."""
@@ -36,11 +36,21 @@ def own_modules(root: Path, files: Iterable[Path]) -> dict[str, Path]:
     return dict(sorted(reader.modules.items()))
 
 
-def path_inside(name: str, file: Path) -> str:
-    """The path of a module in an archive, where its absolute name finds it again."""
-    end = "/__init__.py" if file.name == "__init__.py" else ".py"
-    path = name.replace(".", "/") + end
-    return path if name.partition(".")[0] in FOLDERS else f"src/{path}"
+def packed(modules: Mapping[str, Path]) -> dict[str, bytes]:
+    """The modules by their paths in an archive, where their absolute names find them again.
+
+    A folder without `__init__.py` gets an empty one, so that no installed package of its name comes before it.
+    """
+    files: dict[str, bytes] = {}
+    for name, file in modules.items():
+        inside = name.replace(".", "/") + ("/__init__.py" if file.name == "__init__.py" else ".py")
+        if name.partition(".")[0] in FOLDERS:
+            files[inside] = file.read_bytes()
+            continue
+        files[f"src/{inside}"] = file.read_bytes()
+        for package in PurePosixPath(inside).parents[:-1]:
+            files.setdefault(f"src/{package}/__init__.py", b"")
+    return files
 
 
 def digests(modules: Mapping[str, Path]) -> dict[str, str]:
@@ -106,7 +116,8 @@ class _Reader:
                 what = f'"import {top}" means Python\'s own module, and {self._shown(hidden[0])} is never imported'
                 self._problem(file, line, what, "give the file another name")
             return False
-        if not (candidates := places(self.root, top)):
+        candidates = places(self.root, top)
+        if not owns(self.root, top):
             if not optional and _spec(top) is None:
                 self._problem(file, line, f'there is no module "{name}"', help_for(self.root, file, name))
             return False
@@ -117,7 +128,8 @@ class _Reader:
         ]
         if shadowed:
             what = f'"{top}" is {self._shown(first.shown)}, and {shadowed[0]} too'
-            self._problem(file, line, what, "give the project's own another name")
+            help_ = "give the project's own another name; or, if it is installed here, install it with pip install -e"
+            self._problem(file, line, what, help_)
         if self.add(name):
             return True
         if not optional:

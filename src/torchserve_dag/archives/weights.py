@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable
@@ -76,6 +77,13 @@ def files(path: Path) -> list[Path]:
 
 
 def _of_file(path: Path) -> str:
+    about = path.stat()
+    return _digest(path, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, *_: int) -> str:
+    """The sha256 of a file's content, read once for a handler and all workflows that run it."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):

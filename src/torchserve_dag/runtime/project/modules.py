@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
@@ -65,6 +65,18 @@ def places(root: Path, name: str) -> list[Place]:
 def find(root: Path, name: str) -> Place | None:
     """The place of a project's own module; None if an import of that name means another."""
     return next(iter(places(root, name)), None)
+
+
+def owns(root: Path, top: str) -> bool:
+    """Whether an import of that name means the project.
+
+    As in Python, an installed module comes before a folder without `__init__.py`. An archive has no such folders.
+    """
+    place = find(root, top)
+    if place is None or place.file or top in FOLDERS:
+        return place is not None
+    installed = PathFinder.find_spec(top)
+    return installed is None or installed.origin is None
 
 
 def name_of(root: Path, file: Path) -> str:
@@ -174,7 +186,8 @@ class Modules:
 
     def bare(self, name: str) -> ModuleType | None:
         """The project's own module of that absolute name, if it has one."""
-        return importlib.import_module(f"{self._package}.{name}") if find(self.root, name) else None
+        own = self._owns_top(name.partition(".")[0]) and find(self.root, name)
+        return importlib.import_module(f"{self._package}.{name}") if own else None
 
     def spec(self, fullname: str, name: str) -> ModuleSpec | None:
         """How `importlib` imports the module of that absolute name."""
@@ -197,7 +210,7 @@ class Modules:
             return False
         owned = self._owns.get(top)
         if owned is None:
-            owned = find(self.root, top) is not None
+            owned = owns(self.root, top)
             if owned or top in sys.modules:  # what is nowhere may still be written
                 self._owns[top] = owned
         return owned
