@@ -21,12 +21,18 @@ FAULT = "\nfault "
 """Between the sentence of a batch that failed and the name of its fault in the log."""
 
 _HEAD = struct.Struct("!cQ")
+_SMALL = 1 << 16
 
 
 def send(link: socket.socket, kind: bytes, message: bytes = b"", within_s: float | None = None) -> None:
     """Send a message. Raises TimeoutError, OSError."""
     link.settimeout(within_s)
-    link.sendall(_HEAD.pack(kind, len(message)) + message)
+    head = _HEAD.pack(kind, len(message))
+    if len(message) < _SMALL:
+        link.sendall(head + message)
+    else:  # not copied
+        link.sendall(head)
+        link.sendall(message)
 
 
 def receive(link: socket.socket, within_s: float | None = None) -> tuple[bytes, bytearray] | None:
