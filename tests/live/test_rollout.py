@@ -8,17 +8,21 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.live.conftest import run_tool
 from tests.live.door import PROTOCOLS, Served, ask, new_project, tool, write_version
 from torchserve_dag.clients import ServingError
+from torchserve_dag.commands import app
 from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import manual
@@ -232,6 +236,81 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.2)
 
 
+def test_a_new_model_and_other_versions_come_into_the_running_server(served: Served) -> None:
+    """And what is served stays what it is, whatever happens to the file in the store."""
+    plain = served.root / "model_store" / "plain-2024-10-1+cpu.mar"
+    with zipfile.ZipFile(plain, "w") as made:
+        model = {"modelName": "plain", "modelVersion": "2024-10-1+cpu", "handler": "h.py"}
+        made.writestr(
+            "MAR-INF/MANIFEST.json", json.dumps({"model": model, "archiverVersion": "0.12.0", "runtime": "python"})
+        )
+        made.writestr("h.py", "def handle(rows, context): return ['plain' for _ in rows or []]")
+    assert "it answers requests that name no version" in tool(served.root, "serve", "plain")
+    for protocol in PROTOCOLS:
+        with served.client(protocol) as client:
+            assert client.predict("plain", b"hi", "2024-10-1+cpu") == client.predict("plain", b"hi") == b"plain"
+    status = tool(served.root, "status", "plain")
+    assert "name plain" in status
+    assert "built by another tool" in status
+
+    for version in ("1.0", "1.1"):
+        write_version(served.root, "fresh", version, "old" if version == "1.0" else "good", "paced.py")
+    tool(served.root, "build", "fresh")
+    tool(served.root, "rollout", "fresh", "1.0")  # the first version of a model
+    assert "rollout fresh 1.1 gives it others" in " ".join(tool(served.root, "serve", "fresh/1.1").split())
+    with served.client("rest") as client:
+        assert [ask(client, "fresh"), ask(client, "fresh", "1.1")] == ["1.0", "2.0"]
+    assert (decided(served, "fresh", "1.0"), decided(served, "fresh", "1.1")) == ("default", "served")
+
+    archive = served.root / "model_store" / "fresh-1.1.mar"
+    write_version(served.root, "fresh", "1.1", "slow", "paced.py")
+    assert "fresh-1.1.mar is served now" in tool(served.root, "build", "--force", "fresh/1.1", code=1)
+    archive.write_bytes((served.root / "model_store" / "good-1.0.mar").read_bytes())
+    pack_as(archive, "fresh", "1.1")
+    assert "a version never changes" in tool(served.root, "rollout", "fresh", "1.1", code=1)
+    assert "differs: fresh 1.1: " in said_by_status(served)
+    with served.client("rest") as client:
+        assert ask(client, "fresh", "1.1") == "2.0"
+
+    live = json.loads(graph_live(served, "fresh/1.1"))
+    assert (live["version"], live["nodes"][0]["name"]) == ("1.1", "answer")
+
+
+def pack_as(archive: Path, name: str, version: str) -> None:
+    """Give an archive another name and version, as copying the wrong file does."""
+    with zipfile.ZipFile(archive) as before:
+        entries = {entry: before.read(entry) for entry in before.namelist()}
+    manifest = json.loads(entries["MAR-INF/MANIFEST.json"])
+    manifest["model"] |= {"modelName": name, "modelVersion": version}
+    entries["MAR-INF/MANIFEST.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(archive, "w") as after:
+        for entry, body in entries.items():
+            after.writestr(entry, body)
+
+
+def said_by_status(served: Served) -> str:
+    found = CliRunner().invoke(app, ["status", "--project", str(served.root)])
+    return found.stderr
+
+
+def graph_live(served: Served, name: str) -> str:
+    """What graph --live prints, while requests come."""
+    stop = threading.Event()
+
+    def send() -> None:
+        with served.client("rest") as client:
+            while not stop.is_set():
+                ask(client, *name.split("/"))
+
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(send)
+        try:
+            return tool(served.root, "graph", name, "--live", "--seconds", "3", "--json")
+        finally:
+            stop.set()
+            sending.result(60)
+
+
 def test_what_cannot_be_rolled_out_is_refused_in_one_sentence(served: Served) -> None:
     refused = {
         ("good", "9.0"): "There is no archive of good/9.0",
@@ -249,3 +328,7 @@ def test_what_cannot_be_rolled_out_is_refused_in_one_sentence(served: Served) ->
     assert "it is the default" in tool(served.root, "retire", "slow/2.0", code=1)
     assert "No rollout of good is running" in tool(served.root, "promote", "good", code=1)
     assert "nobody was never rolled out" in tool(served.root, "rollback", "nobody", code=1)
+    again = tool(served.root, "rollback", "failing", code=1)
+    assert "The last rollout of failing, to 2.0, was rolled back already" in again
+    assert "now 1.0 100% of it answers" in again
+    assert "torchserve-dag rollout failing VERSION" in again

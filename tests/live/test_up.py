@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from torchserve_dag.archives import mar
 from torchserve_dag.clients import KeyFile, RestClient
 from torchserve_dag.server import java, processes, properties
 from torchserve_dag.server.connect import running
@@ -112,7 +113,9 @@ def test_a_project_is_built_served_called_and_stopped(project: Path) -> None:
         ("1.10", True, "ready"),
     ]
     assert all(worker["memory_mb"] > 10 for version in versions for worker in version["workers"])
-    assert answer(project, "status", "shout/1.9")["card"]["does"] == "Shouts."
+    about = answer(project, "status", "shout/1.9")
+    assert about["card"]["does"] == "Shouts."
+    assert about["hash"] == versions[0]["hash"] == mar.content_hash(project / "model_store" / "shout-1.9.mar")
 
     run(project, "default", "shout", "1.9")
     assert answer(project, "call", "shout", "hello.txt") == {"text": "HELLO (9)"}
@@ -124,7 +127,7 @@ def test_a_project_is_built_served_called_and_stopped(project: Path) -> None:
     assert processes.family(state) == []
     assert not state.tmp.exists()
     assert not state.key_file.exists()
-    made = {"model_store", ".torchserve-dag", "bad.txt"}
+    made = {"model_store", ".torchserve-dag", "bad.txt", "releases.yaml"}
     assert {path.name for path in project.iterdir()} - made == {
         "handlers",
         "config.properties",
@@ -133,7 +136,25 @@ def test_a_project_is_built_served_called_and_stopped(project: Path) -> None:
     }
     assert leftovers() == before
 
-    run(project, "up", "--free-ports", "--no-front-door")
+    write(project, "broken", "1.0", "{broken: true}")
+    write(project, "broken_stream", "1.0", "{broken: true}")
+    stream = project / "handlers" / "broken_stream-1.0.yaml"
+    stream.write_text(stream.read_text() + "serve: {mode: asynchronous}\n")
+    write(project, "shout", "1.8", "{}")
+    run(project, "build")
+    (project / "model_store" / "torn.mar").write_bytes((project / "model_store" / "shout-1.8.mar").read_bytes()[:9000])
+    served = run(project, "up", "--free-ports", "--no-front-door")  # what can be served is
+    for sentence in (
+        "failed: broken 1.0: A worker of broken 1.0 keeps failing: RuntimeError: this model cannot be loaded",
+        "failed: broken_stream 1.0: A worker of broken_stream 1.0 keeps failing: RuntimeError: this model",
+        "failed: torn.mar: it is not an archive",
+        "left out: shout 1.8: an older version: torchserve-dag serve shout/1.8 loads it",
+    ):
+        assert sentence in served.stderr
+    assert [(v["name"], v["version"]) for v in answer(project, "status")["versions"]] == [
+        ("shout", "1.9"),
+        ("shout", "1.10"),
+    ]
     assert answer(project, "call", "shout", "hello.txt") == {"text": "HELLO (9)"}  # the default that was set is kept
     assert "runs without the front door" in run(project, "rollout", "shout", "1.10", code=1).stderr
 
@@ -142,7 +163,7 @@ def test_a_project_is_built_served_called_and_stopped(project: Path) -> None:
     assert processes.family(state) == []
 
 
-def test_a_worker_that_keeps_failing_ends_up_with_its_reason(project: Path) -> None:
+def test_where_nothing_can_be_served_up_ends_with_the_reason(project: Path) -> None:
     write(project, "broken", "1.0", "{broken: true}")
     run(project, "build", "broken")
     failed = run(project, "up", "--free-ports", code=1)

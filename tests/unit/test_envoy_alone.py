@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -638,6 +639,25 @@ def test_what_is_inside_of_one_version_is_bounded(
 
     good, full = ("200 None", "503 1") if protocol == "rest" else ("answered", "UNAVAILABLE")
     assert (over, beside, found) == ([full] * 3, good, {good: 3, full: 3})
+
+
+def test_a_model_whose_default_is_not_served_says_so_and_answers_who_names_a_version(door: Alone) -> None:
+    """No version that nobody decided on takes the default's requests."""
+    before = door.door.traffic()
+    door.door.change(lambda now: replace(now, defaults={**now.defaults, "echo": "0.9"}))
+    try:
+        with door.http() as http:
+            unnamed, named = (http.post(f"/predictions/echo{path}", content=b"hi") for path in ("", "/1.0"))
+        with door.grpc() as stub:
+            with pytest.raises(grpc.RpcError) as error:
+                stub.Predictions(request(), metadata=door.metadata)
+            stub.Predictions(PredictionsRequest(model_name="echo", model_version="1.0"), metadata=door.metadata)
+    finally:
+        door.door.change(lambda _: before)
+
+    assert (unnamed.status_code, named.status_code) == (503, 200)
+    assert unnamed.json()["message"] == "The default version of echo is not served: name one of 1.0."
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_front_door_without_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

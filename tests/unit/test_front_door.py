@@ -133,6 +133,19 @@ class TestSplits:
 
         assert (one.route.always, one.route.shadow, one.fallback) == ({}, {"3.0": 5}, None)
 
+    def test_the_share_of_a_version_that_is_not_served_goes_to_those_that_were_decided_on(self) -> None:
+        """And to nobody, if none of them is served: never to another version."""
+        (some,) = splits(SERVED[1:], {"m": ROUTE}, {"m": "3.0"}, {})
+        assert some.shares == {"2.0": 1.0}
+
+        (none,) = splits(SERVED[2:], {"m": ROUTE}, {"m": "3.0"}, {"m": RolloutShare("3.0", 0.5)})
+        assert none.shares == {}
+        (default,) = splits(SERVED[2:], {}, {}, {})
+        assert default.shares == {}
+
+    def test_versions_whose_names_differ_in_a_dot_have_metrics_of_their_own(self) -> None:
+        assert envoy_config.stat_name("rest:m/1.0") != envoy_config.stat_name("rest:m/1_0")
+
     def test_the_fallback_stands_in_for_who_is_ejected_in_its_own_place(self) -> None:
         """And says in the log for whom."""
         shares = splits(SERVED, {"m": ROUTE}, {}, {}, [("m", "2.0")])

@@ -133,12 +133,12 @@ class StartupWait:
         pids = self._pids.setdefault((name, version, worker.id), set())
         if worker.pid > 0:  # TorchServe does not know the process of a worker that ends early
             pids.add(worker.pid)
+            if sum(map(_ended, pids)) >= self._failures:
+                return True
             if not _ended(worker.pid) or workers_of(java, frozenset({worker.id})):
                 self._gone.pop(worker.id, None)
-            else:
-                gone_s = time.monotonic() - self._gone.setdefault(worker.id, time.monotonic())
-                if len(pids) >= self._failures or gone_s > GONE_S:
-                    return True
+            elif time.monotonic() - self._gone.setdefault(worker.id, time.monotonic()) > GONE_S:
+                return True
         return len(pids) >= FAILURES or self.logs.failed_again(name, version) >= FAILURES - 1
 
 

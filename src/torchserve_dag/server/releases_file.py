@@ -47,6 +47,7 @@ class DefaultVersion:
     """The version that answers requests that name none."""
 
     version: str
+    """Its name."""
     hash: str = ""
     """The hash of the archive's content that was decided on."""
     date: str = ""
