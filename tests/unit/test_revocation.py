@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.real_envoy import RealEnvoy, real_envoy
+from tests.unit.envoy_alone import Alone, alone
 from torchserve_dag.front_door import bootstrap
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.runtime.data import plain
@@ -49,21 +49,21 @@ IN_A_FULL_DISK = """
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEnvoy]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     """It answers 404 for every model, and 403 to a token that was revoked."""
-    with real_envoy(tmp_path_factory.mktemp("project")) as running:
+    with alone(tmp_path_factory.mktemp("project")) as running:
         yield running
 
 
-def test_a_token_is_accepted_until_it_is_revoked(running: RealEnvoy) -> None:
-    alice, bob = (running.door.issue_token(name, 3600) for name in ("alice", "bob"))
-    assert (running.status(alice), running.status(bob)) == (404, 404)
-    running.door.revoke_token("alice")
+def test_a_token_is_accepted_until_it_is_revoked(running: Alone) -> None:
+    ann, bob = (running.door.issue_token(name, 3600) for name in ("ann", "bob"))
+    assert (running.status(ann), running.status(bob)) == (404, 404)
+    running.door.revoke_token("ann")
 
-    assert (running.status(alice), running.status(bob)) == (403, 404)
+    assert (running.status(ann), running.status(bob)) == (403, 404)
 
 
-def test_neither_a_held_lock_nor_broken_traffic_holds_it_up(running: RealEnvoy) -> None:
+def test_neither_a_held_lock_nor_broken_traffic_holds_it_up(running: Alone) -> None:
     token = running.door.issue_token("carol", 3600)
     traffic = running.door.folder / "traffic.json"
     before = traffic.read_text()
@@ -76,7 +76,7 @@ def test_neither_a_held_lock_nor_broken_traffic_holds_it_up(running: RealEnvoy) 
     assert running.status(token) == 403
 
 
-def test_while_envoy_is_stopped_it_is_done_already(running: RealEnvoy) -> None:
+def test_while_envoy_is_stopped_it_is_done_already(running: Alone) -> None:
     """Envoy reads the file when it starts."""
     running.door.issue_token("dave", 3600)
     (token,) = (one for one in running.door.tokens.issued() if one.name == "dave")
@@ -88,7 +88,7 @@ def test_while_envoy_is_stopped_it_is_done_already(running: RealEnvoy) -> None:
     assert token.id not in file.read_text()
 
 
-def test_a_change_that_cannot_be_rendered_changes_nothing(running: RealEnvoy) -> None:
+def test_a_change_that_cannot_be_rendered_changes_nothing(running: Alone) -> None:
     """What the next change, or the next revocation, would stumble over is never written."""
     before = running.door.traffic()
     token = running.door.issue_token("erin", 3600)
@@ -105,7 +105,7 @@ def test_a_change_that_cannot_be_rendered_changes_nothing(running: RealEnvoy) ->
     running.door.change(lambda traffic: traffic)
 
 
-def test_a_token_whose_rate_limit_envoy_did_not_take_is_not_left(running: RealEnvoy) -> None:
+def test_a_token_whose_rate_limit_envoy_did_not_take_is_not_left(running: Alone) -> None:
     (running.door.folder / "traffic.json").rename(running.door.folder / "away.json")
     with pytest.raises(ServerError):
         running.door.issue_token("frank", 3600)
