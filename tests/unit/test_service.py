@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import sys
@@ -412,6 +413,19 @@ def test_segments_pass_content_type_and_parameters_on(war: Callable[..., list[An
     )
 
     assert found == [{"text": "A (me)"}, {"text": "B (you)"}]
+
+
+def test_a_war_reads_bodies_as_an_archive_does(war: Callable[..., list[Any]], project: Path) -> None:
+    packed, latin = {"Content-Encoding": "gzip"}, "text/plain; charset=latin-1"
+    found = war(
+        project,
+        ({"body": gzip.compress(b"a")}, packed),
+        ({"body": b"a"}, packed),
+        ({"one": b"a", "two": b"b"}, {}),
+        ({"body": b"\xfc"}, {"Content-Type": latin, "body": {"content-type": "text/plain"}}),
+    )
+
+    assert [body.get("code", body.get("text")) for body in found] == ["A (None)", 400, 400, "Ü (None)"]
 
 
 def test_a_failure_reaches_the_client_and_touches_no_other(war: Callable[..., list[Any]], project: Path) -> None:
