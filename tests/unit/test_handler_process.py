@@ -46,7 +46,7 @@ from torchserve_dag.runtime.compat.wire import (
     write_requests,
     write_responses,
 )
-from torchserve_dag.runtime.data import codec
+from torchserve_dag.runtime.data import codec, unzip
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.engine.runner import END, Chunk
 from torchserve_dag.runtime.graph.read import read_graph
@@ -444,7 +444,7 @@ def test_an_archive_is_unpacked_for_one_process_or_once_for_all_workers(tmp_path
 
 def test_an_archive_that_only_unpacks_to_much_costs_little(tmp_path: Path) -> None:
     """A megabyte of an archive may hold a gigabyte of blanks."""
-    large = b"send_intermediate_predict_response()" + b" " * archives.MAX_TEXT
+    large = b"send_intermediate_predict_response()" + b" " * unzip.MAX_FILE
     manifest = json.dumps({"model": {"handler": "handler.py"}}).encode()
     for name, files in {"a": (manifest + large, b""), "b": (manifest, large)}.items():
         with zipfile.ZipFile(tmp_path / f"{name}.mar", "w", zipfile.ZIP_DEFLATED) as packed:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchserve_dag.archives import atomic, mar
+from torchserve_dag.runtime.data import unzip
 
 ModelVersion = tuple[str, str]
 """A model, and one of its versions."""
@@ -62,7 +63,11 @@ def read_store(folder: Path) -> Store:
     """Read what the archives in a folder are. Hidden files are skipped."""
     archives: dict[ModelVersion, tuple[Archive, ...]] = {}
     unusable: dict[str, str] = {}
-    for path in sorted(folder.glob("[!.]*.mar")):
+    for path in sorted(folder.glob("[!.]*")):
+        if path.name.endswith((".tar.gz", ".tgz")) or (path.is_dir() and (path / mar.MANIFEST).exists()):
+            unusable[path.name] = "is not a .mar file: pack it with model-archiver's default --archive-format"
+        if path.is_dir() or path.suffix != ".mar":
+            continue
         try:
             archive = read_archive(path)
         except UnusableArchiveError as error:
@@ -77,12 +82,14 @@ def read_store(folder: Path) -> Store:
 def read_archive(path: Path) -> Archive:
     """What an archive is. Raises UnusableArchiveError."""
     try:
+        unzip.check(path)
         name, version = mar.name_and_version(path)
         content = mar.content_hash(path)
     except OSError as error:
         raise UnusableArchiveError(f"cannot be read: {error.strerror or error}") from None
+    except mar.BadArchiveError as error:
+        raise UnusableArchiveError(f"is not an archive ({error}): delete it, or build it again") from None
     except (
-        mar.BadArchiveError,
         ValueError,
         LookupError,
         TypeError,

@@ -21,6 +21,8 @@ from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import package_model
 from model_archiver.model_packaging_utils import ModelExportUtils
 
+from torchserve_dag.runtime.data import source, unzip
+
 ENTRY = "serve.py"
 """The file that TorchServe's worker imports."""
 SETTINGS = "model-config.yaml"
@@ -114,9 +116,8 @@ def _add(archive: zipfile.ZipFile, entry: str, stream: BinaryIO, size: int) -> N
 
 
 def read_text(archive: Path, entry: str) -> str:
-    """The text of a file in an archive. Raises KeyError if it is missing, zipfile.BadZipFile for a bad archive."""
-    with zipfile.ZipFile(archive) as stored:
-        return stored.read(entry).decode("utf-8")
+    """The text of a small file in an archive. Raises KeyError if it is missing, zipfile.BadZipFile."""
+    return unzip.read(archive, entry).decode("utf-8")
 
 
 def is_ours(archive: Path) -> bool:
@@ -131,8 +132,8 @@ def is_ours(archive: Path) -> bool:
 def is_asynchronous(archive: Path) -> bool:
     """Whether its answers may come in chunks: TorchServe's asynchronous mode."""
     try:
-        settings = yaml.safe_load(read_text(archive, SETTINGS))
-    except (OSError, KeyError, zipfile.BadZipFile, yaml.YAMLError):
+        settings = source.load(read_text(archive, SETTINGS))
+    except (OSError, KeyError, ValueError, RecursionError, zipfile.BadZipFile, yaml.YAMLError):
         return False
     return isinstance(settings, dict) and settings.get("asyncCommunication") is True
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-import zipfile
 from pathlib import Path
 
 from torchserve_dag.archives import mar
 from torchserve_dag.archives.archive import Archive, UnusableArchiveError
 from torchserve_dag.archives.store import part_of_archive
+from torchserve_dag.runtime.data import unzip
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.project.folders import Project
@@ -20,6 +20,7 @@ def graph_of(archive: Archive) -> Graph:
     if not mar.is_ours(archive.path):
         raise UnusableArchiveError("was not built by torchserve-dag, and has no graph")
     served = json.loads(mar.read_text(archive.path, mar.BUILD))["file"]
-    with tempfile.TemporaryDirectory(prefix="torchserve-dag-") as folder, zipfile.ZipFile(archive.path) as packed:
-        packed.extractall(folder, [entry for entry in packed.namelist() if part_of_archive(entry) == "project"])
+    with tempfile.TemporaryDirectory(prefix="torchserve-dag-") as folder:
+        project = [entry for entry in mar.checksums(archive.path) if part_of_archive(entry) == "project"]
+        unzip.extract(archive.path, Path(folder), project)
         return read_graph(Project(Path(folder)), Path(folder) / served)

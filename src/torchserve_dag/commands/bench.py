@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
 
 if TYPE_CHECKING:
@@ -142,5 +143,5 @@ def _report(folder: Path) -> Summary:
     except BenchError as error:  # a report without plots is better than none
         err.print(f"[yellow]{escape(str(error))}[/]", soft_wrap=True)
         pictures = {}
-    (folder / "report.md").write_text(report.markdown(summary, pictures), "utf-8")
+    atomic.write_text(folder / "report.md", report.markdown(summary, pictures))
     return summary

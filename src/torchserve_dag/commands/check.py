@@ -32,10 +32,11 @@ def _settings_problems(root: Path, good: set[tuple[str, str]]) -> list[Problem]:
     """The problems in the files at the project's root. They may name versions that only the model store has."""
     from torchserve_dag.archives.archive import read_store
     from torchserve_dag.runtime.data.source import CheckError
+    from torchserve_dag.server import config_keys, properties
     from torchserve_dag.stack import settings
 
     store = read_store(root / "model_store")
-    problems = settings.releases_problems(root, store)
+    problems = settings.releases_problems(root, store) + config_keys.problems(properties.find(root))
     try:
         settings.read(root, good | store.archives.keys())
     except CheckError as error:

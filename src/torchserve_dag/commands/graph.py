@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def graph(
         drawn = _served(State(root), name) if live else _in_project(Project(root), name)
         rates = _rates(State(root), drawn, seconds) if live else None
         if output:
-            output.write_text(drawers[output.suffix](drawn, rates), "utf-8")
+            atomic.write_text(output, drawers[output.suffix](drawn, rates))
     if json:
         print_json(as_data(drawn, rates))
     elif output:

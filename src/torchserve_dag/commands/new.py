@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from torchserve_dag.archives import atomic
 from torchserve_dag.commands.common import err, fail, failures, out
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -82,7 +83,7 @@ def _write(template: Path, folder: Path, values: dict[str, str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text("utf-8")
         filled = string.Template(text).safe_substitute(values) if path.suffix in {".yaml", ".md"} else text
-        target.write_text(filled, "utf-8")
+        atomic.write_text(target, filled)
 
 
 def _wrap(source: Path, folder: Path) -> dict[str, str]:

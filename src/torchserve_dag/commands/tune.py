@@ -49,11 +49,13 @@ def tune(
     from torchserve_dag.runtime.project.folders import Project
     from torchserve_dag.tuning.search import TrialError, best, search
     from torchserve_dag.tuning.trial import Task
-    from torchserve_dag.tuning.write import write_settings
+    from torchserve_dag.tuning.write import check_writable, write_settings
 
     with failures():
         root = project_root(project)
         file = Project(root).handler(node)
+        if not dry_run:
+            check_writable(file.path)
         task = Task(str(root.resolve()), str(file.path.resolve()), file.value.run, _files(item or []), seconds)
         trials: list[Trial] = []
         with err.status(f"measuring {node} in plain torch"):

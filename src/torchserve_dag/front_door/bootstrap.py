@@ -90,7 +90,6 @@ def _from_file(path: Path) -> Config:
 
 
 def _listener(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body: int) -> Config:
-    host, port = host_and_port(door.listen)
     certificate = {"name": "certificate", "sds_config": _from_file(folder / CERTIFICATE)}
     tls = {
         "@type": f"{TYPES}extensions.transport_sockets.tls.v3.DownstreamTlsContext",
@@ -103,7 +102,7 @@ def _listener(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body:
     http = {"name": "http", "typed_config": _http(door.limits, folder, logs, key_set, max_body)}
     return {
         "name": "front_door",
-        "address": {"socket_address": {"address": host, "port_value": port}},
+        "address": _listening(door.listen),
         "per_connection_buffer_limit_bytes": UNREAD_BYTES,
         "filter_chains": [
             {
@@ -528,9 +527,14 @@ def _overwrite(name: str, value: str) -> Config:
     return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
+def _listening(address: str) -> Config:
+    host, port = host_and_port(address)
+    both = {"ipv4_compat": True} if host == "::" else {}  # as other servers do: `::` is every address of the machine
+    return {"socket_address": {"address": host, "port_value": port, **both}}
+
+
 def _metrics_listener(door: FrontDoor) -> Config:
     """A listener for Envoy's Prometheus page, and nothing else of the admin interface."""
-    host, port = host_and_port(door.metrics)
     route = {
         "match": {"path": "/metrics"},
         "route": {"cluster": "admin", "prefix_rewrite": "/stats/prometheus", "timeout": "10s"},
@@ -545,7 +549,7 @@ def _metrics_listener(door: FrontDoor) -> Config:
     }
     return {
         "name": "metrics",
-        "address": {"socket_address": {"address": host, "port_value": port}},
+        "address": _listening(door.metrics),
         "filter_chains": [{"filters": [{"name": "http", "typed_config": http}]}],
     }
 
@@ -560,9 +564,13 @@ def _admin_cluster() -> Config:
     }
 
 
-def _overload(limits: Limits) -> Config:
+def connections(limits: Limits) -> int:
+    """How many connections of clients the front door takes: the files that are left to it may be fewer."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    connections = min(limits.connections, max(1, files - SPARE_FILES))
+    return min(limits.connections, max(files - SPARE_FILES, files // 2))
+
+
+def _overload(limits: Limits) -> Config:
     heap = {
         "name": _HEAP,
         "typed_config": {
@@ -574,7 +582,7 @@ def _overload(limits: Limits) -> Config:
         "name": "envoy.resource_monitors.global_downstream_max_connections",
         "typed_config": {
             "@type": f"{TYPES}extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
-            "max_active_downstream_connections": connections,
+            "max_active_downstream_connections": connections(limits),
         },
     }
     idle = {

@@ -30,9 +30,20 @@ def files(root: Path, door: FrontDoor, folder: Path) -> tuple[Path, Path]:
             _make(certificate, key)
         return certificate, key
     certificate, key = (root / door.certificate).absolute(), (root / door.key).absolute()
+    asked = []
+
+    def no_passphrase() -> str:
+        asked.append(key)
+        return ""
+
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, no_passphrase)
     except OSError as error:  # SSLError is an OSError
+        if asked:
+            raise ServerError(
+                f"{door.key} of front_door.yaml has a passphrase, which nobody can type at a server: write the key "
+                "without it, readable by the server's user only (openssl pkey -in KEY -out NEW)."
+            ) from None
         raise ServerError(
             f"{door.certificate} and {door.key} of front_door.yaml are not a matching certificate and key "
             f"({error.strerror or error}): name PEM files."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class Limits:
     """What the front door accepts."""
 
     connections: int = 15_000
-    """Open connections of all clients. If the process may open fewer files, the limit is that number minus 1,000."""
+    """Open connections of all clients; fewer if the process may open fewer files: all of these but 1,024, or half."""
     streams: int = 100
     """Concurrent requests over one HTTP/2 connection."""
     headers_kib: int = 32
@@ -62,9 +63,11 @@ class FrontDoor:
     def __post_init__(self) -> None:
         for name in ("listen", "metrics"):
             try:
-                host_and_port(getattr(self, name))
-            except ServerError:
-                raise WrongFieldError(f'"{getattr(self, name)}" is not HOST:PORT', name) from None
+                host, _ = host_and_port(getattr(self, name))
+                ipaddress.ip_address(host)
+            except (ServerError, ValueError):
+                what = f'"{getattr(self, name)}" is not HOST:PORT with an address or localhost as HOST'
+                raise WrongFieldError(what, name) from None
         host, _ = host_and_port(self.metrics)
         if not is_loopback(host):
             raise WrongFieldError(f"{host} is not this machine's loopback, and metrics need no token", "metrics")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,25 @@ def with_free_ports(settings: FrontDoor) -> FrontDoor:
     hosts = [host_and_port(address)[0] for address in (settings.listen, settings.metrics)]
     listen, metrics = (f"{host}:{port}" for host, port in zip(hosts, ports.free(hosts), strict=True))
     return replace(settings, listen=listen, metrics=metrics)
+
+
+def raise_open_files() -> None:
+    """Let this process, and those that it starts, open as many files as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def few_connections(settings: FrontDoor) -> str | None:
+    """What to say where the system lets the front door take fewer connections than front_door.yaml says."""
+    taken = bootstrap.connections(settings.limits)
+    if taken >= settings.limits.connections:
+        return None
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"it takes {taken:,} connections, not {settings.limits.connections:,}, for a process may open {files:,} files "
+        "here: raise the hard limit (ulimit -Hn, LimitNOFILE=), or write limits: connections: into front_door.yaml"
+    )
 
 
 def check_free(settings: FrontDoor) -> None:

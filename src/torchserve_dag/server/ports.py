@@ -51,11 +51,14 @@ class Addresses:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Split `http://127.0.0.1:8080` or `127.0.0.1:7070` into host and port. Raises ServerError."""
+    """Split `http://127.0.0.1:8080` or `127.0.0.1:7070` into host and port. Raises ServerError.
+
+    `localhost` is 127.0.0.1: neither TorchServe's gRPC nor Envoy listens at a name.
+    """
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         if parts.hostname and parts.port:
-            return parts.hostname, parts.port
+            return "127.0.0.1" if parts.hostname == "localhost" else parts.hostname, parts.port
     except ValueError:
         pass
     raise ServerError(f"{address} in config.properties is not an address with a port, like http://127.0.0.1:8080.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchserve_dag.archives import atomic
@@ -25,13 +27,33 @@ def find(root: Path) -> Path:
     return own if own.is_file() else shipped("config.properties")
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key and its value. The value of several lines is joined, as Java joins them."""
+
+    key: str
+    value: str
+    line: int
+    """The number of its first line, from 1."""
+    text: str
+    """Its lines, as they are written."""
+
+
+def entries(path: Path) -> list[Entry]:
+    """The keys of a properties file, in their order. Raises ServerError."""
+    return [entry for entry in _logical(_text(path)) if entry.key]
+
+
 def read(path: Path) -> dict[str, str]:
     """The keys and values of a properties file. Raises ServerError."""
+    return {entry.key: entry.value for entry in entries(path)}
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise ServerError(f"{path} cannot be read: {error.strerror}.") from None
-    return dict(pair for line in text.splitlines() if (pair := _pair(line)))
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def addresses(properties: Mapping[str, str]) -> Addresses:
@@ -49,6 +71,7 @@ def addresses(properties: Mapping[str, str]) -> Addresses:
 def listening_at(where: Addresses) -> dict[str, str]:
     """The properties for these addresses."""
     inference, management = host_and_port(where.grpc_inference), host_and_port(where.grpc_management)
+    # TorchServe's gRPC takes addresses only, no names.
     return {
         "inference_address": where.inference,
         "management_address": where.management,
@@ -66,7 +89,7 @@ def write(source: Path, target: Path, changes: Mapping[str, str]) -> None:
     absolute = {key: str((source.parent / before[key]).resolve()) for key in PATHS if key in before}
     after = {**absolute, **changes}
     lines = [f"# Written by torchserve-dag from {source}: edit that file."]
-    lines += [line for line in source.read_text("utf-8").splitlines() if (_pair(line) or ("",))[0] not in after]
+    lines += [entry.text for entry in _logical(_text(source)) if entry.key not in after]
     lines += [f"{key}={value}" for key, value in sorted(after.items())]
     atomic.write_private(target, "\n".join(lines) + "\n")
     _copy_logging(before.get("vmargs", ""), source.parent, target.parent)
@@ -82,13 +105,21 @@ def _copy_logging(vmargs: str, source: Path, target: Path) -> None:
             atomic.write_private(target / name, (source / name).read_text("utf-8"))
 
 
-def _pair(line: str) -> tuple[str, str] | None:
-    """A line's key and value, where TorchServe's parsers in Java and in Python agree."""
-    line = line.strip()
-    if line.startswith(("#", "!")) or "=" not in line:
-        return None
-    key, _, value = line.partition("=")
-    return key.strip(), value.strip()
+def _logical(text: str) -> list[Entry]:
+    """Every key, and as entries without a key the lines between them. A backslash at a line's end joins the next."""
+    logical: list[Entry] = []
+    lines = iter(enumerate(text.splitlines(), 1))
+    for number, line in lines:
+        joined, raw = line.strip(), [line]
+        if joined.startswith(("#", "!")) or not joined:
+            logical.append(Entry("", "", number, line))
+            continue
+        while re.search(r"(?<!\\)(\\\\)*\\$", joined):
+            _, more = next(lines, (0, ""))
+            joined, raw = joined[:-1] + more.strip(), [*raw, more]
+        key, _, value = joined.partition("=")
+        logical.append(Entry(key.strip(), value.strip(), number, "\n".join(raw)))
+    return logical
 
 
 def _grpc(properties: Mapping[str, str], name: str, default: str) -> str:

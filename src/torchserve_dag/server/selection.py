@@ -10,16 +10,17 @@ from torchserve_dag.archives.archive import Archive, ModelVersion, Store
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.server.releases_file import FILE, Decision, Kind, ModelReleases, Releases, decided
 
-RemarkKind = Literal["failed", "differs", "rejected", "new", "left out"]
+RemarkKind = Literal["failed", "differs", "rejected", "new", "left out", "limited"]
 
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """What a person should know about an archive, in one line."""
+    """What a person should know about an archive, or about the start, in one line."""
 
     kind: RemarkKind
     """`failed`: it should be served, and is not. `differs`: its content is not what was decided on, or is served.
-    `rejected`: it is served, and was rolled back. `new`: nobody decided on it. `left out`: nothing asks for it."""
+    `rejected`: it is served, and was rolled back. `new`: nobody decided on it. `left out`: nothing asks for it.
+    `limited`: this machine gives the front door less than its settings say."""
     what: str
     """A model and its version, or a file."""
     why: str

@@ -17,7 +17,8 @@ import psutil
 from torchserve_dag.archives import atomic
 from torchserve_dag.archives.archive import Archive, ModelVersion, Store, UnusableArchiveError, copies, copy, read_store
 from torchserve_dag.clients import Client, KeyFile, ModelNotFound, ServingError
-from torchserve_dag.server import defaults, java, ports, processes, properties
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.server import config_keys, defaults, java, ports, processes, properties
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
@@ -30,6 +31,12 @@ LONGEST_SOCKET = 103
 """The longest path of a Unix socket in bytes: 103 on macOS, 107 on Linux."""
 STOP_S = 20.0
 """How long TorchServe may take to shut down; it takes about three seconds."""
+_FIXED = {
+    "disable_token_authorization": "false",
+    "token_expiration_min": "525600",  # tokens are not renewed: after this time every client would be refused
+    "enable_envvars_config": "false",
+}
+"""Properties that `up` sets, whatever the project's file says (`config_keys.py`)."""
 _STARTER = """
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -78,8 +85,10 @@ class Started:
 
 
 def plan(root: Path, options: StartOptions) -> LaunchPlan:
-    """Check the project's configuration. Raises ServerError."""
+    """Check the project's configuration. Raises CheckError, ServerError."""
     source = properties.find(root)
+    if found := config_keys.problems(source):
+        raise CheckError(found)
     configured = properties.read(source)
     store = (options.store or root / configured.get("model_store", "model_store")).resolve()
     where = _addresses(configured, options)
@@ -137,7 +146,7 @@ def start(
     """
     files = {version: archive.path.name for version, archive in archives.items()}
     listening = {**properties.listening_at(planned.where), **_sockets(state, planned.where)}
-    changes = {**listening, **(changes or {}), "load_models": ",".join(files.values())}
+    changes = {**listening, **_FIXED, **(changes or {}), "load_models": ",".join(files.values())}
     properties.write(planned.source, state.config, changes)
     open(state.logs / "console.log", "wb", opener=atomic.private).close()  # now: `logs` begins with what comes after
     logs = Logs(state.logs)
@@ -271,6 +280,9 @@ def _environment(state: State, java_home: Path, *, access_log: bool) -> dict[str
     environment = {
         key: value for key, value in os.environ.items() if key != "TS_CONFIG_FILE"
     }  # it would override --ts-config
+    charset = next((environment[key] for key in ("LC_ALL", "LC_CTYPE", "LANG") if environment.get(key)), "")
+    if not charset.lower().replace("-", "").endswith("utf8"):
+        environment["LC_ALL"] = "C.UTF-8"  # else Java finds no file whose path has a letter beyond ASCII
     return {
         **environment,
         **processes.mark(state),

@@ -42,7 +42,7 @@ class ServingSettings:
 
 def read(root: Path, known: Iterable[ModelVersion]) -> ServingSettings:
     """The settings of a project with these `known` models and versions. Raises CheckError with all files' problems."""
-    problems: list[Problem] = []
+    problems = overlooked(root)
     project, front_door, routes = ProjectSettings(), FrontDoor(), dict[str, RouteFile]()
     try:
         project = _project(root)
@@ -59,6 +59,13 @@ def read(root: Path, known: Iterable[ModelVersion]) -> ServingSettings:
     if problems:
         raise CheckError(problems)
     return ServingSettings(project, front_door, routes)
+
+
+def overlooked(root: Path) -> list[Problem]:
+    """Files at the project's root that look like settings, and are not read."""
+    stems = {Path(name).stem for name in (FILE, front_door_file.FILE, routes_file.FILE, releases_file.FILE)}
+    found = [path for path in sorted(root.iterdir()) if path.suffix == ".yml" and path.stem in stems]
+    return [Problem(str(path), 1, "a file that ends in .yml is not read", "let it end in .yaml") for path in found]
 
 
 def releases_problems(root: Path, store: Store) -> list[Problem]:

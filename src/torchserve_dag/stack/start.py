@@ -77,6 +77,9 @@ def start(
         door_settings = serving_settings.front_door
         if with_front_door:
             _check_inside(planned.where)
+            front_door.raise_open_files()
+            if few := front_door.few_connections(door_settings):
+                remarks.append(Remark("limited", "front door", few))
             door_settings = front_door.with_free_ports(door_settings) if options.free_ports else door_settings
             front_door.check_free(door_settings)
         state.prepare()

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from torchserve_dag.runtime.data import unzip
+
 MANIFEST = "MAR-INF/MANIFEST.json"
 _STREAMS = "send_intermediate_predict_response"
 """The function of TorchServe's that a handler calls to send a chunk."""
-MAX_TEXT = 1 << 20
-"""Bytes of a manifest, or of a Python file that is read. An archive may hold gigabytes of zeros in a few kilobytes."""
 _ERRORS = (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError)
 
 
@@ -43,7 +43,7 @@ def unpacked(archive: Path, kept_in: Path | None) -> tuple[Path, tempfile.Tempor
         return archive.absolute(), None
     if kept_in is None:
         folder = tempfile.TemporaryDirectory(prefix=f"{archive.stem}-", ignore_cleanup_errors=True)
-        _extract(archive, Path(folder.name))
+        unzip.extract(archive, Path(folder.name))
         return Path(folder.name), folder
     target = kept_in.absolute() / f".{archive.name}"
     with (kept_in / f".{archive.name}.lock").open("w") as lock:
@@ -51,27 +51,18 @@ def unpacked(archive: Path, kept_in: Path | None) -> tuple[Path, tempfile.Tempor
         if not target.is_dir():
             part = target.with_name(f"{target.name}.part")
             shutil.rmtree(part, ignore_errors=True)  # of a worker that was killed
-            _extract(archive, part)
+            unzip.extract(archive, part)
             part.rename(target)
     return target, None
-
-
-def _extract(archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as packed:
-        packed.extractall(folder)
 
 
 def _read(archive: Path, name: str) -> bytes:
     """A small file of an archive. Raises one of _ERRORS."""
     if archive.is_dir():
-        with (archive / name).open("rb") as file:
-            content = file.read(MAX_TEXT + 1)
-    else:
-        with zipfile.ZipFile(archive) as packed, packed.open(name) as entry:
-            content = entry.read(MAX_TEXT + 1)
-    if len(content) > MAX_TEXT:
-        raise ValueError(f"{name} is larger than {MAX_TEXT:,} bytes")
-    return content
+        if (archive / name).stat().st_size > unzip.MAX_FILE:
+            raise ValueError(f"{name} is larger than {unzip.MAX_FILE:,} bytes")
+        return (archive / name).read_bytes()
+    return unzip.read(archive, name)
 
 
 def _python_files(archive: Path) -> Iterator[str]:

@@ -13,6 +13,10 @@ from torchserve_dag.runtime.data import plain
 
 T = TypeVar("T")
 
+MAX_BYTES = 2**20
+MAX_PARTS = 50_000
+"""Keys and values of a file, with its aliases written out: ten lines of aliases to aliases may stand for billions."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -67,13 +71,17 @@ def read(path: Path, kind: type[T]) -> Source[T]:
 def read_plain(path: Path) -> tuple[Any, dict[plain.Path, int]]:
     """The YAML file at `path` as plain data, with the line of every key and value."""
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise CheckError(
+                [Problem(str(path), 1, f"the file has {size:,} bytes, and at most {MAX_BYTES:,} are read")]
+            )
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise CheckError([Problem(str(path), 1, "there is no such file")]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckError([Problem(str(path), 1, f"the file cannot be read: {error}")]) from None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _compose(text)
         lines: dict[plain.Path, int] = {}
         if root is None:
             raise CheckError([Problem(str(path), 1, "the file is empty")])
@@ -95,6 +103,28 @@ def read_plain(path: Path) -> tuple[Any, dict[plain.Path, int]]:
 def _sentence(wrong: plain.Wrong) -> str:
     where = wrong.path[:-1] if wrong.at_key else wrong.path
     return f"{plain.dotted(where)}: {wrong.what}" if where else wrong.what
+
+
+def load(text: str) -> Any:
+    """The plain data of a YAML text. Raises yaml.YAMLError, ValueError, RecursionError."""
+    _compose(text)
+    return yaml.safe_load(text)
+
+
+def _compose(text: str) -> yaml.Node | None:
+    root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root and _parts(root, {}) > MAX_PARTS:
+        raise yaml.YAMLError(f"with its aliases written out it has more than {MAX_PARTS:,} keys and values")
+    return root
+
+
+def _parts(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many keys and values a node stands for, its aliases and merges written out."""
+    if id(node) not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        flat = [one for child in children for one in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(_parts(child, known) for child in flat)
+    return known[id(node)]
 
 
 def _lines(node: yaml.Node, path: plain.Path, lines: dict[plain.Path, int], wrong: list[Problem], file: str) -> None:

@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchserve_dag.runtime.data import unzip
 from torchserve_dag.runtime.data.source import CheckError, Problem
 
 
@@ -23,7 +24,7 @@ def read_war(path: Path) -> War:
     try:
         folder = _unpacked(path, path.stat().st_mtime_ns)
         workflow = json.loads((folder / "WAR-INF" / "MANIFEST.json").read_bytes())["workflow"]
-        war = War(folder / workflow["specFile"], folder / workflow["handler"])
+        war = War(unzip.inside(folder, workflow["specFile"]), unzip.inside(folder, workflow["handler"]))
     except FileNotFoundError as error:
         what = "there is no such file" if error.filename == str(path) else "it holds no WAR-INF/MANIFEST.json"
         raise CheckError([Problem(str(path), 1, what)]) from None
@@ -42,8 +43,7 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []
 
 @functools.cache
 def _unpacked(path: Path, changed_ns: int) -> Path:  # noqa: ARG001 (a file that has changed is unpacked again)
-    with zipfile.ZipFile(path) as packed:
-        folder = tempfile.TemporaryDirectory(prefix=f"{path.stem}-")
-        _folders.append(folder)
-        packed.extractall(folder.name)
+    folder = tempfile.TemporaryDirectory(prefix=f"{path.stem}-")
+    _folders.append(folder)
+    unzip.extract(path, Path(folder.name))
     return Path(folder.name)
