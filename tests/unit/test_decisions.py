@@ -125,7 +125,7 @@ class TestArchives:
         assert store.archives.keys() == {("m", "1.0")}
         assert store.unusable["bad.mar"].startswith("is not an archive")
         assert store.unusable["text.mar"].startswith("is not an archive")
-        assert store.unusable["folder.mar"] == "cannot be read: Is a directory"
+        assert store.unusable["folder.mar"].startswith("is not a .mar file")
 
     def test_the_hash_is_of_the_content_not_of_when_or_at_which_commit_it_was_packed(self, tmp_path: Path) -> None:
         def build_json(commit: str) -> str:

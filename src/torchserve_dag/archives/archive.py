@@ -64,7 +64,8 @@ def read_store(folder: Path) -> Store:
     archives: dict[ModelVersion, tuple[Archive, ...]] = {}
     unusable: dict[str, str] = {}
     for path in sorted(folder.glob("[!.]*")):
-        if path.name.endswith((".tar.gz", ".tgz")) or (path.is_dir() and (path / mar.MANIFEST).exists()):
+        unpacked = path.is_dir() and (path.suffix == ".mar" or (path / mar.MANIFEST).exists())
+        if unpacked or path.name.endswith((".tar.gz", ".tgz")):
             unusable[path.name] = "is not a .mar file: pack it with model-archiver's default --archive-format"
         if path.is_dir() or path.suffix != ".mar":
             continue

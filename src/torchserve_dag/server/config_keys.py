@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from torchserve_dag.runtime.data.source import Problem
-from torchserve_dag.server.properties import Entry, entries
+from torchserve_dag.server.properties import Property, entries
 
 _PASSED = "passed on to TorchServe"
 _AT_LOOPBACK = "where TorchServe listens: plain HTTP, at loopback only where there is a front door"
@@ -142,7 +142,7 @@ def problems(path: Path) -> list[Problem]:
     return found
 
 
-def _refused(entry: Entry) -> str | None:
+def _refused(entry: Property) -> str | None:
     key = KEYS.get(entry.key)
     if key:
         return key.refuse(entry.value)
@@ -150,7 +150,7 @@ def _refused(entry: Entry) -> str | None:
     return f"TorchServe has no such key: {f'did you mean {near[0]}?' if near else 'delete it'}"
 
 
-def _port_of(entry: Entry) -> str | None:
+def _port_of(entry: Property) -> str | None:
     if entry.key.endswith("_port") and entry.key.startswith("grpc_"):
         return entry.value
     if entry.key.endswith("_address") and not entry.key.startswith("grpc_"):

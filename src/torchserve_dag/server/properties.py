@@ -28,7 +28,7 @@ def find(root: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Property:
     """A key and its value. The value of several lines is joined, as Java joins them."""
 
     key: str
@@ -39,7 +39,7 @@ class Entry:
     """Its lines, as they are written."""
 
 
-def entries(path: Path) -> list[Entry]:
+def entries(path: Path) -> list[Property]:
     """The keys of a properties file, in their order. Raises ServerError."""
     return [entry for entry in _logical(_text(path)) if entry.key]
 
@@ -105,20 +105,20 @@ def _copy_logging(vmargs: str, source: Path, target: Path) -> None:
             atomic.write_private(target / name, (source / name).read_text("utf-8"))
 
 
-def _logical(text: str) -> list[Entry]:
+def _logical(text: str) -> list[Property]:
     """Every key, and as entries without a key the lines between them. A backslash at a line's end joins the next."""
-    logical: list[Entry] = []
+    logical: list[Property] = []
     lines = iter(enumerate(text.splitlines(), 1))
     for number, line in lines:
         joined, raw = line.strip(), [line]
         if joined.startswith(("#", "!")) or not joined:
-            logical.append(Entry("", "", number, line))
+            logical.append(Property("", "", number, line))
             continue
         while re.search(r"(?<!\\)(\\\\)*\\$", joined):
             _, more = next(lines, (0, ""))
             joined, raw = joined[:-1] + more.strip(), [*raw, more]
         key, _, value = joined.partition("=")
-        logical.append(Entry(key.strip(), value.strip(), number, "\n".join(raw)))
+        logical.append(Property(key.strip(), value.strip(), number, "\n".join(raw)))
     return logical
 
 
