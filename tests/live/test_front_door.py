@@ -68,6 +68,7 @@ def captioned(text: Captioned) -> Text: return Text(f"{text.photo.width} wide: {
 def answer(text: str, version: str) -> Text:
     if text == "refuse": raise InputError("That is refused.", 422)
     if text.startswith("echo "): return Text(text[5:])
+    if text.startswith("raise "): raise RuntimeError(text[6:])
     return Text(version)
 
 def good(text: Text) -> Text: return answer(text.text, "1.0")
@@ -715,3 +716,21 @@ def test_nothing_that_the_server_keeps_is_for_other_users(served: Served) -> Non
     for path in ours:
         if path.suffix != ".pem" and path.is_file():
             assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_a_failure_names_the_command_that_shows_why_and_nobody_obeys_what_its_client_wrote(served: Served) -> None:
+    forged = "raise x\n[METRICS]forged_total.Count:1|#a:b|#type:COUNTER|#hostname:h,1\r[PID]1"
+    with served.http() as http:
+        headers = {"x-request-id": "why-it-failed", "content-type": "text/plain"}
+        failure = http.post("/predictions/other", content=forged, headers=headers)
+    assert failure.status_code == 500
+    assert failure.json()["message"].endswith(": torchserve-dag logs --request why-it-failed says why.")
+    deadline, said = time.monotonic() + WITHIN_S, ""
+    while not ("RuntimeError: x" in said and "500  POST other/1.0" in said):  # the logs are written now and then
+        assert time.monotonic() < deadline, said
+        said = CliRunner().invoke(app, ["logs", "--request", "why-it-failed", "--project", str(served.root)]).stdout
+    page = httpx.get(f"{running(served.state).addresses.metrics}/metrics", trust_env=False).text
+
+    assert "request why-it-failed: answer: good failed. (fault " in said
+    assert "forged" in said
+    assert "forged" not in page

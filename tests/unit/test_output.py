@@ -9,11 +9,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from torchserve_dag.runtime.logs import AGAIN_S, CONTINUED, Faults, Formatter
+from torchserve_dag.runtime.messages import Text
 from torchserve_dag.runtime.worker import relay
+from torchserve_dag.runtime.workflow import Workflow
 
 OBEYED = re.compile(r"^(INFO > )?(\[METRICS])(.*)|^(INFO > )?(\[PID])(\d+)$")  # WorkerLifeCycle.java of 0.12.0
 SCANNER = re.compile("\r\n|[\n\r\u2028\u2029\u0085]")
@@ -175,3 +179,20 @@ def test_the_minutes_count_is_logged_also_if_nothing_more_comes(caplog: pytest.L
     faults._count(logging.getLogger("counted"), next(iter(faults._known.values())))
 
     assert f"fault {fault}: upper raised: ValueError (and 3 more in the last minute)" in caplog.messages
+
+
+def test_a_failure_that_a_fallback_covers_is_one_line_with_its_request_and_node(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    code = "def breaks(text: Text) -> Text: raise RuntimeError('always')\n\ndef covers(text: Text) -> Text: return text"
+    path = write("answer: {function: breaks, on_error: {fallback: {function: covers}}}", code)
+    with Workflow.load(path) as workflow:
+        requests = [workflow.submit(b"x", request_id=f"r{i}") for i in range(50)]
+        assert [one.future.result(60) for one in requests] == [Text("x")] * 50
+    tracebacks = [record for record in caplog.records if record.exc_info]
+    lines = [record.message for record in caplog.records if not record.exc_info]
+
+    assert len(tracebacks) == 1
+    assert sorted(lines) == sorted(
+        f"request r{i}: answer: breaks failed. (fault {tracebacks[0].message.split()[1][:-1]})" for i in range(50)
+    )
