@@ -24,10 +24,10 @@ from tests.unit.front_end import REST, WAIT_S, request_of_parts
 from torchserve_dag.clients.bodies import body_of
 from torchserve_dag.runtime.compat.rows import wire_request
 from torchserve_dag.runtime.compat.wire import read_requests
-from torchserve_dag.runtime.data import content_encoding, media
+from torchserve_dag.runtime.data import content_encoding, media, photos
 from torchserve_dag.runtime.data.codec import reads
 from torchserve_dag.runtime.data.parts import Body, Parts, message_in, read
-from torchserve_dag.runtime.messages import Photo, Text
+from torchserve_dag.runtime.messages import OverloadedError, Photo, Text
 from torchserve_dag.runtime.worker.protocol import Part, Service, ServiceRequest, ServiceResponse
 from torchserve_dag.runtime.worker.service import WorkflowService, load
 from torchserve_dag.runtime.worker.torchserve.rows import read_request
@@ -300,6 +300,17 @@ def test_the_parts_of_a_form_are_the_fields_of_a_message_or_a_body_and_its_param
 
     assert (found, said if found == 200 else "") == (status, got if status == 200 else "")
     assert got in said
+
+
+def test_a_part_that_cannot_be_decoded_now_is_too_much_load_and_no_mistake(
+    known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos, "WAIT_S", 0.01)
+    monkeypatch.setattr(photos, "_decoding", photos._Room(1))
+    with photos._decoding.room(1), pytest.raises(OverloadedError) as caught:
+        read(known["Captioned"], Parts({"photo": Body(PNG), "caption": Body(b"a")}))
+
+    assert caught.value.message.startswith("The part photo: Too many large photos")
 
 
 def test_what_is_no_part_of_the_message_is_a_parameter(services: dict[str, Service]) -> None:

@@ -68,7 +68,8 @@ def read(kind: type[T], message: Body | Parts, *, max_pixels: int = photos.MAX_P
         try:
             values[name] = _field(plain.given(types[name]), part, max_pixels)
         except InputError as error:
-            raise InputError(f"The part {name}: {error.message}", error.status) from None
+            error.message = f"The part {name}: {error.message}"
+            raise
         except plain.WrongDataError as error:
             wrongs.append(f"{name}: {error}")
     wrongs += [f'"{name}" is missing' for name in plain.missing(kind, message.fields)]
