@@ -38,7 +38,7 @@ from torchserve_dag.releases import manual, versions  # noqa: E402
 from torchserve_dag.server import torchserve  # noqa: E402
 from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens  # noqa: E402
 from torchserve_dag.server.state import State  # noqa: E402
-from torchserve_dag.stack import connect  # noqa: E402
+from torchserve_dag.stack import connect, supervise  # noqa: E402
 from torchserve_dag.stack import start as stack  # noqa: E402
 
 ECHO = """
@@ -77,6 +77,7 @@ def server(folder: Path) -> Iterator[State]:
     # Long limits, so that the front door holds the hostile connections instead of closing them.
     (folder / "front_door.yaml").write_text("limits: {headers_s: 60, idle_s: 60, requests_per_second: 100000}\n")
     stack.start(folder, torchserve.StartOptions(free_ports=True))
+    supervise.start(State(folder))
     try:
         yield State(folder)
     finally:

@@ -71,13 +71,17 @@ def java(record: TorchServeProcess, state: State) -> psutil.Process | None:
     return ours(record.pid, state)
 
 
-def ours(pid: int, state: State) -> psutil.Process | None:
-    """The process with this pid, if it was started for this project: a pid may have been reused."""
+def ours(pid: int, state: State, *, new: bool = False) -> psutil.Process | None:
+    """The process with this pid, if it was started for this project: a pid may have been reused.
+
+    With `new`, also one that has no environment yet, because the kernel is about to start its program.
+    """
     try:
         process = psutil.Process(pid)
-    except psutil.Error:
+        ours = _marked(process, state.folder) or (new and not process.environ())
+    except (psutil.Error, OSError):
         return None
-    return process if alive(process) and _marked(process, state.folder) else None
+    return process if ours and alive(process) else None
 
 
 def family(state: State, besides: Collection[int] = ()) -> list[psutil.Process]:

@@ -71,7 +71,7 @@ class Supervised:
         record = self.record(role)
         if record is None or processes.ticks(record.pid) != record.ticks:
             return None
-        return processes.ours(record.pid, self.state)
+        return processes.ours(record.pid, self.state, new=True)
 
     def report(self) -> list[ProcessStatus]:
         """Every process that should run; none if the server was not started, or was stopped."""

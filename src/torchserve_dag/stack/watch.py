@@ -11,10 +11,10 @@ from torchserve_dag.server.supervised import Role, Supervised
 
 logger = logging.getLogger(__name__)
 
-PAUSES_S = (0, 1, 1, 2, 3, 5)
+PAUSES_S = (0, 0, 1, 2, 3, 5)
 """Seconds before each restart of a process that ends again and again; the last pause is repeated."""
-STEADY_S = 60.0
-"""A process that ran for this long is started again at once."""
+STEADY_S = 10.0
+"""A process that ran for this long did not end again and again."""
 
 
 class Watch:
