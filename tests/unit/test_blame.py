@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tests.unit.envoy_alone import Alone, Answer, Received, alone
@@ -17,6 +18,7 @@ from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.releases import request_log, stop_if, version_metrics
 from torchserve_dag.releases.version_metrics import VersionMetrics
+from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
 
 SERVED = tuple(ServedVersion("m", version, 30.0, ours=True) for version in ("1.0", "2.0"))
 
@@ -78,6 +80,33 @@ def test_what_a_client_decides_is_no_error_of_a_version_and_ejects_none(envoy: A
     assert not failing(envoy)
     assert (now.requests, now.errors) == (before.requests, before.errors)
     assert not stop_if.reason(stop_if.read("errors > 1% or p50 > 1.3x"), now.since(before), VersionMetrics())
+
+
+def test_over_grpc_too_a_clients_own_deadline_is_no_error(envoy: Alone) -> None:
+    before = measured(envoy, lambda _: True)
+    envoy.upstream.grpc = lambda *_: b'{"code": 408, "type": "Timeout", "message": "No answer within 0.1 s."}'
+    codes = set()
+    with envoy.grpc() as stub:
+        for _ in range(2 * EJECT_AFTER):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Predictions(PredictionsRequest(model_name="m", input={"data": b"x"}), metadata=envoy.metadata)
+            codes.add(refused.value.code())
+    time.sleep(1.5)
+    now = measured(envoy, lambda _: True)
+
+    assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert not failing(envoy)
+    assert (now.requests, now.errors) == (before.requests, before.errors)
+
+
+def test_over_grpc_the_workers_token_is_the_front_doors(envoy: Alone) -> None:
+    """Whose cancel key it is, and whose score: a client's own entry comes earlier in the message, and loses."""
+    envoy.upstream.grpc = lambda *_: b"{}"
+    with envoy.grpc() as stub:
+        asked = PredictionsRequest(model_name="m", input={"data": b"x", "x-door-token": b"bob"})
+        stub.Predictions(asked, metadata=[*envoy.metadata, ("x-door-token", "bob")])
+
+    assert envoy.upstream.called[-1].input["x-door-token"] == b"alice"
 
 
 def test_clients_that_wait_in_vain_roll_a_version_back(envoy: Alone) -> None:
