@@ -52,6 +52,7 @@ from torchserve_dag.runtime.engine.runner import END, Chunk
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.messages import Box, Failure, Label, Labels, Photo, Text
 from torchserve_dag.runtime.models.handler_process import REFUSE_AFTER, HandlerProcess, HandlerSpec
+from torchserve_dag.runtime.models.load import Loader
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.workflow import Workflow
 
@@ -415,6 +416,36 @@ def test_one_handler_that_cannot_be_loaded_ends_the_others(write: Write, mar: Ma
         Workflow.load(path)
 
     assert {child.pid for child in psutil.Process().children()} <= before
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "gpu"), [(None, 1, 1), (None, None, 0), ("cpu", 1, None), ("cuda:1", None, 1)]
+)
+def test_a_handler_gets_the_gpu_that_any_node_gets(
+    write: Write,
+    mar: Mar,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str | None,
+    given: int | None,
+    gpu: int | None,
+) -> None:
+    """As a number, which is what TorchServe gives it; None is the CPU."""
+    mar("m", DOES_WHAT_IT_IS_TOLD)
+    code = read_graph(Project(project), write("answer: {torchserve: {archive: m.mar, takes: Text}}")).codes["answer"]
+    loader = Loader(Project(project), device, given, 1)
+
+    def number() -> int | None:
+        spec, folder = loader._process(code, code.kind, 1, 1)
+        assert folder
+        folder.cleanup()
+        return spec.gpu
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert number() == gpu
+    if device != "cuda:1":
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+        assert number() is None
 
 
 # Archives.
@@ -975,6 +1006,7 @@ def test_processes_end_with_their_worker_however_that_ends(tmp_path: Path) -> No
     program = f"""
 import time
 from pathlib import Path
+from torchserve_dag.runtime.models.load import Loader
 from torchserve_dag.runtime.models.handler_process import HandlerProcess, HandlerSpec
 spec = HandlerSpec("m", "m.mar", Path({str(tmp_path)!r}), "handler.py", bytes, False, None, 1, 300, 300)
 for busy in (b"", b"exec('while True: pass')", b"import time; time.sleep(600)"):

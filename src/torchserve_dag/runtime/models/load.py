@@ -111,8 +111,10 @@ class Loader:
         else:
             folder, owned = functions.folder_of(kind.file)
             source, handler = kind.file.name, f"{kind.file.stem}:{kind.function}"
+        device = find_device(self._device or "auto", self._gpu)
+        gpu = device.index if device.type == "cuda" else None
         spec = HandlerSpec(
-            code.name, source, folder, handler, code.gives, code.yields, self._gpu, code.batch, startup_s, limit_s
+            code.name, source, folder, handler, code.gives, code.yields, gpu, code.batch, startup_s, limit_s
         )
         return spec, owned
 
