@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.messages import Failure, InputError, OverloadedError, Text
 
 RGB = tuple[int, int, int]
+ROOT = Path(__file__).parents[2]
 WHITE, BLACK, RED, GREEN, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
@@ -1109,3 +1111,33 @@ def test_sixteen_large_photos_at_once_take_the_memory_of_two() -> None:
     )
 
     assert 40_000 < int(done.stdout) < 150_000
+
+
+NO_MEMORY = """
+import re, resource
+from pathlib import Path
+from tests.unit.test_photos import png_of_zeros
+from torchserve_dag.runtime.data import photos
+from torchserve_dag.runtime.messages import OverloadedError
+
+size = 1024 * int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+resource.setrlimit(resource.RLIMIT_AS, (size + 40_000_000, size + 40_000_000))
+try:
+    photos.decode(png_of_zeros(7000, 7000))
+except OverloadedError as error:
+    print(error.status, error.message)
+"""
+
+
+def png_of_zeros(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((1 + (width + 7) // 8) * height))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_without_memory_the_client_is_not_blamed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
+    )
+
+    assert done.stdout == "503 There is no memory for the photo's pixels; try again in some seconds.\n"

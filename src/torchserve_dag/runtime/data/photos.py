@@ -42,8 +42,9 @@ PIXELS_AT_ONCE = 200_000_000
 """Pixels that are being decoded in a process at one time; a further photo waits. A pixel takes 8 bytes while its photo
 is decoded and turned upright, and 16 of a WebP, which counts twice."""
 
-WAIT_S = 30.0
-"""How long a photo waits until others are decoded. Then it is refused as too much load."""
+WAIT_S = 10.0
+"""How long a photo waits until others are decoded. Then it is refused as too much load. It is less than half of a
+request's time limit, after which a worker whose lane does nothing else would be taken for one that hangs."""
 
 MAX_SCANS = 50
 """A progressive JPEG has some ten scans. Each is a pass over all pixels, and a small file can have thousands."""
@@ -97,6 +98,8 @@ def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Photo:
             same = same and image.mode == "RGB" and "transparency" not in image.info
             rgb = _rgb(image)
             return Photo.of_file(rgb, body) if same else Photo(rgb)
+        except MemoryError:
+            raise OverloadedError("There is no memory for the photo's pixels; try again in some seconds.") from None
         except Exception as error:  # noqa: BLE001
             message = f"The photo is damaged and cannot be decoded: {_sentence(error)}."
             raise InputError(message) from None
