@@ -40,6 +40,7 @@ from torchserve_dag.runtime.protos.inference_pb2_grpc import (
 from torchserve_dag.server import ports, processes
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
+from torchserve_dag.server.supervised import Supervised
 
 WITHIN_S = 60
 
@@ -193,6 +194,7 @@ class Alone:
         )
         record = FrontDoorRecord(self.settings, str(self.certificate), str(key))
         self.door.save(record)
+        Supervised(self.state).started("Envoy", self.process.pid)  # a change of the door waits until it applies it
         try:
             self.until(self.door.admin.listens)
             self.door.change(

@@ -25,6 +25,7 @@ from torchserve_dag.pictures.layout import Layout, Link, layout, spread
 from torchserve_dag.pictures.mermaid import mermaid
 from torchserve_dag.pictures.picture import NodeRates
 from torchserve_dag.pictures.svg import svg
+from torchserve_dag.pictures.tree import tree
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.project.folders import Project
@@ -204,6 +205,18 @@ def test_the_picture_has_all_that_the_chart_has(everything: Graph) -> None:
         "each spell as it comes Text",
     ):
         assert expected in found
+
+
+def test_a_tree_has_each_node_with_what_it_reads_in_lines_of_any_width(everything: Graph) -> None:
+    lines = tree(everything).splitlines()
+
+    assert lines[0] == "flow 1.0"
+    assert [line[3:].partition(":")[0] for line in lines if line[:3] in {"├─ ", "└─ "}] == [*everything.nodes, "answer"]
+    read = '├─ read: when len(line.text) > 0 and line.text != "<b>": upper 1.0, batch 32, cpu, timeout 2 s, retry 3'
+    at = lines.index(f"{read}; on error skip")
+    assert lines[at + 1] == "│  each page in pages, each line in page.lines: Text"
+    assert "│  ├─ upper: upper 1.0" in lines  # the workflow inside `route`
+    assert "   reads size: size: int" in lines
 
 
 def test_the_same_workflow_gives_the_same_bytes(write: Write, everything: Graph) -> None:

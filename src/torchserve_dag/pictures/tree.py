@@ -17,16 +17,26 @@ def _branches(drawn: Picture) -> Iterable[str]:
     shapes = [shape for shape in drawn.shapes if shape.name != REQUEST]
     for shape in shapes:
         last = shape is shapes[-1]
-        title = ": ".join([shape.title, *filter(None, [", ".join(row.text for row in shape.rows)])])
-        yield ("└─ " if last else "├─ ") + title
+        yield ("└─ " if last else "├─ ") + ": ".join([shape.title, *_runs(shape)])
         margin = "   " if last else "│  "
         yield from (margin + line for line in _below(shape, drawn.arrows))
+
+
+def _runs(shape: Shape) -> Iterable[str]:
+    """What runs in a node, in a line: `when …: this, batch 8; else: that`."""
+    text, after_condition = "", False
+    for row in shape.rows:
+        before = "; " if row.kind == "when" else ": " if after_condition else ", "
+        text += (before if text else "") + row.text
+        after_condition = row.kind == "when"
+    if text:
+        yield text
 
 
 def _below(shape: Shape, arrows: Iterable[Arrow]) -> Iterable[str]:
     for arrow in arrows:
         if arrow.end == shape.name:
-            how = " ".join(arrow.says) or ("after" if arrow.kind == "when" else "reads")
+            how = ", ".join(arrow.says) or ("after" if arrow.kind == "when" else "reads")
             source = "" if arrow.kind == "each" else f" {arrow.start or ANSWER}"
             types = f": {', '.join(arrow.types)}" if arrow.types else ""
             yield f"{how}{source}{types}"
