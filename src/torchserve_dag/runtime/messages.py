@@ -49,7 +49,7 @@ class Failure:
     """A short name for programs."""
     node: str | None = None
     """The workflow's node that failed."""
-    fault: str = field(default="", compare=False)
+    fault: str = field(default="", compare=False, repr=False)
     """What the log calls the exception behind it: the client is then told how its server's owner finds it there."""
 
     def __post_init__(self) -> None:
