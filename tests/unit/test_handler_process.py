@@ -662,6 +662,21 @@ def test_an_answer_of_another_type_is_the_handlers_failure(told: HandlerProcess)
     assert failure.message.startswith("m did not answer with JSON with the keys labels.")
 
 
+@dataclass(frozen=True)
+class Odd:
+    text: str
+
+    def __post_init__(self) -> None:
+        raise KeyError(self.text)
+
+
+def test_an_answer_that_its_type_raises_at_costs_the_process_nothing(told: HandlerProcess) -> None:
+    pid = told.pid
+
+    assert tell(told, "answer = {'text': 'a'}", Odd).message == "The answer of m cannot be read."
+    assert tell(told, "import os; answer = os.getpid()") == pid
+
+
 def test_an_answer_is_encoded_as_torchserve_does() -> None:
     from ts.context import Context as Theirs
     from ts.protocol.otf_message_handler import create_predict_response

@@ -314,6 +314,9 @@ class _Batch:
             return codec.decode_answer(spec.gives, body)
         except InputError as error:
             return self._failure(f"{spec.name} did not answer with {codec.describe(spec.gives)}. {error.message}")
+        except Exception as error:  # noqa: BLE001 (a dataclass's own __post_init__ may raise anything)
+            fault = logs.report(logger, error, f"the answer of {spec.name} cannot be read")
+            return replace(self._failure(f"The answer of {spec.name} cannot be read."), fault=fault)
 
     def _failure(self, what: str, status: int = HTTPStatus.INTERNAL_SERVER_ERROR) -> Failure:
         return Failure(status, what, "HandlerError", self._spec.name)
