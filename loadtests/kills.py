@@ -252,22 +252,19 @@ def kill(server: Server, load: Load, case: Sequence[str]) -> Result:
     begin = time.monotonic()
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    deadline = begin + WHOLE_S
+    deadline, since = begin + WHOLE_S, None
     while True:
         now = time.monotonic()
         calm = load.since(now - CALM_S, now)
-        answered = (
-            calm
-            and {one.outcome for one in calm} == {"answered"}
-            and {one.protocol for one in calm} == {"REST", "gRPC"}
-        )
-        if answered and server.whole(killed):
+        kinds = {(one.protocol, one.outcome) for one in calm}
+        since = (since or now) if server.whole(killed) else None
+        if since and kinds == {("REST", "answered"), ("gRPC", "answered")}:
             break
         if now > deadline:
             raise SystemExit(f"{'+'.join(case)}: not whole after {WHOLE_S:g} s: {server.supervised.report()}")
         time.sleep(0.05)
     last = [one.at for one in load.since(begin, now) if one.outcome != "answered"]
-    whole_s = max(now - CALM_S - begin, *(at - begin for at in last), 0.0)
+    whole_s = max(since, *last, begin) - begin
     time.sleep(0.2)
     waited = time.monotonic() + LONGEST_S
     expected = int(PER_SECOND * (now - begin) * 0.9)

@@ -20,7 +20,10 @@ SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 UNREAD = re.compile(r"^ *```(?:bash|shell|zsh|shell-session)$", re.MULTILINE)
 """Blocks of commands under a name that `commands` does not look for."""
-PROGRAMS = {"cd", "curl", "export", "pip", "python", "source", "torch-model-archiver", "torchserve"}
+PROGRAMS = {
+    *("cd", "curl", "export", "pip", "python", "source", "torch-model-archiver", "torchserve"),
+    *("cp", "docker", "journalctl", "systemctl"),
+}
 """What a page's commands may be besides ours: the shell's, and those that the package and its set-up bring."""
 AFTER_SET_UP = {".venv/bin/locust": "scripts/setup --test"}
 """Programs that are there only after another set-up than README's, which a page that uses them names."""

@@ -28,7 +28,7 @@ from torchserve_dag.releases import load_throttle, manual, plot, request_log, ro
 from torchserve_dag.releases.experiment import compare
 from torchserve_dag.releases.load_throttle import LoadThrottle
 from torchserve_dag.releases.request_log import LoggedRequest
-from torchserve_dag.releases.rollout import RolloutPlan, RolloutProgress, RolloutStore
+from torchserve_dag.releases.rollout import RolloutPlan, RolloutProgress, Rollouts, RolloutStore
 from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.telemetry.scores import score_in
 from torchserve_dag.server.errors import ServerError
@@ -331,16 +331,27 @@ class TestRollout:
 
         assert [(one.stage, one.reason) for one in store.all()] == [("back", "the server was stopped")]
 
+    def test_what_a_killed_keeper_ran_gives_its_share_back(self, tmp_path: Path) -> None:
+        """The next keeper does that; no Envoy runs at this moment, and the next one reads it from the files."""
+        door, store = Door(State(tmp_path)), RolloutStore(State(tmp_path))
+        door.begin(Addresses())
+        door.change(lambda now: replace(now, rollouts={"m": RolloutShare("2.0", 0.25)}))
+        store.save(RolloutProgress(PLAN, stage="rolling", share=25.0))
+        Rollouts(tmp_path).roll_back_running()
+
+        wait_for(lambda: store.all()[0].over)
+        assert (store.all()[0].stage, store.all()[0].reason) == ("back", "the keeper, which ran it, was killed")
+        assert door.traffic().rollouts == {}
+
 
 def test_taking_the_routes_takes_back_what_a_rollout_that_is_over_has_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """Envoy may have been down when it was rolled back; a running rollout is kept."""
     state = State(tmp_path)
     door, store = Door(state), RolloutStore(state)
     door.folder.mkdir(parents=True)
     door.begin(Addresses())
-    monkeypatch.setattr(Door, "_apply", lambda _self, _traffic: None)  # no Envoy runs
     door.change(lambda now: replace(now, rollouts={"m": RolloutShare("2.0", 0.5), "n": RolloutShare("2.0", 0.5)}))
     store.save(RolloutProgress(PLAN, stage="back"))
     store.save(RolloutProgress(replace(PLAN, model="n"), stage="rolling"))

@@ -213,6 +213,17 @@ class TestRealWatchers:
         after = {one.name: one.pid for one in pair.report()}
         assert {name for name in before if before[name] != after[name]} == {role}
 
+    def test_a_new_keeper_continues_what_an_earlier_one_left_stopped(self, pair: Supervised) -> None:
+        """While a version loads, the keeper stops its workers now and then, and may be killed just then."""
+        worker = psutil.Process(processes.spawn(SLEEP, pair.state))
+        worker.suspend()
+        wait_for(lambda: worker.status() == psutil.STATUS_STOPPED)
+        keeper = pair.process("keeper")
+        assert keeper
+        end(keeper.pid)
+
+        wait_for(lambda: worker.status() != psutil.STATUS_STOPPED)
+
     def test_a_sigterm_to_all_of_them_at_once_ends_all(self, pair: Supervised) -> None:
         everybody = processes.family(pair.state)
         for process in everybody:

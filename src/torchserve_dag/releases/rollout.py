@@ -323,8 +323,8 @@ def _of(all_metrics: Mapping[ModelVersion, VersionMetrics], model: str, version:
     return all_metrics.get((model, version), VersionMetrics())
 
 
-def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str) -> None:
-    """Restore the former weights, and reject the version: later starts do not load it."""
+def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str, *, rejects: bool = True) -> None:
+    """Restore the former weights. If it `rejects` the version, later starts do not load it."""
     last = store.progress(plan.model)
     door, deadline = Door(state), time.monotonic() + ROLL_BACK_S
     while True:
@@ -338,7 +338,8 @@ def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str
                 break
             time.sleep(POLL_S)
     try:
-        reject(state, plan.model, plan.version, reason)
+        if rejects:
+            reject(state, plan.model, plan.version, reason)
     except (CheckError, ServerError, OSError) as error:
         logger.exception("%s cannot be rejected", plan.version)
         reason += f"; {releases_file.FILE} could not be written ({error}), so the next start loads it again"
@@ -348,10 +349,13 @@ def _roll_back(state: State, store: RolloutStore, plan: RolloutPlan, reason: str
 
 
 def _roll_back_left(state: State, store: RolloutStore, left: RolloutProgress) -> None:
-    """Roll back a rollout that nobody runs any more; a version that was being loaded is unregistered."""
+    """Roll back a rollout that nobody runs any more, which is no fault of its version.
+
+    A version that was being loaded is unregistered.
+    """
     plan = left.plan
     try:
-        _roll_back(state, store, plan, "the keeper, which ran it, was killed")
+        _roll_back(state, store, plan, "the keeper, which ran it, was killed", rejects=False)
         if not _is_served(Door(state).traffic(), plan):
             with torchserve_client(state) as client:
                 torchserve.unregister(client, plan.model, plan.version)
