@@ -225,9 +225,9 @@ def refused_log(server: Server) -> str:
     )
 
 
-@attack("2,000 idle TLS connections, and 300 heads that come a byte at a time")
+@attack("1,000 idle TLS connections, and 300 heads that come a byte at a time")
 def idle_connections(server: Server) -> str:
-    with hostile.idle(server.target, 2000, tls=True) as held:
+    with hostile.idle(server.target, 1000, tls=True) as held:
         ended = hostile.slowloris(server.target, 300, 15)
         return f"{len(held)} idle ones held, {ended} of 300 slow heads ended within 15 s"
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 7, 8
@@ -35,12 +36,7 @@ class Target:
         return self.wrap(self.connect(timeout), *protocols)
 
     def wrap(self, connection: socket.socket, *protocols: str) -> ssl.SSLSocket:
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        if protocols:
-            context.set_alpn_protocols(list(protocols))
-        return context.wrap_socket(connection)
+        return _context(protocols).wrap_socket(connection)
 
     def head(self, path: str = "/predictions/echo", *more: str) -> bytes:
         """The head of a request, with its token, but for its end."""
@@ -55,6 +51,17 @@ class Target:
                 return status_of(connection)
             except (OSError, ValueError):
                 return None
+
+
+@cache
+def _context(protocols: tuple[str, ...]) -> ssl.SSLContext:
+    """One for all connections: a default one reads the machine's certificates, which takes longer than a handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if protocols:
+        context.set_alpn_protocols(list(protocols))
+    return context
 
 
 def status_of(connection: socket.socket) -> int | None:

@@ -197,12 +197,17 @@ class Alone:
         Supervised(self.state).started("Envoy", self.process.pid)  # a change of the door waits until it applies it
         try:
             self.until(self.door.admin.listens)
-            self.door.change(
-                lambda _: Traffic(upstream.addresses, served, defaults={one.model: one.version for one in served})
-            )
+            chosen = {one.model: one.version for one in served}
+            self.door.change(lambda _: Traffic(upstream.addresses, served, defaults=chosen))
+            with self.http() as http:  # Envoy's main thread has the routes; its worker may have them a little later
+                for name in chosen:
+                    self.until(
+                        lambda name=name: b"TorchServe is starting" not in http.post(f"/predictions/{name}").content
+                    )
         except BaseException:
             self.close()
             raise
+        upstream.received.clear()
 
     def close(self) -> None:
         self.process.kill()
