@@ -196,3 +196,12 @@ def test_a_failure_that_a_fallback_covers_is_one_line_with_its_request_and_node(
     assert sorted(lines) == sorted(
         f"request r{i}: answer: breaks failed. (fault {tracebacks[0].message.split()[1][:-1]})" for i in range(50)
     )
+
+
+def test_a_process_that_ends_has_said_its_last_words_by_then(tmp_path: Path) -> None:
+    """TorchServe reads no more once a worker has ended: why a model cannot be loaded would be lost."""
+    program = "from torchserve_dag.runtime.worker import output\noutput.take_over()\nraise RuntimeError('no weights')"
+    with (tmp_path / "errors").open("wb") as errors:
+        subprocess.run([sys.executable, "-c", program], stderr=errors, check=False, timeout=100)
+
+    assert "RuntimeError: no weights" in (tmp_path / "errors").read_text()

@@ -8,14 +8,19 @@ pipe only. It is a process, because a thread of this one would lose the last wor
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 from torchserve_dag.runtime.logs import Formatter
 from torchserve_dag.runtime.worker import relay
+
+LAST_WORDS_S = 5.0
+"""How long a process that ends waits for its relay. A child process may hold the pipes for longer."""
 
 _taken: WorkerOutput | None = None
 
@@ -52,6 +57,18 @@ class WorkerOutput:
             os.close(pipe)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(Formatter(handler.formatter))
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        """Wait until the relay has written the last words: TorchServe reads no more once this process has ended."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        for real, descriptor in zip(self._real, (1, 2), strict=True):
+            os.dup2(real, descriptor)
+        os.close(self._commands)
+        with suppress(subprocess.TimeoutExpired):
+            self._relay.wait(LAST_WORDS_S)
 
     def command(self, lines: str) -> None:
         """Write to the relay. A worker does so once a second, and starts its relay again if it has ended."""
