@@ -192,7 +192,8 @@ class HandlerProcess:
         )
         if failed >= REFUSE_AFTER:
             self._refuse(
-                f"{name} does not run: {error}, {failed} times in a row. It is started again; the log says more."
+                f"{name} does not run: {error}, {failed} times in a row. It is started again; "
+                "torchserve-dag logs says more."
             )
         if running:
             running.fail(_failure(self.spec, error))
