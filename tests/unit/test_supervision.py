@@ -224,6 +224,17 @@ class TestRealWatchers:
 
         wait_for(lambda: worker.status() != psutil.STATUS_STOPPED)
 
+    def test_a_new_keeper_begins_a_start_anew_that_an_earlier_one_did_not_finish(self, pair: Supervised) -> None:
+        """Else the front door would stay closed for ever."""
+        java, keeper = pair.process("TorchServe"), pair.process("keeper")
+        assert java
+        assert keeper
+        pair.note("TorchServe", "loads its models")
+        end(keeper.pid)
+
+        wait_for(lambda: not processes.alive(java))
+        wait_for(lambda: "the keeper starts it again" in pair.problem("TorchServe"))
+
     def test_a_sigterm_to_all_of_them_at_once_ends_all(self, pair: Supervised) -> None:
         everybody = processes.family(pair.state)
         for process in everybody:

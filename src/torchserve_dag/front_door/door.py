@@ -64,14 +64,18 @@ class Traffic:
     """Model → new version and share of its running rollout."""
     ejected: tuple[tuple[str, str], ...] = ()
     """Models and versions that keep failing and get no requests for a while."""
-    resting: tuple[tuple[str, str], ...] = ()
-    """Models and versions whose workers are being started again: requests get 503, or the fallback's answer."""
+    resting: tuple[tuple[str, str, int], ...] = ()
+    """Model, version, number of workers, while these are started again: requests get 503, or the fallback's answer."""
     closed: bool = False
     """Whether TorchServe is starting, at first or again: every request is answered 503, with `retry-after`."""
 
     @property
     def splits(self) -> list[Split]:
-        return splits(self.served, self.routes, self.defaults, self.rollouts, (*self.ejected, *self.resting))
+        return splits(self.served, self.routes, self.defaults, self.rollouts, (*self.ejected, *self.resting_versions))
+
+    @property
+    def resting_versions(self) -> tuple[tuple[str, str], ...]:
+        return tuple((model, version) for model, version, _ in self.resting)
 
     def split(self, model: str) -> Split | None:
         return next((one for one in self.splits if one.model == model), None)
@@ -209,7 +213,7 @@ class Door:
         token, limits = self._torchserve_token(), self._limits()
         shares = traffic.splits
         clusters = envoy_config.clusters(
-            [*traffic.served, *traffic.leaving], shares, traffic.torchserve, token, limits, traffic.resting
+            [*traffic.served, *traffic.leaving], shares, traffic.torchserve, token, limits, traffic.resting_versions
         )
         routes = envoy_config.routes(
             traffic.served,

@@ -17,7 +17,7 @@ import psutil
 
 from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.clients import Client, VersionInfo
-from torchserve_dag.front_door.door import Door
+from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens
 from torchserve_dag.server.errors import ServerError
@@ -32,6 +32,8 @@ PATIENCE_S = 60.0
 """How long TorchServe may take to start a worker in batched mode again."""
 LONGEST_PAUSE_S = 60.0
 """Between two attempts for one version; the pauses before are 1, 2, 4 … s."""
+AGAIN_S = 5.0
+"""The pause after an attempt that failed."""
 READY_S = 600.0
 SCALE_S = 120.0
 
@@ -69,8 +71,9 @@ class Healer:
             return
         self._asked_at = now
         traffic = self._door.traffic()
-        if traffic.resting:  # an earlier keeper was killed while it healed
-            self._door.change(lambda now: replace(now, resting=()))
+        for model, number, workers in traffic.resting[:1]:  # an earlier keeper was killed while it healed
+            self._begin((model, number), workers)
+            return
         with torchserve_client(self._state) as client:
             infos = {(model.name, one.version): one for model in client.models(timeout=10) for one in model.versions}
         for one in traffic.served:
@@ -80,9 +83,12 @@ class Healer:
                 sight = self._seen[version]
                 pause = min(2.0**sight.tries, LONGEST_PAUSE_S)
                 self._seen[version] = replace(sight, next_at=now + pause, tries=sight.tries + 1)
-                self._healing = threading.Thread(target=self._heal, args=(version, info.min_workers), daemon=True)
-                self._healing.start()
+                self._begin(version, info.min_workers)
                 return
+
+    def _begin(self, version: ModelVersion, workers: int) -> None:
+        self._healing = threading.Thread(target=self._heal, args=(version, workers), daemon=True)
+        self._healing.start()
 
     def _is_stuck(self, version: ModelVersion, served: ServedVersion, info: VersionInfo, now: float) -> bool:
         before = self._seen.get(version) or _Sight((), now)
@@ -104,16 +110,15 @@ class Healer:
         name = "/".join(version)
         logger.warning("TorchServe does not start the workers of %s again: it is scaled to none and back", name)
         try:
-            self._door.change(lambda now: replace(now, resting=(*now.resting, version)))
-            try:
-                for count in (0, workers):
-                    scale(self._state, version, count)
-                self._wait(version)
-            finally:
-                self._door.change(lambda now: replace(now, resting=tuple(one for one in now.resting if one != version)))
+            self._door.change(lambda now: replace(now, resting=(*_others(now, version), (*version, workers))))
+            for count in (0, workers):
+                scale(self._state, version, count)
+            self._wait(version)
+            self._door.change(lambda now: replace(now, resting=_others(now, version)))
             logger.info("%s serves again", name)
         except Exception:  # whatever it is, the keeper goes on, and tries again after a while
             logger.exception("%s cannot be healed yet", name)
+            time.sleep(AGAIN_S)
 
     def _wait(self, version: ModelVersion) -> None:
         deadline = time.monotonic() + READY_S
@@ -122,6 +127,10 @@ class Healer:
                 if time.monotonic() > deadline:
                     raise ServerError(f"{'/'.join(version)} is not ready after {READY_S:g} s.")
                 time.sleep(0.3)
+
+
+def _others(traffic: Traffic, version: ModelVersion) -> tuple[tuple[str, str, int], ...]:
+    return tuple(one for one in traffic.resting if one[:2] != version)
 
 
 def scale(state: State, version: ModelVersion, workers: int) -> None:

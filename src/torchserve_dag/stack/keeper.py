@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -78,8 +79,7 @@ class Keeper:
             for turn in itertools.count():
                 if self._ending.wait(supervise.POLL_S) or self.state.serving() is None:
                     break
-                for step in self._steps(turn, front_door=serving.front_door):
-                    _try(step)
+                _try(partial(self._round, turn, front_door=serving.front_door))
         self._end_all()
 
     def end(self, _signal: int, _frame: FrameType | None) -> None:
@@ -92,21 +92,24 @@ class Keeper:
             with suppress(psutil.Error):
                 process.resume()
         self.rollouts.roll_back_running()
+        # Or it was killed while it started TorchServe, and nobody would open the door: then that is begun anew.
+        record, java = self.supervised.record("TorchServe"), self.supervised.process("TorchServe")
+        if record and record.problem and java:
+            processes.kill([java])
 
-    def _steps(self, turn: int, *, front_door: bool) -> Iterator[Callable[[], None]]:
-        yield self._watches["watcher"].look
+    def _round(self, turn: int, *, front_door: bool) -> None:
+        _try(self._watches["watcher"].look)
         if front_door:
-            yield self._watches["Envoy"].look
+            _try(self._watches["Envoy"].look)
         if self._starting is None or not self._starting.is_alive():
-            yield self._watches["TorchServe"].look
+            _try(self._watches["TorchServe"].look)
         if not front_door or not self.envoy.running() or not self.envoy.listens() or turn % EVERY:
             return
-        yield self.envoy.rotate_logs
-        yield self.renew
+        for step in (self.envoy.rotate_logs, self.renew):
+            _try(step)
         if not self.door.traffic().closed:
-            yield self._healer.look
-            yield self.eject
-            yield self.rollouts.start_requested
+            for step in (self._healer.look, self.eject, self.rollouts.start_requested):
+                _try(step)
 
     def _start_torchserve(self) -> None:
         """Begin to start TorchServe. Meanwhile the keeper watches the other processes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.supervised import Role, Supervised
@@ -58,5 +59,6 @@ class Watch:
         problem = f"ended at {time.strftime('%H:%M:%S', time.localtime(now))}" + (f" ({why})" if why else "")
         problem += f", the {self._ends}th time in a row" if self._ends > len(PAUSES_S) else ""
         logger.warning("%s %s; it is started again in %d s", self._role, problem, pause)
-        self._supervised.note(self._role, problem)
+        with suppress(OSError):  # a full disk, say, must not keep it from being started again
+            self._supervised.note(self._role, problem)
         return pause

@@ -66,7 +66,8 @@ class Watcher:
         """Another watcher may have been started at the same time, and recorded before it found that it is not alone."""
         record = self.supervised.record("watcher")
         if record is None or record.pid != os.getpid():
-            self.supervised.started("watcher", os.getpid())
+            with suppress(OSError):
+                self.supervised.started("watcher", os.getpid())
 
 
 def _reap() -> None:
