@@ -98,7 +98,9 @@ class StartupWait:
     def _give_up(self, seen: list[Readiness], timeout_s: float) -> None:
         for one in seen:
             if not one.done:
+                last = self.logs.worker_failure(one.name, one.version)
                 more = f"allow more time with --timeout, or see {self.logs.folder}"
+                more += f"; its log has: {last.rstrip('.')}" if last else ""
                 self.failed[one.name, one.version] = (
                     f"{one.name} {one.version} was not ready after {timeout_s:g} s: {more}"
                 )
