@@ -266,7 +266,8 @@ def test_an_answer_is_put_on_the_edge_as_torchserve_encodes_it(
     path = put(
         "models: {}\ndag:\n  make: [check]\n",
         f"""
-        def make(data, context): return data and [{code}]
+        MADE = {code}
+        def make(data, context): return data and [MADE]
         def check(data, context):
             if not data: return None
             assert type(data[0]["body"]) is bytearray
