@@ -421,7 +421,8 @@ class TestGrpc:
     @pytest.mark.parametrize(
         ("code", "status"),
         [
-            (400, "INVALID_ARGUMENT"), (404, "NOT_FOUND"), (413, "RESOURCE_EXHAUSTED"), (415, "INVALID_ARGUMENT"),
+            (400, "INVALID_ARGUMENT"),
+            (408, "DEADLINE_EXCEEDED"), (404, "NOT_FOUND"), (413, "RESOURCE_EXHAUSTED"), (415, "INVALID_ARGUMENT"),
             (422, "INVALID_ARGUMENT"), (429, "RESOURCE_EXHAUSTED"), (500, "INTERNAL"), (503, "UNAVAILABLE"),
             (504, "DEADLINE_EXCEEDED"), (507, "RESOURCE_EXHAUSTED"),
         ],
