@@ -69,7 +69,7 @@ def about(client: Client, name: str, version: str | None = None) -> Mapping[str,
     """
     whole = client.describe(name, version)
     described = whole.get("customizedMetadata")
-    if not isinstance(described, dict):
+    if not isinstance(described, dict) or not described:
         known = version_info(whole, default=False)
         return {
             "name": whole["modelName"],
