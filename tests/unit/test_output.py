@@ -205,3 +205,20 @@ def test_a_process_that_ends_has_said_its_last_words_by_then(tmp_path: Path) -> 
         subprocess.run([sys.executable, "-c", program], stderr=errors, check=False, timeout=100)
 
     assert "RuntimeError: no weights" in (tmp_path / "errors").read_text()
+
+
+def test_why_a_model_cannot_be_loaded_is_said_before_anybody_else_can_know(tmp_path: Path) -> None:
+    """TorchServe ends the worker as soon as it knows, however busy the machine is and the relay late."""
+    program = """
+        from torchserve_dag.runtime.worker import output
+        output.take_over()
+        print("loading", flush=True)
+        output.hand_back()
+        print("no weights", flush=True)
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with (tmp_path / "said").open("wb") as said:
+        subprocess.run([sys.executable, "-c", textwrap.dedent(program)], stdout=said, check=False, timeout=100)
+
+    assert (tmp_path / "said").read_text() == "loading\nno weights\n"

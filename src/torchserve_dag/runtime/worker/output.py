@@ -31,6 +31,16 @@ def take_over() -> None:
     _taken = _taken or WorkerOutput()
 
 
+def hand_back() -> None:
+    """Before this process ends: TorchServe itself reads what it says from now on, and nothing of a client's is in it.
+
+    TorchServe ends a worker whose model cannot be loaded within milliseconds, and reads no more: a relay that has just
+    been started would lose the reason.
+    """
+    if _taken:
+        _taken.end()
+
+
 def command(lines: str) -> None:
     """Write lines that the server obeys."""
     if _taken:
@@ -57,10 +67,11 @@ class WorkerOutput:
             os.close(pipe)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(Formatter(handler.formatter))
-        atexit.register(self._end)
+        atexit.register(self.end)
 
-    def _end(self) -> None:
-        """Wait until the relay has written the last words: TorchServe reads no more once this process has ended."""
+    def end(self) -> None:
+        """Wait until the relay has written everything, and write to the server itself from now on."""
+        atexit.unregister(self.end)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -76,7 +76,11 @@ def _serve(folder: Path, gpu: int | None, link: socket.socket) -> NoReturn:
     loaded = threading.Event()
     output.take_over()
     threading.Thread(target=_end_with_guard, args=(link, loaded), daemon=True).start()
-    service = load(folder, gpu)
+    try:
+        service = load(folder, gpu)
+    except BaseException:
+        output.hand_back()
+        raise
     loaded.set()
     link.sendall(LOADED)
     output.command(f"[PID]{os.getpid()}\n")  # TorchServe reads this line for the pid that it reports

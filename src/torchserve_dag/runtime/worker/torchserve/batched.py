@@ -80,7 +80,11 @@ def _start(folder: Path, context: Context) -> BatchedLoop | None:
     if socket_reader:
         output.take_over()
     is_segment = "segment" in build
-    service = (segments.load if is_segment else services.load)(folder, context.system_properties.get("gpu_id"))
+    try:
+        service = (segments.load if is_segment else services.load)(folder, context.system_properties.get("gpu_id"))
+    except BaseException:
+        output.hand_back()
+        raise
     loop = _loops[folder] = BatchedLoop(service, controls=not is_segment)
     if socket_reader:
         socket_reader.serve = loop.run
