@@ -203,7 +203,7 @@ BODIES = [
     ({"content-type": "text/json"}, b'{"text": "echo a"}', 200, "a"),
     ({"content-type": "text/plain; charset=latin-1"}, b"echo gr\xfcn", 200, "gr\u00fcn"),
     ({"content-type": "text/plain; charset=klingon"}, b"echo a", 415, "klingon"),
-    ({"content-type": "text/plain", "content-encoding": "gzip"}, gzip.compress(b"echo a"), 200, "a"),
+    ({"content-type": "text/plain", "content-encoding": "gzip"}, gzip.compress(b"echo a", mtime=0), 200, "a"),
     ({"content-type": "text/plain", "content-encoding": "br"}, b"echo a", 415, "content encoding br"),
     ({"content-type": "application/json"}, b'{"text": "a", "text": "b"}', 400, "written twice"),
     ({"content-type": BOUNDARY}, form(("mine", b"echo a")), 200, "a"),
@@ -213,7 +213,7 @@ BODIES = [
     ({"content-type": BOUNDARY}, b"no form at all", 400, ""),
     (
         {"content-type": BOUNDARY, "content-encoding": "gzip"},
-        gzip.compress(form(("a", b"1"))),
+        gzip.compress(form(("a", b"1")), mtime=0),
         415,
         "cannot be compressed",
     ),
@@ -239,7 +239,7 @@ def test_a_body_is_read_as_it_was_sent(
         ({"content-type": BOUNDARY}, form(("body", b"echo a"), ("body", b"echo b")), 400, "several parts called body"),
         (
             {"content-type": "text/plain; charset=latin-1", "content-encoding": "gzip"},
-            gzip.compress(b"echo \xfc"),
+            gzip.compress(b"echo \xfc", mtime=0),
             200,
             "ü",
         ),

@@ -116,7 +116,7 @@ WRONG: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "value", "given"), GOOD, ids=str)
+@pytest.mark.parametrize(("kind", "value", "given"), GOOD)
 def test_a_value_of_the_declared_type_passes(kind: Any, value: Any, given: Any) -> None:
     check = as_declared(kind, "size")
 
@@ -125,7 +125,7 @@ def test_a_value_of_the_declared_type_passes(kind: Any, value: Any, given: Any) 
     assert type(check(value)) is type(given) or isinstance(value, float | str)
 
 
-@pytest.mark.parametrize(("kind", "value", "what"), WRONG, ids=str)
+@pytest.mark.parametrize(("kind", "value", "what"), WRONG)
 def test_a_value_of_another_type_is_named(kind: Any, value: Any, what: str) -> None:
     check = as_declared(kind, "size")
 
