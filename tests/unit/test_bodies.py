@@ -23,7 +23,7 @@ from PIL import Image
 from tests.unit.front_end import REST, WAIT_S, request_of_parts
 from torchserve_dag.clients.bodies import body_of
 from torchserve_dag.runtime.compat.rows import wire_request
-from torchserve_dag.runtime.compat.wire import read_requests
+from torchserve_dag.runtime.compat.wire import WireRequest, read_requests
 from torchserve_dag.runtime.data import content_encoding, media, photos
 from torchserve_dag.runtime.data.codec import reads
 from torchserve_dag.runtime.data.parts import Body, Parts, message_in, read
@@ -516,3 +516,14 @@ def test_a_client_sends_in_parts_what_json_cannot_hold(tmp_path: Path, known: di
             {},
         )
     assert body_of({"caption": "a", "count": 3}) == Body(b'{"caption": "a", "count": 3}', "application/json")
+
+
+@pytest.mark.parametrize("entry", [b"application/json", None])
+def test_json_over_grpc_is_json_where_the_map_says_so(entry: bytes | None) -> None:
+    """A text that looks like JSON is a text, unless the client names the type: gRPC has no header for it."""
+    row = {"body": b'{"text": "a"}'} | ({"content-type": entry} if entry else {})
+    request = read_request(WireRequest("id-1", row, {}))
+
+    message, _ = message_in(Text, {"body": Body(request.body, request.content_type)})
+    assert request.parts is None
+    assert read(Text, message) == Text("a" if entry else '{"text": "a"}')

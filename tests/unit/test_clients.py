@@ -783,7 +783,8 @@ def test_grpc_sends_the_message_and_parameters_as_inputs(kind: Any, served: tupl
 
     assert answer == OBJECTS
     assert 29_000 < int(inputs.pop("x-timeout-ms")) <= 30_000
-    assert (inputs, version) == ({"body": body_of(OBJECTS).content, "top": b"3"}, "1.0")
+    sent = {"body": body_of(OBJECTS).content, "content-type": b"application/json", "top": b"3"}
+    assert (inputs, version) == (sent, "1.0")
     assert metadata["authorization"] == "Bearer one"
 
 

@@ -232,6 +232,23 @@ def test_the_log_of_another_version_is_not_taken_for_ones_own(tmp_path: Path) ->
     assert (logs.worker_failure("m", "1.0.1"), logs.failed_again("m", "1.0.1")) == ("ValueError: of 1.0.1", 2)
 
 
+def test_weights_that_do_not_fit_are_said_with_the_line_that_says_what(tmp_path: Path) -> None:
+    logs = Logs(tmp_path)
+    at = "2026-11-23T13:26:59,816 [WARN ] W-9000-m_1.0-stderr MODEL_LOG - "
+    lines = (
+        "RuntimeError: Error(s) in loading state_dict for Net:",
+        "  | \tsize mismatch for layers.2.bias: copying a param with shape torch.Size([3]).",
+        "  | ValueError: another",
+    )
+    (tmp_path / "model_log.log").write_text("".join(f"{at}{line}\n" for line in lines))
+
+    said = logs.worker_failure("m", "1.0")
+
+    assert said is not None
+    assert said.startswith("RuntimeError: Error(s) in loading state_dict for Net: ")
+    assert said.endswith("size mismatch for layers.2.bias: copying a param with shape torch.Size([3]).")
+
+
 def test_a_java_that_does_not_start_is_said_with_its_reason_each_time(tmp_path: Path) -> None:
     """The second time too, although the first one's lines are in the same console.log."""
     java_home = tmp_path / "java"

@@ -34,7 +34,7 @@ def body_of(message: Any) -> Body | Parts:
     has to be encoded as PNG: that takes time, and is larger.
 
     A message with a photo or bytes in a field, or a mapping with a path, is sent in parts: one for each field that is
-    not None. Over gRPC content types are lost: TorchServe has no field for them.
+    not None. Over gRPC only that of JSON is sent, as an entry of the map: TorchServe has no field for it.
 
     Raises OSError if a file cannot be read, TypeError for a str, which may be a path or a text, and for a message that
     cannot be sent.
@@ -48,7 +48,7 @@ def body_of(message: Any) -> Body | Parts:
         content = bytes(message)
         return Body(content, _look(content) or UNKNOWN)
     if isinstance(message, Text):
-        # Not as JSON: over gRPC, without a content type, a server cannot tell JSON from a text that looks like JSON.
+        # Not as JSON: a stock TorchServe's handlers know no content type over gRPC.
         return Body(message.text.encode(), PLAIN_TEXT)
     fields = fields_apart(message)
     if fields is not None:

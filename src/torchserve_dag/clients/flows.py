@@ -54,6 +54,10 @@ class Predict:
             message, prefix = dict(self.body.fields), PARAMETER
         return message | {prefix + key: Body(value.encode()) for key, value in self.parameters.items()}
 
+    def body_is_json(self) -> bool:
+        """Whether the message is one JSON body."""
+        return isinstance(self.body, Body) and self.body.content_type == "application/json"
+
     def asks(self, left_s: float) -> dict[str, str]:
         """The options to send, with the time that the client still waits."""
         limit = min(left_s, self.options.timeout_s or left_s)
@@ -74,6 +78,9 @@ class Cancel:
 
     def parts(self) -> dict[str, Body]:
         return {BODY: self.body}
+
+    def body_is_json(self) -> bool:
+        return False  # its body is nobody's message
 
     @property
     def options(self) -> Options:

@@ -41,7 +41,7 @@ from torchserve_dag.clients.flows import (
 )
 from torchserve_dag.clients.settings import Port
 from torchserve_dag.runtime.data.codec import FAILURE_TRAILER
-from torchserve_dag.runtime.data.options import PIECES
+from torchserve_dag.runtime.data.options import CONTENT_TYPE, PIECES
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest, TorchServeHealthResponse
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
 from torchserve_dag.runtime.protos.management_pb2 import (
@@ -221,6 +221,8 @@ def _predictions(call: Predict | Cancel, deadline: Deadline, *, stream: bool) ->
     # TorchServe hands its worker neither grpc's metadata nor its deadline, nor says which method was called.
     asks = call.asks(deadline.left()) | ({PIECES: "true"} if stream else {})
     parts = {name: part.content for name, part in call.parts().items()}
+    if call.body_is_json():  # a server can tell a photo from its bytes, but not JSON from a text that looks like it
+        asks |= {CONTENT_TYPE: "application/json"}
     texts = {name: value.encode() for name, value in asks.items()}
     return PredictionsRequest(model_name=call.name, model_version=call.version or "", input=parts | texts)
 

@@ -94,6 +94,8 @@ def rollout(
         if split is None or not split.weights:
             serve_first(state, name, version, plan.ready_s, json=json)
             return
+        if {one for one, share in split.shares.items() if share} == {version}:
+            fail(f"{name}/{version} answers all requests already: there is nothing to roll out.")
         store.request(plan)
         last = _follow(store, name) if watch else store.progress(name)
     if json:

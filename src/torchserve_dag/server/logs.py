@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torchserve_dag.runtime.logs import CONTINUED
 
+LINES = 4
+"""How many lines of an exception are quoted: torch's first line on weights that do not fit is only a heading."""
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b.*")
 _STARTED = "Torch worker started."
 _AT = re.compile(r"^\S+ \[\w+\s*\] (?P<thread>\S+) \S+ - (?P<message>.*)$")
@@ -29,9 +31,9 @@ class Logs:
         messages = self._messages("model_log.log", model)
         starts = [i for i, line in enumerate(messages) if line == _STARTED]
         for start in reversed(starts or [0]):  # the last start may not have failed yet
-            raised = next((line for line in messages[start:] if _RAISED.match(line)), None)
-            if raised:
-                return raised
+            first = next((i for i in range(start, len(messages)) if _RAISED.match(messages[i])), None)
+            if first is not None:
+                return _sentence(messages[first : first + LINES])
         thread = self._thread(name, version)
         lines = self._lines("ts_log.log")  # a process that cannot be started has no output of its own
         for i, line in enumerate(lines):
@@ -113,3 +115,11 @@ def _unzipped(path: Path) -> bytes:
             return file.read()
     except (OSError, EOFError, zlib.error):  # it is being written, or renamed
         return b""
+
+
+def _sentence(lines: list[str]) -> str:
+    """An exception's first line, with those after it that it announces with a colon."""
+    text, *more = lines
+    while text.endswith(":") and more:
+        text = f"{text} {more.pop(0).strip()}"
+    return text

@@ -122,8 +122,8 @@ class StartupWait:
                 if any(self._fails(name, version, worker, java) for worker in waiting):
                     why = self.logs.worker_failure(name, version) or "its log gives no reason"
                     self.failed[name, version] = (
-                        f"A worker of {name} {version} keeps failing: {why.rstrip('.')}; the whole log is in "
-                        f"{self.logs.folder / 'model_log.log'}"
+                        f"A worker of {name} {version} keeps failing: {why.rstrip('.')}; "
+                        f"torchserve-dag logs {name}/{version} shows all of it"
                     )
                 loading = tuple(worker.id for worker in waiting)
                 ready = len(info.workers) - len(loading)

@@ -40,6 +40,8 @@ TOKEN = "x-door-token"  # noqa: S105 (a header's name)
 ARRIVED = "x-arrived-ms"
 """When the request arrived at the front door, which writes it into each request: milliseconds since 1970."""
 
+CONTENT_TYPE = "content-type"
+"""The entry of a gRPC message's map that names its body's content type, as the header does over REST."""
 NAMES = frozenset({*HEADERS, TOKEN, ARRIVED})
 """Entries of a gRPC message's map, and parts of a form, that are no part of the client's message."""
 

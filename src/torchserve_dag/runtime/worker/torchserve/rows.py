@@ -9,7 +9,7 @@ from typing import Any
 
 from torchserve_dag.runtime.compat.wire import WireRequest
 from torchserve_dag.runtime.data import media
-from torchserve_dag.runtime.data.options import CANCEL, NAMES, PIECES, named, owned_keys
+from torchserve_dag.runtime.data.options import CANCEL, CONTENT_TYPE, NAMES, PIECES, named, owned_keys
 from torchserve_dag.runtime.data.parts import BODY
 from torchserve_dag.runtime.worker.protocol import Part, Service, ServiceRequest, ServiceResponse
 from torchserve_dag.runtime.worker.response import write_answer
@@ -37,10 +37,13 @@ def read_request(wire: WireRequest) -> TorchServeRequest:
     headers = {name.lower(): value for name, value in wire.headers.items() if isinstance(value, str)}
     options: dict[str, str] = {}  # over gRPC they are entries of the map; a form may have them, too
     parts: list[Part] = []
+    entry_type = None  # of the body over gRPC, whose messages have no other place for it
     for name, value in wire.row.items():
         part = _part(name, value, wire.headers.get(name))
         if name != BODY and (option := name.lower()) in NAMES:
             options[option] = part.content.decode("utf-8", "replace")
+        elif name.lower() == CONTENT_TYPE:
+            entry_type = part.content.decode("utf-8", "replace")
         else:
             parts.append(part)
     options.update(headers)
@@ -51,7 +54,7 @@ def read_request(wire: WireRequest) -> TorchServeRequest:
         if content_type and content_type.startswith(body.content_type or "\0"):
             content_type = content_type.replace(media.FORM_AS_SENT, media.FORM)  # with the charset, which parts lack
         else:  # a form's own type is not its part's
-            content_type = body.content_type
+            content_type = body.content_type or entry_type
         content, form = body.content, None
     else:
         content, form = b"", parts
