@@ -330,14 +330,20 @@ m:
         assert "releases.yaml decided on aaa, and bbb is in the store" in remark.why
 
     def test_status_says_what_differs_what_is_new_and_what_was_rolled_back(self, tmp_path: Path) -> None:
-        text = 'm: {default: {version: "1.0", hash: aaa}, rejected: {"2.0": {reason: slow}}}\nn: {default: {version: "1.0"}}'
-        store = store_of(one("m", "1.0", "bbb"), one("m", "2.0"), one("m", "3.0"), one("n", "1.0"), one("new", "1.0"))
+        text = """
+m: {default: {version: "1.0", hash: aaa}, rejected: {"2.0": {reason: slow}, "0.9": {reason: wrong}}}
+n: {default: {version: "1.0"}, retired: {"0.1": {}}}
+"""
+        versions = ("1.0", "bbb"), ("0.9", "aaa"), ("2.0", "aaa"), ("3.0", "aaa")
+        store = store_of(*(one("m", *version) for version in versions), one("n", "1.0"), one("new", "1.0"))
         served = {("m", "1.0"): one("m", "1.0", "aaa"), ("m", "2.0"): one("m", "2.0")}
         found = {remark.what: remark for remark in selection.standing(store, releases(text, tmp_path), served)}
 
         assert {what: remark.kind for what, remark in found.items()} == {
-            "m 1.0": "differs", "m 2.0": "rejected", "m 3.0": "new", "n 1.0": "failed", "new 1.0": "new",
+            "m 1.0": "differs", "m 2.0": "rejected", "m 0.9": "left out", "m 3.0": "new", "n 1.0": "failed",
+            "new 1.0": "new",
         }  # fmt: skip
+        assert found["m 0.9"].why == "rejected on an unknown day: wrong; torchserve-dag serve m/0.9 loads it"
         assert "aaa is served, and bbb is in the store" in found["m 1.0"].why
 
     def test_load_models_may_name_some_files_of_the_store(self) -> None:

@@ -122,6 +122,8 @@ def standing(store: Store, releases: Releases, served: Mapping[ModelVersion, Arc
         elif kind == "rejected" and key in served:
             again = f"torchserve-dag retire {key[0]}/{key[1]} unloads it, and later starts leave it out"
             remarks.append(Remark("rejected", what, f"{_when_and_why(decision)}; {again}"))
+        elif kind in {"rejected", "retired"} and key in store.archives and key not in served:
+            remarks.append(_left_out(*key, kind, decision))
     models = {name for name, _ in served}
     for model, version in sorted(store.archives.keys() - decided(releases).keys(), key=_in_order):
         default = releases.get(model, ModelReleases()).default

@@ -102,7 +102,9 @@ def start(
                 changes={"enable_model_api": "true"} if inside else {},
                 shares=_shares(routes),
             )
-            remarks += [Remark("failed", " ".join(version), why) for version, why in started.failed.items()]
+            failures = {" ".join(version): why for version, why in started.failed.items()}
+            remarks = [one for one in remarks if not (one.kind == "new" and one.what in failures)]
+            remarks += [Remark("failed", what, why) for what, why in failures.items()]
             _check_enough(archives, remarks, strict=strict)
             if door:
                 with torchserve_client(state) as serving:
