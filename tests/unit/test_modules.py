@@ -131,6 +131,22 @@ def inside(text: Text) -> Text:
     assert served(folder) == mark * 2
 
 
+def test_folders_of_the_project_may_be_links(write: Write, project: Path, tmp_path: Path) -> None:
+    put(project, SHARED)
+    functions = "import helper\nfrom mynet import sizes\ndef mark(text: Text) -> Text: return Text(helper.MARK + str(sizes.SIZE))"
+    write(NODES, functions)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("handlers", "workflows", "src", "helper.py"):
+        (linked / name).symlink_to(project / name)
+    (tmp_path / "link").symlink_to(linked)
+
+    archive = built(tmp_path / "link")
+
+    assert answer_of(tmp_path / "link" / "workflows" / "flow.yaml") == "root7"
+    assert served(unpacked(archive, tmp_path / "archive")) == "root7"
+
+
 def test_a_handler_shares_its_network_with_the_training_code(write: Write, project: Path) -> None:
     put(
         project,

@@ -28,12 +28,18 @@ def own_modules(root: Path, files: Iterable[Path]) -> dict[str, Path]:
     """
     reader = _Reader(root.resolve(), root)
     for file in sorted(files):
-        reader.add(name_of(reader.root, file.resolve()))
+        reader.add(name_of(reader.root, _in_root(root, file)))
     while reader.unread:
         reader.read(*reader.unread.popitem())
     if reader.problems:
         raise CheckError(list(dict.fromkeys(reader.problems)))
     return dict(sorted(reader.modules.items()))
+
+
+def _in_root(root: Path, file: Path) -> Path:
+    """A file of the project below its resolved root. A folder of the project may be a symbolic link."""
+    shown, absolute = root.absolute(), file.absolute()
+    return root.resolve() / absolute.relative_to(shown) if absolute.is_relative_to(shown) else absolute
 
 
 def packed(modules: Mapping[str, Path]) -> dict[str, bytes]:

@@ -59,7 +59,7 @@ def _overlooked(project: Project, graphs: Iterable[Graph]) -> list[Problem]:
                 help_ = f"call it {path.name.lstrip('.')}, or delete it"
                 problems.append(Problem(str(path), 1, "a hidden file is not read", help_))
     imported = {path for graph in graphs for path in own_modules(project.root, sources(graph)).values()}
-    codes = {path.name for path in imported if path.parent == (project.root / "handlers").resolve()}
+    codes = {path.name for path in imported if path.parent == project.root.resolve() / "handlers"}
     for path in project.files("handlers"):
         try:
             data, _ = read_plain(path)
