@@ -13,6 +13,8 @@ AGAIN_S = 60.0
 """How long a fault's traceback is not repeated."""
 MAX_FAULTS = 200
 """How many faults are remembered; beyond it, all are forgotten, and have their tracebacks again."""
+COUNTS = "count of a fault"
+"""The name of the threads that log, a minute later, how often a fault recurred: the process's, not a workflow's."""
 CONTINUED = "  | "
 """The beginning of each line of a record after its first."""
 
@@ -71,7 +73,7 @@ class Faults:
             logger.error("fault %s: %s: %s: %s", fault.id, what, kind.__name__, error)
         if first_repeat:  # so that the last minute of a fault is counted too
             timer = threading.Timer(max(0.0, fault.shown + AGAIN_S - now), self._count, (logger, fault))
-            timer.daemon = True
+            timer.name, timer.daemon = COUNTS, True
             timer.start()
         return fault.id
 
