@@ -99,6 +99,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     run_tool(root, "build")
     (root / "routes.yaml").write_text(SPLIT)
     (root / "front_door.yaml").write_text(LIMITS)
+    (root / "releases.yaml").write_text('echo: {served: {"3.0": {}, "4.0": {}}}\n')
     run_tool(root, "up", "--free-ports")
     yield Served(root)
     run_tool(root, "down")
@@ -637,7 +638,8 @@ def test_a_process_that_is_killed_is_started_again_by_another(served: Served, ro
         assert f"TorchServe (pid {before[role]})" in sentence
         with served.http() as http:
             refused = [http.post("/predictions/echo", content=b"hi"), http.get("/ping")]
-        assert [(one.status_code, one.headers["retry-after"]) for one in refused] == [(503, "1")] * 2
+        assert [one.status_code for one in refused] == [503, 503]
+        assert refused[0].headers["retry-after"] == "1"
     if role in {"keeper", "watcher"}:
         assert answers(served, "rest", 200, lambda client, _: ask(client, x_tester="yes")) == {"2.0": 200}
     wait_until_whole(served, role, before[role])
