@@ -349,13 +349,13 @@ def test_a_version_that_keeps_failing_is_left_alone_for_a_while(served: Served) 
 def test_shadows_that_hang_and_crash_change_nothing_for_clients(served: Served, protocol: str) -> None:
     served.route('echo:\n  versions: {"1.0": 100}\n  shadow: {"4.0": 100, "5.0": 100}\n')
     before = served.door.admin.stats(
-        r"^cluster\.rest_echo/[45]_0\.upstream_rq_total$|^cluster\.grpc_echo/[45]_0\.upstream_rq_total$"
+        r"^cluster\.rest_echo/[45]~0\.upstream_rq_total$|^cluster\.grpc_echo/[45]~0\.upstream_rq_total$"
     )
     found = answers(served, protocol, 200, lambda client, _: ask(client))
 
     assert found == {"1.0": 200}
     after = served.door.admin.stats(
-        r"^cluster\.rest_echo/[45]_0\.upstream_rq_total$|^cluster\.grpc_echo/[45]_0\.upstream_rq_total$"
+        r"^cluster\.rest_echo/[45]~0\.upstream_rq_total$|^cluster\.grpc_echo/[45]~0\.upstream_rq_total$"
     )
     assert sum(after.values()) - sum(before.values()) == 400  # both had a copy of each
     served.route(SPLIT)
