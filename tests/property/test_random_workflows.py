@@ -67,7 +67,7 @@ def test_answers_and_failures_and_calls_are_those_of_the_naive_executor(project:
         problems = left_behind(workflow)
         begun = {thread.name for thread in set(threading.enumerate()) - loaded}
         problems += [
-            f"an additional thread: {name}" for name in begun if not name.startswith(("picky-", logs.COUNTS))
+            f"an additional thread: {name}" for name in begun if not name.startswith(("picky-", logs.COUNTER))
         ]  # of its micro-batches
         problems += misreported(workflow, flow)
 

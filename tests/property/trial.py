@@ -193,7 +193,7 @@ def left_behind(workflow: Workflow) -> list[str]:
 def threads_left(before: set[threading.Thread]) -> list[str]:
     """Threads that are alive LEFT_S after the close."""
     deadline = time.monotonic() + LEFT_S
-    while (left := {one for one in threading.enumerate() if one.name != logs.COUNTS} - before) and (
+    while (left := {one for one in threading.enumerate() if one.name != logs.COUNTER} - before) and (
         time.monotonic() < deadline
     ):
         time.sleep(0.001)

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.logs import AGAIN_S, CONTINUED, Faults, Formatter
 from torchserve_dag.runtime.messages import Text
 from torchserve_dag.runtime.worker import relay
@@ -171,14 +173,34 @@ class TestFaults:
         assert len({*other, faults.report(logger, self.raised("b"), "w", line=False)}) == 2
 
 
-def test_the_minutes_count_is_logged_also_if_nothing_more_comes(caplog: pytest.LogCaptureFixture) -> None:
-    faults, error = Faults(lambda: time.monotonic() * 600), TestFaults.raised("bad")  # a minute is 0.1 s
+def test_the_minutes_count_is_logged_also_if_nothing_more_comes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "AGAIN_S", 0.1)
+    faults, error = Faults(lambda: 0.0), TestFaults.raised("bad")
     fault = faults.report(logging.getLogger("counted"), error, "upper raised", line=False)
     for _ in range(3):
         faults.report(logging.getLogger("counted"), error, "upper raised", line=False)
-    faults._count(logging.getLogger("counted"), next(iter(faults._known.values())))
+    end = time.monotonic() + 60
+    while faults._counter and time.monotonic() < end:
+        time.sleep(0.01)
+    counts = re.compile(rf"fault {fault}: upper raised: ValueError \(and (\d) more in the last minute\)")
 
-    assert f"fault {fault}: upper raised: ValueError (and 3 more in the last minute)" in caplog.messages
+    assert sum(int(found[1]) for text in caplog.messages if (found := counts.fullmatch(text))) == 3
+    assert faults._counter is None
+
+
+def test_many_faults_are_counted_by_one_thread_also_those_that_are_forgotten(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    faults, error = Faults(lambda: 0.0), TestFaults.raised("bad")
+    before = threading.active_count()
+    for i in range(logs.MAX_FAULTS + 1):
+        for _ in range(2):
+            faults.report(logging.getLogger("counted"), error, f"node {i} raised", line=False)
+
+    assert threading.active_count() <= before + 1
+    assert sum("(and 1 more in the last minute)" in text for text in caplog.messages) == logs.MAX_FAULTS
 
 
 def test_a_failure_that_a_fallback_covers_is_one_line_with_its_request_and_node(

@@ -180,11 +180,7 @@ def answer(name: str, handle: Handle, context: Context, requests: list[WireReque
     """The message with the answers of a batch; if the whole batch failed, with that failure's status and sentence."""
     context.begin(requests)
     try:
-        rows = [
-            {key: decoded(value, request.headers.get(key)) for key, value in request.row.items()}
-            for request in requests
-        ]
-        answers = handle(rows, context)
+        answers = handle([_row(request) for request in requests], context)
     except BaseException as error:  # noqa: BLE001 (also SystemExit: it is the batch that failed)
         status, what = _failure(name, error)
         fault = logs.report(logger, error, f"{name} raised", line=False)
