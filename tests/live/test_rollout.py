@@ -26,7 +26,7 @@ from torchserve_dag.commands import app
 from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import manual
-from torchserve_dag.releases.rollout import RolloutStore
+from torchserve_dag.releases.rollout_store import RolloutStore
 from torchserve_dag.server import releases_file
 from torchserve_dag.server.connect import torchserve_client
 

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from torchserve_dag.commands.release import STOP_IF
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door.door import Door
-from torchserve_dag.front_door.splits import RolloutShare
+from torchserve_dag.front_door.splits import RolloutShare, ServedVersion
 from torchserve_dag.releases import load_throttle, manual, plot, request_log, route_weights, stop_if, version_metrics
 from torchserve_dag.releases.experiment import compare
 from torchserve_dag.releases.load_throttle import LoadThrottle
 from torchserve_dag.releases.request_log import LoggedRequest
-from torchserve_dag.releases.rollout import RolloutPlan, RolloutProgress, Rollouts, RolloutStore
+from torchserve_dag.releases.rollout import Rollouts, weights_before
+from torchserve_dag.releases.rollout_store import RolloutPlan, RolloutProgress, RolloutStore
 from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.telemetry.scores import score_in
 from torchserve_dag.server.errors import ServerError
@@ -323,6 +324,18 @@ class TestRollout:
             store.request(PLAN)
 
         assert [one.stage for one in store.all()] == ["waiting"]
+
+    def test_a_rollout_that_changes_nothing_does_not_begin(self, tmp_path: Path) -> None:
+        door = Door(State(tmp_path))
+        door.begin(Addresses())
+        with pytest.raises(ServerError, match=r"No version of m answers: torchserve-dag serve m/2\.0"):
+            weights_before(tmp_path, door.traffic(), PLAN)
+        door.change(
+            lambda now: replace(now, served=(ServedVersion("m", "2.0", 60.0, ours=True),), defaults={"m": "2.0"})
+        )
+
+        with pytest.raises(ServerError, match=r"m/2\.0 answers all requests already"):
+            weights_before(tmp_path, door.traffic(), PLAN)
 
     def test_what_was_under_way_is_over_when_the_server_starts_again(self, tmp_path: Path) -> None:
         store = RolloutStore(State(tmp_path))

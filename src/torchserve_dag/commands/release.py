@@ -27,7 +27,7 @@ from torchserve_dag.commands.common import (
 
 if TYPE_CHECKING:
     from torchserve_dag.front_door.door import Traffic
-    from torchserve_dag.releases.rollout import RolloutProgress, RolloutStore, StepMetrics
+    from torchserve_dag.releases.rollout_store import RolloutProgress, RolloutStore, StepMetrics
     from torchserve_dag.server.state import State
 
 STOP_IF = "errors > 1% or p50 > 1.3x or p99 > 1.3x"
@@ -64,8 +64,9 @@ def rollout(
     version stays loaded. The first version of a model gets all requests at once.
     """
     from torchserve_dag.front_door.door import Door
-    from torchserve_dag.releases import stop_if, versions
-    from torchserve_dag.releases.rollout import RolloutPlan, RolloutStore
+    from torchserve_dag.releases import stop_if
+    from torchserve_dag.releases.rollout import weights_before
+    from torchserve_dag.releases.rollout_store import RolloutPlan, RolloutStore
     from torchserve_dag.server.connect import running
     from torchserve_dag.server.state import State
 
@@ -89,13 +90,11 @@ def rollout(
         if door.record() is None:
             fail("The server runs without the front door, which splits the requests: start it with torchserve-dag up.")
         traffic = door.traffic()
-        versions.find_archive(state, name, version)
         split = traffic.split(name)
         if split is None or not split.weights:
             serve_first(state, name, version, plan.ready_s, json=json)
             return
-        if {one for one, share in split.shares.items() if share} == {version}:
-            fail(f"{name}/{version} answers all requests already: there is nothing to roll out.")
+        weights_before(root, traffic, plan)  # a refusal of the keeper's would replace the progress of the last rollout
         store.request(plan)
         last = _follow(store, name) if watch else store.progress(name)
     if json:
@@ -199,7 +198,7 @@ def routes(*, json: JsonOption = False, project: ProjectOption = None) -> None:
 
 
 def _steps(text: str) -> tuple[float, ...]:
-    from torchserve_dag.releases.rollout import WHOLE
+    from torchserve_dag.releases.rollout_store import WHOLE
 
     try:
         steps = tuple(float(part) for part in text.split(","))
@@ -249,7 +248,7 @@ def _show_all(store: RolloutStore, *, json: bool) -> None:
 
 def _picture(now: RolloutProgress) -> Group:
     """One rollout: its status, a bar with the share, and the metrics of both versions within the step."""
-    from torchserve_dag.releases.rollout import WHOLE
+    from torchserve_dag.releases.rollout_store import WHOLE
 
     plan = now.plan
     width = 40

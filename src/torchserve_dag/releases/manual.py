@@ -9,7 +9,8 @@ from pathlib import Path
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door import routes_file
 from torchserve_dag.front_door.door import Door, Traffic
-from torchserve_dag.releases.rollout import RolloutProgress, RolloutStore, reject, settle
+from torchserve_dag.releases.rollout import reject, settle
+from torchserve_dag.releases.rollout_store import RolloutProgress, RolloutStore
 from torchserve_dag.server import releases_file
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
