@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torchserve_dag.archives import mar
 from torchserve_dag.archives.archive import read_store
 from torchserve_dag.front_door import bootstrap, certificate
 from torchserve_dag.front_door.settings import FrontDoor, Limits
+from torchserve_dag.runtime.compat import archive as archives
 from torchserve_dag.runtime.data import source, unzip
 from torchserve_dag.runtime.data.plain import WrongFieldError
 from torchserve_dag.runtime.data.source import CheckError
@@ -70,6 +72,34 @@ def test_an_archive_that_unpacks_to_far_more_than_its_size_is_not_unpacked(tmp_p
     war = huge.rename(tmp_path / "huge.war")
     with pytest.raises(CheckError, match="would unpack to"):
         read_war(war)
+
+
+def _garbled(content: bytearray) -> None:
+    content[30 + len(mar.MANIFEST) : 40 + len(mar.MANIFEST)] = b"\xff" * 10
+
+
+def _encrypted(content: bytearray) -> None:
+    content[6] |= 1
+    content[content.find(b"PK\1\2") + 8] |= 1
+
+
+def _of_an_unknown_compression(content: bytearray) -> None:
+    content[8] = content[content.find(b"PK\1\2") + 10] = 99
+
+
+@pytest.mark.parametrize("damage", [_garbled, _encrypted, _of_an_unknown_compression, None])
+def test_whatever_is_wrong_in_an_archive_is_said(tmp_path: Path, damage: Callable[[bytearray], None] | None) -> None:
+    manifest = json.dumps({"model": {"modelName": "a", "handler": "h.py"}}).encode() if damage else b"[" * 200_000
+    for name, entry in {"a.mar": mar.MANIFEST, "a.war": "WAR-INF/MANIFEST.json"}.items():
+        content = bytearray(archive(tmp_path / name, manifest=manifest, entry=entry).read_bytes())
+        if damage:
+            damage(content)
+        (tmp_path / name).write_bytes(content)
+
+    assert archives.handler_of(tmp_path / "a.mar") is None
+    assert "is not an archive" in read_store(tmp_path).unusable["a.mar"]
+    with pytest.raises(CheckError, match="is not an archive of torch-workflow-archiver's"):
+        read_war(tmp_path / "a.war")
 
 
 def test_a_manifest_names_files_inside_only(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,15 +89,7 @@ def read_archive(path: Path) -> Archive:
         raise UnusableArchiveError(f"cannot be read: {error.strerror or error}") from None
     except mar.BadArchiveError as error:
         raise UnusableArchiveError(f"is not an archive ({error}): delete it, or build it again") from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        EOFError,
-        zlib.error,
-    ):
+    except (ValueError, LookupError, TypeError, AttributeError):  # its manifest says other things than a manifest does
         raise UnusableArchiveError("is not an archive: delete it, or build it again") from None
     if not NAME.match(name):
         what = f'is of a model "{name}": a name has letters of ASCII, digits, and _ . - after the first'

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
@@ -120,12 +120,19 @@ def read_text(archive: Path, entry: str) -> str:
     return unzip.read(archive, entry).decode("utf-8")
 
 
+def read_json(archive: Path, entry: str) -> Any:
+    """The data of a small JSON file in an archive. Raises as `read_text`, and ValueError for what is not JSON."""
+    try:
+        return json.loads(read_text(archive, entry))
+    except RecursionError:
+        raise BadArchiveError(f"{entry} in it is nested too deeply") from None
+
+
 def is_ours(archive: Path) -> bool:
     """Whether this package built the archive."""
     try:
-        with zipfile.ZipFile(archive) as opened:
-            return BUILD in opened.namelist()
-    except (OSError, zipfile.BadZipFile):
+        return BUILD in checksums(archive)
+    except (OSError, BadArchiveError):
         return False
 
 
@@ -133,14 +140,14 @@ def is_asynchronous(archive: Path) -> bool:
     """Whether its answers may come in chunks: TorchServe's asynchronous mode."""
     try:
         settings = source.load(read_text(archive, SETTINGS))
-    except (OSError, KeyError, ValueError, RecursionError, zipfile.BadZipFile, yaml.YAMLError):
+    except (OSError, KeyError, ValueError, RecursionError, BadArchiveError, yaml.YAMLError):
         return False
     return isinstance(settings, dict) and settings.get("asyncCommunication") is True
 
 
 def name_and_version(archive: Path) -> tuple[str, str]:
     """The name and version under which TorchServe registers an archive."""
-    model = json.loads(read_text(archive, MANIFEST))["model"]
+    model = read_json(archive, MANIFEST)["model"]
     return str(model["modelName"]), str(model.get("modelVersion", "1.0"))
 
 
@@ -160,11 +167,11 @@ def content_hash(archive: Path) -> str:
     archives of `build`, `build.json` has the SHA-256 of the weights besides.
     """
     entries: dict[str, object] = dict(checksums(archive))
-    manifest = json.loads(read_text(archive, MANIFEST))
+    manifest = read_json(archive, MANIFEST)
     manifest.pop("createdOn", None)  # model-archiver writes the time
     entries[MANIFEST] = manifest
     if BUILD in entries:
-        build = json.loads(read_text(archive, BUILD))
+        build = read_json(archive, BUILD)
         build.get("inputs", {}).pop("commit", None)  # the same files may be built at another commit
         entries[BUILD] = build
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:12]
@@ -172,5 +179,4 @@ def content_hash(archive: Path) -> str:
 
 def checksums(archive: Path) -> Entries:
     """Each file in an archive: its size and its checksum. Raises zipfile.BadZipFile for no archive."""
-    with zipfile.ZipFile(archive) as stored:
-        return {entry.filename: (entry.file_size, entry.CRC) for entry in stored.infolist()}
+    return {entry.filename: (entry.file_size, entry.CRC) for entry in unzip.entries(archive)}

@@ -6,7 +6,6 @@ loop for TorchServe's workers with it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torchserve_dag.runtime.worker.protocol import PROTOCOL
 def why_not_hosted(archive: Path) -> str | None:
     """Why a host cannot run an archive, and what to do, in a sentence; None where it can."""
     try:
-        build = json.loads(mar.read_text(archive, mar.BUILD))
+        build = mar.read_json(archive, mar.BUILD)
     except (OSError, KeyError, ValueError, mar.BadArchiveError):
         return f"{archive.name} was not built by torchserve-dag: let TorchServe serve it."
     return why_not_spoken(build)

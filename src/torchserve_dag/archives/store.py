@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +116,7 @@ def _read(path: Path) -> _Read | None:
     """Read an archive; None if the file is not one."""
     try:
         entries = mar.checksums(path)
-        build = json.loads(mar.read_text(path, BUILD)) if BUILD in entries else {}
+        build = mar.read_json(path, BUILD) if BUILD in entries else {}
         build.get("inputs", {}).pop("commit", None)
         digests = dict(build.get("inputs", {}).get("weights", {}))
     except (OSError, ValueError, AttributeError, TypeError, mar.BadArchiveError):

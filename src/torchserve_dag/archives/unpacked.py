@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def graph_of(archive: Archive) -> Graph:
     """The graph that is served, whatever the project's files say by now. Raises UnusableArchiveError, CheckError."""
     if not mar.is_ours(archive.path):
         raise UnusableArchiveError("was not built by torchserve-dag, and has no graph")
-    served = json.loads(mar.read_text(archive.path, mar.BUILD))["file"]
+    served = mar.read_json(archive.path, mar.BUILD)["file"]
     with tempfile.TemporaryDirectory(prefix="torchserve-dag-") as folder:
         project = [entry for entry in mar.checksums(archive.path) if part_of_archive(entry) == "project"]
         unzip.extract(archive.path, Path(folder), project)

@@ -17,7 +17,7 @@ from torchserve_dag.runtime.data import unzip
 MANIFEST = "MAR-INF/MANIFEST.json"
 _STREAMS = "send_intermediate_predict_response"
 """The function of TorchServe's that a handler calls to send a chunk."""
-_ERRORS = (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError)
+_ERRORS = (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError)
 
 
 def handler_of(archive: Path) -> str | None:
@@ -71,8 +71,7 @@ def _python_files(archive: Path) -> Iterator[str]:
         if archive.is_dir():
             names = [path.relative_to(archive).as_posix() for path in archive.rglob("*.py")]
         else:
-            with zipfile.ZipFile(archive) as packed:
-                names = [name for name in packed.namelist() if name.endswith(".py")]
+            names = [entry.filename for entry in unzip.entries(archive) if entry.filename.endswith(".py")]
     except _ERRORS:
         return
     for name in names:

@@ -28,7 +28,7 @@ def read_war(path: Path) -> War:
     except FileNotFoundError as error:
         what = "there is no such file" if error.filename == str(path) else "it holds no WAR-INF/MANIFEST.json"
         raise CheckError([Problem(str(path), 1, what)]) from None
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"it is not an archive of torch-workflow-archiver's: {type(error).__name__}: {error}"
         raise CheckError([Problem(str(path), 1, what)]) from None
     for file in (war.spec, war.functions):
