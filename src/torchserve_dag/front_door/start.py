@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchserve_dag.archives import atomic
-from torchserve_dag.front_door import bootstrap, certificate
+from torchserve_dag.front_door import bootstrap, certificate, overload
 from torchserve_dag.front_door.door import Door, FrontDoorRecord
 from torchserve_dag.front_door.envoy import BOOTSTRAP, LOG, Envoy
 from torchserve_dag.front_door.settings import FrontDoor
@@ -43,7 +43,7 @@ def raise_open_files() -> None:
 
 def few_connections(settings: FrontDoor) -> str | None:
     """What to say where the system lets the front door take fewer connections than front_door.yaml says."""
-    taken = bootstrap.connections(settings.limits)
+    taken = overload.connections(settings.limits)
     if taken >= settings.limits.connections:
         return None
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.front_door.bootstrap import FEEDBACK_LOG, REQUESTS_LOG
+from torchserve_dag.front_door.access_logs import FEEDBACK_LOG, REQUESTS_LOG
 from torchserve_dag.releases.version_metrics import gave_up
 from torchserve_dag.runtime.telemetry.scores import FILE as SCORES_LOG
 from torchserve_dag.runtime.telemetry.scores import valid

@@ -1,0 +1,78 @@
+"""The answers that the front door itself gives, in the format of TorchServe's own."""
+
+from __future__ import annotations
+
+from torchserve_dag.front_door.access_logs import REQUEST_ID, all_of, any_of, has_header, has_status
+from torchserve_dag.front_door.envoy_config import Resource, overwrite
+from torchserve_dag.front_door.http_filters import PING, too_large
+from torchserve_dag.front_door.settings import MAX_HEADERS, Limits
+
+GRPC_STATUS = {413: "8", 504: "4"}
+"""HTTP status → gRPC status, where Envoy's own mapping differs: RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
+
+
+def local_replies(limits: Limits, max_body: int) -> Resource:
+    """The front door's own answers, in TorchServe's JSON format; over gRPC the message alone."""
+    why = "%RESPONSE_CODE_DETAILS%"
+    seconds = f"its headers within {limits.headers_s:g} s, all of it within {limits.body_s:g} s"
+    larger = f"The body is larger than the {max_body:,} bytes that the server accepts (its max_request_size)."
+    sentences = {
+        400: ("BadRequestException", f"This is no request that the front door understands ({why})."),
+        401: ("InvalidKeyException", "A valid token is needed, as Authorization: Bearer TOKEN (%LOCAL_REPLY_BODY%)."),
+        403: ("InvalidKeyException", "This token was revoked: ask for another."),
+        404: ("ResourceNotFoundException", f"There is nothing here ({why}): ask /predictions/NAME."),
+        408: ("RequestTimeout", f"The request did not come in time: {seconds}."),
+        413: ("TooLarge", larger),
+        429: ("Overloaded", "This token exceeds its requests per second; try later."),
+        431: (
+            "HeadersTooLarge",
+            f"The headers are larger than {limits.headers_kib} KiB together, or more than {MAX_HEADERS}.",
+        ),
+        502: ("InternalError", f"The server's answer could not be read ({why})."),
+        503: ("Overloaded", "No server can answer now; try later (%LOCAL_REPLY_BODY%)."),
+        504: ("DeadlineExceeded", "There was no answer in time."),
+    }
+    upgrade = any_of(
+        has_header({"name": "upgrade", "present_match": True}),
+        has_header({"name": ":method", "string_match": {"exact": "CONNECT"}}),
+    )
+    ping = all_of(*(has_header(match) for match in PING))
+    length = all_of(has_header(too_large(max_body)), {"response_flag_filter": {"flags": ["LH"]}})
+    refused = {"filter": "refused", "path": [{"key": "type"}], "value": {"present_match": True}}
+    message, kind = "%DYNAMIC_METADATA(refused:message)%", "%DYNAMIC_METADATA(refused:type)%"
+    mappers = [
+        {"filter": all_of(ping, has_status(200)), **_body({"status": "Healthy"})},
+        {"filter": all_of(ping, has_status(503)), **_body({"status": "Unhealthy"})},
+        {
+            "filter": {"metadata_filter": {"matcher": refused, "match_if_key_not_found": False}},
+            **_body(_failure(kind, message)),
+        },
+        {"filter": length, "status_code": 413, **_body(_failure("TooLarge", larger))},
+        {
+            "filter": all_of(upgrade, has_status(403)),
+            "status_code": 501,
+            **_body(
+                _failure("NotImplemented", "No connection can be upgraded or tunnelled here: send a plain request.")
+            ),
+        },
+    ]
+    # What http1_server_abort_dispatch refuses is 500, and nothing else of Envoy's own is, but for an answer too large.
+    later = [overwrite("retry-after", "1")]
+    failed = _failure("Overloaded", f"The front door could not pass this request on; try later ({why}).")
+    mappers.append({"filter": has_status(500), "status_code": 503, "headers_to_add": later, **_body(failed)})
+    grpc = has_header({"name": "content-type", "string_match": {"prefix": "application/grpc"}})
+    for code, (kind, message) in sentences.items():
+        headers = later if code == 503 else []  # noqa: PLR2004 (429 has its own)
+        as_grpc = [overwrite("grpc-status", GRPC_STATUS[code])] if code in GRPC_STATUS else []
+        as_text = {"body_format_override": {"text_format_source": {"inline_string": message}}}
+        mappers.append({"filter": all_of(has_status(code), grpc), "headers_to_add": [*headers, *as_grpc], **as_text})
+        mappers.append({"filter": has_status(code), "headers_to_add": headers, **_body(_failure(kind, message))})
+    return {"mappers": mappers}
+
+
+def _failure(kind: str, message: str) -> Resource:
+    return {"code": "%RESPONSE_CODE%", "type": kind, "message": message, "request_id": REQUEST_ID}
+
+
+def _body(fields: Resource) -> Resource:
+    return {"body_format_override": {"json_format": fields}}
