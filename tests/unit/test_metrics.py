@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import threading
 from collections import Counter
@@ -146,6 +147,25 @@ def test_the_thread_publishes_and_the_last_counts_are_published_when_it_is_close
     for line in "".join(written).splitlines():
         server.read(line)
     assert server.value("items_total", "flow", "1.0", "a") == 2
+
+
+def test_metrics_that_cannot_be_written_are_written_later(caplog: pytest.LogCaptureFixture) -> None:
+    counts, written, server = NodeCounts(), queue.Queue[str](), TorchServe()
+    counts.record_batch([0.1, 0.1], 0.1, 0)
+    failures = iter([OSError("no process can be started")] * 3)
+
+    def write(lines: str) -> None:
+        if failure := next(failures, None):
+            raise failure
+        written.put(lines)
+
+    publisher = publish_every(0.01, "flow", "1.0", lambda: series_of({"a": counts}), write)
+    for line in written.get(timeout=60).splitlines():
+        server.read(line)
+    publisher.close()
+
+    assert server.value("items_total", "flow", "1.0", "a") == 2
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
 
 
 def test_counts_that_cannot_be_had_end_the_thread_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:

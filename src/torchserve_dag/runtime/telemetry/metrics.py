@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.engine.counts import Histogram, NodeCounts
 
 logger = logging.getLogger(__name__)
@@ -104,18 +105,30 @@ class Publisher:
         self._closed = threading.Event()
 
     def run(self, period_s: float) -> None:
-        """Publish until it is closed, or publishing fails."""
+        """Publish until it is closed, or there are no metrics.
+
+        Where writing fails it goes on: `write` starts the worker's relay again, without which the worker would block.
+        """
         try:
-            self.publish()
-            while not self._closed.wait(period_s):
-                self.publish()
+            while True:
+                try:
+                    self.publish()
+                except OSError as error:
+                    logs.report(logger, error, "the metrics of this worker cannot be written", line=False)
+                if self._closed.wait(period_s):
+                    return
         except Exception:
             logger.exception("the metrics of this worker are no longer updated")
 
     def publish(self) -> None:
         """Write the increases since the last call; nothing too, for `write` also watches what passes it on."""
         with self._publishing:
-            self._write("".join(f"{line}\n" for line in self.lines()))
+            before = self._published
+            try:
+                self._write("".join(f"{line}\n" for line in self.lines()))
+            except OSError:
+                self._published = before  # the next call writes these increases, too
+                raise
 
     def close(self) -> None:
         """Publish for the last time."""
