@@ -28,7 +28,9 @@ _taken: WorkerOutput | None = None
 def take_over() -> None:
     """From now on only `command` writes lines that the server obeys, and a record of a log begins only one line."""
     global _taken  # noqa: PLW0603 (a process has one output)
-    _taken = _taken or WorkerOutput()
+    if not _taken:
+        _taken = WorkerOutput()
+        atexit.register(hand_back)
 
 
 def hand_back() -> None:
@@ -37,8 +39,10 @@ def hand_back() -> None:
     TorchServe ends a worker whose model cannot be loaded within milliseconds, and reads no more: a relay that has just
     been started would lose the reason.
     """
+    global _taken
     if _taken:
-        _taken.end()
+        ending, _taken = _taken, None  # a command that comes later must not start a relay, or write to a closed pipe
+        ending.end()
 
 
 def command(lines: str) -> None:
@@ -67,11 +71,9 @@ class WorkerOutput:
             os.close(pipe)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(Formatter(handler.formatter))
-        atexit.register(self.end)
 
     def end(self) -> None:
         """Wait until the relay has written everything, and write to the server itself from now on."""
-        atexit.unregister(self.end)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
