@@ -135,9 +135,14 @@ def serve_first(state: State, model: str, version: str | None, ready_s: float, *
     if json:
         print_json({"model": model, "version": version, "default": is_default})
         return
-    what = "it answers requests that name no version" if is_default else f"torchserve-dag rollout {model} {version}"
-    more = "" if is_default else " gives it others than those that name it"
-    out.print(f"{model}/{version} is served; {what}{more}")
+    if is_default:
+        out.print(f"{model}/{version} is served; it answers requests that name no version")
+    else:
+        out.print(
+            f"{model}/{version} is served to requests that name it; torchserve-dag rollout {model} {version} gives it "
+            "a share of the others",
+            soft_wrap=True,
+        )
 
 
 def promote(

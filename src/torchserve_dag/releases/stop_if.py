@@ -73,7 +73,7 @@ def read(text: str) -> list[Condition]:
 
 
 def reason(terms: list[Condition], new: VersionMetrics, old: VersionMetrics) -> str | None:
-    """The first reason to roll back. One is always among them: the clients wait in vain, as for a version that hangs.
+    """The first reason to roll back. Besides the conditions, clients that give up are one: the version may hang.
 
     A client that gives up counts only if it had waited longer than 99 % of the old version's answers take: whoever
     cancels at once, or chooses a short deadline, says nothing about the new version.

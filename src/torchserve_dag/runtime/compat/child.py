@@ -150,7 +150,7 @@ def entry_class(module: ModuleType) -> type | None:
 
 
 def checked(name: str, functions: list[str]) -> dict[str, Any]:
-    """What is wrong with a workflow's Python file: why it cannot be imported, or which functions it has not."""
+    """What is wrong with a workflow's Python file: why it cannot be imported, or which functions it lacks."""
     try:
         module = importlib.import_module(name)
     except SyntaxError as error:

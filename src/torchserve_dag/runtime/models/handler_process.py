@@ -30,7 +30,7 @@ from torchserve_dag.runtime.messages import Failure, InputError
 logger = logging.getLogger(__name__)
 
 PAUSES_S = (0, 1, 1, 2, 3, 5, 8, 13, 21, 30)
-"""Seconds until a process is started again, by how many have failed in a row; then the last. TorchServe's begin so."""
+"""Seconds until the next process is started, by how many have failed in a row; TorchServe's pauses begin like this."""
 
 REFUSE_AFTER = 3
 """From so many failed processes in a row on, requests are refused while there is none, instead of waiting for it."""
