@@ -116,6 +116,14 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+def runs(pid: int) -> bool:
+    """Whether there is a process with this pid, and it is `alive`."""
+    try:
+        return alive(psutil.Process(pid))
+    except psutil.Error:
+        return False
+
+
 def wait(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
     """Wait for the processes to end; those that still run after the timeout."""
     deadline = time.monotonic() + timeout_s

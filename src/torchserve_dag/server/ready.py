@@ -12,7 +12,7 @@ from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.clients import Client, ModelInfo, ServingError, WorkerInfo
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
-from torchserve_dag.server.processes import alive, workers_of
+from torchserve_dag.server.processes import runs, workers_of
 
 POLL_S = 0.3
 FAILURES = 3
@@ -135,21 +135,13 @@ class StartupWait:
         pids = self._pids.setdefault((name, version, worker.id), set())
         if worker.pid > 0:  # TorchServe does not know the process of a worker that ends early
             pids.add(worker.pid)
-            if sum(map(_ended, pids)) >= self._failures:
+            if sum(not runs(pid) for pid in pids) >= self._failures:
                 return True
-            if not _ended(worker.pid) or workers_of(java, frozenset({worker.id})):
+            if runs(worker.pid) or workers_of(java, frozenset({worker.id})):
                 self._gone.pop(worker.id, None)
             elif time.monotonic() - self._gone.setdefault(worker.id, time.monotonic()) > GONE_S:
                 return True
         return len(pids) >= FAILURES or self.logs.failed_again(name, version) >= FAILURES - 1
-
-
-def _ended(pid: int) -> bool:
-    """Whether a worker's process has ended."""
-    try:
-        return not alive(psutil.Process(pid))
-    except psutil.Error:
-        return True
 
 
 def _models(client: Client) -> list[ModelInfo] | None:

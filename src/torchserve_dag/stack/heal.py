@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, replace
 
 import httpx
-import psutil
 
 from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.clients import Client, VersionInfo
@@ -21,7 +20,7 @@ from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens
 from torchserve_dag.server.errors import ServerError
-from torchserve_dag.server.processes import alive
+from torchserve_dag.server.processes import runs
 from torchserve_dag.server.state import State
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class Healer:
         if self._healing and self._healing.is_alive():
             return
         now = time.monotonic()
-        dead = any(not _runs(pid) for sight in self._seen.values() for pid in sight.pids)
+        dead = any(not runs(pid) for sight in self._seen.values() for pid in sight.pids)
         waits = any(sight.whole_at < self._asked_at for sight in self._seen.values())
         if now - self._asked_at < LOOK_S and not dead and not waits:
             return
@@ -102,7 +101,7 @@ class Healer:
         self._seen[version] = sight
         if whole or not info.min_workers or now < sight.next_at:
             return False
-        gone = not any(_runs(pid) for pid in sight.pids)
+        gone = not any(runs(pid) for pid in sight.pids)
         return served.streams or (gone and now - sight.whole_at > PATIENCE_S)
 
     def _heal(self, version: ModelVersion, workers: int) -> None:
@@ -154,10 +153,3 @@ def scale(state: State, version: ModelVersion, workers: int) -> None:
 
 def _ready(client: Client, version: ModelVersion) -> bool:
     return any(one.ready for model in client.models() for one in model.versions if (model.name, one.version) == version)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return alive(psutil.Process(pid))
-    except psutil.Error:
-        return False
