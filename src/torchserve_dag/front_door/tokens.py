@@ -60,9 +60,6 @@ class TokenStore:
     def issue(self, name: str, lives_s: float, requests_per_second: int | None = None) -> str:
         """Issue a token. Raises ServerError if the name is taken."""
         path, key = self._record(name), self._key()
-        before = _read(path)
-        if before is None or before.expired:
-            path.unlink(missing_ok=True)
         token = Token(name, secrets.token_hex(16), int(time.time() + lives_s), requests_per_second)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic.part_of(path) as part:
@@ -71,8 +68,11 @@ class TokenStore:
             try:
                 os.link(part, path)
             except FileExistsError:
-                taken = f'There is a token "{name}" already: revoke it, or choose another name.'
-                raise ServerError(taken) from None
+                before = _read(path)
+                if before and not before.expired:
+                    taken = f'There is a token "{name}" already: revoke it, or choose another name.'
+                    raise ServerError(taken) from None
+                part.replace(path)
         claims = {"iss": ISSUER, "sub": name, "jti": token.id, "exp": token.expires}
         return jwt.encode(claims, key, ALGORITHM)
 
