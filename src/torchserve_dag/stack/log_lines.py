@@ -78,7 +78,7 @@ def read(folder: Path, wanted: Wanted) -> list[Entry]:
     entries: list[Entry] = []
     causes: dict[str, list[Entry]] = {}
     for path in _files(folder):
-        if wanted.since and path.stat().st_mtime < wanted.since.timestamp():
+        if wanted.since and _modified(path) < wanted.since.timestamp():
             continue
         with suppress(OSError, EOFError, zlib.error), _open(path) as lines:  # it may be renamed or written just now
             for entry in _Reader(path).entries(lines):
@@ -124,7 +124,14 @@ def follow(folder: Path, wanted: Wanted) -> Iterator[Entry]:
 
 def _files(folder: Path) -> list[Path]:
     files = [path for path in folder.iterdir() if _base(path) is not None]
-    return sorted(files, key=lambda path: path.stat().st_mtime)
+    return sorted(files, key=_modified)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it was rotated away just now
+        return 0.0
 
 
 def _base(path: Path) -> str | None:
