@@ -38,10 +38,10 @@ def start(state: State) -> None:
 
 
 def check_mendable(state: State, *, foreground: bool) -> None:
-    """Raises ServerError if a server runs to which nothing is to be added: no process, and no foreground."""
+    """Raises ServerError if `up` has nothing to do: every process is well, or one in the foreground watches already."""
     supervised = Supervised(state)
     watcher = supervised.process("watcher")
-    whole = watcher is not None and not any(one.problem for one in supervised.report())
+    whole = not any(one.problem for one in supervised.report())
     if watcher and (FOREGROUND in watcher.cmdline() if foreground else whole):
         raise ServerError(
             f"A server of this project is running already (pid {watcher.pid}): stop it with torchserve-dag down."
