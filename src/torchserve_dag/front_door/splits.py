@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from torchserve_dag.archives import mar
+from torchserve_dag.clients import VersionInfo
 from torchserve_dag.front_door.routes_file import RouteFile
 
 
@@ -24,6 +27,12 @@ class ServedVersion:
     @property
     def name(self) -> str:
         return f"{self.model}/{self.version}"
+
+    @classmethod
+    def of(cls, model: str, info: VersionInfo, archive: Path) -> ServedVersion:
+        """A version as TorchServe and the archive that it serves it from describe it."""
+        timeout_s = float(info.response_timeout_s)
+        return cls(model, info.version, timeout_s, mar.is_ours(archive), mar.is_asynchronous(archive))
 
 
 @dataclass(frozen=True, slots=True)

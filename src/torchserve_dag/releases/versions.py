@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from torchserve_dag.archives import mar
 from torchserve_dag.archives.archive import Archive, UnusableArchiveError, copies, copy, read_store
 from torchserve_dag.clients import Client, VersionInfo
 from torchserve_dag.clients.models import version_key
@@ -64,8 +63,7 @@ def load(
         _discard(client, archive)
         raise ServerError(f"{failed[model, version]}.")
     info = next(one for one in _versions(client, model) if one.version == version)
-    kind = mar.is_ours(archive.path), mar.is_asynchronous(archive.path)
-    served = ServedVersion(model, version, float(info.response_timeout_s), *kind)
+    served = ServedVersion.of(model, info, archive.path)
     door = Door(state)
     if door.record():
         door.change(lambda now: replace(now, served=(*now.served, served)))

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torchserve_dag.archives import mar
 from torchserve_dag.archives.archive import Archive, ModelVersion, copies
 from torchserve_dag.clients import Client
 from torchserve_dag.front_door import start as front_door
@@ -184,10 +183,6 @@ def end(state: State, besides: Collection[int] = ()) -> bool:
     return torchserve.end(state, besides) or drained
 
 
-def _kind(archive: Path) -> tuple[bool, bool]:
-    return mar.is_ours(archive), mar.is_asynchronous(archive)
-
-
 def _check_inside(where: Addresses) -> None:
     """Raises ServerError if TorchServe would listen beyond loopback."""
     for name in where.__slots__:
@@ -203,9 +198,7 @@ def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) ->
     """Route requests to every version that TorchServe serves. A model whose default is not served has none."""
     models, store, releases = serving.models(), state.archives, releases_file.read(state.root)
     served = tuple(
-        ServedVersion(model.name, version.version, float(version.response_timeout_s), *_kind(store / version.archive))
-        for model in models
-        for version in model.versions
+        ServedVersion.of(model.name, version, store / version.archive) for model in models for version in model.versions
     )
     decided = {name: release.default.version for name, release in releases.items() if release.default}
     chosen = {
