@@ -1113,6 +1113,44 @@ def test_sixteen_large_photos_at_once_take_the_memory_of_two() -> None:
     assert 40_000 < int(done.stdout) < 150_000
 
 
+MADE = """
+import io, sys
+from PIL import Image
+
+exif = Image.Exif()
+exif[0x0112] = 6
+buffer = io.BytesIO()
+if sys.argv[1] == "turned, with alpha":
+    Image.new("LA", (3000, 3000), (90, 200)).save(buffer, "PNG", exif=exif, compress_level=1)
+else:
+    Image.new("RGB", (3000, 3000), (9, 90, 200)).save(buffer, "JPEG", exif=exif)
+body = buffer.getvalue()[:-2] if sys.argv[1] == "without its end" else buffer.getvalue()
+sys.stdout.buffer.write(body)
+"""
+PEAK = """
+import re, sys
+from pathlib import Path
+from torchserve_dag.runtime.data import photos
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+body = sys.stdin.buffer.read()
+before = kilobytes("VmRSS")
+photos.decode(body)
+print((kilobytes("VmHWM") - before) * 1024 / 3000**2)
+"""
+
+
+@pytest.mark.parametrize(("kind", "most"), [("turned", 9.5), ("without its end", 9.5), ("turned, with alpha", 13.5)])
+def test_a_pixel_takes_at_most_so_many_bytes_while_it_is_decoded(kind: str, most: float) -> None:
+    """8, 8 and 12, and what the decoder itself needs; a copy of the pixels more would be 4."""
+    made = subprocess.run([sys.executable, "-c", MADE, kind], capture_output=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PEAK], input=made.stdout, capture_output=True, check=True, timeout=120)
+
+    assert 3.5 < float(done.stdout) < most
+
+
 NO_MEMORY = """
 import re, resource
 from pathlib import Path

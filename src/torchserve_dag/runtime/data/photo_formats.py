@@ -33,10 +33,15 @@ Loaded = tuple[Image.Image, bool]
 """The upright pixels, 8 bits for each band, in any of Pillow's modes, with a `transparency` that fits them; and whether
 whoever opens the file with Pillow gets this image, too."""
 
-Load = Callable[[], Loaded]
 
-Opened = tuple[tuple[int, int], Load]
-"""What a format's header says: width and height, and how the pixels are decoded."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opened:
+    """What a format's header says: width and height, and how the pixels are decoded."""
+
+    size: tuple[int, int]
+    load: Callable[[], Loaded]
+    weight: int = 1
+    """For how many pixels each one counts while they are decoded: 1 where it takes at most 12 bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,8 +50,6 @@ class Format:
     begins: re.Pattern[bytes]
     open: Callable[[bytes], Opened]
     """Raises whatever Pillow raises for a header that it cannot read, or InputError."""
-    weight: int = 1
-    """For how many pixels one counts while others are decoded."""
 
 
 def format_of(body: bytes) -> Format | None:
@@ -101,7 +104,7 @@ def _open_jpeg(body: bytes) -> Opened:
     if body.count(b"\xff\xda") > MAX_SCANS:
         raise ValueError(f"it has more than {MAX_SCANS} scans")
     image = JpegImagePlugin.JpegImageFile(io.BytesIO(body))  # of several pictures (MPO) the first
-    return image.size, partial(_load_jpeg, image, body)
+    return Opened(image.size, partial(_load_jpeg, image, body))
 
 
 def _load_jpeg(image: Image.Image, body: bytes) -> Loaded:
@@ -112,6 +115,7 @@ def _load_jpeg(image: Image.Image, body: bytes) -> Loaded:
         restart = _next_restart(body)
         if restart is None:
             raise
+        image.close()  # with its pixels: others take their place
     # libjpeg reads ahead, and needs something to read. Behind the last bit of a complete scan it may be anything, while
     # of a scan that was cut off it becomes pixels, for each filler others.
     expected = None
@@ -191,7 +195,8 @@ def _open_png(body: bytes) -> Opened:
     bits, colour = body[24], body[25]
     pixels, same = _without_metadata(body)
     image = PngImagePlugin.PngImageFile(io.BytesIO(pixels))
-    return image.size, partial(_load_png, image, pixels, bits, colour, same=same)
+    masked = bits == 16 and "transparency" in image.info  # noqa: PLR2004
+    return Opened(image.size, partial(_load_png, image, pixels, bits, colour, same=same), weight=2 if masked else 1)
 
 
 def _without_metadata(body: bytes) -> tuple[bytes, bool]:
@@ -293,7 +298,7 @@ def _open_tiff(body: bytes) -> Opened:
         )
     if tags.get(_SUBFILE, 0) & _REDUCED and (_SUB_IFDS in tags or tags.next):
         raise ValueError("its first picture is a thumbnail of another, as in a camera's raw file")
-    return image.size, partial(_load_tiff, image)
+    return Opened(image.size, partial(_load_tiff, image))
 
 
 def _load_tiff(image: TiffImagePlugin.TiffImageFile) -> Loaded:
@@ -324,7 +329,7 @@ def _open_bmp(body: bytes) -> Opened:
         raise ValueError(f"{bits} bits a pixel with a palette of greys")
     if image.info["compression"] in _RUNS and image.width * image.height > MAX_PIXELS_IN_RUNS:
         raise ValueError(f"compressed, with more than {MAX_PIXELS_IN_RUNS:,} pixels")
-    return image.size, partial(_load_bmp, image)
+    return Opened(image.size, partial(_load_bmp, image))
 
 
 def _load_bmp(image: Image.Image) -> Loaded:
@@ -340,7 +345,7 @@ def _load_bmp(image: Image.Image) -> Loaded:
 
 def _open_gif(body: bytes) -> Opened:
     image = GifImagePlugin.GifImageFile(io.BytesIO(body))
-    return image.size, partial(_load_gif, image)
+    return Opened(image.size, partial(_load_gif, image))
 
 
 def _load_gif(image: Image.Image) -> Loaded:
@@ -366,7 +371,7 @@ def _open_webp(body: bytes) -> Opened:
             size = (both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1
         case _:
             size = int.from_bytes(body[26:28], "little") & 0x3FFF, int.from_bytes(body[28:30], "little") & 0x3FFF
-    return size, partial(_load_webp, body)
+    return Opened(size, partial(_load_webp, body), weight=2)  # the decoder holds the pixels twice more
 
 
 def _load_webp(body: bytes) -> Loaded:
@@ -379,7 +384,7 @@ def _load_webp(body: bytes) -> Loaded:
 FORMATS = (
     Format("JPEG", re.compile(rb"\xff\xd8\xff"), _open_jpeg),
     Format("PNG", re.compile(re.escape(_PNG_BEGINS)), _open_png),
-    Format("WEBP", re.compile(rb"RIFF.{4}WEBPVP8", re.DOTALL), _open_webp, weight=2),
+    Format("WEBP", re.compile(rb"RIFF.{4}WEBPVP8", re.DOTALL), _open_webp),
     Format("GIF", re.compile(rb"GIF8[79]a"), _open_gif),
     Format("BMP", re.compile(rb"BM"), _open_bmp),
     Format("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), _open_tiff),

@@ -22,8 +22,8 @@ MOST_PIXELS = 178_956_970
 """Above it some of Pillow's readers refuse a photo whatever our limit is: twice its `Image.MAX_IMAGE_PIXELS`."""
 
 PIXELS_AT_ONCE = 200_000_000
-"""Pixels that are being decoded in a process at one time; a further photo waits. A pixel takes 8 bytes while its photo
-is decoded and turned upright, and 16 of a WebP, which counts twice."""
+"""Pixels that are being decoded in a process at one time; a further photo waits. A pixel takes 4 to 12 bytes while its
+photo is decoded, turned upright and converted to RGB; more, up to 24, where it counts twice (`Opened.weight`)."""
 
 WAIT_S = 10.0
 """How long a photo waits until others are decoded. Then it is refused as too much load. It is less than half of a
@@ -45,7 +45,7 @@ def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Photo:
             f"The body is not a photo that is read here; send {DESCRIBED}.", HTTPStatus.UNSUPPORTED_MEDIA_TYPE
         )
     try:
-        (width, height), load = kind.open(body)
+        opened = kind.open(body)
     except InputError:
         raise
     except Image.DecompressionBombError:
@@ -54,11 +54,13 @@ def decode(body: bytes, max_pixels: int = MAX_PIXELS) -> Photo:
         what = f"The photo is damaged, or a kind of {kind.name} that is not read here"
         message = f"{what}: {_sentence(error)}; send {DESCRIBED}."
         raise InputError(message, HTTPStatus.UNSUPPORTED_MEDIA_TYPE) from None
+    (width, height), weight = opened.size, opened.weight
     if width * height > max_pixels:
         raise _too_large(f"{width:,} x {height:,} = {width * height:,} pixels", max_pixels)
-    with _decoding.room(width * height * kind.weight):
+    with _decoding.room(width * height * weight):
         try:
-            image, same = load()
+            image, same = opened.load()
+            del opened  # with the pixels as they were before they were turned
             same = same and image.mode == "RGB" and "transparency" not in image.info
             rgb = _rgb(image)
             return Photo.of_file(rgb, body) if same else Photo(rgb)
