@@ -45,9 +45,9 @@ from torchserve_dag.clients import (
     UnexpectedAnswer,
     Unreachable,
 )
-from torchserve_dag.clients.bodies import body_of
+from torchserve_dag.clients.bodies import answer_as, body_of
 from torchserve_dag.clients.chunks import FailureFilter, MessageReader
-from torchserve_dag.clients.errors import error_of
+from torchserve_dag.clients.errors import error_from_http, error_of
 from torchserve_dag.runtime import protos
 from torchserve_dag.runtime.messages import Box, DetectedObject, Label, Objects, Photo, Text
 from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc, management_pb2, management_pb2_grpc
@@ -936,3 +936,11 @@ def test_the_kept_stubs_are_what_the_pinned_tools_make(tmp_path: Path) -> None:
     for fresh in sorted(tmp_path.iterdir()):
         assert (kept / fresh.name).read_bytes() == fresh.read_bytes(), f"{fresh.name}: run scripts/stubs"
     assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_an_answer_that_is_nested_as_deep_as_no_json_is_no_traceback() -> None:
+    deep = b"[" * 200_000
+
+    assert answer_as(Text, deep) == Text(deep.decode())
+    assert answer_as(None, deep) == deep
+    assert error_from_http(502, deep, None).message == deep[:300].decode()

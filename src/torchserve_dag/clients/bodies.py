@@ -100,7 +100,7 @@ def _text(body: bytes) -> Text:
     """The text in a body: the `text` of its JSON, as handlers of this package answer, else the body itself."""
     try:
         data = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if isinstance(data, dict) and data.keys() == {"text"}:
         return plain.build(Text, data)

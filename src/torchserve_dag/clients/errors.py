@@ -215,7 +215,7 @@ def error_from_http(status: int, body: bytes, request_id: str | None) -> Serving
     """The exception for an HTTP answer that is not 2xx: from its JSON if it has one, else from its text."""
     try:
         fields: Any = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict) or "message" not in fields:
         return error_of(status, message=body[:300].decode(errors="replace").strip(), request_id=request_id)
