@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from torchserve_dag.archives import atomic
-from torchserve_dag.archives.weights import is_below, sha256
+from torchserve_dag.archives.weights import sha256
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
-from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.folders import Project, is_below
 from torchserve_dag.runtime.project.handler_file import HandlerFile
 
 

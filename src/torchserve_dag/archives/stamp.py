@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
 from torchserve_dag.runtime.project import requirements as required
@@ -38,13 +37,7 @@ def commit(root: Path) -> str:
 
 def packages() -> dict[str, str]:
     """The versions of what is installed here, Python's own among them."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {"python": platform.python_version()} | required.versions(PACKAGES)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -6,10 +6,10 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
-from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.folders import Project, is_below
 from torchserve_dag.runtime.project.handler_file import HandlerFile
 
 
@@ -89,8 +89,3 @@ def _digest(path: Path, *_: int) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def is_below(file: str) -> bool:
-    path = PurePosixPath(file)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

@@ -20,7 +20,7 @@ from torchserve_dag.runtime.graph.problems import Place, Problems
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode
 from torchserve_dag.runtime.graph.type_names import known_types, type_named
 from torchserve_dag.runtime.handler import streams, types_of
-from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.folders import Project, is_below
 from torchserve_dag.runtime.project.workflow_file import CodeFile, ServedFile, TorchServeFile, WorkflowFile
 
 _YIELDS = {collections.abc.Iterator, collections.abc.Generator}
@@ -195,7 +195,7 @@ class Finder:
     def _archive(self, place: Place, file: TorchServeFile) -> Signature | None:
         folders = (self.functions_path.parent, self.project.root / "model_store", self.project.root)
         archive = next((path for folder in folders if (path := folder / file.archive).is_file()), None)
-        if Path(file.archive).is_absolute() or ".." in Path(file.archive).parts:
+        if not is_below(file.archive):
             hint = "copy it into model_store/, and write its name"
             self.problems.add((*place, "archive"), f"{file.archive} is not below the project's root", hint)
             return None

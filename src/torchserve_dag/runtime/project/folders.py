@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,12 @@ from torchserve_dag.runtime.project.modules import Modules
 from torchserve_dag.runtime.project.requirements import check_requirements
 
 HandlerClass = type[Handler[Any, Any, Any, Any]]
+
+
+def is_below(file: str) -> bool:
+    """Whether a path that a project's file names stays below the folder that it is read in."""
+    path = PurePosixPath(file)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 @dataclass(frozen=True)
