@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from torchserve_dag.front_door import envoy
 from torchserve_dag.server import processes
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.errors import ServerError
@@ -175,7 +176,10 @@ def test_up_refuses_what_is_whole_and_adds_what_is_missing(supervised: Supervise
 
 
 @pytest.mark.parametrize("left", [("Envoy",), ("TorchServe",), ("Envoy", "TorchServe"), ()])
-def test_down_ends_whatever_runs_without_a_keeper(supervised: Supervised, left: tuple[Role, ...]) -> None:
+def test_down_ends_whatever_runs_without_a_keeper(
+    supervised: Supervised, left: tuple[Role, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(envoy, "END_S", 0.5)  # which the process in Envoy's place does not use: it has to be killed
     state = supervised.state
     state.save_serving(Serving())
     for role in left:
