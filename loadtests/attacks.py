@@ -15,11 +15,9 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,8 +35,9 @@ sys.path.insert(0, str(ROOT))
 import grpc  # noqa: E402 (this file may be run by its path)
 import httpx  # noqa: E402
 
-from loadtests import hostile  # noqa: E402
+from loadtests import hostile, small_project  # noqa: E402
 from loadtests.hostile import END, Http2, Target  # noqa: E402
+from loadtests.small_project import tool  # noqa: E402
 from torchserve_dag.front_door.access_logs import REFUSED_LOG, REQUESTS_LOG  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
@@ -261,14 +260,7 @@ def endless_bodies_http1(server: Server) -> str:
 
 @attack("60 answers in chunks of 60 MB that nobody reads, over HTTP/1.1")
 def unread_streams(server: Server) -> str:
-    body = b"fat 60 1000000"
-    head = server.target.head("/predictions/tell", "Content-Type: text/plain", f"Content-Length: {len(body)}") + END
-    with ExitStack() as held:
-        for _ in range(60):
-            connection = held.enter_context(server.target.tls("http/1.1"))
-            connection.sendall(head + body)
-        time.sleep(20)
-        return _memory(server)
+    return _unread(server, 60, "/predictions/tell", b"fat 60 1000000")
 
 
 @attack("60 answers in chunks of 60 MB that nobody reads, over one HTTP/2 connection")
@@ -289,16 +281,7 @@ def unread_streams_http2(server: Server) -> str:
 
 @attack("250 answers of 6 MB that nobody reads")
 def unread_answers(server: Server) -> str:
-    body = b"big 6000000"
-    head = server.target.head("/predictions/echo/1.0", "Content-Type: text/plain", f"Content-Length: {len(body)}") + END
-    with ExitStack() as held:
-        for _ in range(250):
-            connection = server.target.connect()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            held.enter_context(wrapped := server.target.wrap(connection))
-            wrapped.sendall(head + body)
-        time.sleep(20)
-        return _memory(server)
+    return _unread(server, 250, "/predictions/echo/1.0", b"big 6000000", received_bytes=4096)
 
 
 @attack("calls of half a second over gRPC that are cancelled at once")
@@ -398,6 +381,20 @@ def _uploads(server: Server, count: int, head: bytes) -> str:
 
     with ThreadPoolExecutor(count) as pool:
         return str(dict(Counter(pool.map(upload, range(count)))))
+
+
+def _unread(server: Server, count: int, path: str, body: bytes, received_bytes: int = 0) -> str:
+    """So many requests, whose answers stay in the kernel's buffers (`received_bytes` if not 0) and in the server."""
+    head = server.target.head(path, "Content-Type: text/plain", f"Content-Length: {len(body)}") + END
+    with ExitStack() as held:
+        for _ in range(count):
+            connection = server.target.connect()
+            if received_bytes:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, received_bytes)
+            wrapped = held.enter_context(server.target.wrap(connection, "http/1.1"))
+            wrapped.sendall(head + body)
+        time.sleep(20)
+        return _memory(server)
 
 
 def _memory(server: Server) -> str:
@@ -510,14 +507,8 @@ def summary(times: list[tuple[float, float, str]]) -> dict[str, float]:
 
 @contextmanager
 def served(folder: Path) -> Iterator[Server]:
-    (folder / "workflows").mkdir()
-    for name in ("config.properties", "log4j2.xml"):
-        shutil.copy(ROOT / name, folder)
-    for name, text in FILES.items():
-        (folder / name).write_text(text.lstrip())
-    for version in ("1.0", "2.0"):
-        (folder / f"workflows/echo-{version}.yaml").write_text(ECHO.format(version=version).lstrip())
-    tool(folder, "build")
+    versions = {f"workflows/echo-{version}.yaml": ECHO.format(version=version) for version in ("1.0", "2.0")}
+    small_project.make(folder, FILES | versions)
     try:
         tool(folder, "up", "--free-ports")
         state = State(folder)
@@ -528,14 +519,6 @@ def served(folder: Path) -> Iterator[Server]:
         yield Server(state, host, int(port), tool(folder, "token", "new", "mallory").strip())
     finally:
         tool(folder, "down")
-
-
-def tool(folder: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "torchserve_dag", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
-    if done.returncode and words[0] != "down":
-        raise SystemExit(f"torchserve-dag {' '.join(words)}: {done.stderr or done.stdout}")
-    return done.stdout
 
 
 def table(results: list[Result]) -> str:

@@ -13,7 +13,6 @@ import argparse
 import http.client
 import json
 import multiprocessing
-import shutil
 import ssl
 import statistics
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from loadtests import hostile  # noqa: E402 (this file may be run by its path)
+from loadtests import hostile, small_project  # noqa: E402 (this file may be run by its path)
 from torchserve_dag.bench import machine  # noqa: E402
 from torchserve_dag.clients import Options, ServingError  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
@@ -47,6 +46,14 @@ from torchserve_dag.runtime.messages import Text
 def same(text: Text) -> Text:
     return text
 """
+YAML = """
+name: echo
+version: "1.0"
+does: Nothing.
+nodes: {same: {function: same, input: request}}
+output: same
+serve: {batch: 1}
+"""
 PHOTO = "photos/coffee.jpg"
 WORKFLOW = "detect_classify"
 BODY = b"x" * 1000
@@ -62,16 +69,8 @@ def percentile(values: list[float], share: float) -> float:
 @contextmanager
 def server(folder: Path) -> Iterator[State]:
     """The project's archives, two versions of the workflow among them, and an echo, with the front door."""
-    for name in ("config.properties", "log4j2.xml"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "workflows").mkdir()
-    (folder / "workflows" / "echo.py").write_text(ECHO)
-    (folder / "workflows" / "echo.yaml").write_text(
-        'name: echo\nversion: "1.0"\ndoes: Nothing.\nnodes:\n  same: {function: same, input: request}\n'
-        "output: same\nserve: {batch: 1}\n"
-    )
+    small_project.make(folder, {"workflows/echo.py": ECHO, "workflows/echo.yaml": YAML})
     (folder / "routes.yaml").write_text(split(100, 0))
-    build(folder)
     for archive in sorted((ROOT / "model_store").glob(f"{WORKFLOW}-*.mar")):
         (folder / "model_store" / archive.name).symlink_to(archive)
     # Long limits, so that the front door holds the hostile connections instead of closing them.
@@ -82,16 +81,6 @@ def server(folder: Path) -> Iterator[State]:
         yield State(folder)
     finally:
         stack.stop(folder)
-
-
-def build(folder: Path) -> None:
-    from typer.testing import CliRunner  # noqa: PLC0415
-
-    from torchserve_dag.commands import app  # noqa: PLC0415
-
-    found = CliRunner().invoke(app, ["build", "echo", "--project", str(folder)])
-    if found.exit_code:
-        raise SystemExit(found.output)
 
 
 def split(old: int, new: int | None) -> str:

