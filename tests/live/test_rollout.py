@@ -256,7 +256,9 @@ def test_a_new_model_and_other_versions_come_into_the_running_server(served: Ser
         write_version(served.root, "fresh", version, "old" if version == "1.0" else "good", "paced.py")
     tool(served.root, "build", "fresh")
     tool(served.root, "rollout", "fresh", "1.0")  # the first version of a model
-    assert "rollout fresh 1.1 gives it others" in " ".join(tool(served.root, "serve", "fresh/1.1").split())
+    assert "rollout fresh 1.1 gives it a share of the others" in " ".join(
+        tool(served.root, "serve", "fresh/1.1").split()
+    )
     with served.client("rest") as client:
         assert [ask(client, "fresh"), ask(client, "fresh", "1.1")] == ["1.0", "2.0"]
     assert (decided(served, "fresh", "1.0"), decided(served, "fresh", "1.1")) == ("default", "served")

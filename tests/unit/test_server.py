@@ -135,12 +135,12 @@ def test_a_project_without_archives_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(
         ServerError, match=r"There are no archives in .*model_store: build them with torchserve-dag build"
     ):
-        stack.start(tmp_path)
+        stack.start(tmp_path, torchserve.StartOptions(free_ports=True))
 
     (tmp_path / "model_store").mkdir()
     (tmp_path / "model_store" / "broken-1.0.mar").write_bytes(b"no zip")
     with pytest.raises(ServerError, match=r"broken-1\.0\.mar: it is not an archive"):
-        stack.start(tmp_path)
+        stack.start(tmp_path, torchserve.StartOptions(free_ports=True))
 
 
 def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> None:
