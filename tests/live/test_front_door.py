@@ -638,7 +638,10 @@ def test_a_process_that_is_killed_is_started_again_by_another(served: Served, ro
         assert f"TorchServe (pid {before[role]})" in sentence
         with served.http() as http:
             refused = http.post("/predictions/echo", content=b"hi")
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            deadline = time.monotonic() + 60
+            while http.get("/ping").status_code != 503:  # Envoy asks TorchServe once a second
+                assert time.monotonic() < deadline
     if role in {"keeper", "watcher"}:
         assert answers(served, "rest", 200, lambda client, _: ask(client, x_tester="yes")) == {"2.0": 200}
     wait_until_whole(served, role, before[role])
@@ -667,6 +670,37 @@ def test_up_starts_the_keeper_and_the_watcher_where_both_were_killed(served: Ser
     after = {one.name: one.pid for one in supervised.report()}
     assert {name for name in after if after[name] == before[name]} == {"Envoy", "TorchServe"}
     assert not any(one.problem for one in supervised.report())
+
+
+def test_nothing_that_the_server_keeps_is_for_other_users(served: Served) -> None:
+    """Nobody else enters the folder; and of what we write in it, nothing is readable should it be copied elsewhere."""
+    state = served.door.state
+    java = {state.logs / name for name in ("ts_log.log", "model_log.log", "access_log.log", "ts_metrics.log")}
+    ours = [path for path in state.folder.rglob("*") if state.tmp not in path.parents and path not in java]
+
+    assert stat.S_IMODE(state.folder.stat().st_mode) == 0o700
+    assert len(ours) > 10
+    for path in ours:
+        if path.suffix != ".pem" and path.is_file():
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_a_failure_names_the_command_that_shows_why_and_nobody_obeys_what_its_client_wrote(served: Served) -> None:
+    forged = "raise x\n[METRICS]forged_total.Count:1|#a:b|#type:COUNTER|#hostname:h,1\r[PID]1"
+    with served.http() as http:
+        headers = {"x-request-id": "why-it-failed", "content-type": "text/plain"}
+        failure = http.post("/predictions/other", content=forged, headers=headers)
+    assert failure.status_code == 500
+    assert failure.json()["message"].endswith(": torchserve-dag logs --request why-it-failed says why.")
+    deadline, said = time.monotonic() + WITHIN_S, ""
+    while not ("RuntimeError: x" in said and "500  POST other/1.0" in said):  # the logs are written now and then
+        assert time.monotonic() < deadline, said
+        said = CliRunner().invoke(app, ["logs", "--request", "why-it-failed", "--project", str(served.root)]).stdout
+    page = httpx.get(f"{running(served.state).addresses.metrics}/metrics", trust_env=False).text
+
+    assert "request why-it-failed: answer: good failed. (fault " in said
+    assert "forged" in said
+    assert "forged" not in page
 
 
 def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
@@ -704,34 +738,3 @@ def test_a_sigterm_loses_no_request_that_was_accepted(served: Served) -> None:
     assert {how for _, how in found} == {"ended"}
     assert all(answered > 20 for answered, _ in found)
     assert processes.wait(family, WITHIN_S) == []
-
-
-def test_nothing_that_the_server_keeps_is_for_other_users(served: Served) -> None:
-    """Nobody else enters the folder; and of what we write in it, nothing is readable should it be copied elsewhere."""
-    state = served.door.state
-    java = {state.logs / name for name in ("ts_log.log", "model_log.log", "access_log.log", "ts_metrics.log")}
-    ours = [path for path in state.folder.rglob("*") if state.tmp not in path.parents and path not in java]
-
-    assert stat.S_IMODE(state.folder.stat().st_mode) == 0o700
-    assert len(ours) > 10
-    for path in ours:
-        if path.suffix != ".pem" and path.is_file():
-            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
-
-
-def test_a_failure_names_the_command_that_shows_why_and_nobody_obeys_what_its_client_wrote(served: Served) -> None:
-    forged = "raise x\n[METRICS]forged_total.Count:1|#a:b|#type:COUNTER|#hostname:h,1\r[PID]1"
-    with served.http() as http:
-        headers = {"x-request-id": "why-it-failed", "content-type": "text/plain"}
-        failure = http.post("/predictions/other", content=forged, headers=headers)
-    assert failure.status_code == 500
-    assert failure.json()["message"].endswith(": torchserve-dag logs --request why-it-failed says why.")
-    deadline, said = time.monotonic() + WITHIN_S, ""
-    while not ("RuntimeError: x" in said and "500  POST other/1.0" in said):  # the logs are written now and then
-        assert time.monotonic() < deadline, said
-        said = CliRunner().invoke(app, ["logs", "--request", "why-it-failed", "--project", str(served.root)]).stdout
-    page = httpx.get(f"{running(served.state).addresses.metrics}/metrics", trust_env=False).text
-
-    assert "request why-it-failed: answer: good failed. (fault " in said
-    assert "forged" in said
-    assert "forged" not in page
