@@ -117,9 +117,9 @@ def alive(process: psutil.Process) -> bool:
 
 
 def runs(pid: int) -> bool:
-    """Whether there is a process with this pid, and it is `alive`."""
+    """Whether a process with this pid runs."""
     try:
-        return alive(psutil.Process(pid))
+        return pid > 0 and alive(psutil.Process(pid))
     except psutil.Error:
         return False
 

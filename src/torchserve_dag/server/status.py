@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchserve_dag.archives.protocol import why_not_spoken
 from torchserve_dag.clients import Client, VersionInfo, WorkerInfo
 from torchserve_dag.clients.models import version_info
 from torchserve_dag.server import releases_file
+from torchserve_dag.server.processes import runs
 from torchserve_dag.server.selection import Remark, standing
 from torchserve_dag.server.state import State, TorchServeProcess
 
@@ -23,6 +24,7 @@ class WorkerStatus:
     id: str
     pid: int
     ready: bool
+    """Whether its model is loaded, and its process runs."""
     device: str
     memory_mb: int | None
     """Resident memory; None if the process has ended."""
@@ -87,6 +89,8 @@ def about(client: Client, name: str, version: str | None = None) -> Mapping[str,
 
 
 def _version(name: str, info: VersionInfo, archives: Mapping[ModelVersion, Archive]) -> VersionStatus:
+    # TorchServe learns late, or never, that the process of a worker has ended.
+    info = replace(info, workers=tuple(replace(one, ready=one.ready and runs(one.pid)) for one in info.workers))
     workers = [_worker(worker) for worker in info.workers]
     archive = archives.get((name, info.version))
     content = archive.hash if archive else ""

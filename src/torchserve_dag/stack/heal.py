@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import httpx
 
 from torchserve_dag.archives.archive import ModelVersion
-from torchserve_dag.clients import Client, VersionInfo
+from torchserve_dag.clients import Client, VersionInfo, WorkerInfo
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.splits import ServedVersion
+from torchserve_dag.server import processes
 from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens
 from torchserve_dag.server.errors import ServerError
-from torchserve_dag.server.processes import runs
 from torchserve_dag.server.state import State
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,10 @@ LOOK_S = 30.0
 """How often TorchServe is asked for its workers while the processes of all of them run."""
 PATIENCE_S = 60.0
 """How long TorchServe may take to start a worker in batched mode again."""
+LAST_WORDS_S = 0.5
+"""How long TorchServe may take to read the failures that a worker in asynchronous mode wrote before it ended. If the
+version is scaled to no worker sooner, nobody answers their requests; if it is not scaled, TorchServe starts processes
+again and again, and loses a request with each."""
 LONGEST_PAUSE_S = 60.0
 """Between two attempts for one version; the pauses before are 1, 2, 4 … s."""
 AGAIN_S = 5.0
@@ -41,9 +45,9 @@ SCALE_S = 120.0
 class _Sight:
     """What was seen last of a version."""
 
-    pids: tuple[int, ...]
-    whole_at: float
-    """When all its workers were last seen ready."""
+    pids: tuple[int, ...] = ()
+    broken_at: float | None = None
+    """Since when not all its workers are ready; None while they are."""
     next_at: float = 0.0
     """When it may be healed, at the earliest."""
     tries: int = 0
@@ -64,8 +68,8 @@ class Healer:
         if self._healing and self._healing.is_alive():
             return
         now = time.monotonic()
-        dead = any(not runs(pid) for sight in self._seen.values() for pid in sight.pids)
-        waits = any(sight.whole_at < self._asked_at for sight in self._seen.values())
+        dead = any(not processes.runs(pid) for sight in self._seen.values() for pid in sight.pids)
+        waits = any(sight.broken_at is not None for sight in self._seen.values())
         if now - self._asked_at < LOOK_S and not dead and not waits:
             return
         self._asked_at = now
@@ -90,19 +94,30 @@ class Healer:
         self._healing.start()
 
     def _is_stuck(self, version: ModelVersion, served: ServedVersion, info: VersionInfo, now: float) -> bool:
-        before = self._seen.get(version) or _Sight((), now)
-        whole = all(worker.ready for worker in info.workers) and bool(info.workers)
+        before = self._seen.get(version) or _Sight()
+        whole = all(worker.ready and self._has_process(worker) for worker in info.workers) and bool(info.workers)
         sight = replace(
             before,
             pids=tuple(worker.pid for worker in info.workers if worker.pid > 0),
-            whole_at=now if whole else before.whole_at,
+            broken_at=None if whole else now if before.broken_at is None else before.broken_at,
             tries=0 if whole and now > before.next_at + LONGEST_PAUSE_S else before.tries,
         )
         self._seen[version] = sight
-        if whole or not info.min_workers or now < sight.next_at:
+        if sight.broken_at is None or not info.min_workers or now < sight.next_at:
             return False
-        gone = not any(runs(pid) for pid in sight.pids)
-        return served.streams or (gone and now - sight.whole_at > PATIENCE_S)
+        gone = not any(self._has_process(worker) for worker in info.workers)
+        patience_s = LAST_WORDS_S if served.streams else PATIENCE_S
+        return (gone or served.streams) and now - sight.broken_at > patience_s
+
+    def _has_process(self, worker: WorkerInfo) -> bool:
+        """Whether a process of a worker runs. Of one in asynchronous mode whose processes all end at once, TorchServe
+        goes on saying that it is ready.
+        """
+        if processes.runs(worker.pid):
+            return True
+        record = self._state.record()
+        java = processes.java(record, self._state) if record else None
+        return java is not None and bool(processes.workers_of(java, frozenset({worker.id})))
 
     def _heal(self, version: ModelVersion, workers: int) -> None:
         """Meanwhile requests for the version get 503, or its fallback's answers."""

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,37 +171,39 @@ def test_cancelling_ends_the_work_of_a_request(http: httpx.Client, threads: Thre
         ("batched", "worker"),
         ("asynchronous", "worker"),
         ("asynchronous", "guard"),
-        pytest.param(
-            "asynchronous",
-            "both",
-            marks=pytest.mark.skip(
-                reason="after an earlier heal it was not ready again within four minutes: to be mended"
-            ),
-        ),
+        ("asynchronous", "both"),
     ],
 )
 def test_a_worker_that_is_killed_costs_what_is_inside_and_comes_back(
     server: Serving, http: httpx.Client, threads: ThreadPoolExecutor, gate: Gate, mode: str, whose: str
 ) -> None:
-    """Every client is answered, and the service is back and shown as such, though more requests come all the time."""
-    inside = [threads.submit(http.post, f"/predictions/{mode}", content=gate.body)]
+    """The service is back and shown as such, though more requests come all the time; and every client is answered,
+    unless a worker's two processes end at once: then TorchServe (0.12.0) forgets what it had sent to them.
+    """
+    asynchronous, forgets = mode == "asynchronous", whose == "both"
+
+    def post(body: str) -> Future[httpx.Response]:
+        return threads.submit(http.post, f"/predictions/{mode}", content=body, timeout=30 if forgets else 400)
+
+    inside = [post(gate.body)]
     wait_for(gate.begun)
-    if mode == "asynchronous":  # more than are at work, and more of them than TorchServe sends at a time
-        inside += [threads.submit(http.post, f"/predictions/{mode}", content=gate.body) for _ in range(3)]
+    if asynchronous:  # more than are at work, and more of them than TorchServe sends at a time
+        inside += [post(gate.body) for _ in range(3)]
         http.post(f"/predictions/{mode}", headers={"x-cancel": "nobody's"})
     pid = worker(server, mode).pid
     guard = psutil.Process(pid).ppid()
     for one in {"worker": [pid], "guard": [guard], "both": [guard, pid]}[whose]:
         os.kill(one, signal.SIGKILL)
     killed = time.monotonic()
-    meanwhile = [threads.submit(http.post, f"/predictions/{mode}", content="a") for _ in range(6)]
+    meanwhile = [post("a") for _ in range(6)]
 
-    if whose == "both":  # TorchServe forgets those inside, or lets the next worker answer them
-        gate.open()
-    else:
-        assert {future.result().status_code for future in inside} <= {500, 507}  # TorchServe itself may say 500
-        assert {future.result().status_code for future in meanwhile} <= {200, 507, *([503] if whose == "guard" else [])}
+    if whose != "worker":  # a guard starts another computing process itself, and TorchServe sees nothing of it
+        wait_for(lambda: not one_is_ready(server, mode))
     wait_for(lambda: one_is_ready(server, mode))
+    gate.open()
+    if not forgets:  # 500 is TorchServe's own; 503 while it is healed; 200 of the next worker
+        assert {future.result().status_code for future in inside} <= {200, 500, 507}
+        assert {future.result().status_code for future in meanwhile} <= {200, 503, 507}
     assert http.post(f"/predictions/{mode}", content="b").json() == {"text": "B"}
     assert time.monotonic() < killed + WITHIN_S
     wait_for(lambda: one_is_ready(server, mode))
