@@ -7,6 +7,7 @@ one's own, on this machine.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import struct
@@ -248,6 +249,8 @@ class Http2:
     def __init__(self, target: Target, unread_bytes: int | None = None) -> None:
         """`unread_bytes` is how much of each answer may come before it is read; it is never read."""
         self._socket = target.tls("h2", timeout=30)
+        self._tls = threading.Lock()
+        """OpenSSL's connections are not for two threads at a time: where one writes, the other finds an end."""
         self._target = target
         self._changed = threading.Condition()
         self._window, self._windows, self._first = 65_535, {}, 65_535
@@ -257,6 +260,7 @@ class Http2:
         self.received = 0
         window = b"" if unread_bytes is None else struct.pack(">HI", 4, unread_bytes)
         self._socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, window))
+        self._socket.settimeout(0)
         threading.Thread(target=self._read, daemon=True).start()
 
     def request(self, path: str, *, token: bool = True, **headers: str) -> int:
@@ -302,16 +306,35 @@ class Http2:
         self._socket.close()
 
     def _send(self, data: bytes) -> bool:
-        try:
-            self._socket.sendall(data)
-        except OSError:
-            self.ended = True
+        left = memoryview(data)
+        while left and not self.ended:
+            try:
+                with self._tls:
+                    left = left[self._socket.send(left) :]
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                self._wait(select.POLLOUT)
+            except (OSError, ValueError):
+                self.ended = True
         return not self.ended
+
+    def _receive(self) -> bytes:
+        while True:
+            try:
+                with self._tls:
+                    return self._socket.recv(65_536)
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                self._wait(select.POLLIN)
+
+    def _wait(self, event: int) -> None:
+        """Until the socket can be read or written, or has been closed; a tenth of a second at most."""
+        waiting = select.poll()
+        waiting.register(self._socket, event)
+        waiting.poll(100)
 
     def _read(self) -> None:
         data = b""
         with contextlib.suppress(OSError, ValueError):
-            while part := self._socket.recv(65_536):
+            while part := self._receive():
                 data += part
                 while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3], "big"):  # noqa: PLR2004 (a frame's head)
                     size, kind, flags = int.from_bytes(data[:3], "big"), data[3], data[4]

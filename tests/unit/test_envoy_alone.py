@@ -529,8 +529,8 @@ class TestMemory:
         with small.http() as http:
             small.until(lambda: http.post("/predictions/echo", content=b"hi").status_code == 200)
 
-        assert reset <= len(connection.reset)
-        assert small.stat("^server.memory_allocated$") < 1.2 * self.HEAP
+        small.until(lambda: len(connection.reset) >= reset)
+        small.until(lambda: small.stat("^server.memory_allocated$") < self.HEAP)  # read every five seconds
         connection.close()
 
     def test_connections_of_http_1_are_closed_when_memory_is_short(self, small: Alone) -> None:
@@ -551,7 +551,7 @@ class TestMemory:
             small.until(lambda: http.post("/predictions/echo", content=b"hi").status_code == 200)
 
         assert shed > 0
-        assert small.stat("^server.memory_allocated$") < 1.2 * self.HEAP
+        small.until(lambda: small.stat("^server.memory_allocated$") < self.HEAP)  # read every five seconds
 
     def test_an_answer_that_nobody_reads_is_held_here_and_then_reset(self, small: Alone) -> None:
         """Twenty answers of 48 MB: all of it leaves the server behind, and the largest go when memory is short."""
@@ -571,7 +571,7 @@ class TestMemory:
             small.until(lambda: http.post("/predictions/echo", content=b"hi").status_code == 200)
 
         assert len(connection.reset) > 10
-        assert small.stat("^server.memory_allocated$") < 1.2 * self.HEAP
+        small.until(lambda: small.stat("^server.memory_allocated$") < self.HEAP)  # read every five seconds
         connection.close()
 
 
