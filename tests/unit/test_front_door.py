@@ -278,6 +278,14 @@ class TestTokens:
         assert {one.name for one in TokenStore(state.front_door).issued()} == {f"t{i}" for i in range(1, 8)}
         assert stat.S_IMODE(state.front_door.stat().st_mode) == 0o700
 
+    def test_commands_that_make_the_first_key_at_once_share_it(self, tmp_path: Path) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            for i in range(50):
+                stores = [TokenStore(tmp_path / str(i))] * 8
+                assert len(set(pool.map(TokenStore.key_set, stores))) == 1
+
+        assert stat.S_IMODE((tmp_path / "0" / "token_key").stat().st_mode) == 0o600
+
 
 class TestCertificate:
     def test_a_development_certificate_is_made_once(self, tmp_path: Path) -> None:

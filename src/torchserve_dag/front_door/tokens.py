@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,13 @@ class TokenStore:
         try:
             return bytes.fromhex(self._key_file.read_text("utf-8"))
         except FileNotFoundError:
-            key = secrets.token_bytes(32)
-            atomic.write_private(self._key_file, key.hex())
-            return key
+            self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic.part_of(self._key_file) as part:
+                part.touch(mode=0o600)
+                part.write_text(secrets.token_hex(32), "utf-8")
+                with suppress(FileExistsError):  # of two commands that make the first key, one does
+                    os.link(part, self._key_file)
+            return self._key()
 
 
 def _read(path: Path) -> Token | None:
