@@ -262,7 +262,7 @@ def test_a_version_stays_as_it_is_when_the_runtime_changes(project: Path, rebuil
     assert {built.state for built in report.built} == {"kept"}
     assert report.built[0].note == (
         f"built with an earlier runtime (torchserve-dag {metadata.version('torchserve-dag')}), which it carries: "
-        "to build it again, give it a new version, or --force while developing"
+        "to build it again, give it a new version, or --force if it is neither served nor decided on"
     )
     assert first.path.read_bytes() == content
     assert {built.state for built in rebuilt(runtime=b"# changed", force=True).built} == {"replaced"}

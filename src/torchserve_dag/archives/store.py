@@ -27,6 +27,8 @@ class Target:
         return f"{self.name}-{self.version}.mar"
 
 
+NEW_OR_FORCE = "give it a new version, or --force if it is neither served nor decided on"
+
 State = Literal["built", "unchanged", "kept", "replaced"]
 
 
@@ -57,8 +59,7 @@ def refuse_other_input(target: Target, path: Path, origin: Origin) -> None:
     """Raises CheckError if the archive at `path` was built from another origin: a version never changes."""
     if path.exists() and ((built := _read(path)) is None or built.origin != origin):
         what = f"{path.name} is already built from other input"
-        help_ = "a version never changes: give it a new one, or use --force while developing"
-        raise CheckError([target.file.problem(("version",), what, help_)])
+        raise CheckError([target.file.problem(("version",), what, f"it never changes: {NEW_OR_FORCE}")])
 
 
 def place(
@@ -88,7 +89,7 @@ def place(
             if old == new:
                 return Built(target.name, target.version, path, path.stat().st_size, "unchanged")
             if old and new and not force and (origin or same_project):
-                note = f"{_difference(old, new)}: to build it again, give it a new version, or --force while developing"
+                note = f"{_difference(old, new)}: to build it again, {NEW_OR_FORCE}"
                 return Built(target.name, target.version, path, path.stat().st_size, "kept", note)
             if fixed:
                 help_ = "a version never changes once it is served or decided on: give it a new one"

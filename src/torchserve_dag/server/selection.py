@@ -76,10 +76,7 @@ def select(
                     and release.default
                     and version_key(version) > version_key(release.default.version)
                 ):
-                    why = (
-                        f"nobody decided on it: torchserve-dag rollout {model} {version}, or default {model} {version}"
-                    )
-                    remarks.append(Remark("new", f"{model} {version}", why))
+                    remarks.append(_new(model, version, served=True))
             else:
                 remarks.append(Remark("failed", f"{model} {version}", chosen))
         missing = sorted(wanted.difference(versions), key=version_key)
@@ -128,7 +125,7 @@ def standing(store: Store, releases: Releases, served: Mapping[ModelVersion, Arc
     for model, version in sorted(store.archives.keys() - decided(releases).keys(), key=_in_order):
         default = releases.get(model, ModelReleases()).default
         if version_key(version) > version_key(default.version) if default else model not in models:
-            remarks.append(_new(model, version))
+            remarks.append(_new(model, version, served=(model, version) in served))
     return remarks
 
 
@@ -136,8 +133,10 @@ def _in_order(key: ModelVersion) -> tuple[object, ...]:
     return key[0], version_key(key[1])
 
 
-def _new(model: str, version: str) -> Remark:
-    how = f"torchserve-dag rollout {model} {version}, or serve {model}/{version} for requests that name it"
+def _new(model: str, version: str, *, served: bool) -> Remark:
+    """Of a version that requests may name already, or of one that lies in the store only."""
+    other = f"default {model} {version}" if served else f"serve {model}/{version} for requests that name it"
+    how = f"torchserve-dag rollout {model} {version}, or {other}"
     return Remark("new", f"{model} {version}", f"nobody decided on it: {how}")
 
 

@@ -29,6 +29,8 @@ from torchserve_dag.server.supervised import Supervised
 
 LONGEST_SOCKET = 103
 """The longest path of a Unix socket in bytes: 103 on macOS, 107 on Linux."""
+START_S = 60.0
+"""How long TorchServe's command may take, and TorchServe until it has written its keys."""
 STOP_S = 20.0
 """How long TorchServe may take to shut down; it takes about three seconds."""
 _FIXED = {
@@ -254,14 +256,19 @@ def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) 
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in this terminal must not stop the server
         )
-        starter.wait()
+        try:
+            starter.wait(START_S)
+        except subprocess.TimeoutExpired:
+            processes.kill(processes.family(state))
+            starter.wait()
+            raise ServerError(f"TorchServe's command did not end within {START_S:g} s.") from None
     try:  # TorchServe's command ends once Java runs, and writes its pid into this file
         pid = int((state.tmp / ".model_server.pid").read_text("utf-8"))
         record = TorchServeProcess(pid, planned.where, str(planned.store))
     except (OSError, ValueError):
         raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'its log gives no reason'}.") from None
     while not _has_keys(state):
-        if processes.java(record, state) is None or time.time() > begun + 60:
+        if processes.java(record, state) is None or time.time() > begun + START_S:
             processes.kill(processes.family(state))
             raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'its log gives no reason'}.")
         time.sleep(0.05)
