@@ -69,6 +69,14 @@ def test_a_service_knows_no_server(imports: Imports) -> None:
     assert {module for module in importing if not module.startswith(f"{loops}.")} == set()
 
 
+def test_the_direct_host_uses_nothing_of_an_archive_but_the_protocol(imports: Imports) -> None:
+    inside = {found.imported for found in imports.of("direct") if found.inside}
+
+    assert {name for name in inside if not name.startswith("torchserve_dag.direct.")} == {
+        "torchserve_dag.runtime.worker.protocol"
+    }
+
+
 def test_the_engine_knows_no_server(imports: Imports) -> None:
     inside = {found.imported for found in imports.of("runtime/engine") if found.inside}
 

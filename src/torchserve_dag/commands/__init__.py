@@ -20,6 +20,7 @@ from torchserve_dag.commands.build import build
 from torchserve_dag.commands.call import call
 from torchserve_dag.commands.check import check
 from torchserve_dag.commands.common import fail
+from torchserve_dag.commands.dev import dev
 from torchserve_dag.commands.experiment import experiment
 from torchserve_dag.commands.graph import graph
 from torchserve_dag.commands.logs import logs
@@ -63,7 +64,7 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    new, check, graph, tune, build, up, serve_version, status, logs, call, default, down, routes, rollout, promote,
+    new, check, graph, dev, tune, build, up, serve_version, status, logs, call, default, down, routes, rollout, promote,
     rollback, retire, experiment, bench,
 )  # fmt: skip
 for command in COMMANDS:

@@ -14,7 +14,7 @@ from torchserve_dag.runtime.engine.request import Request
 from torchserve_dag.runtime.graph.graph import REQUEST, Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.models import load
-from torchserve_dag.runtime.models.load import Loader, decoder
+from torchserve_dag.runtime.models.load import Loader, Reuse, decoder
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.telemetry import tracing
 
@@ -32,16 +32,24 @@ class Workflow:
     """
 
     def __init__(
-        self, project: Project, graph: Graph, *, device: str | None = None, gpu: int | None = None, workers: int = 1
+        self,
+        project: Project,
+        graph: Graph,
+        *,
+        device: str | None = None,
+        gpu: int | None = None,
+        workers: int = 1,
+        reuse: Reuse | None = None,
     ) -> None:
-        """Load every node. `device` overrides the device of all nodes; `workers` processes share this machine's cores.
+        """Load every node. `device` overrides the device of all nodes; `workers` processes share this machine's cores;
+        `reuse` gives handlers that are loaded already.
 
         Raises CheckError, or ValueError for a device that is not there.
         """
         self.graph = graph
         lanes = max(1, placement.cores() // workers)
         placement.share_cores(lanes * workers)
-        self._loaded = Loader(project, device, gpu, lanes * workers).load_graph(graph)
+        self._loaded = Loader(project, device, gpu, lanes * workers, reuse).load_graph(graph)
         devices = {name: loaded.device for name, loaded in self._loaded.items() if loaded.runner}
         self._most_at_once = lanes + max(code.batch for code in graph.codes.values())
         self.engine = Engine(

@@ -45,11 +45,19 @@ class Loaded:
     """Waits, for a few seconds, until nothing of it is left after `close`."""
 
 
+Reuse = Callable[[Source[HandlerFile], str, Callable[[], Stages]], Stages]
+"""Gives a handler on a device, which it may have loaded for an earlier graph; the third argument loads one. Whoever has
+such a function closes the handlers that it gave."""
+
+
 class Loader:
     """Loads the code of one graph's nodes. Nodes that run one handler on one device share its weights."""
 
-    def __init__(self, project: Project, device: str | None, gpu: int | None, lanes: int) -> None:
+    def __init__(
+        self, project: Project, device: str | None, gpu: int | None, lanes: int, reuse: Reuse | None = None
+    ) -> None:
         """`device` overrides every node's; `gpu`: the number of the GPU that `auto` means; `lanes`: see Placement."""
+        self._reuse = reuse
         self._project = project
         self._device = device
         self._gpu = gpu
@@ -84,9 +92,8 @@ class Loader:
             case HandlerCode(file, device):
                 stages = self._stages(file, self._device or device, code.batch)
                 runner = stream_runner(name, stages.stream) if code.yields else stages
-                return Loaded(
-                    runner, device=str(stages.placement.device), hangs=lambda: stages.hangs, close=stages.close
-                )
+                close = _do_nothing if self._reuse else stages.close
+                return Loaded(runner, device=str(stages.placement.device), hangs=lambda: stages.hangs, close=close)
             case FunctionCode(function):
                 make = stream_runner if code.yields else function_runner
                 check = as_declared(code.gives, name, also=(Failure,))
@@ -121,9 +128,10 @@ class Loader:
     def _stages(self, file: Source[HandlerFile], device: str, batch: int) -> Stages:
         key = (file.path, device)
         if key not in self._handlers:
-            self._handlers[key] = load_handler(
-                self._project, file, device=device, gpu=self._gpu, batch=batch, lanes=self._lanes
+            load = partial(
+                load_handler, self._project, file, device=device, gpu=self._gpu, batch=batch, lanes=self._lanes
             )
+            self._handlers[key] = self._reuse(file, device, load) if self._reuse else load()
         return self._handlers[key]
 
 
@@ -171,6 +179,10 @@ def close(loaded: Collection[Loaded]) -> None:
         one.close()
     for one in loaded:
         one.join()
+
+
+def _do_nothing() -> None:
+    """Whoever reuses the handler closes it."""
 
 
 def _by_name(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:

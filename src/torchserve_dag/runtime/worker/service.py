@@ -27,6 +27,7 @@ from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST, Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
 from torchserve_dag.runtime.messages import Failure, InputError
+from torchserve_dag.runtime.models.load import Reuse
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.requirements import differences
 from torchserve_dag.runtime.telemetry import scores
@@ -52,20 +53,30 @@ logger = logging.getLogger(__name__)
 
 def load(folder: Path, gpu: int | None) -> WorkflowService:
     """What a host calls to load an archive. Raises CheckError, ValueError, and whatever a handler's `load` raises."""
-    return WorkflowService(folder, gpu)
+    project, graph, build = read_archive(folder)
+    return WorkflowService(project, graph, build, gpu)
+
+
+def read_archive(folder: Path) -> tuple[Project, Graph, dict[str, Any]]:
+    """An unpacked archive: its folder as a project, its graph, its `build.json`. Raises CheckError, ValueError."""
+    build: dict[str, Any] = json.loads((folder / "build.json").read_text("utf-8"))
+    project = Project(folder)
+    graph = read_graph(project, folder / build["file"])
+    for sentence in differences(graph.all_requirements, build.get("inputs", {}).get("packages", {})):
+        logger.warning("%s %s: %s", graph.name, graph.version, sentence)
+    return project, graph, build
 
 
 class WorkflowService:
     """The Service of a workflow, or of a handler as a workflow of one node."""
 
-    def __init__(self, folder: Path, gpu: int | None) -> None:
-        self._build: dict[str, Any] = json.loads((folder / "build.json").read_text("utf-8"))
-        project = Project(folder)
-        whole = read_graph(project, folder / self._build["file"])
-        for sentence in differences(whole.all_requirements, self._build.get("inputs", {}).get("packages", {})):
-            logger.warning("%s %s: %s", whole.name, whole.version, sentence)
+    def __init__(
+        self, project: Project, whole: Graph, build: dict[str, Any], gpu: int | None, reuse: Reuse | None = None
+    ) -> None:
+        """Load a project's graph. `build` is what the service says of itself; `reuse`: see Workflow."""
+        self._build = build
         graph = self._graph_to_run(whole)
-        self._workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers)
+        self._workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers, reuse=reuse)
         self._takes = graph.request
         self._takes_rows = takes_rows(graph)
         self.name, self.version = graph.name, graph.version

@@ -16,12 +16,13 @@ from torchserve_dag.runtime.graph.torchserve.segment import ABOUT_PART, FAILURE_
 from torchserve_dag.runtime.messages import Failure, InputError
 from torchserve_dag.runtime.worker.protocol import OnChunk, Part, PendingResponse, ServiceRequest, ServiceResponse
 from torchserve_dag.runtime.worker.response import MAX_BYTES, too_large, unwritten
-from torchserve_dag.runtime.worker.service import Pending, WorkflowService
+from torchserve_dag.runtime.worker.service import Pending, WorkflowService, read_archive
 
 
 def load(folder: Path, gpu: int | None) -> SegmentService:
     """Like `load` of `service.py`, for the archive of a segment."""
-    return SegmentService(folder, gpu)
+    project, graph, build = read_archive(folder)
+    return SegmentService(project, graph, build, gpu)
 
 
 class SegmentService(WorkflowService):

@@ -1,0 +1,147 @@
+"""Which workflows and handlers a project's folder has now, each loaded; what has not changed stays loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchserve_dag.archives.archive import ModelVersion
+from torchserve_dag.archives.build import targets
+from torchserve_dag.archives.contents import sources
+from torchserve_dag.archives.imports import digests, own_modules
+from torchserve_dag.archives.store import Target
+from torchserve_dag.dev.models import LoadedHandlers
+from torchserve_dag.runtime.data.source import CheckError, Problem
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.worker.protocol import Service
+from torchserve_dag.runtime.worker.service import WorkflowService
+
+logger = logging.getLogger(__name__)
+
+_SKIPPED = frozenset({"model_store", "workflow_store", "tests", "loadtests", "node_modules", "build", "dist"})
+"""Folders of a project in which nothing is looked for."""
+
+Stamp = tuple[int, int]
+"""A file's size in bytes, and the time of its last change in nanoseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderState:
+    """What one state of the folder serves."""
+
+    services: Mapping[ModelVersion, Service]
+    new: frozenset[ModelVersion]
+    """Those that are not the services of the state before."""
+    problems: Sequence[Problem]
+    """What is wrong. A version with a problem is served as it was last loaded without one, if it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """A version that is served."""
+
+    service: WorkflowService
+    path: Path
+    """Its YAML file."""
+    content: str
+    """All that it was loaded from."""
+
+
+@dataclass(slots=True)
+class DevLoader:
+    """Loads a project's folder again and again. `names`: workflows and handlers to serve; by default all workflows, or
+    all handlers where there is no workflow.
+    """
+
+    project: Project
+    names: Sequence[str] = ()
+    handlers: LoadedHandlers = field(init=False)
+    _versions: dict[ModelVersion, _Version] = field(default_factory=dict)
+    """What is served."""
+
+    def __post_init__(self) -> None:
+        self.handlers = LoadedHandlers(self.project)
+
+    def load(self) -> FolderState:
+        """Load the folder as it is now. A version that cannot be loaded is a problem, and costs the others nothing."""
+        problems: list[Problem] = []
+        chosen = targets(self.project, self.names, problems)
+        if not self.names and self.project.files("workflows"):
+            chosen = [target for target in chosen if target.folder == "workflows"]
+        before = self._versions
+        served: dict[ModelVersion, _Version] = {}
+        for target in chosen:
+            key = (target.name, target.version)
+            found = None
+            try:
+                found = self._load(target, before.get(key))
+            except CheckError as error:
+                problems += [one for one in error.problems if one not in problems]
+            except Exception as error:  # whatever a handler's `load` raises
+                logger.exception("%s %s cannot be loaded", *key)
+                problems.append(Problem(str(target.file.path), 1, f"loading it raised {type(error).__name__}: {error}"))
+            if found or key in before:
+                served[key] = found or before[key]
+        if problems:  # a file that cannot be read names no version: what it was is served on
+            served = {key: one for key, one in before.items() if one.path.exists()} | served
+        else:
+            self.handlers.forget_others()
+        self._versions = served
+        new = frozenset(key for key, one in served.items() if before.get(key) is not one)
+        return FolderState({key: one.service for key, one in served.items()}, new, problems)
+
+    def hangs(self) -> bool:
+        """Whether a model of what is served hangs: loading the folder again replaces it."""
+        return any(one.service.hangs() for one in self._versions.values())
+
+    def _load(self, target: Target, before: _Version | None) -> _Version:
+        """Raises CheckError, and whatever loading raises."""
+        graph = read_graph(self.project, target.file.path)
+        content = self._content(graph)
+        if before and before.content == content and not before.service.hangs():
+            for file in graph.handlers.values():
+                self.handlers.keep(file)
+            return before
+        folder = "handlers" if target.folder == "handlers" else "workflows"
+        about = {
+            "name": graph.name,
+            "version": graph.version,
+            "file": f"{folder}/{graph.path.name}",
+            "does": graph.does,
+        }
+        service = WorkflowService(self.project, graph, about, None, self.handlers)
+        return _Version(service, target.file.path, content)
+
+    def _content(self, graph: Graph) -> str:
+        """All that a graph is made of: its files, the modules that they import, and the weights of its handlers."""
+        modules = digests(own_modules(self.project.root, sources(graph)))
+        files = {str(path): path.read_bytes() for path in graph.files}
+        handlers = sorted(self.handlers.identity(file) for file in graph.handlers.values())
+        return repr((files, modules, handlers))
+
+
+def stamps(root: Path) -> dict[Path, Stamp]:
+    """Of each file that what is served may depend on."""
+    found: dict[Path, Stamp] = {}
+    folders = [root]
+    while folders:
+        try:
+            paths = list(folders.pop().iterdir())
+        except OSError:  # deleted meanwhile
+            continue
+        for path in paths:
+            if path.name.startswith((".", "__pycache__")) or path.name in _SKIPPED:
+                continue
+            try:
+                about = path.stat()
+                if path.is_dir():
+                    folders.append(path)
+                else:
+                    found[path] = (about.st_size, about.st_mtime_ns)
+            except OSError:
+                continue
+    return found

@@ -1,0 +1,153 @@
+"""Between the event loop and a model's threads: requests on their way in, chunks and answers on their way out.
+
+What the event loop reads in one turn enters the model together, which costs less than one by one; and all that the
+model's threads finish before the loop looks again comes back with one wake-up, in the order in which it was finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from torchserve_dag.runtime.worker.protocol import PendingResponse, Service, ServiceRequest, ServiceResponse
+
+logger = logging.getLogger(__name__)
+
+UNREAD_BYTES = 16 * 2**20
+"""How much of an answer in chunks may wait for a client that does not read; beyond it the request is cancelled."""
+
+
+_BROKEN = ServiceResponse(
+    b'{"code": 500, "type": "InternalError", "message": "The worker failed: its log says why."}', status=500
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerChunk:
+    """A part of an answer that streams."""
+
+    body: bytes
+    content_type: str
+
+
+@dataclass(eq=False, slots=True)
+class InFlight:
+    """A request that has entered a model, as the event loop sees it. Its methods are called on the loop's thread."""
+
+    request: ServiceRequest
+    in_chunks: bool
+    left: bool = False
+    """Whether nobody waits for the answer any more."""
+    _pending: PendingResponse | None = None
+    _arrived: deque[AnswerChunk | ServiceResponse] = field(default_factory=deque)
+    _unread: int = 0
+    """Bytes of the chunks that have arrived and that nobody has taken."""
+    _waiting: asyncio.Future[None] | None = None
+
+    async def next(self) -> AnswerChunk | ServiceResponse:
+        """The next chunk of the answer; last the response, which is all of an answer that does not stream."""
+        while not self._arrived:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        item = self._arrived.popleft()
+        if isinstance(item, AnswerChunk):
+            self._unread -= len(item.body)
+        return item
+
+    def cancel(self) -> None:
+        """The client has left: what has not begun does not begin."""
+        self.left = True
+        if self._pending:
+            self._pending.cancel()
+
+    def entered(self, pending: PendingResponse) -> None:
+        self._pending = pending
+
+    def arrive(self, item: AnswerChunk | ServiceResponse) -> None:
+        self._arrived.append(item)
+        if isinstance(item, AnswerChunk):
+            self._unread += len(item.body)
+            if self._unread > UNREAD_BYTES:
+                self.cancel()
+        if self._waiting and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
+class Entrance:
+    """The way into one service, and out of it, for the requests of one event loop."""
+
+    def __init__(self, service: Service) -> None:
+        """To be called on the event loop's thread."""
+        self.service = service
+        self._loop = asyncio.get_running_loop()
+        self.empty = asyncio.Event()
+        """Set while no request is inside."""
+        self.empty.set()
+        self._inside = 0
+        self._entering: list[InFlight] = []
+        self._lock = threading.Lock()
+        self._finished: list[tuple[InFlight, AnswerChunk | ServiceResponse]] = []
+
+    def submit(self, request: ServiceRequest, *, in_chunks: bool) -> InFlight:
+        """Have a request enter the service with all others of this turn of the loop."""
+        in_flight = InFlight(request, in_chunks)
+        if not self._entering:
+            self._loop.call_soon(self._enter)
+        self._entering.append(in_flight)
+        self._inside += 1
+        self.empty.clear()
+        return in_flight
+
+    def _enter(self) -> None:
+        entering, self._entering = self._entering, []
+        with self.service.together():
+            for in_flight in entering:
+                if in_flight.left:
+                    self._leave()
+                else:
+                    self._submit(in_flight)
+
+    def _submit(self, in_flight: InFlight) -> None:
+        on_chunk = partial(self._send_chunk, in_flight) if in_flight.in_chunks else None
+        try:
+            pending = self.service.submit(in_flight.request, on_chunk)
+        except Exception:  # whatever a service of another version raises
+            logger.exception("request %s: the service raised", in_flight.request.id)
+            in_flight.arrive(_BROKEN)
+            self._leave()
+        else:
+            in_flight.entered(pending)
+            pending.add_done_callback(partial(self._finish, in_flight))
+
+    # On a thread of the model's.
+
+    def _send_chunk(self, in_flight: InFlight, body: bytes, content_type: str) -> None:
+        self._finish(in_flight, AnswerChunk(body, content_type))
+
+    def _finish(self, in_flight: InFlight, item: AnswerChunk | ServiceResponse) -> None:
+        with self._lock:
+            first = not self._finished
+            self._finished.append((in_flight, item))
+        if first:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    # On the loop's thread again.
+
+    def _deliver(self) -> None:
+        with self._lock:
+            finished, self._finished = self._finished, []
+        for in_flight, item in finished:
+            in_flight.arrive(item)
+            if isinstance(item, ServiceResponse):
+                self._leave()
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self.empty.set()
