@@ -12,8 +12,6 @@ from rich.markup import escape
 from torchserve_dag.commands.common import ProjectOption, count, err, fail, failures, out, print_problems, project_root
 
 if TYPE_CHECKING:
-    import socket
-
     from torchserve_dag.dev.server import Changed
 
 HOST = "127.0.0.1"
@@ -34,6 +32,7 @@ def dev(
     """Serve the project's folder as it stands, on this machine only, and again whenever a file is saved."""
     from torchserve_dag.dev.loader import DevLoader
     from torchserve_dag.dev.server import DevServer
+    from torchserve_dag.direct import http
     from torchserve_dag.front_door.start import MAX_BODY
     from torchserve_dag.runtime.project.folders import Project
     from torchserve_dag.server import properties
@@ -42,7 +41,12 @@ def dev(
         root = project_root(project)
         configured = properties.read(properties.find(root))
         max_body = int(configured.get("max_request_size", MAX_BODY))
-        listening = _listen(port)
+        try:
+            listening = http.listen(HOST, port)
+        except OSError as error:
+            fail(
+                f"{HOST}:{port} cannot be listened at ({error.strerror}): name another port with --port, or 0 for any."
+            )
         address = f"http://{HOST}:{listening.getsockname()[1]}"
         out.print(f"loading {escape(str(root.resolve()))} …")
         loader = DevLoader(Project(root), names or ())
@@ -50,18 +54,6 @@ def dev(
             DevServer(loader, max_body, lambda changed: _show(changed, address, root)).run(listening)
         except KeyboardInterrupt:
             out.print("ended")
-
-
-def _listen(port: int) -> socket.socket:
-    import socket
-
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((HOST, port))
-    except OSError as error:
-        fail(f"{HOST}:{port} cannot be listened at ({error.strerror}): name another port with --port, or 0 for any.")
-    return listening
 
 
 def _show(changed: Changed, address: str, root: Path) -> None:

@@ -48,7 +48,7 @@ class DevServer:
         self._ended = threading.Event()
 
     def run(self, listening: socket.socket) -> None:
-        asyncio.run(self._run(listening))
+        http.run(self._run(listening))
 
     async def _run(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
