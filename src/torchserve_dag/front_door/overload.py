@@ -13,8 +13,9 @@ TRACKED_POWER = 18
 """Streams that hold 2^18 bytes (256 KiB) or more are counted by size, and may be reset."""
 SPARE_FILES = 1024
 """File descriptors reserved for connections to TorchServe and for logs."""
-IDLE_UNDER_PRESSURE = "5s"
-"""How long a client that neither sends nor reads is waited for when memory is short."""
+IDLE_UNDER_PRESSURE = {"CONNECTION_IDLE": "1s", "STREAM_FLUSH": "1s", "STREAM_IDLE": "5s"}
+"""How long a client that neither sends nor reads is waited for when memory is short: without a request in progress
+(over HTTP/1.1, also one whose answer is here as a whole), with such an answer over HTTP/2, with a request."""
 
 _HEAP = "envoy.resource_monitors.fixed_heap"
 
@@ -43,8 +44,7 @@ def overload_manager(limits: Limits) -> Resource:
     idle = {
         "@type": f"{TYPES}config.overload.v3.ScaleTimersOverloadActionConfig",
         "timer_scale_factors": [
-            {"timer": f"HTTP_DOWNSTREAM_{timer}", "min_timeout": IDLE_UNDER_PRESSURE}
-            for timer in ("CONNECTION_IDLE", "STREAM_IDLE", "STREAM_FLUSH")
+            {"timer": f"HTTP_DOWNSTREAM_{timer}", "min_timeout": least} for timer, least in IDLE_UNDER_PRESSURE.items()
         ],
     }
     return {
