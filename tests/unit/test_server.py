@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +143,21 @@ def test_a_project_without_archives_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "model_store" / "broken-1.0.mar").write_bytes(b"no zip")
     with pytest.raises(ServerError, match=r"broken-1\.0\.mar: it is not an archive"):
         stack.start(tmp_path, torchserve.StartOptions(free_ports=True))
+
+
+def test_strict_serves_all_or_nothing(tmp_path: Path) -> None:
+    """Without it the good one is served, and the other one is a line: see tests/live/test_up.py."""
+    store = tmp_path / "model_store"
+    store.mkdir()
+    model = {"modelName": "good", "modelVersion": "1.0", "handler": "h.py"}
+    with zipfile.ZipFile(store / "good-1.0.mar", "w") as good:
+        good.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": model, "runtime": "python"}))
+        good.writestr("h.py", "def handle(rows, context): return rows")
+    (store / "broken-1.0.mar").write_bytes(b"no zip")
+
+    with pytest.raises(ServerError, match=r"broken-1\.0\.mar: it is not an archive"):
+        stack.start(tmp_path, torchserve.StartOptions(free_ports=True), strict=True)
+    assert processes.family(State(tmp_path)) == []
 
 
 def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> None:
