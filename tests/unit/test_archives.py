@@ -231,7 +231,7 @@ def test_a_version_never_changes(project: Path) -> None:
 
     assert again.built[0].state == "unchanged"
     assert "upper.yaml:2: upper-1.0.mar is already built from other input" in sentences(changed)
-    assert "give it a new one" in sentences(changed)
+    assert "give it a new version, or --force" in sentences(changed)
     assert (project / "model_store" / "upper-1.0.mar").read_bytes() == first
     assert build(Project(project), ["upper"], force=True).built[0].state == "replaced"
     assert sorted(p.name for p in (project / "model_store").iterdir()) == ["upper-1.0.mar"]

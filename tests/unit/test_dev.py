@@ -128,7 +128,7 @@ class Dev:
 
     def end(self) -> None:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(signal.SIGINT)
             self.process.wait(WITHIN_S)
 
 

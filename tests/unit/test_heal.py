@@ -79,8 +79,10 @@ def test_a_worker_whose_processes_have_all_ended_is_healed_whatever_torchserve_s
     assert stuck_after(tmp_path, said(ready=False, pid=pid)) == [2, 100]  # TorchServe never calls it ready again
     assert stuck_after(tmp_path, said(ready=False, pid=pid), streams=False) == []
 
-    psutil.Process(pid).kill()
+    worker = psutil.Process(pid)
+    worker.kill()
     wait_until(java, 0)
+    processes.wait([worker], WITHIN_S)
     for ready in (True, False):
         assert stuck_after(tmp_path, said(ready=ready, pid=pid)) == [2, 100]
         assert stuck_after(tmp_path, said(ready=ready, pid=pid), streams=False) == [100]
