@@ -496,6 +496,10 @@ def test_a_renewed_certificate_is_shown_without_a_restart(served: Served) -> Non
 
 def test_feedback_meets_its_request_in_the_experiment(served: Served) -> None:
     served.route('echo:\n  versions: {"1.0": 50, "2.0": 50}\n')
+    ended = time.monotonic() + WITHIN_S
+    while served.door.traffic().ejected:  # by a test before: its share would go to the other version
+        assert time.monotonic() < ended
+        time.sleep(0.1)
     with served.client("rest") as client:
         assert isinstance(client, RestClient)
         for i in range(60):
@@ -521,6 +525,7 @@ def test_feedback_meets_its_request_in_the_experiment(served: Served) -> None:
         time.sleep(0.1)
     result = json.loads(tool(served.root, "experiment", "echo", "--since", "1m", "--json"))
 
+    assert [one["what"] for one in result["differences"]].count("feedback") == 1, result
     (feedback,) = [one for one in result["differences"] if one["what"] == "feedback"]
     assert feedback["difference"] == pytest.approx(0.37, abs=0.04)
     assert feedback["needed"] == 0
