@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gzip
 import os
 import re
@@ -19,8 +21,11 @@ from typing import Any
 import httpx
 import pytest
 
-from torchserve_dag.direct.entrance import UNREAD_BYTES
+from torchserve_dag.dev.loader import DevLoader
+from torchserve_dag.direct.entrance import UNREAD_BYTES, Entrance
 from torchserve_dag.direct.forms import MAX_PARTS, FormError, parts_of
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.worker.protocol import PendingResponse, ServiceRequest, ServiceResponse
 
 WITHIN_S = 60
 
@@ -130,6 +135,13 @@ class Dev:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(WITHIN_S)
+
+
+def until(true: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -437,13 +449,150 @@ class TestSaving:
         assert "saved:" not in project.said
         assert project.ask("steps").json() == "HI"
 
-    def test_a_port_in_use_and_a_name_that_is_not_there(self, project: Dev) -> None:
+    def test_one_that_hangs_and_cannot_be_loaded_is_told_once(self, project: Dev) -> None:
+        code = "import time\nfrom torchserve_dag import Text\ndef nap(text: Text) -> Text:\n    time.sleep(600)\n    return text\n"
+        (project.root / "workflows" / "nap.py").write_text(code)
+        made = write_workflow(
+            project.root, "nap", nodes="  nap: {function: nap, inputs: {text: request}}", code="nap.py"
+        )
+        made.write_text(made.read_text().replace("timeout_s: 90", "timeout_s: 1"))
+        project.wait_for("serves nap")
+        project.forget()
+        made.write_text(made.read_text() + "nodes: [\n")
+        project.wait_for("served as it was before")
+        assert project.ask("nap").status_code == 504
+        time.sleep(3)  # three looks for hanging models, and more
+
+        assert project.said.count("error:") == 1
+        assert project.ask("steps").json() == "HI"
+
+    def test_a_handler_that_ends_its_process_costs_the_others_nothing(self, project: Dev) -> None:
+        handler = project.root / "handlers" / "loud.py"
+        good = handler.read_text()
+        project.forget()
+        handler.write_text(good.replace("self.mark =", "raise SystemExit(3)\n        self.mark ="))
+        project.wait_for("loading it raised SystemExit: 3")
+        assert project.ask("loudly").json() == "hi!1"
+        handler.write_text(good.replace("text + self.mark", "text + self.mark * 2"))
+
+        project.wait_for(lambda: project.ask("loudly").json() == "hi!!1")
+
+    def test_the_models_of_bad_states_do_not_stay(self, tmp_path: Path, project: Dev) -> None:
+        """A workflow that is broken for long, and a handler that is saved again and again."""
+        project.end()
+        loader = DevLoader(Project(project.root))
+        (project.root / "workflows" / "broken.yaml").write_text("nodes: [")
+        for text in "abc":
+            (project.root / "weights" / "mark.txt").write_text(text * (1 + ord(text)))
+            assert len(loader.load().problems) == 1
+
+        assert len(loader._handlers._stages) == 1
+
+    def test_another_version_in_the_same_file_replaces_the_first(self, project: Dev) -> None:
+        project.end()
+        loader, path = DevLoader(Project(project.root)), project.root / "workflows" / "steps-1.0.yaml"
+        loader.load()
+        (project.root / "workflows" / "broken.yaml").write_text("nodes: [")
+        path.write_text(path.read_text().replace('"1.0"', '"2.0"'))
+
+        assert loader.load().services.keys() == {("loudly", "1.0"), ("steps", "2.0")}
+
+    def test_a_terminal_that_is_closed(self, project: Dev) -> None:
+        """What is printed goes nowhere, and saves are served on."""
+        project.end()
+        command = [sys.executable, "-m", "torchserve_dag", "dev", "--port", "0", "--project", str(project.root)]
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            assert running.stdout
+            said = ""
+            for line in running.stdout:
+                said += line
+                if "loaded in" in line:
+                    break
+            running.stdout.close()
+            project.address = re.findall(r"http://127\.0\.0\.1:\d+", said)[0]
+            for new in ("one", "two"):
+                code = CODE.replace("return text.text.upper()", f'return "{new}"')
+                (project.root / "workflows" / "steps.py").write_text(code)
+                until(lambda new=new: project.ask("steps").json() == new)
+        finally:
+            running.kill()
+            running.wait(WITHIN_S)
+
+    def test_what_is_named_is_served_and_nothing_else(self, project: Dev) -> None:
+        project.end()
+        named = Dev(project.root, "steps", "loud")
+        try:
+            assert [named.ask(name).status_code for name in ("steps", "loud", "loudly")] == [200, 200, 404]
+        finally:
+            named.end()
+        loaded = DevLoader(Project(project.root), ["stps"]).load()
+        assert [problem.help for problem in loaded.problems] == ['did you mean "steps"?']
+
+    def test_a_port_in_use(self, project: Dev) -> None:
         port = project.address.rpartition(":")[2]
         command = [sys.executable, "-m", "torchserve_dag", "dev", "--port", port, "--project", str(project.root)]
         found = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
 
         assert found.returncode == 1
         assert f"127.0.0.1:{port} cannot be listened at" in found.stderr.replace("\n", " ")
+
+    def test_a_largest_body_that_is_no_number(self, project: Dev) -> None:
+        (project.root / "config.properties").write_text("max_request_size=many\n")
+        command = [sys.executable, "-m", "torchserve_dag", "dev", "--port", "0", "--project", str(project.root)]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=False)
+
+        assert (found.returncode, "Traceback" in found.stderr) == (1, False)
+        assert 'max_request_size of config.properties is "many"' in found.stderr.replace("\n", " ")
+
+
+class RaisingService:
+    """A service of an archive that breaks the protocol: it raises for a request instead of answering a failure."""
+
+    name, version, timeout_s, streams = "m", "1.0", 1.0, False
+
+    def together(self) -> Any:
+        return contextlib.nullcontext()
+
+    def submit(self, request: ServiceRequest, on_chunk: Any = None) -> PendingResponse:
+        if request.id == "bad":
+            raise TypeError("another protocol")
+        return WaitingResponse()
+
+
+class WaitingResponse:
+    """Done once it is cancelled."""
+
+    def add_done_callback(self, callback: Any) -> None:
+        self.callback = callback
+
+    def cancel(self) -> None:
+        self.callback(ServiceResponse(b"cancelled", status=499))
+
+
+class TestEntrance:
+    def test_a_service_that_raises_is_a_failure_of_that_request(self) -> None:
+        async def ask() -> list[int]:
+            entrance = Entrance(RaisingService())  # type: ignore[arg-type]
+            bad, good = (entrance.submit(ServiceRequest(name), in_chunks=False) for name in ("bad", "good"))
+            statuses = [(await bad.next()).status]  # type: ignore[union-attr]
+            good.cancel()
+            statuses.append((await good.next()).status)  # type: ignore[union-attr]
+            await asyncio.wait_for(entrance.empty.wait(), WITHIN_S)
+            return statuses
+
+        assert asyncio.run(ask()) == [500, 499]
+
+    def test_a_client_that_has_left_before_its_request_entered(self) -> None:
+        async def ask() -> int:
+            entrance = Entrance(RaisingService())  # type: ignore[arg-type]
+            left = entrance.submit(ServiceRequest("good"), in_chunks=False)
+            left.cancel()
+            status = (await left.next()).status  # type: ignore[union-attr]
+            await asyncio.wait_for(entrance.empty.wait(), WITHIN_S)
+            return status
+
+        assert asyncio.run(ask()) == 499
 
 
 class TestForms:

@@ -33,14 +33,12 @@ def dev(
     from torchserve_dag.dev.loader import DevLoader
     from torchserve_dag.dev.server import DevServer
     from torchserve_dag.direct import http
-    from torchserve_dag.front_door.start import MAX_BODY
     from torchserve_dag.runtime.project.folders import Project
     from torchserve_dag.server import properties
 
     with failures():
         root = project_root(project)
-        configured = properties.read(properties.find(root))
-        max_body = int(configured.get("max_request_size", MAX_BODY))
+        max_body = properties.max_body(properties.read(properties.find(root)))
         try:
             listening = http.listen(HOST, port)
         except OSError as error:

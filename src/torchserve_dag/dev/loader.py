@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,8 @@ class _Version:
     """Its YAML file."""
     content: str
     """All that it was loaded from."""
+    handlers: frozenset[str]
+    """The identities of its handlers, which are a part of that."""
 
 
 @dataclass(slots=True)
@@ -59,12 +61,14 @@ class DevLoader:
 
     project: Project
     names: Sequence[str] = ()
-    handlers: LoadedHandlers = field(init=False)
+    _handlers: LoadedHandlers = field(init=False)
     _versions: dict[ModelVersion, _Version] = field(default_factory=dict)
     """What is served."""
+    _failed: frozenset[ModelVersion] = frozenset()
+    """What of it could not be loaded again: it is as it was."""
 
     def __post_init__(self) -> None:
-        self.handlers = LoadedHandlers(self.project)
+        self._handlers = LoadedHandlers(self.project)
 
     def load(self) -> FolderState:
         """Load the folder as it is now. A version that cannot be loaded is a problem, and costs the others nothing."""
@@ -74,6 +78,7 @@ class DevLoader:
             chosen = [target for target in chosen if target.folder == "workflows"]
         before = self._versions
         served: dict[ModelVersion, _Version] = {}
+        failed = before.keys() - {(target.name, target.version) for target in chosen}
         for target in chosen:
             key = (target.name, target.version)
             found = None
@@ -81,47 +86,42 @@ class DevLoader:
                 found = self._load(target, before.get(key))
             except CheckError as error:
                 problems += [one for one in error.problems if one not in problems]
-            except Exception as error:  # whatever a handler's `load` raises
+            except (Exception, SystemExit) as error:  # whatever a handler's `load` raises
                 logger.exception("%s %s cannot be loaded", *key)
                 problems.append(Problem(str(target.file.path), 1, f"loading it raised {type(error).__name__}: {error}"))
-            if found or key in before:
-                served[key] = found or before[key]
+            if found:
+                served[key] = found
+            else:
+                failed.add(key)
         if problems:  # a file that cannot be read names no version: what it was is served on
-            served = {key: one for key, one in before.items() if one.path.exists()} | served
-        else:
-            self.handlers.forget_others()
-        self._versions = served
+            loaded = {one.path for one in served.values()}  # perhaps under another version
+            kept = {key: before[key] for key in failed & before.keys()}
+            served |= {key: one for key, one in kept.items() if one.path.exists() and one.path not in loaded}
+        self._versions, self._failed = served, frozenset(failed)
+        self._handlers.keep_only({identity for one in served.values() for identity in one.handlers})
         new = frozenset(key for key, one in served.items() if before.get(key) is not one)
         return FolderState({key: one.service for key, one in served.items()}, new, problems)
 
     def hangs(self) -> bool:
-        """Whether a model of what is served hangs: loading the folder again replaces it."""
-        return any(one.service.hangs() for one in self._versions.values())
+        """Whether a model of what is served hangs, and loading the folder again would replace it."""
+        return any(one.service.hangs() for key, one in self._versions.items() if key not in self._failed)
 
     def _load(self, target: Target, before: _Version | None) -> _Version:
         """Raises CheckError, and whatever loading raises."""
         graph = read_graph(self.project, target.file.path)
-        content = self._content(graph)
+        handlers = frozenset(self._handlers.identity(file) for file in graph.handlers.values())
+        content = self._content(graph, handlers)
         if before and before.content == content and not before.service.hangs():
-            for file in graph.handlers.values():
-                self.handlers.keep(file)
             return before
-        folder = "handlers" if target.folder == "handlers" else "workflows"
-        about = {
-            "name": graph.name,
-            "version": graph.version,
-            "file": f"{folder}/{graph.path.name}",
-            "does": graph.does,
-        }
-        service = WorkflowService(self.project, graph, about, None, self.handlers)
-        return _Version(service, target.file.path, content)
+        about = {"name": graph.name, "version": graph.version, "file": f"{target.folder}/{graph.path.name}"}
+        service = WorkflowService(self.project, graph, about, None, self._handlers)
+        return _Version(service, target.file.path, content, handlers)
 
-    def _content(self, graph: Graph) -> str:
-        """All that a graph is made of: its files, the modules that they import, and the weights of its handlers."""
+    def _content(self, graph: Graph, handlers: Collection[str]) -> str:
+        """All that a graph is made of: its files, the modules that they import, and its handlers."""
         modules = digests(own_modules(self.project.root, sources(graph)))
         files = {str(path): path.read_bytes() for path in graph.files}
-        handlers = sorted(self.handlers.identity(file) for file in graph.handlers.values())
-        return repr((files, modules, handlers))
+        return repr((files, modules, sorted(handlers)))
 
 
 def stamps(root: Path) -> dict[Path, Stamp]:

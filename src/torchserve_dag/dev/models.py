@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torchserve_dag.archives import weights
 from torchserve_dag.archives.imports import digests, own_modules
@@ -12,9 +12,7 @@ from torchserve_dag.runtime.handler import types_of
 from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile
-
-_OWN = "torchserve_dag_project_"
-"""How the names of a project's own modules begin in `sys.modules`."""
+from torchserve_dag.runtime.project.modules import PREFIX
 
 
 class LoadedHandlers:
@@ -24,31 +22,18 @@ class LoadedHandlers:
         self._project = project
         self._stages: dict[tuple[str, str], Stages] = {}
         """By identity and device."""
-        self._wanted: set[str] = set()
-        """The identities that the state of the folder that is being loaded has."""
-        self.loads = 0
-        """How many handlers have been loaded so far."""
 
     def __call__(self, file: Source[HandlerFile], device: str, load: Callable[[], Stages]) -> Stages:
         """A `Reuse` of runtime/models/load.py. Raises whatever loading raises."""
-        key = (self.keep(file), device)
+        key = (self.identity(file), device)
         stages = self._stages.get(key)
         if stages is None or stages.hangs or not self._may_stay(stages):
             stages = self._stages[key] = load()
-            self.loads += 1
         return stages
 
-    def keep(self, file: Source[HandlerFile]) -> str:
-        """Keep a handler over the next `forget_others`, if it is loaded. Returns its identity."""
-        identity = self.identity(file)
-        self._wanted.add(identity)
-        return identity
-
-    def forget_others(self) -> None:
-        """Close every handler that was not asked for since the last call."""
-        for key in [key for key in self._stages if key[0] not in self._wanted]:
-            self._stages.pop(key).close()
-        self._wanted.clear()
+    def keep_only(self, identities: Collection[str]) -> None:
+        """Forget all other handlers. Requests that are inside one of them hold it, and its threads, until they end."""
+        self._stages = {key: stages for key, stages in self._stages.items() if key[0] in identities}
 
     def identity(self, file: Source[HandlerFile]) -> str:
         """The same while nothing that the handler consists of has changed."""
@@ -61,4 +46,4 @@ class LoadedHandlers:
     @staticmethod
     def _may_stay(stages: Stages) -> bool:
         """A class of the project is another class once its module is imported again, so its messages must not stay."""
-        return _OWN not in repr(types_of(type(stages.handler)))
+        return PREFIX not in repr(types_of(type(stages.handler)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -18,8 +19,12 @@ from torchserve_dag.direct import http
 from torchserve_dag.direct.app import DirectApp
 from torchserve_dag.direct.entrance import Entrance
 
+logger = logging.getLogger(__name__)
+
 LOOK_S = 0.25
 """How often the folder is looked at."""
+SWAP_S = 10.0
+"""How long the event loop may take to route requests to what was loaded, which computes nothing."""
 LEAVE_S = 60.0
 """How long requests may take in a version that a newer state of the folder has replaced."""
 
@@ -52,7 +57,7 @@ class DevServer:
 
     async def _run(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        watcher = threading.Thread(target=self._watch, args=(loop,), name="watcher", daemon=True)
+        watcher = threading.Thread(target=self._watch, args=(loop,), name="folder watcher", daemon=True)
         try:
             await http.serve(DirectApp(self._find, self._max_body, self._why_not_ready), listening, watcher.start)
         finally:
@@ -71,15 +76,21 @@ class DevServer:
         now = stamps(root)
         while not self._ended.is_set():
             if now != before or self._loader.hangs():
-                began = time.monotonic()
-                loaded = self._loader.load()
-                asyncio.run_coroutine_threadsafe(self._serve(loaded), loop).result()
-                self._show(Changed(_difference(before, now), loaded, time.monotonic() - began))
+                try:
+                    self._reload(loop, _difference(before, now))
+                except (Exception, SystemExit):  # the latter is rich's, where the terminal is closed
+                    logger.exception("the folder could not be loaded again")
                 before = now
             settled = False
             while not settled and not self._ended.wait(LOOK_S):  # a program may still be writing
                 latest = stamps(root)
                 settled, now = latest == now, latest
+
+    def _reload(self, loop: asyncio.AbstractEventLoop, files: Sequence[Path]) -> None:
+        began = time.monotonic()
+        loaded = self._loader.load()
+        asyncio.run_coroutine_threadsafe(self._serve(loaded), loop).result(SWAP_S)
+        self._show(Changed(files, loaded, time.monotonic() - began))
 
     async def _serve(self, loaded: FolderState) -> None:
         """Requests that enter from now on get the new services; those inside the old ones are answered there."""

@@ -26,8 +26,9 @@ Find = Callable[[str, str | None], Entrance | None]
 """The model of a name and, if a client names one, of a version; None if there is none."""
 
 WATCH_AFTER_S = 0.02
-"""How long an answer may take before the client is watched: a watch of every short request would cost a tenth of it."""
+"""How long an answer may take before the client is watched, so that a short request has no task for that."""
 MAX_ID = 128
+"""The most characters of a client's request id; a longer one is replaced, as under TorchServe."""
 _PREDICTIONS = "/predictions/"
 _NOTHING_HERE = (HTTPStatus.NOT_FOUND, "ResourceNotFoundException", "There is nothing at this path.")
 _METHODS = frozenset({"POST", "PUT", "GET"})
@@ -86,7 +87,7 @@ class DirectApp:
         body = await self._body(headers, receive)
         request = _request(scope, headers, request_id, body)
         if "x-cancel" in headers:
-            cancelled = entrance.service.cancel(request.options["x-cancel"])
+            cancelled = entrance.service.cancel(headers["x-cancel"])
             await _respond(send, ServiceResponse(json.dumps({"cancelled": cancelled}).encode()), request_id)
             return
         in_flight = entrance.submit(request, in_chunks=entrance.service.streams)
@@ -157,18 +158,11 @@ def _request(scope: Message, headers: dict[str, str], request_id: str, body: byt
         content_type,
         encoding,
         parameters,
-        _with_own_keys(headers),
+        headers,
         parts,
         repeated,
         headers,
     )
-
-
-def _with_own_keys(headers: dict[str, str]) -> dict[str, str]:
-    """The headers with the name of their token in each cancel key: no other token's key is the same."""
-    token = headers.get("x-door-token")
-    keys = [name for name in ("x-cancel-key", "x-cancel") if token is not None and name in headers]
-    return headers | {name: f"{token} {headers[name]}" for name in keys} if keys else headers
 
 
 async def _cancel_when_left(receive: Receive, in_flight: InFlight) -> None:

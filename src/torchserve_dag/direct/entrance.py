@@ -20,10 +20,9 @@ logger = logging.getLogger(__name__)
 
 UNREAD_BYTES = 16 * 2**20
 """How much of an answer in chunks may wait for a client that does not read; beyond it the request is cancelled."""
-
-
 _BROKEN = ServiceResponse(
-    b'{"code": 500, "type": "InternalError", "message": "The worker failed: its log says why."}', status=500
+    b'{"code": 500, "type": "InternalError", "message": "The model did not take the request: its log says why."}',
+    status=500,
 )
 
 
@@ -41,8 +40,7 @@ class InFlight:
 
     request: ServiceRequest
     in_chunks: bool
-    left: bool = False
-    """Whether nobody waits for the answer any more."""
+    _cancelled: bool = False
     _pending: PendingResponse | None = None
     _arrived: deque[AnswerChunk | ServiceResponse] = field(default_factory=deque)
     _unread: int = 0
@@ -60,13 +58,15 @@ class InFlight:
         return item
 
     def cancel(self) -> None:
-        """The client has left: what has not begun does not begin."""
-        self.left = True
+        """The client has left: what has not begun does not begin. The request's last item is a failure, then."""
+        self._cancelled = True
         if self._pending:
             self._pending.cancel()
 
     def entered(self, pending: PendingResponse) -> None:
         self._pending = pending
+        if self._cancelled:  # before it entered
+            pending.cancel()
 
     def arrive(self, item: AnswerChunk | ServiceResponse) -> None:
         self._arrived.append(item)
@@ -107,10 +107,7 @@ class Entrance:
         entering, self._entering = self._entering, []
         with self.service.together():
             for in_flight in entering:
-                if in_flight.left:
-                    self._leave()
-                else:
-                    self._submit(in_flight)
+                self._submit(in_flight)
 
     def _submit(self, in_flight: InFlight) -> None:
         on_chunk = partial(self._send_chunk, in_flight) if in_flight.in_chunks else None
@@ -121,8 +118,8 @@ class Entrance:
             in_flight.arrive(_BROKEN)
             self._leave()
         else:
-            in_flight.entered(pending)
             pending.add_done_callback(partial(self._finish, in_flight))
+            in_flight.entered(pending)
 
     # On a thread of the model's.
 

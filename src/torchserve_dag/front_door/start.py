@@ -23,8 +23,6 @@ START_S = 20.0
 OWN_TOKEN = "own_token"  # noqa: S105 (a file's name)
 OWN_LIFE_S = 365 * 86_400.0
 OWN_REQUESTS_PER_SECOND = 100_000
-MAX_BODY = 26_214_400
-"""In bytes: TorchServe's default max_request_size, as in config.properties."""
 
 
 def with_free_ports(settings: FrontDoor) -> FrontDoor:

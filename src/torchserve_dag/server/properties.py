@@ -18,6 +18,9 @@ PATHS = (
 )  # fmt: skip
 """Keys whose values are paths relative to the project; TorchServe runs in another folder."""
 
+MAX_BODY = 26_214_400
+"""The largest body in bytes, as in the default `config.properties`, where the project's names none."""
+
 _LOGGING = "-Dlog4j.configurationFile="
 
 
@@ -47,6 +50,14 @@ def entries(path: Path) -> list[Property]:
 def read(path: Path) -> dict[str, str]:
     """The keys and values of a properties file. Raises ServerError."""
     return {entry.key: entry.value for entry in entries(path)}
+
+
+def max_body(properties: Mapping[str, str]) -> int:
+    """The largest body of a request, in bytes. Raises ServerError."""
+    value = properties.get("max_request_size", str(MAX_BODY))
+    if not (value.isascii() and value.isdigit()):
+        raise ServerError(f'max_request_size of config.properties is "{value}": write a whole number of bytes.')
+    return int(value)
 
 
 def _text(path: Path) -> str:

@@ -260,6 +260,7 @@ def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) 
             starter.wait(START_S)
         except subprocess.TimeoutExpired:
             processes.kill(processes.family(state))
+            starter.kill()
             starter.wait()
             raise ServerError(f"TorchServe's command did not end within {START_S:g} s.") from None
     try:  # TorchServe's command ends once Java runs, and writes its pid into this file

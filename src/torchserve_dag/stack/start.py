@@ -17,7 +17,7 @@ from torchserve_dag.front_door.envoy import END_S as ENVOY_END_S
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.data.loopback import is_loopback
-from torchserve_dag.server import defaults, processes, releases_file, torchserve
+from torchserve_dag.server import defaults, processes, properties, releases_file, torchserve
 from torchserve_dag.server.connect import torchserve_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
@@ -88,7 +88,7 @@ def start(
         try:
             door = None
             if with_front_door:
-                max_body = int(planned.properties.get("max_request_size", front_door.MAX_BODY))
+                max_body = properties.max_body(planned.properties)
                 door = front_door.start(root, door_settings, planned.where, max_body)
             # Versions come and go while TorchServe runs: with its management token, on this machine.
             inside = is_loopback(host_and_port(planned.where.management)[0])

@@ -30,7 +30,8 @@ FOLDERS = ("handlers", "workflows")
 NEVER_OWN = frozenset({*sys.stdlib_module_names, "torchserve_dag"})
 """A file of such a name at a project's root is not what an import statement means."""
 
-_PREFIX = "torchserve_dag_project_"
+PREFIX = "torchserve_dag_project_"
+"""How the names of projects' packages begin in `sys.modules`."""
 _numbers = itertools.count()
 _lock = threading.Lock()
 _bare_names_lock = threading.RLock()
@@ -105,7 +106,7 @@ class Modules:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._package = f"{_PREFIX}{next(_numbers)}"
+        self._package = f"{PREFIX}{next(_numbers)}"
         self._sources: dict[Path, bytes] = {}
         """The content of each file that was imported."""
         self._owns: dict[str, bool] = {}
