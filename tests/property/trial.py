@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.engine.request import Request
+from torchserve_dag.runtime.engine.streaming import MAX_UNTAKEN_BYTES, SendChunk
 from torchserve_dag.runtime.messages import Failure
 from torchserve_dag.runtime.workflow import Workflow
 
@@ -72,7 +73,7 @@ def ask_all(workflow: Workflow, flow: Flow, chosen: Sequence[Ask]) -> list[Asked
         expected = naive(flow, message, parameters, ask.outputs)
         expected.unknown |= ask.end == "deadline" and expected.flaky
         chunks: list[Any] = []
-        request = workflow.submit(
+        request = workflow.engine.submit(
             json.dumps(plain.flatten(message)).encode() if ask.as_bytes else message,
             parameters,
             options=Options(
@@ -80,7 +81,7 @@ def ask_all(workflow: Workflow, flow: Flow, chosen: Sequence[Ask]) -> list[Asked
                 timeout_s=ask.after_s + 0.001 if ask.end == "deadline" else None,
                 priority="bulk" if ask.bulk else "interactive",
             ),
-            on_chunk=chunks.append,
+            on_chunk=_receiver(chunks, at_once=i % 2 == 0),
         )
         asked.append(Asked(ask, tag, expected, request, chunks))
     began = time.monotonic()
@@ -89,6 +90,20 @@ def ask_all(workflow: Workflow, flow: Flow, chosen: Sequence[Ask]) -> list[Asked
             time.sleep(max(0.0, one.ask.after_s - (time.monotonic() - began)))
             one.request.cancel()
     return asked
+
+
+def _receiver(chunks: list[Any], *, at_once: bool) -> SendChunk:
+    """Keeps each chunk. Not `at_once`: the chunk is so large that its node waits until another thread has taken it."""
+
+    def receive(chunk: Any, taken: Callable[[], None]) -> int:
+        chunks.append(chunk)
+        if at_once:
+            taken()
+        else:
+            threading.Thread(target=taken).start()
+        return MAX_UNTAKEN_BYTES
+
+    return receive
 
 
 def wrong_with(one: Asked) -> list[str]:
@@ -111,7 +126,8 @@ def wrong_with(one: Asked) -> list[str]:
 
 def is_answer(expected: Outcome, answer: Any) -> bool:
     if not expected.failures:
-        return bool(answer == expected.answer)
+        in_chunks = expected.chunks is not None and isinstance(expected.answer, list)
+        return bool(answer == ([] if in_chunks else expected.answer))
     return isinstance(answer, Failure) and any(
         answer.status == fail.status
         and fail.message in {None, answer.message}

@@ -29,6 +29,7 @@ from torchserve_dag.runtime.compat.wire import (
     write_responses,
 )
 from torchserve_dag.runtime.data.options import read_options
+from torchserve_dag.runtime.engine.streaming import MAX_UNTAKEN
 from torchserve_dag.runtime.worker.protocol import Part
 from torchserve_dag.runtime.worker.service import load
 from torchserve_dag.runtime.worker.torchserve.asynchronous import AsynchronousLoop
@@ -239,6 +240,17 @@ def test_chunks_of_text_leave_one_by_one_as_they_are(serve: Serve, tell: Callabl
         (200, "false", b""),
     ]
     assert first.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+def test_a_chunk_is_taken_as_soon_as_it_is_written(serve: Serve, tell: Callable[..., Path]) -> None:
+    """Else the node would wait for ever after the first few: TorchServe does not say what its client has read."""
+    tell()
+    front = serve("workflows/flow.yaml")
+    words = [f"w{i}" for i in range(10 * MAX_UNTAKEN)]
+    front.ask("id-1", " ".join(words).encode())
+
+    assert [front.part("id-1").body.decode() for _ in words] == [f"{word} " for word in words]
+    assert front.part("id-1").next == "false"
 
 
 def test_other_chunks_are_lines_of_json(serve: Serve, tell: Callable[..., Path]) -> None:

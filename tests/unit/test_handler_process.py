@@ -36,8 +36,8 @@ from tests.unit.conftest import Mar, Write
 from tests.unit.front_end import FrontEnd
 from torchserve_dag.archives.build import build
 from torchserve_dag.runtime.compat import archive as archives
-from torchserve_dag.runtime.compat.child import as_bytes, decoded
 from torchserve_dag.runtime.compat.context import Context, RequestProcessor
+from torchserve_dag.runtime.compat.entry_point import as_bytes, decoded
 from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.compat.wire import (
     WireRequest,
@@ -50,6 +50,7 @@ from torchserve_dag.runtime.compat.wire import (
 from torchserve_dag.runtime.data import codec, unzip
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.engine.runner import END, Chunk
+from torchserve_dag.runtime.engine.streaming import UNPACED_BYTES
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.messages import Box, Failure, Label, Labels, Photo, Text
 from torchserve_dag.runtime.models.handler_process import REFUSE_AFTER, HandlerProcess, HandlerSpec
@@ -854,8 +855,21 @@ def test_a_workflow_streams_what_an_unedited_handler_sends(write: Write, mar: Ma
         until(lambda: came == ["ONE", "TWO"])
         gate.touch()
 
-        assert running.future.result(60) == ["ONE", "TWO", "THREE"]
+        assert running.future.result(60) == []
+        assert came == ["ONE", "TWO", "THREE"]
         assert workflow([b"a b", b"c"]) == [["A", "B"], ["C"]]
+
+
+def test_a_process_is_not_held_back_so_a_client_that_leaves_too_much_is_cancelled(write: Write, mar: Mar) -> None:
+    """A process has other requests too, and is ended if it takes too long."""
+    mar("tells", STREAMS)
+    path = write("answer: {torchserve: {archive: tells.mar, takes: Text, gives: Text}}")
+    with Workflow.load(path) as workflow:
+        left = workflow.engine.submit(b"w " * 40, on_chunk=lambda *_: UNPACED_BYTES // 32)
+        failure = left.future.result(60)
+
+        assert (failure.status, failure.type) == (499, "Cancelled")
+        assert workflow([b"a b"]) == [[Text("a"), Text("b")]]
 
 
 # What a process prints.

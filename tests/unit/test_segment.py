@@ -97,7 +97,7 @@ def through(project: Project, graph: Graph, body: bytes, parameters: dict[str, s
         row = {parent: sealed[parent] for parent in parents(found, name)}
         parts = unseal(row) if row else {REQUEST_PART: body}
         with Workflow(project, segment.part()) as workflow:
-            result = workflow.submit(
+            result = workflow.engine.submit(
                 parts[REQUEST_PART], parameters, known=segment.known_results(parts)
             ).future.result()
         if segment.last or isinstance(result, Failure):

@@ -21,6 +21,7 @@ from ts.protocol.otf_message_handler import create_predict_response, retrieve_ms
 from tests.unit.conftest import Write
 from tests.unit.front_end import WAIT_S, FrontEnd
 from torchserve_dag.archives.build import build
+from torchserve_dag.runtime.engine.streaming import MAX_UNTAKEN
 from torchserve_dag.runtime.graph.torchserve.segment import pack, unpack
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.worker.protocol import Load, Service, ServiceRequest, ServiceResponse
@@ -32,6 +33,13 @@ from torchserve_dag.runtime.worker.torchserve.segments import SegmentService
 Row = dict[str, Any]
 Request = tuple[Row, dict[str, Any]]
 Make = Callable[..., BatchedLoop]
+
+
+def until(true: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def context(folder: Path, *headers: dict[str, Any]) -> Context:
@@ -219,7 +227,7 @@ TALK = """
         for word in text.text.split():
             if word == "bad": raise InputError("That word is bad.", 422)
             if word == "slow": time.sleep(5)
-            yield Text(word)
+            yield Text("" if word == "empty" else word)
 """
 
 
@@ -234,7 +242,12 @@ def talking(project: Path, write: Write) -> Iterator[Service]:
 
 def test_chunks_arrive_one_by_one_and_the_response_is_what_is_left(talking: Service) -> None:
     chunks: list[tuple[bytes, str]] = []
-    pending = talking.submit(ServiceRequest("id-1", b"one two"), lambda *chunk: chunks.append(chunk))
+
+    def receive(body: bytes, content_type: str, taken: Callable[[], None]) -> None:
+        chunks.append((body, content_type))
+        taken()
+
+    pending = talking.submit(ServiceRequest("id-1", b"one two"), receive)
 
     assert talking.streams
     assert pending.result(WAIT_S) == ServiceResponse(b"")
@@ -242,9 +255,30 @@ def test_chunks_arrive_one_by_one_and_the_response_is_what_is_left(talking: Serv
     assert talking.submit(ServiceRequest("id-2", b"one two")).result(WAIT_S).body == b"onetwo", "without a callback"
 
 
+def test_a_host_that_takes_no_chunk_is_sent_a_bounded_number_and_the_rest_when_it_takes_them(talking: Service) -> None:
+    came: list[tuple[bytes, str, Callable[[], None]]] = []
+    words = [f"w{i}" for i in range(100)]
+    pending = talking.submit(ServiceRequest("id-1", " ".join(words).encode()), lambda *chunk: came.append(chunk))
+    until(lambda: len(came) == MAX_UNTAKEN)
+    assert talking.submit(ServiceRequest("id-2", b"one two")).result(WAIT_S).body == b"onetwo"
+    assert len(came) == MAX_UNTAKEN
+
+    for i in range(100):
+        until(lambda i=i: len(came) > i)
+        came[i][2]()
+    assert pending.result(WAIT_S) == ServiceResponse(b"")
+    assert [body.decode() for body, *_ in came] == words
+
+
+def test_chunks_without_bytes_need_no_taking(talking: Service) -> None:
+    talks = talking.submit(ServiceRequest("id-1", b"empty " * 100 + b"one"), lambda *_: None)
+
+    assert talks.result(WAIT_S) == ServiceResponse(b"")
+
+
 def test_an_answer_that_fails_after_chunks_ends_with_the_failure(talking: Service) -> None:
     chunks: list[bytes] = []
-    pending = talking.submit(ServiceRequest("id-1", b"one bad"), lambda body, _: chunks.append(body))
+    pending = talking.submit(ServiceRequest("id-1", b"one bad"), lambda body, *_: chunks.append(body))
     response = pending.result(WAIT_S)
 
     assert chunks == [b"one"]

@@ -11,6 +11,7 @@ from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.engine import Engine
 from torchserve_dag.runtime.engine.request import Request
+from torchserve_dag.runtime.engine.streaming import SendChunk
 from torchserve_dag.runtime.graph.graph import REQUEST, Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.models import load
@@ -98,18 +99,19 @@ class Workflow:
         parameters: Mapping[str, str] | None = None,
         *,
         request_id: str | None = None,
-        known: Mapping[str, Any] | None = None,
         options: Options | None = None,
-        on_chunk: Callable[[Any], None] | None = None,
+        on_chunk: Callable[[Any], object] | None = None,
     ) -> Request:
-        """Submit one request; see Engine.submit. `body` is a message, or what a client sent: bytes, a Body, Parts."""
+        """Submit one request; see Engine.submit. `body` is a message, or what a client sent: bytes, a Body, Parts.
+
+        A chunk is taken when `on_chunk` returns, which holds up a thread and the node that yields, and nothing else.
+        """
         return self.engine.submit(
             body,
             parameters,
             request_id=request_id,
-            known=known,
             options=options,
-            on_chunk=on_chunk,
+            on_chunk=_taken_at_once(on_chunk) if on_chunk else None,
         )
 
     def counts(self) -> dict[str, NodeCounts]:
@@ -125,3 +127,12 @@ class Workflow:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _taken_at_once(on_chunk: Callable[[Any], object]) -> SendChunk:
+    def send(chunk: Any, taken: Callable[[], None]) -> int:
+        on_chunk(chunk)
+        taken()
+        return 0
+
+    return send

@@ -46,7 +46,7 @@ from torchserve_dag.runtime.engine.request import Item, Request
 from torchserve_dag.runtime.engine.runner import BatchStarter, Runner, Starter, Stream, internal_error
 from torchserve_dag.runtime.engine.span import Observer, Span
 from torchserve_dag.runtime.engine.station import CPU, ELSEWHERE, Station
-from torchserve_dag.runtime.engine.streaming import AnswerStream
+from torchserve_dag.runtime.engine.streaming import AnswerStream, SendChunk
 from torchserve_dag.runtime.engine.timers import Timers
 from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node
 from torchserve_dag.runtime.graph.kinds import DecodeCode
@@ -144,13 +144,13 @@ class Engine:
         request_id: str | None = None,
         known: Mapping[str, Any] | None = None,
         options: Options | None = None,
-        on_chunk: Callable[[Any], None] | None = None,
+        on_chunk: SendChunk | None = None,
     ) -> Request:
         """Submit a request. Its `future` gives the answer or a Failure, at the time limit at the latest.
 
         `known` holds results that come with the request, for the nodes that a segment leaves out. Where the answer
-        streams, `on_chunk` is called with each chunk, in order, before the future ends; the future's answer is the
-        list of all chunks.
+        streams, `on_chunk` is called with each chunk, in order, before the future ends, and the node that yields waits
+        while too many are not taken. The future's answer is an empty list then: a chunk that was sent is not kept.
         """
         options = options or Options()
         deadline = time.monotonic() + self._admission.limit_s(options) - options.waited_s
@@ -168,7 +168,9 @@ class Engine:
             partial(_set_answer, future),
             self._end_request,
             options,
-            stream=AnswerStream(plan.streaming, on_chunk, self._lock) if on_chunk and plan.streaming else None,
+            stream=AnswerStream(plan.streaming, on_chunk, self._lock, self._queue)
+            if on_chunk and plan.streaming
+            else None,
             future=future,
             began_ns=time.time_ns() if self._observer else 0,
         )
@@ -194,7 +196,7 @@ class Engine:
 
     def _enter(self, item: Item) -> None:
         if self._entering.items is None:
-            self._enqueue(Changes(queued=[item]))
+            self._queue(item)
         else:
             self._entering.items.append(item)
 
@@ -248,9 +250,12 @@ class Engine:
             if station.device == ELSEWHERE:
                 self._elsewhere.start_items(station)
 
+    def _queue(self, item: Item) -> None:
+        self._enqueue(Changes(queued=[item]))
+
     def _retry(self, item: Item, _: Request) -> None:
         item.since = time.monotonic()
-        self._enqueue(Changes(queued=[item]))
+        self._queue(item)
 
     def _time_out(self, limit: float, item: Item) -> None:
         """Fail an attempt that has reached its node's own time limit; its late answer will be dropped."""
@@ -317,8 +322,8 @@ class Engine:
             for request, node in changes.take_streamed():
                 followers = request.plan.followers.get(node.name, ())
                 ready += [(request, follower) for follower in followers if follower.name in request.gathers]
-                if node.name == request.plan.streaming and request.stream:
-                    request.stream.send(request)
+                if request.stream and (item := request.stream.send(request)):
+                    changes.queued.append(item)
             with self._lock:
                 after = [(r, name) for r, node, value in changes.take_ended() for name in record_result(r, node, value)]
             ready += [(request, request.plan.nodes[name]) for request, name in after if name != ANSWER]
@@ -360,7 +365,9 @@ class Engine:
                 self._decoding.paused = False
                 self._lanes[self._decoding.device].wake()
             if request.stream:
-                request.stream.close(answer)
+                request.stream.close(answer, self._dropped)
+                if self._dropped:
+                    self._lanes[self._decoding.device].wake()
         del released  # it may run the `finally` of a user's generator
         for cancel in cancels:
             cancel()
@@ -425,6 +432,7 @@ class Engine:
         for thread in [self._timers.thread, *(thread for lanes in self._lanes.values() for thread in lanes.threads)]:
             if thread is not threading.current_thread():  # a future's callback may close the engine
                 thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        self._dropped.clear()  # what no lane dropped any more
 
 
 class _Entering(threading.local):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
 PENDING: Any = object()
 """Marks an answer that is still to come in a list of answers."""
+_PASSED_ON: Any = object()
+"""Stands where an answer was in a list of answers, once that was passed on."""
 
 
 @dataclass
@@ -25,11 +26,18 @@ class Gather:
     skipped: int = 0
     ended: bool = False
     """Whether the node has ended."""
+    passing: bool = False
+    """Whether an answer is dropped once it is passed on, because nothing else needs it: see Plan.way."""
 
     def ready_from(self, first: int) -> list[tuple[int, Any]]:
-        """The consecutive answers that are present from index `first` on, each with its index."""
-        ready = itertools.takewhile(lambda answer: answer is not PENDING, itertools.islice(self.answers, first, None))
-        return list(enumerate(ready, first))
+        """The consecutive answers that are present from index `first` on, each with its index, to be passed on."""
+        end = first
+        while end < len(self.answers) and self.answers[end] is not PENDING:
+            end += 1
+        ready = list(enumerate(self.answers[first:end], first))
+        if self.passing:  # the caller has the last reference: freeing an image under the lock would take time
+            self.answers[first:end] = [_PASSED_ON] * len(ready)
+        return ready
 
     def complete(self) -> bool:
         """Whether all answers are there; true only once, for the first call after the last answer."""

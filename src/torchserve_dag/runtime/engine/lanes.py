@@ -97,7 +97,7 @@ class Lanes:
         return station.bundle and items <= station.max_items and not 1 < items <= 1 + self._idle
 
     def wake(self) -> None:
-        """A station is no longer paused. Under the lock."""
+        """A station is no longer paused, or there are items to drop. Under the lock."""
         self._work.notify_all()
 
     def close(self) -> None:

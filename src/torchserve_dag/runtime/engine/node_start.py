@@ -72,6 +72,9 @@ def start_node(request: Request, node: Node, made: Made, chunks: int, changes: C
 
 
 def _stream_to_client(request: Request, node: Node, gather: Gather) -> None:
-    """Connect a node's chunks to the client, if the answer consists of them."""
-    if request.stream is not None and node.name == request.plan.streaming:
+    """Have a node's chunks pass on, if they are on their way to the client, and reach the client, if it is the last."""
+    if request.stream is None:
+        return
+    gather.passing = node.name in request.plan.way
+    if node.name == request.plan.streaming:
         request.stream.open(gather)

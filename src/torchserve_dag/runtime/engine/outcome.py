@@ -103,14 +103,22 @@ def _answered(item: Item, answer: Any, changes: Changes) -> None:
 
 
 def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
-    """Keep a chunk, and queue the item again for the next, unless that comes by itself."""
+    """Keep a chunk, and queue the item again for the next, unless that comes by itself.
+
+    Where the client takes the chunks one by one, the item waits instead until there is room for the next.
+    """
     item.answers.append(chunk.value)
     if len(item.answers) > MAX_ELEMENTS:
         error = too_many(item.node.name, len(item.answers))
         _fail(item, Failure(error.status, error.message), changes)
         return
-    if chunk.stream:
-        item.value, item.since = chunk.stream, time.monotonic()
+    if not chunk.stream:
+        return
+    item.value = chunk.stream
+    if item.request.stream and item.node.name in item.request.plan.way:
+        item.request.stream.wait(item)
+    else:
+        item.since = time.monotonic()
         changes.queued.append(item)
 
 

@@ -37,6 +37,9 @@ class Plan(Generic[ItemT]):
     """Streaming node → the nodes that run on its chunks as these arrive."""
     streaming: str | None
     """The node whose chunks the answer consists of, where the answer streams."""
+    way: Sequence[str]
+    """The nodes that a chunk passes on its way to the client, from the node that yields to `streaming`; none where a
+    node on the way waits for the whole list of one of them, so that all chunks are kept."""
     prefix: str = ""
     """Prefix of the names of a sub-workflow's codes, like `sub/`; empty for the workflow itself."""
 
@@ -56,6 +59,7 @@ def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station[ItemT
     for node in nodes.values():
         if node.follows:
             followers.setdefault(node.follows, []).append(node)
+    streaming = graph.streaming if output is graph.output else None
     return Plan(
         graph,
         output,
@@ -64,9 +68,18 @@ def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station[ItemT
         {name: len(some) for name, some in needs.items()},
         after,
         followers,
-        graph.streaming if output is graph.output else None,
+        streaming,
+        _way(streaming, nodes) if streaming else (),
         prefix,
     )
+
+
+def _way(streaming: str, nodes: Mapping[str, Node]) -> tuple[str, ...]:
+    way = [streaming]
+    while before := nodes[way[0]].follows:
+        way.insert(0, before)
+    waits_for = {need for name in way for need in nodes[name].needs - {nodes[name].follows}}
+    return () if way[0] in upstream(waits_for, {name: node.needs for name, node in nodes.items()}) else tuple(way)
 
 
 class Plans(Generic[ItemT]):

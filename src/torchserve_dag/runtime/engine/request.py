@@ -38,7 +38,7 @@ class Request:
     options: Options = field(default_factory=Options)
     parent: Item | None = None
     """For a sub-workflow's request: the item of the outer workflow that it answers."""
-    stream: AnswerStream | None = None
+    stream: AnswerStream[Item] | None = None
     """Set where the client gets the answer in chunks."""
     future: Future[Any] = field(default_factory=Future)
     """The answer, or a Failure, at the deadline at the latest."""

@@ -4,7 +4,8 @@ A **host** receives requests and sends responses. The handlers, the engine and t
 which runs with the copy of this package that it was built with. TorchServe's workers run the loop in `torchserve/`
 beside this file, which the archive carries too, so that the two always fit. Any other host has the loop of the
 installed package, whose version may be another. So a host uses what this file names and nothing else of an archive: it
-imports `load` from the archive's own `torchserve_dag.runtime.worker.service`, and calls the methods of `Service`. The
+imports `load` from the archive's own `torchserve_dag.runtime.worker.service`, and calls the methods of `Service`; the
+messages of `runtime/protos` are TorchServe's, and do not change any more. The
 values are strings, bytes, numbers, mappings of these, and the three dataclasses below.
 
 An archive's `build.json` says which `protocol` it speaks; `archives/protocol.py` reads it. Whoever changes the
@@ -19,13 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Metrics = Mapping[tuple[str, str, str | None], float]
 """By node, metric, and the upper bound of a histogram's bucket (None for other metrics): a number that only grows."""
 
-OnChunk = Callable[[bytes, str], None]
-"""Receives each chunk of an answer, and its content type. It may block without holding up other requests."""
+OnChunk = Callable[[bytes, str, Callable[[], None]], None]
+"""Receives each chunk of an answer, its content type, and what the host calls once the client has taken the chunk.
+
+The host calls that from any thread, also before it returns. It does not wait for the client here, which would hold up a
+thread of the model's: a node that yields waits by itself for a client that leaves 16 chunks, or 1 MiB of them.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class ServiceResponse:
 
     body: bytes
     content_type: str = "application/json"
+    """Empty: the response says none, as an unedited handler's may."""
     status: int = 200
     """The HTTP status. After chunks always 200, which the client has got already: a failure is then in the body."""
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -108,6 +114,8 @@ class Service(Protocol):
         """Start a request, and return at once. With `on_chunk`, an answer that streams leaves in chunks.
 
         `on_chunk` is called with one chunk after the other, none of them empty, and never after the response is done.
+        Chunks that nothing can hold back, such as those of a TorchServe handler's process, come as they are: the
+        request of a client that leaves more than 16 MiB of them ends with status 499.
         """
 
     def together(self) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ from typing import Any
 from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.codec import content_type_of
-from torchserve_dag.runtime.data.media import FORM, form_fields, media_of
+from torchserve_dag.runtime.data.media import FORM, media_of
 from torchserve_dag.runtime.data.options import OUTPUTS, TOKEN, read_options
 from torchserve_dag.runtime.data.parts import Body, Parts, message_in
 from torchserve_dag.runtime.engine.request import Request
@@ -35,7 +35,6 @@ from torchserve_dag.runtime.telemetry.metrics import series_of
 from torchserve_dag.runtime.worker.protocol import (
     Metrics,
     OnChunk,
-    Part,
     PendingResponse,
     ServiceRequest,
     ServiceResponse,
@@ -46,6 +45,7 @@ from torchserve_dag.runtime.worker.response import (
     write_failure_after_chunks,
     write_joined,
 )
+from torchserve_dag.runtime.worker.row import row_of
 from torchserve_dag.runtime.workflow import Workflow
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class WorkflowService:
             message, parameters = self._read(request)
         except InputError as error:
             return pending.refused(Failure(error.status, error.message))
-        running = self._workflow.submit(
+        running = self._workflow.engine.submit(
             message,
             parameters,
             request_id=request.id,
@@ -110,7 +110,7 @@ class WorkflowService:
     def _read(self, request: ServiceRequest) -> tuple[Body | Parts | Row, Mapping[str, str]]:
         """What the client sent, as the workflow decodes it, and the parameters beside it. Raises InputError."""
         if self._takes_rows:
-            return self._row(request), request.parameters
+            return row_of(request), request.parameters
         if request.parts is None:
             return Body(request.body, request.content_type, request.content_encoding), request.parameters
         if media_of(request.content_type) == FORM:
@@ -120,15 +120,6 @@ class WorkflowService:
         parts = {part.name: Body(part.content, part.content_type) for part in request.parts}
         message, parameters = message_in(self._takes, parts)
         return message, {**request.parameters, **parameters}
-
-    def _row(self, request: ServiceRequest) -> Row:
-        """The request as TorchServe hands it to a handler."""
-        parts = request.parts
-        if parts is None:
-            fields = form_fields(request.body) if media_of(request.content_type) == FORM else None
-            parts = [Part(*field) for field in fields] if fields else [Part("body", request.body, request.content_type)]
-        about = {part.name: {"content-type": media_of(part.content_type)} for part in parts}
-        return Row.received({part.name: part.content for part in parts}, about | dict(request.headers))
 
     def together(self) -> AbstractContextManager[None]:
         return self._workflow.engine.together()
@@ -205,11 +196,15 @@ class Pending:
         self._future.set_result(failure)
         return self
 
-    def send_chunk(self, message: Any) -> None:
+    def send_chunk(self, message: Any, taken: Callable[[], None]) -> int:
+        """Send a chunk to the host, which calls `taken`. Returns the chunk's size in bytes."""
         body, content_type = write_chunk(message)
-        if body and self._on_chunk:  # an empty chunk would end the answer, in HTTP and in TorchServe's gRPC alike
+        if body and self._on_chunk:
             self._after_chunks = True
-            self._on_chunk(body, content_type)
+            self._on_chunk(body, content_type, taken)
+        else:  # an empty chunk would end the answer, in HTTP and in TorchServe's gRPC alike
+            taken()
+        return len(body)
 
     def result(self, timeout_s: float) -> ServiceResponse:
         return self._respond(self._future.result(timeout_s), self._after_chunks)

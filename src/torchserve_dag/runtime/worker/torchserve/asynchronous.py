@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
@@ -172,8 +173,9 @@ class AsynchronousLoop:
             fault = logs.report(logger, error, f"request {request.id}: the service raised")
             self._send(exchange, exchange.failure(replace(_BROKEN, fault=fault)))
 
-    def _send_chunk(self, exchange: Exchange, body: bytes, content_type: str) -> None:
+    def _send_chunk(self, exchange: Exchange, body: bytes, content_type: str, taken: Callable[[], None]) -> None:
         self._send(exchange, exchange.chunk(body, content_type), last=False)
+        taken()  # TorchServe keeps what its client does not read, and tells nobody
 
     def _end(self, exchange: Exchange, response: ServiceResponse) -> None:
         self._send(exchange, exchange.last(response))

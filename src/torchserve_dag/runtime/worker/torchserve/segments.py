@@ -41,7 +41,7 @@ class SegmentService(WorkflowService):
         if failure := codec.failure_in(parts.get(FAILURE_PART, b"")):
             return pending.refused(failure)
         content_type, parameters = json.loads(parts[ABOUT_PART])
-        running = self._workflow.submit(
+        running = self._workflow.engine.submit(
             Body(parts[REQUEST_PART], content_type),
             parameters,
             request_id=request.id,
