@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import importlib
 import inspect
-import io
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from types import ModuleType
@@ -26,14 +24,20 @@ from typing import Any
 
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.compat.context import Context
+from torchserve_dag.runtime.compat.entry_point import (
+    Handle,
+    as_bytes,
+    decoded_row,
+    entry_class,
+    failure_in_prediction,
+    is_out_of_memory,
+    load,
+)
 from torchserve_dag.runtime.compat.link import ANSWER, CHUNK, FAILED, FAULT, LOADED, receive, send
 from torchserve_dag.runtime.compat.wire import WireRequest, WireResponse, read_requests, write_responses
 
 logger = logging.getLogger(__name__)
 
-Handle = Callable[[Any, Any], Any]
-
-_STATUSES = range(HTTPStatus.BAD_REQUEST, 600)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -99,56 +103,6 @@ class _Chunks:
         send(self._link, CHUNK, bytes(message))
 
 
-# Loading, by the rules of TorchServe's ts/model_loader.py.
-
-
-def load(handler: str, folder: Path, context: Context) -> Handle:
-    """The function that TorchServe calls for each batch, of a loaded handler. Raises whatever loading raises.
-
-    `handler`: what a manifest names, a module with a function `handle`, or with one class that has `initialize` and
-    `handle`, its own or one of TorchServe's; `MODULE:FUNCTION` for another function.
-    """
-    file, _, function = handler.partition(":")
-    module = _module(folder, file)
-    function = function or "handle"
-    owner: Any = None
-    if hasattr(module, function):
-        handle: Handle = getattr(module, function)
-    else:
-        kind = entry_class(module)
-        if kind is None:
-            raise RuntimeError(f"{module.__name__}.py has neither a function {function} nor exactly one class")
-        owner = kind()
-        handle = owner.handle
-    if inspect.iscoroutinefunction(handle):
-        raise RuntimeError(f"{function} is a coroutine, and TorchServe's workflows cannot run one")
-    if owner is None:
-        handle(None, context)
-    else:
-        owner.initialize(context)
-    return handle
-
-
-def _module(folder: Path, file: str) -> ModuleType:
-    """The module that a manifest names: the archive's own, or one of TorchServe's handlers."""
-    name = file.removesuffix(".py").rpartition("/")[2]
-    if (folder / f"{name}.py").is_file():
-        return importlib.import_module(name)
-    try:
-        return importlib.import_module(f"ts.torch_handler.{name}")
-    except ModuleNotFoundError as error:
-        if error.name == f"ts.torch_handler.{name}":
-            raise RuntimeError(f"it holds no {name}.py, and TorchServe has no handler of that name") from None
-        raise RuntimeError(f"its handler is TorchServe's {name}, which cannot be imported here: {error}") from error
-
-
-def entry_class(module: ModuleType) -> type | None:
-    """The class that TorchServe uses where a module has no function of the handler's name: the module's only class."""
-    members = vars(module).values()
-    classes = [member for member in members if inspect.isclass(member) and member.__module__ == module.__name__]
-    return classes[0] if len(classes) == 1 else None
-
-
 def checked(name: str, functions: list[str]) -> dict[str, Any]:
     """What is wrong with a workflow's Python file: why it cannot be imported, or which functions it lacks."""
     try:
@@ -173,14 +127,11 @@ def _can_run(module: ModuleType, name: str) -> bool:
     return hasattr(kind, "handle") and hasattr(kind, "initialize")
 
 
-# Answering, by the rules of TorchServe's ts/service.py and ts/protocol/otf_message_handler.py.
-
-
 def answer(name: str, handle: Handle, context: Context, requests: list[WireRequest]) -> bytes:
     """The message with the answers of a batch; if the whole batch failed, with that failure's status and sentence."""
     context.begin(requests)
     try:
-        answers = handle([_row(request) for request in requests], context)
+        answers = handle([decoded_row(request) for request in requests], context)
     except BaseException as error:  # noqa: BLE001 (also SystemExit: it is the batch that failed)
         status, what = _failure(name, error)
         fault = logs.report(logger, error, f"{name} raised", line=False)
@@ -189,35 +140,6 @@ def answer(name: str, handle: Handle, context: Context, requests: list[WireReque
         what = f"{name} must answer with a list as long as its batch, {len(requests)}."
         return write_responses([], HTTPStatus.INTERNAL_SERVER_ERROR, what)
     return write_responses([_response(name, context, i, request.id, answers[i]) for i, request in enumerate(requests)])
-
-
-def _row(request: WireRequest) -> dict[str, Any]:
-    return {key: decoded(value, request.headers.get(key)) for key, value in request.row.items()}
-
-
-def decoded(value: bytes, about: Any) -> Any:
-    """A part of a request as TorchServe decodes it by its content type; as it is where it cannot be decoded."""
-    media = about.get("content-type", "") if isinstance(about, Mapping) else ""
-    with contextlib.suppress(ValueError):
-        if media == "application/json":
-            return json.loads(value.decode("utf-8"))
-        if media.startswith("text"):
-            return value.decode("utf-8")
-    return bytearray(value)
-
-
-def as_bytes(answer: Any) -> bytes:
-    """An answer as TorchServe sends it: tensors saved, text encoded, the rest as JSON."""
-    if isinstance(answer, bytes | bytearray):
-        return bytes(answer)
-    if isinstance(answer, str):
-        return answer.encode()
-    torch = sys.modules.get("torch")  # where it is not imported, there are no tensors
-    if torch and isinstance(answer, torch.Tensor):
-        buffer = io.BytesIO()
-        torch.save(answer, buffer)
-        return buffer.getvalue()
-    return json.dumps(answer, indent=2).encode()
 
 
 def _response(name: str, context: Context, index: int, wire_id: str, answer: Any) -> WireResponse:
@@ -231,10 +153,9 @@ def _response(name: str, context: Context, index: int, wire_id: str, answer: Any
 
 
 def _failure(name: str, error: BaseException) -> tuple[int, str]:
-    util = sys.modules.get("ts.utils.util")  # if it is not imported, none of its exceptions was raised
-    if util and isinstance(error, util.PredictionException) and error.error_code in _STATUSES:
-        return int(error.error_code), str(error.message)
-    if isinstance(error, MemoryError) or "CUDA" in str(error):  # TorchServe's own rule
+    if said := failure_in_prediction(error):
+        return said
+    if is_out_of_memory(error):
         return HTTPStatus.INSUFFICIENT_STORAGE, f"{name} ran out of memory."
     return HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed."
 

@@ -89,7 +89,8 @@ class RequestProcessor:
         self._response: dict[str, str] = {}
 
     def get_request_property(self, key: str) -> Any:
-        return self._headers.get(key)
+        """A header by its name, which a proxy or a server in front of this may have written in lower case."""
+        return self._headers.get(key, self._headers.get(key.lower()))
 
     def get_request_properties(self) -> dict[str, Any]:
         return self._headers
