@@ -333,7 +333,7 @@ COUNT_WORDS = Path(__file__).parents[1] / "data" / "count_words-1.0.mar"
 def test_an_archive_that_speaks_no_protocol_is_refused_by_a_host() -> None:
     assert protocol.why_not_hosted(COUNT_WORDS) == (
         "count_words 1.0 speaks no protocol (it was built before there were protocols), and a host of this torchserve-dag "
-        "needs protocol 2: build it again under a new version, or let TorchServe serve it as it is."
+        "needs protocol 3: build it again under a new version, or let TorchServe serve it as it is."
     )
 
 
@@ -346,12 +346,13 @@ def test_an_archive_built_today_says_which_protocol_it_speaks(project: Path) -> 
     assert "speaks protocol 1, and" in str(protocol.why_not_spoken(said | {"protocol": 1}))
 
 
-def test_a_file_that_this_package_did_not_build_is_not_hosted(tmp_path: Path) -> None:
-    (tmp_path / "other.mar").write_text("no archive")
+def test_an_archive_of_somebody_elses_is_hosted_and_a_file_that_is_none_is_not(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.mar", "w") as packed:
+        packed.writestr("MAR-INF/MANIFEST.json", "{}")
+    (tmp_path / "none.mar").write_text("no archive")
 
-    assert protocol.why_not_hosted(tmp_path / "other.mar") == (
-        "other.mar was not built by torchserve-dag: let TorchServe serve it."
-    )
+    assert protocol.why_not_hosted(tmp_path / "other.mar") is None
+    assert "none.mar cannot be read" in str(protocol.why_not_hosted(tmp_path / "none.mar"))
 
 
 def test_a_name_means_all_of_its_versions_and_name_slash_version_one(project: Path) -> None:

@@ -48,6 +48,7 @@ from torchserve_dag.clients import (
 from torchserve_dag.clients.bodies import answer_as, body_of
 from torchserve_dag.clients.chunks import FailureFilter, MessageReader
 from torchserve_dag.clients.errors import error_from_http, error_of
+from torchserve_dag.direct.open_inference import protos as open_inference_protos
 from torchserve_dag.runtime import protos
 from torchserve_dag.runtime.messages import Box, DetectedObject, Label, Objects, Photo, Text
 from torchserve_dag.runtime.protos import inference_pb2, inference_pb2_grpc, management_pb2, management_pb2_grpc
@@ -931,11 +932,11 @@ def test_grpc_finds_a_server_that_comes_up_while_it_tries(kind: Any) -> None:
 def test_the_kept_stubs_are_what_the_pinned_tools_make(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "scripts" / "stubs"
     subprocess.run([sys.executable, script, tmp_path], check=True)
-    kept = Path(protos.__path__[0])
+    kept = [path for folder in (protos, open_inference_protos) for path in Path(folder.__path__[0]).glob("*_pb2*.py*")]
 
-    for fresh in sorted(tmp_path.iterdir()):
-        assert (kept / fresh.name).read_bytes() == fresh.read_bytes(), f"{fresh.name}: run scripts/stubs"
-    assert len(list(tmp_path.iterdir())) == 8
+    for path in kept:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), f"{path.name}: run scripts/stubs"
+    assert len(list(tmp_path.iterdir())) == len(kept) == 10
 
 
 def test_an_answer_that_is_nested_as_deep_as_no_json_is_no_traceback() -> None:

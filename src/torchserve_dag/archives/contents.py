@@ -14,6 +14,7 @@ import yaml
 from torchserve_dag import runtime as carried
 from torchserve_dag.archives import imports, mar, stamp, weights
 from torchserve_dag.archives.mar import BUILD
+from torchserve_dag.archives.signature import signature
 from torchserve_dag.archives.store import Origin, part_of_archive
 from torchserve_dag.pictures.mermaid import mermaid
 from torchserve_dag.runtime.data import codec, plain
@@ -168,6 +169,7 @@ def _description(
         "version": graph.version,
         "file": f"{'handlers' if is_handler else 'workflows'}/{graph.path.name}",
         "inputs": stamp.inputs(project.root, digests, imports.digests(modules), graph.all_requirements),
+        **signature(graph),
     }
     if is_handler:
         return fields | {"card": plain.flatten(handlers[0].value.card)}

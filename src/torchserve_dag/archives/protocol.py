@@ -15,11 +15,13 @@ from torchserve_dag.runtime.worker.protocol import PROTOCOL
 
 
 def why_not_hosted(archive: Path) -> str | None:
-    """Why a host cannot run an archive, and what to do, in a sentence; None where it can."""
+    """Why a host cannot run an archive, and what to do, in a sentence; None where it can, or the archive is not ours."""
     try:
         build = mar.read_json(archive, mar.BUILD)
-    except (OSError, KeyError, ValueError, mar.BadArchiveError):
-        return f"{archive.name} was not built by torchserve-dag: let TorchServe serve it."
+    except KeyError:  # somebody else's, which has no part of this package
+        return None
+    except (OSError, ValueError, mar.BadArchiveError) as error:
+        return f"{archive.name} cannot be read ({error}): build it again."
     return why_not_spoken(build)
 
 

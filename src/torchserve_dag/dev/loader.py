@@ -11,6 +11,7 @@ from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.archives.build import targets
 from torchserve_dag.archives.contents import sources
 from torchserve_dag.archives.imports import digests, own_modules
+from torchserve_dag.archives.signature import signature
 from torchserve_dag.archives.store import Target
 from torchserve_dag.dev.models import LoadedHandlers
 from torchserve_dag.runtime.data.source import CheckError, Problem
@@ -114,7 +115,7 @@ class DevLoader:
         if before and before.content == content and not before.service.hangs():
             return before
         about = {"name": graph.name, "version": graph.version, "file": f"{target.folder}/{graph.path.name}"}
-        service = WorkflowService(self.project, graph, about, None, self._handlers)
+        service = WorkflowService(self.project, graph, about | signature(graph), None, self._handlers)
         return _Version(service, target.file.path, content, handlers)
 
     def _content(self, graph: Graph, handlers: Collection[str]) -> str:

@@ -59,7 +59,9 @@ class DevServer:
         loop = asyncio.get_running_loop()
         watcher = threading.Thread(target=self._watch, args=(loop,), name="folder watcher", daemon=True)
         try:
-            await http.serve(DirectApp(self._find, self._max_body, self._why_not_ready), listening, watcher.start)
+            await http.serve(
+                DirectApp(self._find, self._max_body, self._why_not_ready), listening, lambda _: watcher.start()
+            )
         finally:
             self._ended.set()
 
