@@ -19,6 +19,7 @@ from torchserve_dag.archives import atomic
 from torchserve_dag.commands import app
 from torchserve_dag.front_door import bootstrap, certificate, envoy_config, routes_file, settings
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
+from torchserve_dag.front_door.envoy_config import Backend
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, splits
@@ -29,6 +30,7 @@ from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import State
 from torchserve_dag.stack import settings as project_settings
 
+BACKEND = Backend(Addresses(), "token")
 SERVED = tuple(ServedVersion("m", version, 30.0, ours=True) for version in ("1.0", "2.0", "3.0"))
 ROUTE = RouteFile(
     {"1.0": 90, "2.0": 10}, "header x-user-id", {"header x-tester=yes": "2.0"}, {"3.0": 5}, "1.0", 0.5
@@ -149,8 +151,8 @@ class TestSplits:
     def test_the_fallback_stands_in_for_who_is_ejected_in_its_own_place(self) -> None:
         """And says in the log for whom."""
         shares = splits(SERVED, {"m": ROUTE}, {}, {}, [("m", "2.0")])
-        text = json.dumps(envoy_config.routes(SERVED, shares, [], "token", 10))
-        clusters = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, Addresses(), "token", Limits())}
+        text = json.dumps(envoy_config.routes(SERVED, shares, [], BACKEND, 10))
+        clusters = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, BACKEND, Limits())}
 
         assert (
             '[{"cluster_name": "rest:m/1.0", "weight": 900000}, {"cluster_name": "rest:m/1.0!2.0", "weight": 100000}]'
@@ -203,9 +205,9 @@ class TestEnvoy:
 
     def test_a_version_with_a_fallback_is_guarded_and_the_fallback_is_not(self) -> None:
         shares = splits(SERVED, {"m": ROUTE}, {}, {})
-        found = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, Addresses(), "token", Limits())}
+        found = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, BACKEND, Limits())}
 
-        assert {"rest:m/1.0", "rest:m/2.0", "rest:m/2.0?", "grpc:m/2.0?", "rest:torchserve"} <= found.keys()
+        assert {"rest:m/1.0", "rest:m/2.0", "rest:m/2.0?", "grpc:m/2.0?", "rest:host"} <= found.keys()
         assert "rest:m/1.0?" not in found
         assert "outlier_detection" in found["rest:m/2.0?"]
         assert "outlier_detection" not in found["rest:m/2.0"]
@@ -213,13 +215,13 @@ class TestEnvoy:
     def test_what_answers_in_chunks_has_no_limit_for_all_of_them(self) -> None:
         served = [*SERVED[:1], ServedVersion("m", "2.0", 30.0, ours=True, streams=True)]
         shares = splits(served, {"m": ROUTE}, {}, {})
-        found = {one["name"]: one for one in envoy_config.clusters(served, shares, Addresses(), "token", Limits())}
+        found = {one["name"]: one for one in envoy_config.clusters(served, shares, BACKEND, Limits())}
 
         assert "max_stream_duration" not in json.dumps(found["rest:m/2.0?"])
 
     def test_weights_are_parts_of_a_million(self) -> None:
         shares = splits(SERVED, {"m": RouteFile({"1.0": 99.95, "2.0": 0.05, "3.0": 0})}, {}, {})
-        text = json.dumps(envoy_config.routes(SERVED, shares, [], "token", 10))
+        text = json.dumps(envoy_config.routes(SERVED, shares, [], BACKEND, 10))
 
         assert '{"cluster_name": "rest:m/1.0", "weight": 999500}, {"cluster_name": "rest:m/2.0", "weight": 500}' in text
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +11,7 @@ import httpx
 
 from torchserve_dag.front_door.bootstrap import ADMIN
 from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.sockets import SocketTransport
 
 TIMEOUT_S = 10.0
 
@@ -65,15 +63,9 @@ class Admin:
             raise ServerError(f"The front door answered {answer.status_code} to {path}: {answer.text[:200].strip()}")
         return answer.text
 
-    @contextmanager
-    def _client(self) -> Iterator[httpx.Client]:
+    def _client(self) -> httpx.Client:
         try:
-            folder = os.open(self.folder, os.O_PATH)
+            transport = SocketTransport(self.folder / ADMIN)
         except OSError:
             raise ServerError(f"There is no front door in {self.folder}.") from None
-        try:  # the folder's path may exceed the limit for a socket's path
-            transport = httpx.HTTPTransport(uds=f"/proc/self/fd/{folder}/{ADMIN}")
-            with httpx.Client(transport=transport, timeout=TIMEOUT_S, trust_env=False) as client:
-                yield client
-        finally:
-            os.close(folder)
+        return httpx.Client(transport=transport, timeout=TIMEOUT_S, trust_env=False)

@@ -1,23 +1,26 @@
-"""Envoy's static configuration: the front door's listener, and that of its metrics."""
+"""Envoy's static configuration: the front door's listener and that of its metrics; the direct host's own ports."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchserve_dag.front_door.access_logs import access_logs
 from torchserve_dag.front_door.dynamic_files import CERTIFICATE, CLUSTERS, ROUTES, from_file
-from torchserve_dag.front_door.envoy_config import TYPES, Resource
-from torchserve_dag.front_door.http_filters import FILTERS, http_filters
-from torchserve_dag.front_door.local_replies import local_replies
+from torchserve_dag.front_door.envoy_config import FROM_PORT, HOST, TYPES, Resource, overwrite
+from torchserve_dag.front_door.http_filters import FILTERS, GRPC_BRIDGE, http_filters, key_filters, tokens_filters
+from torchserve_dag.front_door.local_replies import REVOKED, WRONG_KEY, Refusal, local_replies
 from torchserve_dag.front_door.overload import overload_manager
 from torchserve_dag.front_door.settings import MAX_HEADERS, FrontDoor, Limits
-from torchserve_dag.server.ports import host_and_port
+from torchserve_dag.server.ports import Addresses, host_and_port
 
 ADMIN = "admin.sock"
 """The socket of the admin interface, relative to Envoy's working directory: an absolute path may be too long."""
 UNREAD_BYTES = 64 * 2**20
 """What a client may leave unread of an answer. It is held here, where the largest stream can be reset, and not in
 TorchServe, which keeps everything that Envoy does not take and ends when its heap is full."""
+MANAGEMENT_S = 900
+"""How long a management call may take, in seconds: it may wait until a model is loaded."""
 CONNECTION_WINDOW = 2**20
 """What may be on its way to Envoy over one HTTP/2 connection."""
 BUCKETS_US = [round(1000 * 1.15**i) for i in range(-8, 84)]
@@ -26,16 +29,58 @@ BUCKETS_US = [round(1000 * 1.15**i) for i in range(-8, 84)]
 _LISTENER_HTTP = f"{TYPES}extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 
 
-def bootstrap(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body: int) -> Resource:
-    """The bootstrap configuration. Envoy reads from `folder` and writes to `logs`; `max_body` is in bytes."""
+@dataclass(frozen=True, slots=True)
+class HostPorts:
+    """The direct host's own ports, as TorchServe has them: plain, for who is on the machine and has the key."""
+
+    where: Addresses
+    key: str
+    """The inference key of `key_file.json`; the keeper checks the management key."""
+    access_log: bool = False
+    """Whether requests to them are logged, as those to the front door always are."""
+
+
+def bootstrap(
+    door: FrontDoor,
+    folder: Path,
+    logs: Path,
+    key_set: str,
+    max_body: int,
+    own: HostPorts | None = None,
+    *,
+    tls: bool = True,
+) -> Resource:
+    """The bootstrap configuration. Envoy reads from `folder` and writes to `logs`; `max_body` is in bytes.
+
+    `own` are the ports of the direct host; without `tls` there are no others.
+    """
+
+    def http(admission: list[Resource], refusal: Refusal, *, logged: bool) -> Resource:
+        filters = http_filters(admission, max_body, direct=own is not None)
+        replies = local_replies(door.limits, max_body, refusal)
+        return _http(door.limits, folder, filters, replies, access_logs(folder, logs) if logged else [])
+
+    listeners = []
+    if tls:
+        listeners = [
+            _listener(door, folder, http(tokens_filters(folder, key_set), REVOKED, logged=True)),
+            _metrics_listener(door),
+        ]
+    if own:
+        config = http(key_filters(own.key), WRONG_KEY, logged=own.access_log)
+        where = own.where
+        listeners += [
+            _plain_listener("inference", where.inference, config),
+            _plain_listener("grpc_inference", where.grpc_inference, config),
+            _plain_listener("management", where.management, _to_keeper("/")),
+            _plain_listener("grpc_management", where.grpc_management, _to_keeper("/")),
+            _plain_listener("host_metrics", where.metrics, _to_keeper("/metrics")),
+        ]
     return {
         "admin": {"address": {"pipe": {"path": ADMIN, "mode": 0o600}}},
         "node": {"id": "front-door", "cluster": "torchserve-dag"},
         "dynamic_resources": {"cds_config": from_file(folder / CLUSTERS)},
-        "static_resources": {
-            "clusters": [_admin_cluster()],
-            "listeners": [_listener(door, folder, logs, key_set, max_body), _metrics_listener(door)],
-        },
+        "static_resources": {"clusters": [_admin_cluster()], "listeners": listeners},
         "stats_flush_interval": "0.5s",  # histograms lag behind by up to this interval
         "stats_config": {
             "histogram_bucket_settings": [
@@ -47,7 +92,7 @@ def bootstrap(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body:
     }
 
 
-def _listener(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body: int) -> Resource:
+def _listener(door: FrontDoor, folder: Path, config: Resource) -> Resource:
     certificate = {"name": "certificate", "sds_config": from_file(folder / CERTIFICATE)}
     tls = {
         "@type": f"{TYPES}extensions.transport_sockets.tls.v3.DownstreamTlsContext",
@@ -57,22 +102,44 @@ def _listener(door: FrontDoor, folder: Path, logs: Path, key_set: str, max_body:
             "tls_certificate_sds_secret_configs": [certificate],
         },
     }
-    http = {"name": "http", "typed_config": _http(door.limits, folder, logs, key_set, max_body)}
+    listener = _plain_listener("front_door", door.listen, config)
+    listener["filter_chains"][0] |= {
+        "transport_socket": {"name": "tls", "typed_config": tls},
+        "transport_socket_connect_timeout": f"{door.limits.headers_s}s",
+    }
+    return listener
+
+
+def _plain_listener(name: str, address: str, config: Resource) -> Resource:
     return {
-        "name": "front_door",
-        "address": _listening(door.listen),
+        "name": name,
+        "address": _listening(address),
         "per_connection_buffer_limit_bytes": UNREAD_BYTES,
-        "filter_chains": [
-            {
-                "filters": [http],
-                "transport_socket": {"name": "tls", "typed_config": tls},
-                "transport_socket_connect_timeout": f"{door.limits.headers_s}s",
-            }
-        ],
+        "filter_chains": [{"filters": [{"name": "http", "typed_config": config}]}],
     }
 
 
-def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int) -> Resource:
+def _to_keeper(path: str) -> Resource:
+    """Passes on what begins with this path: the keeper of the direct host answers it."""
+    route = {
+        "match": {"prefix": path},
+        "route": {"cluster": f"rest:{HOST}", "timeout": f"{MANAGEMENT_S}s"},
+        "request_headers_to_add": [overwrite(FROM_PORT, "true")],
+    }
+    router = {"name": "envoy.filters.http.router", "typed_config": {"@type": f"{FILTERS}router.v3.Router"}}
+    return {
+        "@type": _LISTENER_HTTP,
+        "stat_prefix": "management",
+        "stream_idle_timeout": f"{MANAGEMENT_S}s",
+        "route_config": {
+            "virtual_hosts": [{"name": "keeper", "domains": ["*"], "routes": [route]}],
+            "validate_clusters": False,  # the cluster is among those that change
+        },
+        "http_filters": [GRPC_BRIDGE, router],
+    }
+
+
+def _http(limits: Limits, folder: Path, filters: list[Resource], replies: Resource, logged: list[Resource]) -> Resource:
     return {
         "@type": _LISTENER_HTTP,
         "stat_prefix": "front_door",
@@ -109,9 +176,9 @@ def _http(limits: Limits, folder: Path, logs: Path, key_set: str, max_body: int)
         "always_set_request_id_in_response": True,
         "early_header_mutation_extensions": [_without_internal_headers()],
         "rds": {"route_config_name": "routes", "config_source": from_file(folder / ROUTES)},
-        "http_filters": http_filters(folder, key_set, max_body),
-        "access_log": access_logs(folder, logs),
-        "local_reply_config": local_replies(limits, max_body),
+        "http_filters": filters,
+        "access_log": logged,
+        "local_reply_config": replies,
     }
 
 

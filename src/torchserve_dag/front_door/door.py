@@ -16,7 +16,7 @@ from torchserve_dag.front_door import envoy_config
 from torchserve_dag.front_door.access_logs import sampling
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.dynamic_files import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES, SAMPLING
-from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, Resource, accepted_tokens
+from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, Backend, Resource, accepted_tokens
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, Split, splits
@@ -47,6 +47,8 @@ class FrontDoorRecord:
     """The PEM file with the certificate that clients see."""
     key: str
     """The PEM file with its private key."""
+    tls: bool = True
+    """Whether it listens for clients, with TLS and tokens. If not, Envoy is only the direct host's network side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,10 @@ class Traffic:
     """Models and versions that keep failing and get no requests for a while."""
     resting: tuple[tuple[str, str, int], ...] = ()
     """Model, version, number of workers, while these are started again: requests get 503, or the fallback's answer."""
+    sockets: dict[str, tuple[str, ...]] | None = None
+    """Of the direct host: for each version by its name, the sockets of its workers; None for TorchServe."""
     closed: bool = False
-    """Whether TorchServe is starting, at first or again: every request is answered 503, with `retry-after`."""
+    """Whether the host is starting, at first or again: every request is answered 503, with `retry-after`."""
 
     @property
     def splits(self) -> list[Split]:
@@ -134,9 +138,9 @@ class Door:
                 raise
         return after
 
-    def begin(self, where: Addresses) -> None:
+    def begin(self, where: Addresses, *, direct: bool = False) -> None:
         """Reset the traffic configuration, closed, and write the files that Envoy reads at start-up."""
-        traffic = Traffic(where, closed=True)
+        traffic = Traffic(where, sockets={} if direct else None, closed=True)
         self._save_traffic(traffic)
         self._write_all(self._files(traffic))
         self._write_accepted()
@@ -211,16 +215,17 @@ class Door:
             time.sleep(0.01)
 
     def _files(self, traffic: Traffic) -> Files:
-        token, limits = self._torchserve_token(), self._limits()
+        limits = self._limits()
+        backend = Backend(traffic.torchserve, self._torchserve_token(), traffic.sockets)
         shares = traffic.splits
         clusters = envoy_config.clusters(
-            [*traffic.served, *traffic.leaving], shares, traffic.torchserve, token, limits, traffic.resting_versions
+            [*traffic.served, *traffic.leaving], shares, backend, limits, traffic.resting_versions
         )
         routes = envoy_config.routes(
             traffic.served,
             shares,
             self.tokens.issued(),
-            token,
+            backend,
             limits.requests_per_second,
             closed=traffic.closed,
         )

@@ -22,7 +22,7 @@ LOG = "front_door.log"
 LOG_BYTES = 50 * 2**20
 OLD_LOGS = 4
 THREADS = 4
-"""The most worker threads; one handles some thousands of small requests a second."""
+"""The most worker threads, and at most one for two cores: one handles some thousands of small requests a second."""
 DRAIN_S = 3
 """How long each answer asks its client to close the connection, before new connections are refused."""
 LAST_S = 2.0
@@ -42,7 +42,7 @@ class Envoy:
 
     def start(self) -> None:
         """Start it with the files that are in its folder."""
-        threads = min(THREADS, len(os.sched_getaffinity(0)))
+        threads = min(THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
         options = ["--concurrency", str(threads), "--disable-hot-restart", "--log-level", "warning"]
         options += ["--log-path", str(self.state.logs / LOG), "--file-flush-interval-msec", "500"]
         options += ["--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
@@ -31,8 +33,18 @@ TOKENS_FILTER = "tokens"
 TOKENS_KIND = "extensions.filters.http.rbac.v3.RBAC"
 GRPC = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 CALLS = ("Predictions", "StreamPredictions")
-HEALTH = "rest:torchserve"
+OPEN_INFERENCE = "/inference.GRPCInferenceService/"
+"""The Open Inference Protocol over gRPC; over REST it is at `/v2`. Both are the direct host's only."""
+MODEL_CALLS = ("ModelInfer", "ModelReady", "ModelMetadata")
+_OVER_GRPC = f"({re.escape(GRPC)}|{re.escape(OPEN_INFERENCE)}).*"
+HOST = "host"
+HEALTH = f"rest:{HOST}"
 """The cluster whose health `/ping` tells."""
+FROM_PORT = "x-keeper-port"
+"""The header of management calls that came to a port, and not to the keeper's own socket."""
+MANAGEMENT = "../direct/management.sock"
+"""Where the direct host's keeper answers, relative to Envoy's folder."""
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 UNPACK, INFLATE = "unpack", "inflate"
 """The filters that decompress messages over gRPC."""
 
@@ -45,19 +57,55 @@ NOT_FOUND, UNIMPLEMENTED, UNAVAILABLE = "5", "12", "14"
 """Statuses of gRPC."""
 WHOLE = 1_000_000
 """The sum of the integer weights of a model's clusters."""
-UNDELIVERED = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 1}
-"""Retry once if TorchServe cannot have received the request."""
+UNDELIVERED: Resource = {
+    "retry_on": "connect-failure,refused-stream,reset-before-request",
+    "num_retries": 1,
+    "retry_host_predicate": [
+        {
+            "name": "envoy.retry_host_predicates.previous_hosts",
+            "typed_config": {"@type": f"{TYPES}extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"},
+        }
+    ],
+    "host_selection_retry_max_attempts": 3,
+}
+"""Retry once, at another worker if there is one, if nobody can have received the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Who answers behind Envoy: TorchServe, or the direct host's workers."""
+
+    torchserve: Addresses
+    token: str = ""
+    """TorchServe's inference token."""
+    sockets: Mapping[str, Sequence[str]] | None = None
+    """Of the direct host: for each version by its name, its workers' sockets, relative to Envoy's folder. None for
+    TorchServe."""
+
+    @property
+    def direct(self) -> bool:
+        return self.sockets is not None
+
+    def endpoints(self, protocol: str, version: str | None) -> list[Resource]:
+        """Where requests for a version go; None for those to the host itself."""
+        if self.sockets is not None:
+            paths = [MANAGEMENT] if version is None else self.sockets.get(version, ())
+            addresses: list[Resource] = [{"pipe": {"path": path}} for path in paths]
+        else:
+            where = self.torchserve.inference if protocol == "rest" else self.torchserve.grpc_inference
+            host, port = host_and_port(where)
+            addresses = [{"socket_address": {"address": host, "port_value": port}}]
+        return [{"endpoint": {"address": address}} for address in addresses]
 
 
 def clusters(
     served: Iterable[ServedVersion],
     splits: Sequence[Split],
-    where: Addresses,
-    token: str,
+    backend: Backend,
     limits: Limits,
     resting: Collection[tuple[str, str]] = (),
 ) -> list[Resource]:
-    """A cluster for each version and protocol. Each writes its version into requests for TorchServe.
+    """A cluster for each version and protocol.
 
     Those of the models and versions that are `resting` have no address, and so answer 503 at once.
     """
@@ -66,20 +114,20 @@ def clusters(
     for one in served:
         split = by_model.get(one.model)
         for protocol in PROTOCOLS:
-            own = [_version_cluster(one, protocol, where, token, limits)]
+            own = [_version_cluster(one, protocol, backend, limits)]
             if split and split.falls_back(one.version):
-                own.append(_guarded_cluster(one, protocol, where, token, limits, split))
+                own.append(_guarded_cluster(one, protocol, backend, limits, split))
             if split and one.version == split.fallback:
                 own += [
-                    _version_cluster(one, protocol, where, token, limits, STANDS_IN + out, stands_in_for=out)
+                    _version_cluster(one, protocol, backend, limits, STANDS_IN + out, stands_in_for=out)
                     for out in sorted(split.ejected)
                 ]
             if (one.model, one.version) in resting:
                 for cluster in own:
                     cluster["load_assignment"]["endpoints"] = []
             resources += own
-    resources += [_cluster(f"{protocol}:torchserve", protocol, where, limits.requests) for protocol in PROTOCOLS]
-    resources[-2]["health_checks"] = [_health_check(token)]
+    resources += [_cluster(f"{protocol}:{HOST}", protocol, backend, limits.requests, None) for protocol in PROTOCOLS]
+    resources[-2]["health_checks"] = [_health_check(backend)]
     return resources
 
 
@@ -87,13 +135,13 @@ def routes(
     served: Sequence[ServedVersion],
     splits: Sequence[Split],
     tokens: Sequence[Token],
-    token: str,
+    backend: Backend,
     requests_per_second: int,
     *,
     closed: bool = False,
 ) -> Resource:
     """Every route, with the rate limits of the tokens; if `closed`, every request is answered 503."""
-    routes_list = [*(_closed() if closed else []), _connect(), _grpc_ping(token), _feedback()]
+    routes_list = [*(_closed() if closed else []), _connect(), *_health(backend), _feedback()]
     for split in splits:
         versions = [one for one in served if one.model == split.model]
         for protocol in PROTOCOLS:
@@ -110,6 +158,7 @@ def routes(
         # The filters of a request are chosen before its model is known, so by this route.
         call["typed_per_filter_config"] = {name: _enabled() for name in (UNPACK, INFLATE)}
         routes_list.append(call)
+    routes_list += _open_inference() if backend.direct else []
     message = "There is nothing here: ask /predictions/NAME or /predictions/NAME/VERSION."
     routes_list.append(_refusal({"prefix": "/"}, "ResourceNotFoundException", message, grpc_status=UNIMPLEMENTED))
     host = {
@@ -138,17 +187,20 @@ def stat_name(cluster: str) -> str:
     return cluster.replace(".", "~").replace(":", "_")
 
 
-def _cluster(name: str, protocol: str, where: Addresses, requests: int) -> Resource:
-    host, port = host_and_port(where.inference if protocol == "rest" else where.grpc_inference)
-    endpoint = {"address": {"socket_address": {"address": host, "port_value": port}}}
-    options: Resource = {"http2_protocol_options": {}} if protocol == "grpc" else {"http_protocol_options": {}}
+def _cluster(name: str, protocol: str, backend: Backend, requests: int, version: str | None) -> Resource:
+    http2 = protocol == "grpc" and not backend.direct
+    options: Resource = {"http2_protocol_options": {}} if http2 else {"http_protocol_options": {}}
     return {
         "@type": f"{TYPES}config.cluster.v3.Cluster",
         "name": name,
         "alt_stat_name": stat_name(name),
         "type": "STATIC",
         "connect_timeout": "1s",
-        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": endpoint}]}]},
+        "lb_policy": "LEAST_REQUEST",
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": endpoints}] if (endpoints := backend.endpoints(protocol, version)) else [],
+        },
         # More connections than requests, so that over HTTP/1.1 too one request too many is refused instead of waiting.
         "circuit_breakers": {
             "thresholds": [
@@ -172,23 +224,17 @@ def _cluster(name: str, protocol: str, where: Addresses, requests: int) -> Resou
 def _version_cluster(
     one: ServedVersion,
     protocol: str,
-    where: Addresses,
-    token: str,
+    backend: Backend,
     limits: Limits,
     suffix: str = "",
     stands_in_for: str | None = None,
 ) -> Resource:
     requests = limits.streamed if one.streams else limits.requests
-    cluster = _cluster(cluster_name(protocol, one) + suffix, protocol, where, requests)
+    cluster = _cluster(cluster_name(protocol, one) + suffix, protocol, backend, requests, one.name)
     options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
+    writes = _names_version(one, stands_in_for) if backend.direct else _writes_version(one, backend, stands_in_for)
     options["http_filters"] = [
-        {
-            "name": "version",
-            "typed_config": {
-                "@type": f"{TYPES}extensions.filters.http.lua.v3.Lua",
-                "default_source_code": {"inline_string": _version_script(one, token, stands_in_for)},
-            },
-        },
+        {"name": "version", "typed_config": writes},
         {
             "name": "envoy.filters.http.upstream_codec",
             "typed_config": {"@type": f"{TYPES}extensions.filters.http.upstream_codec.v3.UpstreamCodec"},
@@ -197,11 +243,9 @@ def _version_cluster(
     return cluster
 
 
-def _guarded_cluster(
-    one: ServedVersion, protocol: str, where: Addresses, token: str, limits: Limits, split: Split
-) -> Resource:
+def _guarded_cluster(one: ServedVersion, protocol: str, backend: Backend, limits: Limits, split: Split) -> Resource:
     """The cluster of a version with a fallback: if the version fails or is slow, Envoy retries at the fallback."""
-    cluster = _version_cluster(one, protocol, where, token, limits, GUARDED)
+    cluster = _version_cluster(one, protocol, backend, limits, GUARDED)
     options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     options["retry_policy"] = {
         "retry_on": "5xx,reset,connect-failure,refused-stream",
@@ -225,18 +269,36 @@ def _guarded_cluster(
     return cluster
 
 
-def _version_script(one: ServedVersion, token: str, stands_in_for: str | None) -> str:
+def _names_version(one: ServedVersion, stands_in_for: str | None) -> Resource:
+    """The filter that names the version in requests to the direct host's workers, and in their answers."""
+    first = {"header": {"key": "x-door-first", "value": stands_in_for or one.version}, "append_action": "ADD_IF_ABSENT"}
+    return {
+        "@type": f"{TYPES}extensions.filters.http.header_mutation.v3.HeaderMutation",
+        "mutations": {
+            "request_mutations": [{"append": first}],
+            # Envoy itself writes the request's id into the answer.
+            "response_mutations": [{"append": overwrite("x-model-version", one.version)}, {"remove": "x-request-id"}],
+        },
+    }
+
+
+def _writes_version(one: ServedVersion, backend: Backend, stands_in_for: str | None) -> Resource:
+    """The filter that writes the version into requests for TorchServe, which serves them all at one address."""
     known = {
         "NAME": one.model,
         "VERSION": one.version,
         "PATH": f"/predictions/{quote(one.model, safe='')}/{quote(one.version, safe='')}",
         "MEANT": stands_in_for or one.version,
-        "TOKEN": f"Bearer {token}",
+        "TOKEN": f"Bearer {backend.token}",
         "FORM_AS_SENT": FORM_AS_SENT,
     }
     lines = [f"local {name} = {json.dumps(value)}" for name, value in known.items()]
     lines.append(f"local OURS = {str(one.ours).lower()}")
-    return "\n".join([*lines, script("failure.lua"), script("version.lua")])
+    text = "\n".join([*lines, script("failure.lua"), script("version.lua")])
+    return {
+        "@type": f"{TYPES}extensions.filters.http.lua.v3.Lua",
+        "default_source_code": {"inline_string": text},
+    }
 
 
 def script(name: str) -> str:
@@ -249,7 +311,8 @@ def _match(model: str, protocol: str | None = None, version: str | None = None) 
     if version:
         headers.append({"name": VERSION, "string_match": {"exact": version}})
     if protocol:
-        headers.append({"name": ":path", "string_match": {"prefix": GRPC}, "invert_match": protocol == "rest"})
+        path = {"safe_regex": {"regex": _OVER_GRPC}}
+        headers.append({"name": ":path", "string_match": path, "invert_match": protocol == "rest"})
     return {"prefix": "/", "headers": headers}
 
 
@@ -352,15 +415,15 @@ def _connect() -> Resource:
     return {"name": "connect", "match": {"connect_matcher": {}}, "direct_response": {"status": 501}}
 
 
-def _health_check(token: str) -> Resource:
-    """Envoy asks TorchServe for its health once a second, whoever asks Envoy."""
+def _health_check(backend: Backend) -> Resource:
+    """Envoy asks the host for its health once a second, whoever asks Envoy."""
     return {
         "timeout": "5s",
         "interval": "1s",
         "no_traffic_interval": "1s",
-        "unhealthy_threshold": 1,
+        "unhealthy_threshold": 3 if backend.direct else 1,  # a keeper that was killed is back within a second
         "healthy_threshold": 1,
-        "http_health_check": {"path": "/ping", "request_headers_to_add": [_authorization(token)]},
+        "http_health_check": {"path": "/ping", "request_headers_to_add": _authorization(backend)},
     }
 
 
@@ -369,22 +432,42 @@ def _enabled() -> Resource:
 
 
 def _closed() -> list[Resource]:
-    """A route that answers 503 while TorchServe starts: it would refuse requests, or let them wait for a model."""
-    answer = {"status": 503, "body": {"inline_string": "TorchServe is starting"}}
+    """A route that answers 503 while the host starts: TorchServe would refuse requests, or let them wait."""
+    answer = {"status": 503, "body": {"inline_string": "the models are starting"}}
     return [{"name": "closed", "match": {"prefix": "/"}, "direct_response": answer}]
 
 
-def _grpc_ping(token: str) -> Resource:
-    return {
-        "name": "ping",
-        "match": {"path": f"{GRPC}Ping"},
-        "route": {"cluster": "grpc:torchserve", "timeout": "10s"},
-        "request_headers_to_add": [_authorization(token)],
-    }
+def _health(backend: Backend) -> list[Resource]:
+    """The routes of calls over gRPC for the host's health."""
+    paths = [f"{GRPC}Ping", *([HEALTH_CHECK] if backend.direct else [])]
+    return [
+        {
+            "name": "ping",
+            "match": {"path": path},
+            "route": {"cluster": f"grpc:{HOST}", "timeout": "10s"},
+            "request_headers_to_add": _authorization(backend),
+        }
+        for path in paths
+    ]
 
 
-def _authorization(token: str) -> Resource:
-    return overwrite("authorization", f"Bearer {token}")
+def _open_inference() -> list[Resource]:
+    """The routes of calls that name no served model, which the keeper answers."""
+    over_grpc = {"cluster": f"grpc:{HOST}", "timeout": "10s"}
+    models = [
+        {
+            "match": {"path": OPEN_INFERENCE + name},
+            "route": over_grpc,
+            "typed_per_filter_config": {name: _enabled() for name in (UNPACK, INFLATE)},  # as for CALLS
+        }
+        for name in MODEL_CALLS
+    ]
+    rest = {"match": {"path_separated_prefix": "/v2"}, "route": {"cluster": f"rest:{HOST}", "timeout": "10s"}}
+    return [*models, {"match": {"prefix": OPEN_INFERENCE}, "route": over_grpc}, rest]
+
+
+def _authorization(backend: Backend) -> list[Resource]:
+    return [] if backend.direct else [overwrite("authorization", f"Bearer {backend.token}")]
 
 
 def overwrite(name: str, value: str) -> Resource:

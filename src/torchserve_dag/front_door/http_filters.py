@@ -7,7 +7,9 @@ from pathlib import Path
 from torchserve_dag.front_door.access_logs import any_of, has_status, stats
 from torchserve_dag.front_door.dynamic_files import ACCEPTED, from_file
 from torchserve_dag.front_door.envoy_config import (
+    GRPC,
     HEALTH,
+    HEALTH_CHECK,
     INFLATE,
     TOKENS_FILTER,
     TOKENS_KIND,
@@ -26,6 +28,17 @@ INFLATE_RATIO = 20
 
 FILTERS = f"{TYPES}extensions.filters.http."
 
+GRPC_BRIDGE = {
+    "name": "envoy.filters.http.grpc_http1_reverse_bridge",
+    "typed_config": {
+        "@type": f"{FILTERS}grpc_http1_reverse_bridge.v3.FilterConfig",
+        # Also the type of Envoy's own answers over gRPC: the filter makes failures of answers of any other.
+        "content_type": "application/grpc",
+        "withhold_grpc_frames": False,
+    },
+}
+"""Lets a server that speaks HTTP/1.1 answer calls over gRPC: it adds the trailer with the status OK to each answer."""
+
 PING = [
     {"name": ":path", "string_match": {"safe_regex": {"regex": r"/ping(\?.*)?"}}},
     {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|HEAD"}}},
@@ -33,24 +46,11 @@ PING = [
 """The requests for the server's health, which need no token."""
 
 
-def http_filters(folder: Path, key_set: str, max_body: int) -> list[Resource]:
-    """The HTTP filters, in the order in which a request passes them."""
-    provider = {
-        "issuer": ISSUER,
-        "local_jwks": {"inline_string": key_set},
-        "require_expiration": True,
-        "forward": False,
-        "payload_in_metadata": "token",
-        "claim_to_headers": [{"header_name": TOKEN, "claim_name": "sub"}],
-        # The scheme's case is the client's choice (RFC 9110, 11.1); Envoy compares it letter by letter.
-        "from_headers": [
-            {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer", "BEARER")
-        ],
-    }
-    needs_token = {"match": {"prefix": "/"}, "requires": {"provider_name": "tokens"}}
+def http_filters(admission: list[Resource], max_body: int, *, direct: bool) -> list[Resource]:
+    """The HTTP filters, in the order in which a request passes them. `admission`: those that check its token."""
     return [
         {
-            # Answers from what Envoy's own health check found last: nothing of the client's reaches TorchServe.
+            # Answers from what Envoy's own health check found last: nothing of the client's reaches the host.
             "name": "ping",
             "typed_config": {
                 "@type": f"{FILTERS}health_check.v3.HealthCheck",
@@ -59,25 +59,7 @@ def http_filters(folder: Path, key_set: str, max_body: int) -> list[Resource]:
                 "headers": PING,
             },
         },
-        {
-            "name": "envoy.filters.http.jwt_authn",
-            "typed_config": {
-                "@type": f"{FILTERS}jwt_authn.v3.JwtAuthentication",
-                "providers": {"tokens": provider},
-                "rules": [needs_token],
-            },
-        },
-        {
-            "name": TOKENS_FILTER,
-            "config_discovery": {
-                "config_source": from_file(folder / ACCEPTED),
-                "type_urls": [f"{TYPES}{TOKENS_KIND}"],
-            },
-        },
-        {
-            "name": "envoy.filters.http.local_ratelimit",
-            "typed_config": {"@type": f"{FILTERS}local_ratelimit.v3.LocalRateLimit", "stat_prefix": "front_door"},
-        },
+        *admission,
         {
             "name": "admitted",  # from here on the request belongs to a token, and to the log of requests
             "typed_config": {
@@ -139,8 +121,59 @@ def http_filters(folder: Path, key_set: str, max_body: int) -> list[Resource]:
             },
         },
         {"name": "request", "typed_config": _lua("request.lua")},
+        *([GRPC_BRIDGE] if direct else []),
         {"name": "envoy.filters.http.router", "typed_config": _router()},
     ]
+
+
+def tokens_filters(folder: Path, key_set: str) -> list[Resource]:
+    """Admits whoever has a token that was issued, as often as its rate allows."""
+    provider = {
+        "issuer": ISSUER,
+        "local_jwks": {"inline_string": key_set},
+        "require_expiration": True,
+        "forward": False,
+        "payload_in_metadata": "token",
+        "claim_to_headers": [{"header_name": TOKEN, "claim_name": "sub"}],
+        # The scheme's case is the client's choice (RFC 9110, 11.1); Envoy compares it letter by letter.
+        "from_headers": [
+            {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer", "BEARER")
+        ],
+    }
+    needs_token = {"match": {"prefix": "/"}, "requires": {"provider_name": "tokens"}}
+    return [
+        {
+            "name": "envoy.filters.http.jwt_authn",
+            "typed_config": {
+                "@type": f"{FILTERS}jwt_authn.v3.JwtAuthentication",
+                "providers": {"tokens": provider},
+                "rules": [needs_token],
+            },
+        },
+        {
+            "name": TOKENS_FILTER,
+            "config_discovery": {
+                "config_source": from_file(folder / ACCEPTED),
+                "type_urls": [f"{TYPES}{TOKENS_KIND}"],
+            },
+        },
+        {
+            "name": "envoy.filters.http.local_ratelimit",
+            "typed_config": {"@type": f"{FILTERS}local_ratelimit.v3.LocalRateLimit", "stat_prefix": "front_door"},
+        },
+    ]
+
+
+def key_filters(key: str) -> list[Resource]:
+    """Admits whoever has the key of the host's own ports, as TorchServe does; `Ping` needs none."""
+    has_key = {"header": {"name": "authorization", "string_match": {"exact": f"Bearer {key}"}}}
+    health = [{"url_path": {"path": {"exact": path}}} for path in (f"{GRPC}Ping", HEALTH_CHECK)]
+    policies = {
+        "key": {"permissions": [{"any": True}], "principals": [has_key]},
+        "health": {"permissions": health, "principals": [{"any": True}]},
+    }
+    rules = {"action": "ALLOW", "policies": policies}
+    return [{"name": "key", "typed_config": {"@type": f"{TYPES}{TOKENS_KIND}", "rules": rules}}]
 
 
 def too_large(max_body: int) -> Resource:

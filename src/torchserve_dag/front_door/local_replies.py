@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torchserve_dag.front_door.access_logs import REQUEST_ID, all_of, any_of, has_header, has_status
 from torchserve_dag.front_door.envoy_config import Resource, overwrite
 from torchserve_dag.front_door.http_filters import PING, too_large
@@ -11,7 +13,25 @@ GRPC_STATUS = {413: "8", 504: "4"}
 """HTTP status → gRPC status, where Envoy's own mapping differs: RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
 
 
-def local_replies(limits: Limits, max_body: int) -> Resource:
+class Refusal(NamedTuple):
+    """The answer to a request that is not admitted."""
+
+    status: int
+    kind: str
+    message: str
+
+
+REVOKED = Refusal(403, "InvalidKeyException", "This token was revoked: ask for another.")
+WRONG_KEY = Refusal(
+    400,
+    "InvalidKeyException",
+    "Token Authorization failed. Token either incorrect, expired, or not provided correctly: give the inference key "
+    "of key_file.json, as Authorization: Bearer KEY.",
+)
+"""TorchServe's own status and first words."""
+
+
+def local_replies(limits: Limits, max_body: int, refusal: Refusal = REVOKED) -> Resource:
     """The front door's own answers, in TorchServe's JSON format; over gRPC the message alone."""
     why = "%RESPONSE_CODE_DETAILS%"
     seconds = f"its headers within {limits.headers_s:g} s, all of it within {limits.body_s:g} s"
@@ -19,7 +39,7 @@ def local_replies(limits: Limits, max_body: int) -> Resource:
     sentences = {
         400: ("BadRequestException", f"This is no request that the front door understands ({why})."),
         401: ("InvalidKeyException", "A valid token is needed, as Authorization: Bearer TOKEN (%LOCAL_REPLY_BODY%)."),
-        403: ("InvalidKeyException", "This token was revoked: ask for another."),
+        403: (refusal.kind, refusal.message),
         404: ("ResourceNotFoundException", f"There is nothing here ({why}): ask /predictions/NAME."),
         408: ("RequestTimeout", f"The request did not come in time: {seconds}."),
         413: ("TooLarge", larger),
@@ -66,7 +86,9 @@ def local_replies(limits: Limits, max_body: int) -> Resource:
         as_grpc = [overwrite("grpc-status", GRPC_STATUS[code])] if code in GRPC_STATUS else []
         as_text = {"body_format_override": {"text_format_source": {"inline_string": message}}}
         mappers.append({"filter": all_of(has_status(code), grpc), "headers_to_add": [*headers, *as_grpc], **as_text})
-        mappers.append({"filter": has_status(code), "headers_to_add": headers, **_body(_failure(kind, message))})
+        status = {"status_code": refusal.status} if code == 403 else {}  # noqa: PLR2004
+        failure = _failure(kind, message) | ({"code": refusal.status} if status else {})
+        mappers.append({"filter": has_status(code), "headers_to_add": headers, **status, **_body(failure)})
     return {"mappers": mappers}
 
 

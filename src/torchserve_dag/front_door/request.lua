@@ -2,6 +2,10 @@
 -- into headers, by which the request is routed. (Headers of these names that a client sends are already removed.)
 
 local SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
+local OPEN_INFERENCE = "/inference.GRPCInferenceService/" -- its messages, too, have the name in field 1 and the version in 2
+local CALLS = {[SERVICE .. "Predictions"] = true, [SERVICE .. "StreamPredictions"] = true,
+               [OPEN_INFERENCE .. "ModelInfer"] = true, [OPEN_INFERENCE .. "ModelReady"] = true,
+               [OPEN_INFERENCE .. "ModelMetadata"] = true}
 local MODEL, VERSION, REST = "x-door-model", "x-door-version", "x-door-rest"
 local METHODS = {GET = true, POST = true, PUT = true}
 local byte, sub = string.byte, string.sub
@@ -100,7 +104,7 @@ local function from_message(handle)
   end
   local name, version = name_and_version(body:getBytes(5, size - 5))
   if not name or not sane(name) or not sane(version) then
-    return refuse(handle, "400", "3", "BadRequestException", "The message is no PredictionsRequest with a plain model_name.")
+    return refuse(handle, "400", "3", "BadRequestException", "The message is no request with a plain model_name.")
   end
   headers:replace(MODEL, name)
   if version ~= "" then headers:replace(VERSION, version) end
@@ -144,8 +148,22 @@ end
 function envoy_on_request(handle)
   local headers = handle:headers()
   local path = headers:get(":path")
-  if path == SERVICE .. "Predictions" or path == SERVICE .. "StreamPredictions" then
+  if CALLS[path] then
     if not from_message(handle) then return end
+  elseif string.match(path, "^/models/[^/?]+/invoke") then -- as Amazon SageMaker asks TorchServe
+    local name = string.match(path, "^/models/([^/?]+)")
+    if not from_path(headers, "/predictions/" .. name) then
+      return refuse(handle, "404", nil, "ModelNotFoundException", "There is no model of that name.")
+    end
+    headers:replace(":path", "/predictions/" .. name)
+  elseif sub(path, 1, 11) == "/v2/models/" then
+    local name, rest = string.match(path, "^/v2/models/([^/?]+)(.*)$")
+    local version = string.match(rest or "", "^/versions/([^/?]+)")
+    name, version = decoded(name or ""), decoded(version or "")
+    if name ~= "" and sane(name) and sane(version) then
+      headers:replace(MODEL, name)
+      if version ~= "" then headers:replace(VERSION, version) end
+    end
   elseif sub(path, 1, 13) == "/predictions/" then
     if not METHODS[headers:get(":method")] then -- TorchServe describes itself when it is asked for its OPTIONS
       return refuse(handle, "405", nil, "MethodNotAllowedException", "A prediction is a POST, a PUT or a GET.")

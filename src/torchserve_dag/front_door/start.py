@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torchserve_dag.archives import atomic
 from torchserve_dag.front_door import bootstrap, certificate, overload
+from torchserve_dag.front_door.bootstrap import HostPorts
 from torchserve_dag.front_door.door import Door, FrontDoorRecord
 from torchserve_dag.front_door.envoy import BOOTSTRAP, LOG, Envoy
 from torchserve_dag.front_door.settings import FrontDoor
@@ -61,19 +62,24 @@ def check_free(settings: FrontDoor) -> None:
             )
 
 
-def start(root: Path, settings: FrontDoor, torchserve: Addresses, max_body: int) -> FrontDoorRecord:
-    """Start the front door, before TorchServe: it is closed until it is opened. Raises ServerError."""
+def start(
+    root: Path, settings: FrontDoor, where: Addresses, max_body: int, own: HostPorts | None = None, *, tls: bool = True
+) -> FrontDoorRecord:
+    """Start the front door, before the host at `where`: it is closed until it is opened. Raises ServerError.
+
+    `own` and `tls`: see bootstrap.
+    """
     state = State(root)
     door, envoy = Door(state), Envoy(state)
     door.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     shown, key = certificate.files(root, settings, door.folder)
     _own_token(door)
-    door.begin(torchserve)
+    door.begin(where, direct=own is not None)
     door.show_certificate(shown, key)
-    config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), max_body)
+    config = bootstrap.bootstrap(settings, door.folder, state.logs, door.tokens.key_set(), max_body, own, tls=tls)
     atomic.write_private(door.folder / BOOTSTRAP, json.dumps(config))
     envoy.start()
-    record = FrontDoorRecord(settings, str(shown), str(key))
+    record = FrontDoorRecord(settings, str(shown), str(key), tls)
     door.save(record)
     deadline = time.monotonic() + START_S
     while not envoy.listens():
