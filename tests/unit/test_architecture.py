@@ -70,11 +70,18 @@ def test_a_service_knows_no_server(imports: Imports) -> None:
 
 
 def test_the_direct_host_uses_nothing_of_an_archive_but_the_protocol(imports: Imports) -> None:
-    inside = {found.imported for found in imports.of("direct") if found.inside}
+    """TorchServe's archives have no copy of the runtime. What serves them is imported for them only."""
+    theirs = "torchserve_dag.direct.torchserve_archive"
+    inside = {found.imported for found in imports.of("direct") if found.inside and not found.module.startswith(theirs)}
 
     assert {name for name in inside if not name.startswith("torchserve_dag.direct.")} == {
-        "torchserve_dag.runtime.worker.protocol"
+        "torchserve_dag.runtime.worker.protocol",
+        "torchserve_dag.runtime.worker.service",  # its `load`
+        "torchserve_dag.runtime.protos.inference_pb2",  # TorchServe's own messages, which do not change any more
     }
+    assert [found for found in imports.all if found.imported.startswith(theirs) and not found.lazy] == [
+        found for found in imports.of("direct") if found.imported.startswith(theirs) and found.module.startswith(theirs)
+    ]
 
 
 def test_the_engine_knows_no_server(imports: Imports) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from torchserve_dag.commands import app
 from torchserve_dag.runtime.data.source import CheckError
-from torchserve_dag.server import config_keys, properties, torchserve
+from torchserve_dag.server import config_keys, launch, properties
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_check_and_up_refuse_the_same(tmp_path: Path) -> None:
 
     checked = CliRunner().invoke(app, ["check", "--project", str(tmp_path)])
     with pytest.raises(CheckError) as error:
-        torchserve.plan(tmp_path, torchserve.StartOptions(free_ports=True))
+        launch.plan(tmp_path, launch.StartOptions(free_ports=True))
 
     assert "config.properties:1: cors_allowed_origin" in checked.output.replace("\n", "")
     assert "config.properties:1: cors_allowed_origin" in str(error.value)

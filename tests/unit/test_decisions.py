@@ -25,11 +25,11 @@ from torchserve_dag.commands import app
 from torchserve_dag.releases import rollout
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.project.folders import Project
-from torchserve_dag.server import processes, releases_file, selection, torchserve
+from torchserve_dag.server import launch, processes, releases_file, selection
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.releases_file import Releases
 from torchserve_dag.server.selection import Selection, select
-from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.server.state import ServerRecord, State
 from torchserve_dag.stack import settings
 
 
@@ -357,7 +357,7 @@ n: {default: {version: "1.0"}, retired: {"0.1": {}}}
 def serving(project: Path) -> None:
     """As while a server runs: this process stands for Java."""
     state = State(project)
-    state.save(TorchServeProcess(os.getpid(), Addresses(), str(project / "model_store")))
+    state.save(ServerRecord(os.getpid(), Addresses(), str(project / "model_store")))
 
 
 class TestForce:
@@ -429,8 +429,8 @@ def test_copies_that_serve_no_more_are_deleted(tmp_path: Path) -> None:
     state = State(tmp_path)
     one = archives.read_archive(pack(tmp_path / "model_store" / "m.mar", "m", "1.0"))
     two = archives.read_archive(pack(tmp_path / "model_store" / "n.mar", "n", "1.0"))
-    torchserve.copy_all(state, {("m", "1.0"): one, ("n", "1.0"): two})
-    copied, failed = torchserve.copy_all(state, {("n", "1.0"): two})
+    launch.copy_all(state, {("m", "1.0"): one, ("n", "1.0"): two})
+    copied, failed = launch.copy_all(state, {("n", "1.0"): two})
 
     assert [path.name for path in state.archives.iterdir()] == [copied["n", "1.0"].path.name]
     assert failed == {}

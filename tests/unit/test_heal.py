@@ -16,7 +16,7 @@ from torchserve_dag.clients import VersionInfo, WorkerInfo
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.server import processes
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.server.state import ServerRecord, State
 from torchserve_dag.server.status import _version
 from torchserve_dag.stack.heal import Healer
 
@@ -31,7 +31,7 @@ def java(tmp_path: Path) -> Iterator[psutil.Process]:
     state.prepare()
     program = f"import subprocess; subprocess.Popen({WORKER!r}).wait(); import time; time.sleep(600)"
     pid = processes.spawn([sys.executable, "-c", program], state)
-    state.save(TorchServeProcess(pid, Addresses()))
+    state.save(ServerRecord(pid, Addresses()))
     java = psutil.Process(pid)
     wait_until(java, 1)
     yield java

@@ -17,13 +17,13 @@ import psutil
 import pytest
 
 from torchserve_dag.clients.models import ModelInfo, VersionInfo, WorkerInfo
-from torchserve_dag.server import java, ports, processes, properties, ready, releases_file, torchserve
-from torchserve_dag.server.connect import torchserve_client as client
+from torchserve_dag.server import java, launch, ports, processes, properties, ready, releases_file, torchserve
+from torchserve_dag.server.connect import host_client as client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.ready import StartupWait
-from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.server.state import ServerRecord, State
 from torchserve_dag.stack import start as stack
 
 ROOT = Path(__file__).parents[2]
@@ -137,12 +137,12 @@ def test_a_project_without_archives_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(
         ServerError, match=r"There are no archives in .*model_store: build them with torchserve-dag build"
     ):
-        stack.start(tmp_path, torchserve.StartOptions(free_ports=True))
+        stack.start(tmp_path, launch.StartOptions(free_ports=True))
 
     (tmp_path / "model_store").mkdir()
     (tmp_path / "model_store" / "broken-1.0.mar").write_bytes(b"no zip")
     with pytest.raises(ServerError, match=r"broken-1\.0\.mar: it is not an archive"):
-        stack.start(tmp_path, torchserve.StartOptions(free_ports=True))
+        stack.start(tmp_path, launch.StartOptions(free_ports=True))
 
 
 def test_strict_serves_all_or_nothing(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_strict_serves_all_or_nothing(tmp_path: Path) -> None:
     (store / "broken-1.0.mar").write_bytes(b"no zip")
 
     with pytest.raises(ServerError, match=r"broken-1\.0\.mar: it is not an archive"):
-        stack.start(tmp_path, torchserve.StartOptions(free_ports=True), strict=True)
+        stack.start(tmp_path, launch.StartOptions(free_ports=True), strict=True)
     assert processes.family(State(tmp_path)) == []
 
 
@@ -164,12 +164,12 @@ def test_a_pid_that_is_another_process_by_now_is_not_ours(tmp_path: Path) -> Non
     state = State(tmp_path)
     state.prepare()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=processes.mark(state)) as ours:
-        record = TorchServeProcess(ours.pid, Addresses())
+        record = ServerRecord(ours.pid, Addresses())
         state.save(record)
         assert state.record() == record
         assert processes.java(record, state) == psutil.Process(ours.pid)
         ours.kill()
-    state.save(TorchServeProcess(psutil.Process().pid, Addresses()))  # alive, and none of ours
+    state.save(ServerRecord(psutil.Process().pid, Addresses()))  # alive, and none of ours
 
     assert not stack.stop(tmp_path)
     with pytest.raises(ServerError, match=r"No server of this project is running: start it with torchserve-dag up"):
@@ -189,7 +189,7 @@ def test_the_state_folder_is_its_owners_alone_even_if_it_was_open_before(tmp_pat
     with state.lock():
         state.prepare()
         releases_file.decide(state, "default", "upper", "1.9", "", "")
-        state.save(TorchServeProcess(1, Addresses()))
+        state.save(ServerRecord(1, Addresses()))
     modes = {path.name: path.stat().st_mode & 0o777 for path in [state.folder, *state.folder.rglob("*")]}
 
     assert len(modes) > 6
@@ -266,7 +266,9 @@ def test_weights_that_do_not_fit_are_said_with_the_line_that_says_what(tmp_path:
     assert said.endswith("size mismatch for layers.2.bias: copying a param with shape torch.Size([3]).")
 
 
-def test_a_java_that_does_not_start_is_said_with_its_reason_each_time(tmp_path: Path) -> None:
+def test_a_java_that_does_not_start_is_said_with_its_reason_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second time too, although the first one's lines are in the same console.log."""
     java_home = tmp_path / "java"
     (java_home / "bin").mkdir(parents=True)
@@ -276,14 +278,15 @@ def test_a_java_that_does_not_start_is_said_with_its_reason_each_time(tmp_path: 
     (java_home / "bin" / "java").chmod(0o755)
     state = State(tmp_path)
     where = Addresses().with_free_ports()
-    plan = torchserve.LaunchPlan(ROOT / "config.properties", {}, tmp_path / "model_store", where, java_home)
+    monkeypatch.setattr(java, "find", lambda: java_home)
+    plan = launch.LaunchPlan(ROOT / "config.properties", {}, tmp_path / "model_store", where)
     for _ in range(2):
         state.prepare()
         state.archives.mkdir(exist_ok=True)
         with pytest.raises(
             ServerError, match="TorchServe did not start: Error: Could not create the Java Virtual Machine"
         ):
-            torchserve.start(state, plan, {}, torchserve.StartOptions())
+            torchserve.start(state, plan, {}, launch.StartOptions())
 
 
 def described(version: str, workers: list[WorkerInfo]) -> VersionInfo:

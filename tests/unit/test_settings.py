@@ -27,7 +27,7 @@ def test_the_host_is_torchserve(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("hosts: torchserve", 'did you mean "host"'),
-        ("host: direct", "torchserve"),
+        ("host: dirct", "torchserve"),
         ("host: [torchserve]", "host"),
         ("jobs: {}", 'unknown key "jobs"'),
     ],

@@ -19,7 +19,7 @@ from torchserve_dag.server import processes
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.state import Serving, State, TorchServeProcess
+from torchserve_dag.server.state import ServerRecord, Serving, State
 from torchserve_dag.server.supervised import ROLES, Role, Supervised
 from torchserve_dag.stack import start as stack
 from torchserve_dag.stack import supervise, watch
@@ -74,8 +74,6 @@ def test_a_process_is_found_by_its_record_and_not_mistaken_for_a_later_one(super
     assert record
     supervised._save("Envoy", type(record)(pid, record.ticks - 1, record.since))  # the pid was used again since
     assert supervised.process("Envoy") is None
-    supervised.started("keeper", os.getpid())  # a process, and not one of this server
-    assert supervised.process("keeper") is None
 
 
 def test_a_blocked_signal_does_not_end_a_process(supervised: Supervised) -> None:
@@ -143,7 +141,7 @@ def test_status_says_what_is_missing_and_what_follows(supervised: Supervised) ->
     state.save_serving(Serving())
     assert [(one.name, one.running, one.problem) for one in supervised.report()] == [(role, True, "") for role in ROLES]
 
-    state.save(TorchServeProcess(pids["TorchServe"], Addresses()))
+    state.save(ServerRecord(pids["TorchServe"], Addresses()))
     end(pids["TorchServe"])
     with pytest.raises(ServerError, match=r"TorchServe \(pid \d+\) has ended; the keeper starts it again\."):
         running(state)
@@ -185,7 +183,7 @@ def test_down_ends_whatever_runs_without_a_keeper(
     for role in left:
         pid = run(supervised, role, ignores_sigterm=True)  # as Envoy and Java do
         if role == "TorchServe":
-            state.save(TorchServeProcess(pid, Addresses()))
+            state.save(ServerRecord(pid, Addresses()))
 
     assert stack.stop(state.folder.parent) is bool(left)
     assert processes.family(state) == []
@@ -200,7 +198,7 @@ class TestRealWatchers:
     def pair(self, supervised: Supervised) -> Iterator[Supervised]:
         state = supervised.state
         java = run(supervised, "TorchServe", ignores_sigterm=True)
-        state.save(TorchServeProcess(java, Addresses()))
+        state.save(ServerRecord(java, Addresses()))
         state.save_serving(Serving(front_door=False))
         supervise.start(state)
         supervise.wait_until_whole(state, WITHIN_S)

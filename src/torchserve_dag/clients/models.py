@@ -37,6 +37,8 @@ class VersionInfo:
     queued: int
     """Requests that wait for a worker."""
     archive: str
+    failure: str = ""
+    """Why the direct host cannot serve it, once its workers have failed again and again."""
 
     @property
     def ready(self) -> bool:
@@ -80,6 +82,7 @@ def version_info(described: Mapping[str, Any], *, default: bool) -> VersionInfo:
         response_timeout_s=described["responseTimeout"],
         queued=described["jobQueueStatus"]["pendingRequests"],
         archive=described["modelUrl"],
+        failure=described.get("failure", ""),
     )
 
 

@@ -27,7 +27,7 @@ from torchserve_dag.commands.logs import logs
 from torchserve_dag.commands.new import new
 from torchserve_dag.commands.release import promote, retire, rollback, rollout, routes
 from torchserve_dag.commands.release import serve as serve_version  # `serve` is a module of this package
-from torchserve_dag.commands.serve import default, down, status, up
+from torchserve_dag.commands.serve import default, down, restart, status, up
 from torchserve_dag.commands.token import token
 from torchserve_dag.commands.tune import tune
 
@@ -64,8 +64,8 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    new, check, graph, dev, tune, build, up, serve_version, status, logs, call, default, down, routes, rollout, promote,
-    rollback, retire, experiment, bench,
+    new, check, graph, dev, tune, build, up, serve_version, status, logs, call, default, restart, down, routes, rollout,
+    promote, rollback, retire, experiment, bench,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -48,10 +48,8 @@ def dev(
         address = f"http://{HOST}:{listening.getsockname()[1]}"
         out.print(f"loading {escape(str(root.resolve()))} …")
         loader = DevLoader(Project(root), names or ())
-        try:
-            DevServer(loader, max_body, lambda changed: _show(changed, address, root)).run(listening)
-        except KeyboardInterrupt:
-            out.print("ended")
+        DevServer(loader, max_body, lambda changed: _show(changed, address, root)).run(listening)
+    out.print("ended")
 
 
 def _show(changed: Changed, address: str, root: Path) -> None:

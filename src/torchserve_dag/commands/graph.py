@@ -77,10 +77,10 @@ def _served(state: State, name: str) -> Graph:
     """The graph of the archive that is served: the project's files may say something else by now."""
     from torchserve_dag.archives.archive import UnusableArchiveError, copies
     from torchserve_dag.archives.unpacked import graph_of
-    from torchserve_dag.server.connect import torchserve_client
+    from torchserve_dag.server.connect import management_client
 
     model, _, version = name.partition("/")
-    with torchserve_client(state) as client:
+    with management_client(state) as client:
         served = {(info.name, one.version): one.default for info in client.models() for one in info.versions}
     version = version or next((one for (other, one), default in served.items() if other == model and default), "")
     archive = copies(state.archives).get((model, version))

@@ -128,9 +128,9 @@ def serve(
 def serve_first(state: State, model: str, version: str | None, ready_s: float, *, json: bool) -> None:
     """Bring a version into the server, as its model's default if it has none, and say so."""
     from torchserve_dag.releases import versions
-    from torchserve_dag.server.connect import torchserve_client
+    from torchserve_dag.server.connect import management_client
 
-    with torchserve_client(state) as client, err.status(f"loading {model} {version or ''}"):
+    with management_client(state) as client, err.status(f"loading {model} {version or ''}"):
         version, is_default = versions.serve(state, client, model, version, ready_s)
     if json:
         print_json({"model": model, "version": version, "default": is_default})
@@ -180,7 +180,7 @@ def retire(
 ) -> None:
     """Unload a version after its last request is answered. Later starts do not load it."""
     from torchserve_dag.releases import versions
-    from torchserve_dag.server.connect import torchserve_client
+    from torchserve_dag.server.connect import management_client
     from torchserve_dag.server.state import State
 
     model, _, version = name.partition("/")
@@ -188,7 +188,7 @@ def retire(
         fail(f"Which version of {model}? Write torchserve-dag retire {model}/VERSION.")
     with failures():
         state = State(project_root(project))
-        with torchserve_client(state) as client, err.status(f"waiting for requests in flight at {name}"):
+        with management_client(state) as client, err.status(f"waiting for requests in flight at {name}"):
             versions.retire(state, client, model, version)
     out.print(f"{name} is retired; torchserve-dag serve {name} loads it again")
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torchserve_dag.archives.archive import Archive
     from torchserve_dag.server.ready import Readiness
     from torchserve_dag.server.selection import Remark
+    from torchserve_dag.server.state import Host
     from torchserve_dag.server.status import Status, VersionStatus, WorkerStatus
 
 
@@ -62,6 +63,12 @@ def up(
             help="Start Envoy too, which splits traffic between versions and may face a network.",
         ),
     ] = True,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="What the models' workers belong to: torchserve, or direct; by default torchserve-dag.yaml's."
+        ),
+    ] = None,
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log a line for each request in access_log.log.")
     ] = False,
@@ -78,21 +85,21 @@ def up(
     ] = False,
     project: ProjectOption = None,
 ) -> None:
-    """Start the front door and TorchServe, and wait until all that can be served is; start again what has ended.
+    """Start the front door and the host, and wait until all that can be served is; start again what has ended.
 
     It loads the versions that routes.yaml and releases.yaml name, and the newest of the rest, and says what it leaves
     out.
     """
     from torchserve_dag.front_door.door import Door
-    from torchserve_dag.server import torchserve
-    from torchserve_dag.server.connect import running, torchserve_client
+    from torchserve_dag.server import launch
+    from torchserve_dag.server.connect import management_client, running
     from torchserve_dag.server.state import State
     from torchserve_dag.server.status import status as status_of
     from torchserve_dag.stack import start as stack
     from torchserve_dag.stack import supervise
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends a half-started server
-    options = torchserve.StartOptions(port, grpc_port, free_ports, store, access_log, timeout)
+    options = launch.StartOptions(port, grpc_port, free_ports, store, access_log, timeout)
     with failures(), _progress(lines=foreground) as show:
         root = project_root(project)
         state = State(root)
@@ -104,17 +111,22 @@ def up(
                 supervise.become_watcher(state)
         else:
             remarks = stack.start(
-                root, options, lambda seen: show(*_loading(seen)), with_front_door=front_door, strict=strict
+                root,
+                options,
+                lambda seen: show(*_loading(seen)),
+                host=_host(host),
+                with_front_door=front_door,
+                strict=strict,
             ).remarks
         if not foreground:
             supervise.start(state)
             supervise.wait_until_whole(state, timeout, show)
-        with torchserve_client(state) as client:
+        with management_client(state) as client:
             found = status_of(state, running(state), client)
     where, door = running(state).addresses, Door(state).record()
     watcher = "" if foreground else f", pid {supervise.watcher_pid(state)}"
     out.print(f"[green]up[/]: {count(len(found.versions), 'model version')}{watcher}")
-    if door:
+    if door and door.tls:
         out.print(f"  front door https://{door.settings.listen} (REST and gRPC)  {door.settings.metrics}/metrics")
     out.print(
         f"  REST {where.inference}  management {where.management}  metrics {where.metrics}/metrics", soft_wrap=True
@@ -125,6 +137,12 @@ def up(
     if foreground:
         sys.stdout.flush()
         supervise.become_watcher(state)
+
+
+def _host(name: str | None) -> Host | None:
+    if name not in {None, "torchserve", "direct"}:
+        fail(f'"{name}" is no host: it is torchserve or direct.')
+    return cast("Host | None", name)
 
 
 def _print_remarks(remarks: Sequence[Remark]) -> None:
@@ -139,7 +157,7 @@ def _progress(*, lines: bool) -> Iterator[Callable[..., None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = lines or not err.is_terminal
     with Progress(*columns, console=err, transient=True, disable=hidden) as bar:
-        task, last = bar.add_task("starting TorchServe", total=None), ""
+        task, last = bar.add_task("starting", total=None), ""
 
         def show(text: str, completed: int = 0, total: int | None = None) -> None:
             nonlocal last
@@ -206,7 +224,7 @@ def _project_status(root: Path, name: str | None, *, json: bool) -> None:
     from torchserve_dag.archives.archive import copies
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.runtime.data import plain
-    from torchserve_dag.server.connect import running, torchserve_client
+    from torchserve_dag.server.connect import is_running, management_client, running
     from torchserve_dag.server.state import State
     from torchserve_dag.server.status import about
     from torchserve_dag.server.status import status as status_of
@@ -215,12 +233,12 @@ def _project_status(root: Path, name: str | None, *, json: bool) -> None:
     state = State(root)
     report = Supervised(state).report()
     problems = [one.problem for one in report if one.problem]
-    if problems and not any(one.running for one in report if one.name == "TorchServe"):
+    if problems and not is_running(state):
         if json:
             print_json({"processes": report})
         fail(" ".join(problems))
     record = running(state)
-    with torchserve_client(state) as client:
+    with management_client(state) as client:
         if name is not None:
             model, _, version = name.partition("/")
             fields = dict(about(client, model, version or None))
@@ -232,7 +250,7 @@ def _project_status(root: Path, name: str | None, *, json: bool) -> None:
         found, door = status_of(state, record, client), Door(state)
         front_door = door.record()
         shares = {one.model: one.shares for one in door.traffic().splits} if front_door else {}
-        listens = front_door.settings.listen if front_door else None
+        listens = front_door.settings.listen if front_door and front_door.tls else None
         if json:
             print_json({**plain.flatten(found), "front_door": listens, "shares": shares, "processes": report})
         else:
@@ -254,6 +272,28 @@ def default(
         root = project_root(project)
         stack.set_default(root, name, version)
     out.print(f"{name}: {version} is the default")
+
+
+def restart(
+    name: Annotated[str, typer.Argument(metavar="NAME[/VERSION]", help="A model that the direct host serves.")],
+    *,
+    timeout: Annotated[float, typer.Option(help="Seconds until the last worker must be replaced.")] = 600.0,
+    project: ProjectOption = None,
+) -> None:
+    """Replace a version's workers one by one, without losing a request; without VERSION those of the default."""
+    from torchserve_dag.server.state import State
+    from torchserve_dag.stack.restart import restart as replace_workers
+
+    model, _, version = name.partition("/")
+    with failures(), err.status(f"replacing the workers of {escape(name)}") as shown:
+        which, workers = replace_workers(
+            State(project_root(project)),
+            model,
+            version or None,
+            timeout,
+            lambda new, all_: shown.update(f"replacing the workers of {escape(name)}: {new} of {all_}"),
+        )
+    out.print(f"{model}/{which}: {count(workers, 'new worker')}")
 
 
 def _print_status(found: Status, front_door: str | None, shares: Mapping[str, Mapping[str, float]]) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +19,6 @@ from torchserve_dag.runtime.worker.protocol import PendingResponse, Service, Ser
 
 logger = logging.getLogger(__name__)
 
-UNREAD_BYTES = 16 * 2**20
-"""How much of an answer in chunks may wait for a client that does not read; beyond it the request is cancelled."""
 _BROKEN = ServiceResponse(
     b'{"code": 500, "type": "InternalError", "message": "The model did not take the request: its log says why."}',
     status=500,
@@ -32,6 +31,8 @@ class AnswerChunk:
 
     body: bytes
     content_type: str
+    taken: Callable[[], None]
+    """To be called once the client has it: the model waits for a client that leaves its chunks."""
 
 
 @dataclass(eq=False, slots=True)
@@ -43,8 +44,6 @@ class InFlight:
     _cancelled: bool = False
     _pending: PendingResponse | None = None
     _arrived: deque[AnswerChunk | ServiceResponse] = field(default_factory=deque)
-    _unread: int = 0
-    """Bytes of the chunks that have arrived and that nobody has taken."""
     _waiting: asyncio.Future[None] | None = None
 
     async def next(self) -> AnswerChunk | ServiceResponse:
@@ -52,10 +51,7 @@ class InFlight:
         while not self._arrived:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
-        item = self._arrived.popleft()
-        if isinstance(item, AnswerChunk):
-            self._unread -= len(item.body)
-        return item
+        return self._arrived.popleft()
 
     def cancel(self) -> None:
         """The client has left: what has not begun does not begin. The request's last item is a failure, then."""
@@ -70,10 +66,6 @@ class InFlight:
 
     def arrive(self, item: AnswerChunk | ServiceResponse) -> None:
         self._arrived.append(item)
-        if isinstance(item, AnswerChunk):
-            self._unread += len(item.body)
-            if self._unread > UNREAD_BYTES:
-                self.cancel()
         if self._waiting and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -88,7 +80,8 @@ class Entrance:
         self.empty = asyncio.Event()
         """Set while no request is inside."""
         self.empty.set()
-        self._inside = 0
+        self.inside = 0
+        """Requests that are not answered."""
         self._entering: list[InFlight] = []
         self._lock = threading.Lock()
         self._finished: list[tuple[InFlight, AnswerChunk | ServiceResponse]] = []
@@ -99,7 +92,7 @@ class Entrance:
         if not self._entering:
             self._loop.call_soon(self._enter)
         self._entering.append(in_flight)
-        self._inside += 1
+        self.inside += 1
         self.empty.clear()
         return in_flight
 
@@ -123,8 +116,8 @@ class Entrance:
 
     # On a thread of the model's.
 
-    def _send_chunk(self, in_flight: InFlight, body: bytes, content_type: str) -> None:
-        self._finish(in_flight, AnswerChunk(body, content_type))
+    def _send_chunk(self, in_flight: InFlight, body: bytes, content_type: str, taken: Callable[[], None]) -> None:
+        self._finish(in_flight, AnswerChunk(body, content_type, taken))
 
     def _finish(self, in_flight: InFlight, item: AnswerChunk | ServiceResponse) -> None:
         with self._lock:
@@ -145,6 +138,6 @@ class Entrance:
                 self._leave()
 
     def _leave(self) -> None:
-        self._inside -= 1
-        if not self._inside:
+        self.inside -= 1
+        if not self.inside:
             self.empty.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from python_multipart.exceptions import FormParserError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MAX_PARTS = 1000
+_FILE = re.compile(rb";\s*filename\*?\s*=", re.IGNORECASE)
+"""In the header of a part that is a file. The parser drops the name if it is encoded (RFC 8187)."""
 
 
 class FormError(ValueError):
@@ -72,13 +75,13 @@ class _Reader:
         self._name, self._value = bytearray(), bytearray()
 
     def _end(self) -> None:
-        _, options = parse_options_header(self._headers.get("content-disposition", b""))
+        disposition = self._headers.get("content-disposition", b"")
+        _, options = parse_options_header(disposition)
         if (name := options.get(b"name")) is None:
             raise FormError("A part of the form has no name.")
-        content_type = self._headers.get("content-type")
-        if content_type is None and b"filename" in options:
-            content_type = b"application/octet-stream"
-        kind = content_type.decode("latin-1") if content_type else None
+        kind = None  # TorchServe drops the content type of a field that is no file
+        if _FILE.search(disposition):
+            kind = self._headers.get("content-type", b"application/octet-stream").decode("latin-1")
         self.parts.append(Part(name.decode("utf-8", "replace"), bytes(self._content), kind))
 
     def _form_ends(self) -> None:

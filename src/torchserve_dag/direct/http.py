@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import socket
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
-
-from torchserve_dag.direct.app import DirectApp
 
 BACKLOG = 2048
 IDLE_S = 75
@@ -32,13 +36,39 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def listen_at(path: Path) -> socket.socket:
+    """A Unix socket. Its folder may have a path that is too long for a socket. Raises OSError."""
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX)
+    folder = os.open(path.parent, os.O_PATH)
+    try:
+        listening.bind(f"/proc/self/fd/{folder}/{path.name}")
+    except OSError:
+        listening.close()
+        raise
+    finally:
+        os.close(folder)
+    return listening
+
+
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine on uvloop's event loop."""
     uvloop.run(main)
 
 
-async def serve(app: DirectApp, listening: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
-    """Serve a socket until SIGTERM or SIGINT; then take no more requests, and answer those in progress."""
+async def serve(
+    app: Callable[..., Awaitable[None]],
+    listening: socket.socket,
+    ready: Callable[[Callable[[], None]], None] = lambda _: None,
+    *,
+    drains_on: Collection[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+    idle_s: int = IDLE_S,
+) -> None:
+    """Serve an ASGI application on a socket until one of the signals `drains_on`; then answer what is in progress.
+
+    `ready` is called once it takes requests, with a function that does the same as a signal, from any thread. A
+    connection without a request is closed after `idle_s` seconds.
+    """
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -48,19 +78,36 @@ async def serve(app: DirectApp, listening: socket.socket, ready: Callable[[], No
         ws="none",
         http="httptools",
         backlog=BACKLOG,
-        timeout_keep_alive=IDLE_S,
+        timeout_keep_alive=idle_s,
         timeout_graceful_shutdown=DRAIN_S,
     )
     server = _Server(config)
-    server.ready = ready
+    server.ready, server.drains_on = ready, drains_on
     await server.serve(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
-    """Calls `ready` once it takes requests."""
+    """Calls `ready` once it takes requests, and obeys the signals `drains_on` only."""
 
-    ready: Callable[[], None]
+    ready: Callable[[Callable[[], None]], None]
+    drains_on: Collection[signal.Signals]
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is not threading.main_thread():  # where no signals come
+            self.drains_on = ()
+        for one in self.drains_on:
+            loop.add_signal_handler(one, self._drain)
+        try:
+            yield
+        finally:
+            for one in self.drains_on:
+                loop.remove_signal_handler(one)
+
+    def _drain(self) -> None:
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.ready()
+        self.ready(self._drain)

@@ -29,8 +29,8 @@ from torchserve_dag.releases.rollout_store import (
 )
 from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.data.source import CheckError
-from torchserve_dag.server import defaults, releases_file, torchserve
-from torchserve_dag.server.connect import torchserve_client
+from torchserve_dag.server import defaults, launch, releases_file
+from torchserve_dag.server.connect import management_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -127,7 +127,7 @@ def settle(root: Path, model: str, weights: Mapping[str, float], reason: str) ->
     door.change(change)
     if in_file:
         route_weights.write(root, model, weights)
-    with torchserve_client(state) as client:
+    with management_client(state) as client:
         defaults.set_default(state, client, model, version, reason)
     releases_file.forgive(state, model, weights)  # an earlier rollout of one of them may have been rolled back
 
@@ -160,7 +160,7 @@ def _load(root: Path, state: State, store: RolloutStore, requested: RolloutProgr
     store.save(now)
     if not _is_served(traffic, plan):
         try:
-            with torchserve_client(state) as client:
+            with management_client(state) as client:
                 versions.load(
                     state, client, plan.model, plan.version, plan.ready_s, lambda: _check_command(store, plan)
                 )
@@ -262,7 +262,7 @@ def _roll_back_left(state: State, store: RolloutStore, left: RolloutProgress) ->
     try:
         _roll_back(state, store, plan, "the keeper, which ran it, was killed", rejects=False)
         if not _is_served(Door(state).traffic(), plan):
-            with torchserve_client(state) as client:
-                torchserve.unregister(client, plan.model, plan.version)
+            with management_client(state) as client:
+                launch.unregister(client, plan.model, plan.version)
     except (ServerError, ServingError) as error:  # TorchServe is gone too: it starts again without the version
         logger.warning("the rollout of %s: %s", plan.model, error)

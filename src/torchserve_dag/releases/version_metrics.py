@@ -105,3 +105,28 @@ def parse(text: str) -> dict[ModelVersion, VersionMetrics]:
         one: VersionMetrics(requests[one], errors[one], dict(buckets[one]), dict(given_up[one]))
         for one in requests.keys() | buckets.keys() | given_up.keys()
     }
+
+
+@dataclass(slots=True)
+class Answered:
+    """All requests of a version that were answered since Envoy started, also those that named it."""
+
+    by_class: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    """By the first digit of the status."""
+    us: float = 0.0
+    """The time that their answers took, in microseconds; only of answers and failures of the version's own."""
+
+
+def answered(admin: Admin) -> dict[ModelVersion, Answered]:
+    """Raises ServerError."""
+    found: dict[ModelVersion, Answered] = defaultdict(Answered)
+    for metric, labels, value in prometheus.samples(admin.prometheus("^tries"), "envoy_tries_"):
+        protocol, _, name = labels["version"].partition(":")
+        model, _, version = name.partition(STANDS_IN)[0].removesuffix(GUARDED).rpartition("/")
+        if protocol not in PROTOCOLS or not model:
+            continue
+        if metric == "count" and labels["status"] != "0":
+            found[model, version].by_class[int(labels["status"][0])] += int(value)
+        elif metric == "us_sum":
+            found[model, version].us += value
+    return dict(found)

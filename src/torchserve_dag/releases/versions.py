@@ -7,18 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from torchserve_dag.archives.archive import Archive, UnusableArchiveError, copies, copy, read_store
+from torchserve_dag.archives.archive import Archive, ModelVersion, UnusableArchiveError, copies, copy, read_store
 from torchserve_dag.clients import Client, VersionInfo
 from torchserve_dag.clients.models import version_key
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.envoy_config import GUARDED, PROTOCOLS, cluster_name, stat_name
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.releases.load_throttle import LoadThrottle
-from torchserve_dag.server import defaults, processes, releases_file, torchserve
+from torchserve_dag.server import defaults, launch, processes, releases_file
 from torchserve_dag.server.connect import running
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
-from torchserve_dag.server.ready import Readiness, StartupWait
+from torchserve_dag.server.ready import Readiness, StartupWait, wait_until_ready
 from torchserve_dag.server.releases_file import ModelReleases
 from torchserve_dag.server.selection import differences
 from torchserve_dag.server.state import State
@@ -41,21 +41,9 @@ def load(
         archive = copy(in_store, state.archives)
     except UnusableArchiveError as error:
         raise ServerError(f"{in_store.path} {error}.") from None
-    logs = Logs(state.logs)
-    waiting = StartupWait({(model, version): archive.path.name}, logs, failures=1)
-    java = processes.java(record, state)
-    if java is None:
-        raise ServerError(f"TorchServe ended: {logs.server_failure() or 'its log gives no reason'}.")
+    wait = _load_direct if record.host == "direct" else _load_torchserve
     try:
-        client.register(archive.path.name, timeout=timeout_s)
-        with LoadThrottle(java) as throttle:
-
-            def progress(seen: list[Readiness]) -> None:
-                throttle.assign(worker for one in seen for worker in one.loading)
-                if check:
-                    check()
-
-            failed = waiting.wait(client, lambda: processes.java(record, state), timeout_s, progress)
+        failed = wait(state, client, archive, timeout_s, check or (lambda: None))
     except BaseException:
         _discard(client, archive)
         raise
@@ -70,8 +58,37 @@ def load(
     return archive
 
 
+def _load_direct(
+    _: State, client: Client, archive: Archive, timeout_s: float, check: Callable[[], object]
+) -> dict[ModelVersion, str]:
+    client.register(archive.path.name, timeout=timeout_s)
+
+    def progress(_: list[Readiness]) -> None:
+        check()
+
+    return wait_until_ready(client, [(archive.name, archive.version)], timeout_s, progress)
+
+
+def _load_torchserve(
+    state: State, client: Client, archive: Archive, timeout_s: float, check: Callable[[], object]
+) -> dict[ModelVersion, str]:
+    record, logs = running(state), Logs(state.logs)
+    waiting = StartupWait({(archive.name, archive.version): archive.path.name}, logs, failures=1)
+    java = processes.java(record, state)
+    if java is None:
+        raise ServerError(f"TorchServe ended: {logs.server_failure() or 'its log gives no reason'}.")
+    client.register(archive.path.name, timeout=timeout_s)
+    with LoadThrottle(java) as throttle:
+
+        def progress(seen: list[Readiness]) -> None:
+            throttle.assign(worker for one in seen for worker in one.loading)
+            check()
+
+        return waiting.wait(client, lambda: processes.java(record, state), timeout_s, progress)
+
+
 def _discard(client: Client, archive: Archive) -> None:
-    torchserve.unregister(client, archive.name, archive.version)
+    launch.unregister(client, archive.name, archive.version)
     archive.path.unlink(missing_ok=True)
 
 
@@ -138,7 +155,7 @@ def retire(state: State, client: Client, model: str, version: str) -> None:
             other = max(weights, key=lambda one: weights[one])
             defaults.set_default(state, client, model, other, f"{version} was retired")
             door.change(lambda now: replace(now, defaults={**now.defaults, model: other}))
-        torchserve.unregister(client, model, version)
+        launch.unregister(client, model, version)
     except BaseException:  # also after Ctrl-C
         door.change(lambda now: replace(now, served=(*now.served, leaves), leaving=_without(now.leaving, leaves)))
         raise

@@ -129,6 +129,29 @@ KEYS: Mapping[str, Key] = {
 """Every key that TorchServe reads."""
 
 
+DIRECT: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("inference_address", "management_address", "metrics_address"), "Envoy listens there, in plain, for REST"
+    ),
+    **dict.fromkeys(
+        (
+            "grpc_inference_address", "grpc_inference_port", "grpc_management_address", "grpc_management_port",
+        ),
+        "Envoy listens there, in plain, for gRPC",
+    ),
+    "model_store": "the folder of archives; `up --store` overrides it",
+    "load_models": "`all`, or the files of the store that may be served",
+    "enable_model_api": "`false`: the management ports register and unregister nothing; our own commands do",
+    "default_workers_per_model": "for an archive that names no `minWorkers`",
+    "default_response_timeout": "for an archive that names no `responseTimeout`, in seconds",
+    "default_startup_timeout": "for an archive that names no `startupTimeout`, in seconds",
+    "job_queue_size": "for an archive that names no `jobQueueSize`",
+    "max_request_size": "the largest body, in bytes; a larger one is refused with 413",
+    "number_of_gpu": "how many GPUs the workers share",
+}  # fmt: skip
+"""What the direct host does with keys; it leaves out all others, which are TorchServe's own."""
+
+
 def problems(path: Path) -> list[Problem]:
     """What `up` refuses in a properties file, with its line. Raises ServerError if the file cannot be read."""
     found, ports = [], dict[str, str]()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.server.state import ServerRecord, State
 
 MARK = "TORCHSERVE_DAG_STATE"
 """An environment variable with the state folder; every process of a server inherits it."""
@@ -59,26 +59,34 @@ def spawn(
 
 def ticks(pid: int) -> int:
     """When a process started, in clock ticks since the machine did (nobody sets that clock); 0 if there is none."""
+    return _state_and_ticks(pid)[1]
+
+
+def still_runs(pid: int, since_ticks: int) -> bool:
+    """Whether the process that had this pid when it started at that time still runs, at little cost."""
+    state, started = _state_and_ticks(pid)
+    return started == since_ticks > 0 and state not in "ZX"
+
+
+def _state_and_ticks(pid: int) -> tuple[str, int]:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[19])
+        return "X", 0
+    fields = stat.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
 
 
-def java(record: TorchServeProcess, state: State) -> psutil.Process | None:
+def java(record: ServerRecord, state: State) -> psutil.Process | None:
     """TorchServe's process, if it still runs."""
     return ours(record.pid, state)
 
 
-def ours(pid: int, state: State, *, new: bool = False) -> psutil.Process | None:
-    """The process with this pid, if it was started for this project: a pid may have been reused.
-
-    With `new`, also one that has no environment yet, because the kernel is about to start its program.
-    """
+def ours(pid: int, state: State) -> psutil.Process | None:
+    """The process with this pid, if it was started for this project: a pid may have been reused."""
     try:
         process = psutil.Process(pid)
-        ours = _marked(process, state.folder) or (new and not process.environ())
+        ours = _marked(process, state.folder)
     except (psutil.Error, OSError):
         return None
     return process if ours and alive(process) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import psutil
@@ -149,3 +149,44 @@ def _models(client: Client) -> list[ModelInfo] | None:
         return client.models(timeout=10)
     except ServingError:  # the server does not listen yet
         return None
+
+
+def wait_until_ready(
+    client: Client,
+    versions: Collection[ModelVersion],
+    timeout_s: float,
+    progress: ReadinessCallback | None = None,
+) -> dict[ModelVersion, str]:
+    """Wait until the direct host serves these versions; those that have failed, each with the reason.
+
+    The reasons are sentences without their full stops.
+    """
+    deadline, failed = time.monotonic() + timeout_s, dict[ModelVersion, str]()
+    while True:
+        try:
+            models = client.models(timeout=10)
+        except ServingError:  # the keeper is being started again
+            models = []
+        seen = [_seen(models, version, failed) for version in versions]
+        if time.monotonic() > deadline:
+            for one in seen:
+                if not one.done:
+                    why = (
+                        f"{one.name} {one.version} was not ready after {timeout_s:g} s: allow more time with --timeout"
+                    )
+                    failed[one.name, one.version] = why
+        if progress:
+            progress(seen)
+        if all(one.done or (one.name, one.version) in failed for one in seen):
+            return failed
+        time.sleep(POLL_S)
+
+
+def _seen(models: Collection[ModelInfo], version: ModelVersion, failed: dict[ModelVersion, str]) -> Readiness:
+    info = next((one for m in models for one in m.versions if (m.name, one.version) == version), None)
+    if info is None:
+        return Readiness(*version, 0, 0)
+    if info.failure:
+        failed[version] = f"A worker of {' '.join(version)} keeps failing: {info.failure.rstrip('.')}"
+    ready = sum(worker.ready for worker in info.workers)
+    return Readiness(*version, ready, max(1, info.min_workers), failed=version in failed)

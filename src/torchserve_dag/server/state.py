@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torchserve_dag.archives import atomic
 from torchserve_dag.runtime.data import plain
@@ -24,15 +24,20 @@ from torchserve_dag.server.ports import Addresses
 FOLDER = ".torchserve-dag"
 
 
+Host = Literal["torchserve", "direct"]
+"""What the models' workers belong to: TorchServe, or the keeper itself, with no server between them and Envoy."""
+
+
 @dataclass(frozen=True, slots=True)
-class TorchServeProcess:
-    """The TorchServe that was started: what a later command needs to find the same process again."""
+class ServerRecord:
+    """The server that was started: what a later command needs to find it again."""
 
     pid: int
-    """The id of its Java process."""
+    """The id of TorchServe's Java process; 0 for the direct host, which has no process of its own."""
     addresses: Addresses
     store: str = "model_store"
     """The project's folder of archives; those that are served were copied from there."""
+    host: Host = "torchserve"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,12 @@ class Serving:
     access_log: bool = False
     timeout_s: float = 600.0
     """How long the models may take to load."""
+    host: Host = "torchserve"
+
+    @property
+    def envoy(self) -> bool:
+        """Whether Envoy runs: it is the direct host's network side, too."""
+        return self.front_door or self.host == "direct"
 
 
 class State:
@@ -60,6 +71,8 @@ class State:
         """The server's own copies of the archives that it serves."""
         self.front_door = self.folder / "front_door"
         self.processes = self.folder / "processes"
+        self.direct = self.folder / "direct"
+        """The direct host's: what it serves, its workers' records and sockets, its unpacked archives."""
         self._server = self.folder / "server.json"
         self._serving = self.folder / "serving.json"
 
@@ -75,7 +88,7 @@ class State:
         """Delete what a server that has ended left: its records, its keys, its unpacked archives."""
         for path in (self._server, self._serving, self.key_file):
             path.unlink(missing_ok=True)
-        for folder in (self.processes, self.tmp):
+        for folder in (self.processes, self.tmp, self.direct):
             shutil.rmtree(folder, ignore_errors=True)
 
     def clear_torchserve(self) -> None:
@@ -96,14 +109,14 @@ class State:
         with locked(self.folder / "lock", 0.0, busy):
             yield
 
-    def record(self) -> TorchServeProcess | None:
+    def record(self) -> ServerRecord | None:
         """The server that was started last, whether it still runs or not."""
         try:
-            return plain.build(TorchServeProcess, _read(self._server))
+            return plain.build(ServerRecord, _read(self._server))
         except plain.WrongDataError:  # no record, or the record of another version of this package
             return None
 
-    def save(self, record: TorchServeProcess) -> None:
+    def save(self, record: ServerRecord) -> None:
         _write(self._server, plain.flatten(record))
 
     def serving(self) -> Serving | None:

@@ -16,7 +16,8 @@ from torchserve_dag.clients.models import version_info
 from torchserve_dag.server import releases_file
 from torchserve_dag.server.processes import runs
 from torchserve_dag.server.selection import Remark, standing
-from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.server.state import ServerRecord, State
+from torchserve_dag.server.supervised import Supervised
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +49,24 @@ class VersionStatus:
 @dataclass(frozen=True, slots=True)
 class Status:
     pid: int
+    """TorchServe's; of the direct host the keeper's."""
     addresses: dict[str, str]
     versions: list[VersionStatus]
     remarks: list[Remark]
     """What is not as it was decided, and what nobody decided on."""
 
 
-def status(state: State, record: TorchServeProcess, client: Client) -> Status:
+def status(state: State, record: ServerRecord, client: Client) -> Status:
     """The server and every version that it serves. Raises ServingError, CheckError."""
     where, archives = record.addresses, copies(state.archives)
-    versions = [_version(model.name, version, archives) for model in client.models() for version in model.versions]
+    infos = [(model.name, version) for model in client.models() for version in model.versions]
+    versions = [_version(name, info, archives) for name, info in infos]
     served = {key: archives.get(key) for version in versions if (key := (version.name, version.version))}
     remarks = standing(read_store(Path(record.store)), releases_file.read(state.root), served)
-    return Status(record.pid, {name: getattr(where, name) for name in where.__slots__}, versions, remarks)
+    remarks += [Remark("failed", f"{name} {info.version}", info.failure) for name, info in infos if info.failure]
+    supervised = Supervised(state).record("keeper")
+    pid = record.pid or (supervised.pid if supervised else 0)
+    return Status(pid, {name: getattr(where, name) for name in where.__slots__}, versions, remarks)
 
 
 def about(client: Client, name: str, version: str | None = None) -> Mapping[str, Any]:

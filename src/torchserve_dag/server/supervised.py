@@ -69,16 +69,20 @@ class Supervised:
     def process(self, role: Role) -> psutil.Process | None:
         """The process, if it runs."""
         record = self.record(role)
-        if record is None or processes.ticks(record.pid) != record.ticks:
+        if record is None or not processes.still_runs(record.pid, record.ticks):
             return None
-        return processes.ours(record.pid, self.state, new=True)
+        try:
+            return psutil.Process(record.pid)
+        except psutil.Error:  # it has just ended
+            return None
 
     def report(self) -> list[ProcessStatus]:
         """Every process that should run; none if the server was not started, or was stopped."""
         serving = self.state.serving()
         if serving is None:
             return []
-        return [self._status(role) for role in ROLES if role != "Envoy" or serving.front_door]
+        absent = {"TorchServe"} if serving.host == "direct" else set() if serving.envoy else {"Envoy"}
+        return [self._status(role) for role in ROLES if role not in absent]
 
     def problem(self, role: Role) -> str:
         """What is wrong with a process that should run; empty if nothing is, or if it should not run."""

@@ -9,22 +9,21 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from torchserve_dag.archives import atomic
-from torchserve_dag.archives.archive import Archive, ModelVersion, Store, UnusableArchiveError, copies, copy, read_store
-from torchserve_dag.clients import Client, KeyFile, ModelNotFound, ServingError
-from torchserve_dag.runtime.data.source import CheckError
-from torchserve_dag.server import config_keys, defaults, java, ports, processes, properties
-from torchserve_dag.server.connect import torchserve_client
+from torchserve_dag.archives.archive import Archive, ModelVersion, copies
+from torchserve_dag.clients import KeyFile
+from torchserve_dag.server import defaults, java, ports, processes, properties
+from torchserve_dag.server.connect import management_client
 from torchserve_dag.server.errors import ServerError
+from torchserve_dag.server.launch import LaunchPlan, Started, StartOptions, keep_copies, unregister
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.ready import ReadinessCallback, StartupWait
-from torchserve_dag.server.state import State, TorchServeProcess
+from torchserve_dag.server.state import ServerRecord, State
 from torchserve_dag.server.supervised import Supervised
 
 LONGEST_SOCKET = 103
@@ -48,87 +47,6 @@ start()
 """
 """TorchServe's own command. Java and its workers inherit that SIGTERM is ignored: a SIGTERM to every process at once
 (systemd, docker) must not end them before the front door is drained. `end` sends SIGINT, which Java obeys too."""
-
-
-@dataclass(frozen=True, slots=True)
-class StartOptions:
-    """The options of `up`; all other settings are in `config.properties`."""
-
-    port: int | None = None
-    grpc_port: int | None = None
-    free_ports: bool = False
-    store: Path | None = None
-    """The folder of archives; None for the project's `model_store`."""
-    access_log: bool = False
-    timeout_s: float = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchPlan:
-    """A checked configuration that TorchServe can be started with."""
-
-    source: Path
-    """The project's `config.properties`, or the default."""
-    properties: dict[str, str]
-    """The content of that file."""
-    store: Path
-    """The project's folder of archives."""
-    where: Addresses
-    java_home: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A TorchServe that serves."""
-
-    record: TorchServeProcess
-    failed: dict[ModelVersion, str]
-    """The versions that it does not serve, each with its reason."""
-
-
-def plan(root: Path, options: StartOptions) -> LaunchPlan:
-    """Check the project's configuration. Raises CheckError, ServerError."""
-    source = properties.find(root)
-    if found := config_keys.problems(source):
-        raise CheckError(found)
-    configured = properties.read(source)
-    store = (options.store or root / configured.get("model_store", "model_store")).resolve()
-    where = _addresses(configured, options)
-    where.check_free()
-    return LaunchPlan(source, configured, store, where, java.find())
-
-
-def known(planned: LaunchPlan) -> Store:
-    """The archives that may be served: those of the store that `load_models` names. Raises ServerError."""
-    store = read_store(planned.store)
-    names = planned.properties.get("load_models", "all")
-    if names.lower() != "all":
-        store = store.only({name.strip() for name in names.split(",") if name.strip()})
-    if not store.archives and not store.unusable:
-        raise ServerError(f"There are no archives in {planned.store}: build them with torchserve-dag build.")
-    return store
-
-
-def copy_all(
-    state: State, archives: Mapping[ModelVersion, Archive]
-) -> tuple[dict[ModelVersion, Archive], dict[ModelVersion, str]]:
-    """The server's own copies of archives, and which could not be copied, with the reason. Other copies are deleted."""
-    copied, failed = dict[ModelVersion, Archive](), dict[ModelVersion, str]()
-    for version, archive in archives.items():
-        try:
-            copied[version] = copy(archive, state.archives)
-        except UnusableArchiveError as error:
-            failed[version] = f"{archive.path} {error}"
-    keep_copies(state, copied)
-    return copied, failed
-
-
-def keep_copies(state: State, archives: Mapping[ModelVersion, Archive]) -> None:
-    """Delete all copies but these."""
-    kept = {archive.path for archive in archives.values()}
-    for path in state.archives.glob("*"):
-        if path not in kept:
-            path.unlink(missing_ok=True)
 
 
 def start(
@@ -155,7 +73,7 @@ def start(
     record = _launch(state, planned, logs, access_log=options.access_log)
     state.save(record)
     Supervised(state).started("TorchServe", record.pid, "loads its models")
-    with torchserve_client(state) as serving:
+    with management_client(state) as serving:
         waiting = StartupWait(files, logs)
         failed = waiting.wait(
             serving,
@@ -169,23 +87,6 @@ def start(
         keep_copies(state, {version: archive for version, archive in archives.items() if version not in failed})
         defaults.apply(state, serving, shares or {})
     return Started(record, dict(failed))
-
-
-def unregister(client: Client, model: str, version: str) -> None:
-    """Take a version out of TorchServe, which refuses that of a default version while there are others.
-
-    Raises ServerError.
-    """
-    try:
-        for info in client.models():
-            others = [one.version for one in info.versions if one.version != version]
-            if info.name == model and info.default.version == version and others:
-                client.set_default(model, defaults.highest(others))
-        client.unregister(model, version)
-    except ModelNotFound:
-        return
-    except ServingError as error:
-        raise ServerError(f"TorchServe does not unregister {model}/{version}: {error}") from None
 
 
 def restart(
@@ -204,7 +105,7 @@ def restart(
     state.clear_torchserve()
     own = copies(state.archives)
     archives = {version: archive for version, archive in own.items() if served is None or version in served}
-    planned = LaunchPlan(state.config, properties.read(state.config), Path(record.store), record.addresses, java.find())
+    planned = LaunchPlan(state.config, properties.read(state.config), Path(record.store), record.addresses)
     options = StartOptions(access_log=serving.access_log, timeout_s=serving.timeout_s)
     return start(state, planned, archives, options, progress, shares=shares)
 
@@ -229,11 +130,6 @@ def end(state: State, besides: Collection[int] = ()) -> bool:
     return process is not None or bool(family)
 
 
-def _addresses(configured: dict[str, str], options: StartOptions) -> Addresses:
-    where = properties.addresses(configured).with_ports(options.port, options.grpc_port)
-    return where.with_free_ports() if options.free_ports else where
-
-
 def _sockets(state: State, where: Addresses) -> dict[str, str]:
     """Workers listen at Unix sockets in the state folder, or at ports if its path is too long for a socket."""
     if len(os.fsencode(state.tmp / ".ts.sock.99999")) <= LONGEST_SOCKET:
@@ -242,7 +138,7 @@ def _sockets(state: State, where: Addresses) -> dict[str, str]:
     return {"use_native_io": "false", "initial_worker_port": str(ports.free_run(host, 50))}
 
 
-def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) -> TorchServeProcess:
+def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) -> ServerRecord:
     command = [sys.executable, "-c", _STARTER, "--start", "--ncs"]
     command += ["--ts-config", state.config.name, "--model-store", str(state.archives)]
     begun = time.time()
@@ -250,7 +146,7 @@ def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) 
         starter = subprocess.Popen(  # noqa: S603 (our own arguments)
             command,
             cwd=state.folder,
-            env=_environment(state, planned.java_home, access_log=access_log),
+            env=_environment(state, java.find(), access_log=access_log),
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
@@ -265,7 +161,7 @@ def _launch(state: State, planned: LaunchPlan, logs: Logs, *, access_log: bool) 
             raise ServerError(f"TorchServe's command did not end within {START_S:g} s.") from None
     try:  # TorchServe's command ends once Java runs, and writes its pid into this file
         pid = int((state.tmp / ".model_server.pid").read_text("utf-8"))
-        record = TorchServeProcess(pid, planned.where, str(planned.store))
+        record = ServerRecord(pid, planned.where, str(planned.store))
     except (OSError, ValueError):
         raise ServerError(f"TorchServe did not start: {logs.server_failure() or 'its log gives no reason'}.") from None
     while not _has_keys(state):

@@ -10,7 +10,7 @@ from torchserve_dag.front_door import certificate
 from torchserve_dag.front_door import start as front_door
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens
+from torchserve_dag.server.connect import host_client, host_tokens, running
 from torchserve_dag.server.ports import host_and_port
 from torchserve_dag.server.state import State
 
@@ -18,15 +18,15 @@ from torchserve_dag.server.state import State
 def client(state: State, protocol: Protocol = "rest", timeout: float = 60.0) -> RestClient | GrpcClient:
     """A client with the server's addresses and tokens. Close it, or use it in a `with`. Raises ServerError."""
     door = Door(state).record()
-    if door is None:
-        return torchserve_client(state, protocol, timeout)
+    if door is None or not door.tls:
+        return host_client(state, protocol, timeout)
     kind: type[GrpcClient | RestClient] = GrpcClient if protocol == "grpc" else RestClient
     where, shown = running(state).addresses, Path(door.certificate)
     return kind(
         f"https://{local_address(door.settings)}",
         where.grpc_management if protocol == "grpc" else where.management,
         token=front_door.own_token(state),
-        management_token=torchserve_tokens(state).management,
+        management_token=host_tokens(state).management,
         ca=shown,
         server_name=certificate.subject_name(shown),
         timeout=timeout,

@@ -19,7 +19,7 @@ from torchserve_dag.clients import Client, VersionInfo, WorkerInfo
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.server import processes
-from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens
+from torchserve_dag.server.connect import host_tokens, management_client, running
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
@@ -77,7 +77,7 @@ class Healer:
         for model, number, workers in traffic.resting[:1]:  # an earlier keeper was killed while it healed
             self._begin((model, number), workers)
             return
-        with torchserve_client(self._state) as client:
+        with management_client(self._state) as client:
             infos = {(model.name, one.version): one for model in client.models(timeout=10) for one in model.versions}
         for one in traffic.served:
             version = (one.model, one.version)
@@ -136,7 +136,7 @@ class Healer:
 
     def _wait(self, version: ModelVersion) -> None:
         deadline = time.monotonic() + READY_S
-        with torchserve_client(self._state) as client:
+        with management_client(self._state) as client:
             while not _ready(client, version):
                 if time.monotonic() > deadline:
                     raise ServerError(f"{'/'.join(version)} is not ready after {READY_S:g} s.")
@@ -149,7 +149,7 @@ def _others(traffic: Traffic, version: ModelVersion) -> tuple[tuple[str, str, in
 
 def scale(state: State, version: ModelVersion, workers: int) -> None:
     """Have TorchServe run this many workers of a version. Raises ServerError."""
-    address, token = running(state).addresses.management, torchserve_tokens(state).management
+    address, token = running(state).addresses.management, host_tokens(state).management
     # Not `synchronous`: TorchServe would wait in one of netty's threads, and that thread's connections with it.
     query: dict[str, int | str] = {"min_worker": workers, "max_worker": workers, "synchronous": "false"}
     try:

@@ -1,5 +1,5 @@
 """The keeper: it starts Envoy, TorchServe and its own watcher again if they end, ejects versions that keep failing for
-a while, and runs rollouts without a terminal.
+a while, and runs rollouts without a terminal. Of the direct host it has the workers and the management API.
 
 None of these processes is its own: another keeper finds them by their records. On SIGTERM, or when nothing is to be
 served any more (`down`), it drains the front door, and then ends Envoy and TorchServe: no accepted request is lost.
@@ -30,11 +30,15 @@ from torchserve_dag.releases.rollout import Rollouts
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
-from torchserve_dag.server.state import State
+from torchserve_dag.server.state import Serving, State
 from torchserve_dag.server.supervised import Supervised
-from torchserve_dag.stack import start, supervise
+from torchserve_dag.stack import management, start, supervise
 from torchserve_dag.stack.heal import Healer
+from torchserve_dag.stack.management import Management
+from torchserve_dag.stack.metrics_page import MetricsPage
 from torchserve_dag.stack.watch import Watch
+from torchserve_dag.stack.worker_process import rotate_logs
+from torchserve_dag.stack.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +80,13 @@ class Keeper:
         serving = self.state.serving()
         if serving:
             self._adopt()
+            direct = self._begin_direct() if serving.host == "direct" else None
             for turn in itertools.count():
                 if self._ending.wait(supervise.POLL_S) or self.state.serving() is None:
                     break
-                _try(partial(self._round, turn, front_door=serving.front_door))
+                if direct:
+                    _try(direct.look)
+                _try(partial(self._round, turn, serving))
         self._end_all()
 
     def end(self, _signal: int, _frame: FrameType | None) -> None:
@@ -97,18 +104,27 @@ class Keeper:
         if record and record.problem and java:
             processes.kill([java])
 
-    def _round(self, turn: int, *, front_door: bool) -> None:
+    def _begin_direct(self) -> Workers:
+        """Serve the management API, whose calls change which workers there are to be."""
+        workers = Workers(self.state)
+        page = MetricsPage(self.door, workers)
+        management.serve(self.state, Management(self.state, workers), page.text)
+        return workers
+
+    def _round(self, turn: int, serving: Serving) -> None:
         _try(self._watches["watcher"].look)
-        if front_door:
+        if serving.envoy:
             _try(self._watches["Envoy"].look)
-        if self._starting is None or not self._starting.is_alive():
+        if serving.host == "torchserve" and (self._starting is None or not self._starting.is_alive()):
             _try(self._watches["TorchServe"].look)
-        if not front_door or not self.envoy.running() or not self.envoy.listens() or turn % EVERY:
+        if not serving.envoy or not self.envoy.running() or not self.envoy.listens() or turn % EVERY:
             return
-        for step in (self.envoy.rotate_logs, self.renew):
+        for step in (self.envoy.rotate_logs, partial(rotate_logs, self.state), self.renew):
             _try(step)
         if not self.door.traffic().closed:
-            for step in (self._healer.look, self.eject, self.rollouts.start_requested):
+            if serving.host == "torchserve":
+                _try(self._healer.look)
+            for step in (self.eject, self.rollouts.start_requested):
                 _try(step)
 
     def _start_torchserve(self) -> None:

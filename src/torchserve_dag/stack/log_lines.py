@@ -26,6 +26,8 @@ NOT_LINES = {"feedback", "scores", "ts_metrics", "model_metrics"}
 FOLLOW_S = 0.3
 
 _FILE = re.compile(r"(?P<base>\w+?)(?:\.\d+)?\.log(?:\.\d+)?(?P<gz>\.gz)?")
+_WORKER_FILE = re.compile(r"(?P<base>worker)@(?P<name>[^@]+)@(?P<version>[^@]+)\.log(?:\.\d+)?")
+"""Of the direct host's workers: see log_of in stack/worker_process.py."""
 _TIME = re.compile(r"\[?(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)[.,](\d{3})\d*\]?")
 _LOG4J = re.compile(r"\S+ \[\w+\s*\] (?P<thread>\S+) \S+ - (?P<message>.*)")
 _WORKER = re.compile(r"W-\d+-(?P<name>.+)_(?P<version>[^_]+?)(?:-std(?:out|err))?")
@@ -135,7 +137,7 @@ def _modified(path: Path) -> float:
 
 
 def _base(path: Path) -> str | None:
-    match = _FILE.fullmatch(path.name)
+    match = _FILE.fullmatch(path.name) or _WORKER_FILE.fullmatch(path.name)
     return match["base"] if match and match["base"] not in NOT_LINES else None
 
 
@@ -191,6 +193,7 @@ class _Reader:
             return
         when = _local(*at.groups()) if at else dt.datetime.fromtimestamp(self.path.stat().st_mtime, dt.timezone.utc)
         worker = _WORKER.fullmatch(thread)
+        worker = worker or _WORKER_FILE.fullmatch(self.path.name)
         model = (worker["name"], worker["version"]) if worker else (None, None)
         entry = Entry(when, source, self.path.name, text, *model)
         self._last[thread] = self._last[""] = (entry, self._call)  # a line without a time follows the last that has one

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torchserve_dag.archives.archive import ModelVersion, Store, copies
 from torchserve_dag.clients.models import version_key
@@ -15,10 +14,11 @@ from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.runtime.data import source
 from torchserve_dag.runtime.data.source import CheckError, Problem
-from torchserve_dag.server import processes, releases_file
+from torchserve_dag.server import releases_file
+from torchserve_dag.server.connect import is_running
 from torchserve_dag.server.releases_file import decided
 from torchserve_dag.server.selection import differences
-from torchserve_dag.server.state import State
+from torchserve_dag.server.state import Host, State
 
 FILE = "torchserve-dag.yaml"
 
@@ -27,8 +27,8 @@ FILE = "torchserve-dag.yaml"
 class ProjectSettings:
     """Settings of the project as a whole."""
 
-    host: Literal["torchserve"] = "torchserve"
-    """The server that the models' workers belong to."""
+    host: Host = "torchserve"
+    """What the models' workers belong to: `torchserve`, or `direct`, with no server between them and Envoy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,7 @@ def fixed(root: Path) -> dict[ModelVersion, str]:
     for key, (kind, _) in decided(releases_file.read(root)).items():
         reasons[key] = f"is {'the default' if kind == 'default' else kind} in {releases_file.FILE}"
     state = State(root)
-    record = state.record()
-    if record and processes.java(record, state):
+    if is_running(state):
         reasons |= dict.fromkeys(copies(state.archives), "is served now")
     return reasons
 

@@ -1,4 +1,4 @@
-"""All that serves a project, started and stopped together: the front door, and TorchServe behind it."""
+"""All that serves a project, started and stopped together: the front door, and a host behind it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from torchserve_dag.front_door.door import Door, FrontDoorRecord, Traffic
 from torchserve_dag.front_door.envoy import DRAIN_S, LAST_S, LONGEST_DRAIN_S
 from torchserve_dag.front_door.envoy import END_S as ENVOY_END_S
 from torchserve_dag.front_door.routes_file import RouteFile
+from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.data.loopback import is_loopback
-from torchserve_dag.server import defaults, processes, properties, releases_file, torchserve
-from torchserve_dag.server.connect import torchserve_client
+from torchserve_dag.server import defaults, java, launch, processes, properties, releases_file, torchserve
+from torchserve_dag.server.connect import management_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import Addresses, host_and_port
 from torchserve_dag.server.ready import ReadinessCallback
 from torchserve_dag.server.selection import Remark, differences, select
-from torchserve_dag.server.state import Serving, State, TorchServeProcess
+from torchserve_dag.server.state import Host, ServerRecord, Serving, State
 from torchserve_dag.server.supervised import ROLES, Supervised
-from torchserve_dag.stack import settings
+from torchserve_dag.stack import direct_host, settings, supervise
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ END_S = LONGEST_DRAIN_S + DRAIN_S + LAST_S + ENVOY_END_S + torchserve.STOP_S + 1
 class Running:
     """What `start` started."""
 
-    torchserve: TorchServeProcess
+    server: ServerRecord
     front_door: FrontDoorRecord | None
     remarks: list[Remark]
     """What is to be said about archives: those that failed or were left out, and new ones."""
@@ -45,18 +46,21 @@ class Running:
 
 def start(
     root: Path,
-    options: torchserve.StartOptions | None = None,
+    options: launch.StartOptions | None = None,
     progress: ReadinessCallback | None = None,
     *,
+    host: Host | None = None,
     with_front_door: bool = True,
     strict: bool = False,
 ) -> Running:
-    """Start the front door and TorchServe, and wait until all that can be served is. Nobody watches them yet.
+    """Start the front door and the host, and wait until all that can be served is. Nobody watches TorchServe yet.
+
+    `host` is that of `torchserve-dag.yaml` where it is None.
 
     Raises ServerError or CheckError if nothing can be served, or, if `strict`, not everything; then no process is left
     running, and the logs are kept.
     """
-    options = options or torchserve.StartOptions()
+    options = options or launch.StartOptions()
     state = State(root)
     with state.lock():
         if runs(state):
@@ -64,8 +68,8 @@ def start(
         # Processes that outlived an earlier server may hold its ports.
         processes.kill(processes.family(state, {os.getpid()}))
         Door(state).forget()
-        planned = torchserve.plan(root, options)
-        store = torchserve.known(planned)
+        planned = launch.plan(root, options)
+        store = launch.known(planned)
         serving_settings = settings.read(root, store.archives)
         routes = serving_settings.routes
         releases = releases_file.read(root)
@@ -74,47 +78,94 @@ def start(
         remarks = [*selection.remarks, *differences(store, releases)]
         _check_enough(selection.archives, remarks, strict=strict)
         door_settings = serving_settings.front_door
+        chosen = host or serving_settings.project.host
         if with_front_door:
             _check_inside(planned.where)
+        if with_front_door or chosen == "direct":
             front_door.raise_open_files()
             if few := front_door.few_connections(door_settings):
                 remarks.append(Remark("limited", "front door", few))
+        if with_front_door:
             door_settings = front_door.with_free_ports(door_settings) if options.free_ports else door_settings
             front_door.check_free(door_settings)
         state.prepare()
-        archives, failed = torchserve.copy_all(state, selection.archives)
+        archives, failed = launch.copy_all(state, selection.archives)
         remarks += [Remark("failed", " ".join(version), why) for version, why in failed.items()]
         _check_enough(archives, remarks, strict=strict)
+        state_of = Serving(with_front_door, options.access_log, options.timeout_s, chosen)
+        begin = _begin_direct if chosen == "direct" else _begin_torchserve
         try:
-            door = None
-            if with_front_door:
-                max_body = properties.max_body(planned.properties)
-                door = front_door.start(root, door_settings, planned.where, max_body)
-            # Versions come and go while TorchServe runs: with its management token, on this machine.
-            inside = is_loopback(host_and_port(planned.where.management)[0])
-            started = torchserve.start(
-                state,
-                planned,
-                archives,
-                options,
-                progress,
-                changes={"enable_model_api": "true"} if inside else {},
-                shares=_shares(routes),
-            )
+            started, door = begin(_Start(state, planned, archives, options, progress, door_settings, routes, state_of))
             failures = {" ".join(version): why for version, why in started.failed.items()}
             remarks = [one for one in remarks if not (one.kind == "new" and one.what in failures)]
             remarks += [Remark("failed", what, why) for what, why in failures.items()]
             _check_enough(archives, remarks, strict=strict)
             if door:
-                with torchserve_client(state) as serving:
+                with management_client(state) as serving:
                     open_door(state, serving, routes)
-            Supervised(state).note("TorchServe", "")
-            state.save_serving(Serving(with_front_door, options.access_log, options.timeout_s))
+            if chosen == "torchserve":
+                Supervised(state).note("TorchServe", "")
+            state.save_serving(state_of)
         except BaseException:  # also after Ctrl-C: a half-started server must not keep running
             Door(state).forget()
-            torchserve.end(state, {os.getpid()})
+            _end_processes(state, {os.getpid()})
             raise
     return Running(started.record, door, remarks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """All that is known before the first process is started."""
+
+    state: State
+    planned: launch.LaunchPlan
+    archives: Mapping[ModelVersion, Archive]
+    """The server's copies."""
+    options: launch.StartOptions
+    progress: ReadinessCallback | None
+    door_settings: FrontDoor
+    routes: Mapping[str, RouteFile]
+    serving: Serving
+
+
+def _begin_torchserve(this: _Start) -> tuple[launch.Started, FrontDoorRecord | None]:
+    """Start the front door and TorchServe. Nobody watches them yet."""
+    java.find()
+    planned = this.planned
+    door = None
+    if this.serving.front_door:
+        max_body = properties.max_body(planned.properties)
+        door = front_door.start(this.state.root, this.door_settings, planned.where, max_body)
+    # Versions come and go while TorchServe runs: with its management token, on this machine.
+    inside = is_loopback(host_and_port(planned.where.management)[0])
+    changes = {"enable_model_api": "true"} if inside else {}
+    started = torchserve.start(
+        this.state,
+        planned,
+        this.archives,
+        this.options,
+        this.progress,
+        changes=changes,
+        shares=_shares(this.routes),
+    )
+    return started, door
+
+
+def _begin_direct(this: _Start) -> tuple[launch.Started, FrontDoorRecord | None]:
+    """Start Envoy, the watcher and the keeper, which starts the workers."""
+    state, planned = this.state, this.planned
+    refused = direct_host.refused(this.archives)
+    archives = {version: archive for version, archive in this.archives.items() if version not in refused}
+    if not archives:
+        raise ServerError("; ".join(refused.values()) + ".")
+    max_body = properties.max_body(planned.properties)
+    own = direct_host.ports(state, planned, access_log=this.options.access_log)
+    door = front_door.start(state.root, this.door_settings, planned.where, max_body, own, tls=this.serving.front_door)
+    record = direct_host.prepare(state, planned, archives)
+    state.save_serving(this.serving)
+    supervise.start(state)
+    started = direct_host.wait(state, record, archives, this.options, this.progress, _shares(this.routes))
+    return replace(started, failed=refused | started.failed), door
 
 
 def _check_enough(archives: Mapping[ModelVersion, Archive], remarks: Sequence[Remark], *, strict: bool) -> None:
@@ -169,18 +220,25 @@ def stop(root: Path) -> bool:
         return False
     with state.lock():
         ran = runs(state)
-        state.forget_serving()  # the keeper and the watcher end everything
-        supervised = Supervised(state)
-        for role in ("watcher", "keeper"):
-            process = supervised.process(role)
-            processes.kill(processes.wait([process] if process else [], END_S))
-        return end(state) or ran
+        return _end_processes(state) or ran
+
+
+def _end_processes(state: State, besides: Collection[int] = ()) -> bool:
+    """Have the keeper and the watcher end everything; end whatever they leave. Returns whether any ran."""
+    state.forget_serving()
+    supervised = Supervised(state)
+    for role in ("watcher", "keeper"):
+        process = supervised.process(role)
+        processes.kill(processes.wait([process] if process else [], END_S))
+    return end(state, besides)
 
 
 def end(state: State, besides: Collection[int] = ()) -> bool:
     """Drain the front door, and end every process of the server but those of these pids. Returns whether any ran."""
+    record = state.record()
     drained = front_door.stop(state)
-    return torchserve.end(state, besides) or drained
+    host = direct_host if record and record.host == "direct" else torchserve
+    return host.end(state, besides) or drained
 
 
 def _check_inside(where: Addresses) -> None:
@@ -217,7 +275,7 @@ def set_default(root: Path, name: str, version: str) -> None:
     door = Door(state)
     if door.record() and name in door.traffic().routes:
         raise ServerError(f"routes.yaml says which version of {name} answers: change it, and run torchserve-dag routes")
-    with torchserve_client(state) as serving:
+    with management_client(state) as serving:
         defaults.set_default(state, serving, name, version, "torchserve-dag default")
     if door.record():
         door.change(lambda now: replace(now, defaults={**now.defaults, name: version}))

@@ -38,6 +38,9 @@ OPTIONS = (
 MAX_PLAIN_PHOTO = 6_500_000
 """Bytes of pixels up to which a photo is sent uncompressed. TorchServe's default limit is 6,553,500 bytes."""
 
+STATE = "TORCHSERVE_DAG_STATE"
+"""The environment variable with the state folder of the server that a worker belongs to (server/processes.py)."""
+
 _TOO_LARGE = ("error code 8", "maximum size", "larger than max")
 """Parts of the errors for a body that is too large. TorchServe sends only the first, which is RST_STREAM's CANCEL."""
 
@@ -116,6 +119,8 @@ class ServedModel:
         try:
             if code == "OK":
                 answer = self._answer(call.result().prediction)
+            elif said := _failure_of(call):
+                answer = self._passed_on(said)
             else:
                 answer = self._failed(code, call.details() or "", size, timeout_s)
         except Exception as error:  # noqa: BLE001 (as above)
@@ -125,17 +130,21 @@ class ServedModel:
         done(answer)
 
     def _answer(self, body: bytes) -> Any:
-        failure = codec.failure_in(body)  # a status is lost over gRPC
+        failure = codec.failure_in(body)  # TorchServe's gRPC loses the status of a failure
         if failure:
-            where = f"{failure.node} of {self._name}" if failure.node else self._name
-            status = failure.status  # 408: its client, which is this node, did not wait longer
-            status = HTTPStatus.GATEWAY_TIMEOUT if status == HTTPStatus.REQUEST_TIMEOUT else status
-            return Failure(status, f"{failure.message} ({where})", failure.type)
+            return self._passed_on(failure)
         try:
             return codec.decode_answer(self._gives, body)
         except InputError as error:
             message = f"The answer of {self._name} is not {codec.describe(self._gives)}: {error.message}"
             return Failure(HTTPStatus.BAD_GATEWAY, message, "UnexpectedAnswer")
+
+    def _passed_on(self, failure: Failure) -> Failure:
+        """The failure of the served model as that of this node."""
+        where = f"{failure.node} of {self._name}" if failure.node else self._name
+        status = failure.status  # 408: its client, which is this node, did not wait longer
+        status = HTTPStatus.GATEWAY_TIMEOUT if status == HTTPStatus.REQUEST_TIMEOUT else status
+        return Failure(status, f"{failure.message} ({where})", failure.type)
 
     def _failed(self, code: str, text: str, size: int, timeout_s: float) -> Failure:
         """The failure of a call without an answer. TorchServe's own errors end with a line that names a Java class."""
@@ -151,7 +160,7 @@ class ServedModel:
             case "UNIMPLEMENTED":
                 status, kind = HTTPStatus.BAD_GATEWAY, "ModelNotFound"
                 message = f"{address} is not where a TorchServe answers gRPC calls for predictions: {reason}."
-            case "INTERNAL" if "NotFoundException" in java:
+            case "INTERNAL" | "NOT_FOUND" if "NotFoundException" in java:
                 status, kind = HTTPStatus.BAD_GATEWAY, "ModelNotFound"
                 message = f"{address} does not serve what the workflow calls: {reason}."
             case "INTERNAL" if "has no worker to serve" in reason:
@@ -255,7 +264,15 @@ def _key_files(address: str) -> list[Path]:
     """
     if not is_loopback(address.rpartition(":")[0]):
         return []
-    return [Path(".torchserve-dag/key_file.json"), Path(f"/proc/{os.getppid()}/cwd/key_file.json")]
+    state = os.environ.get(STATE)
+    files = [Path(".torchserve-dag/key_file.json"), Path(f"/proc/{os.getppid()}/cwd/key_file.json")]
+    return [*files, *([Path(state) / "key_file.json"] if state else [])]
+
+
+def _failure_of(call: Any) -> Failure | None:
+    """The failure of a call as its model wrote it, which a front door passes on beside the status."""
+    written = dict(call.trailing_metadata() or ()).get("x-failure")
+    return codec.failure_in(written.encode()) if isinstance(written, str) else None
 
 
 def _key_in(path: Path) -> str | None:

@@ -1,0 +1,109 @@
+"""TorchServe's gRPC calls, as Envoy's `grpc_http1_reverse_bridge` passes them on: over HTTP/1.1, framed as in gRPC.
+
+A frame is a byte that is 0, the length of the message in four bytes, and the message. Envoy adds the trailer with the
+status OK at an answer's end; a failure is an answer without a body, whose headers have the status.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote
+
+from google.protobuf.message import DecodeError
+
+from torchserve_dag.direct.cancel_keys import with_own_keys
+from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest
+from torchserve_dag.runtime.worker.protocol import Part, ServiceRequest, ServiceResponse
+
+SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
+CONTENT_TYPE = "application/grpc"
+STATUSES = {401: 16, 403: 7, 404: 5, 408: 4, 409: 10, 413: 8, 429: 8, 499: 1, 501: 12, 503: 14, 504: 4, 507: 8}
+"""HTTP status → gRPC status. Another 4xx is 3 (INVALID_ARGUMENT), another 5xx is 13 (INTERNAL)."""
+MAX_FAILURE = 4_000
+"""The most bytes of a failure that go into a header as a whole."""
+OPTIONS = frozenset(
+    {"x-outputs", "x-timeout-ms", "x-priority", "traceparent", "x-request-id", "x-cancel-key", "x-cancel", "x-pieces"}
+)
+"""Entries of a call's map that are options of the request."""
+OWN = frozenset({"x-door-token", "x-arrived-ms"})
+"""What the front door writes into headers: entries of these names are nobody's."""
+_INVALID, _INTERNAL = 3, 13
+_PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+_UNITS_MS = {"n": 1e-6, "u": 1e-3, "m": 1.0, "S": 1e3, "M": 6e4, "H": 3.6e6}
+_HEAD = 5
+_MAX_DIGITS = 8
+
+
+class NotGrpcError(ValueError):
+    """A call that holds no message of its service: a sentence for the client."""
+
+
+def message_in(body: bytes) -> bytes:
+    """The message of a call. Raises NotGrpcError."""
+    if len(body) < _HEAD or body[0] or int.from_bytes(body[1:_HEAD], "big") != len(body) - _HEAD:
+        raise NotGrpcError("The call does not hold one whole, uncompressed message.")
+    return body[_HEAD:]
+
+
+def framed(message: bytes) -> bytes:
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def answer(body: bytes) -> bytes:
+    """A framed PredictionResponse."""
+    return framed(PredictionResponse(prediction=body).SerializeToString())
+
+
+def request_in(body: bytes, headers: dict[str, str], new_id: str) -> tuple[str, str, ServiceRequest]:
+    """The model, the version (or nothing) and the request of a `Predictions` or `StreamPredictions`.
+
+    Raises NotGrpcError.
+
+    Metadata are headers. Of an option that is an entry of the map, too, the entry counts, but for what the front door
+    writes. `new_id` is the id of a request without one.
+    """
+    try:
+        call = PredictionsRequest.FromString(message_in(body))
+    except DecodeError:
+        raise NotGrpcError("The message is no PredictionsRequest.") from None
+    options = {**headers, **time_limit(headers.get("grpc-timeout", ""))}
+    parts, content_type = [], None
+    for name, content in call.input.items():
+        option = name.lower()
+        if option in OPTIONS:
+            options[option] = content.decode("utf-8", "replace")
+        elif option == "content-type":
+            content_type = content.decode("utf-8", "replace")
+        elif option not in OWN:
+            parts.append(Part(name, content))
+    about: dict[str, Any] = {"options": with_own_keys(options), "headers": headers}
+    request_id = options.get("x-request-id") or new_id
+    if len(parts) == 1 and parts[0].name == "body":
+        request = ServiceRequest(request_id, parts[0].content, content_type, **about)
+    else:
+        request = ServiceRequest(request_id, parts=parts, **about)
+    return call.model_name, call.model_version, request
+
+
+def time_limit(text: str) -> dict[str, str]:
+    """The option that says what a call's header `grpc-timeout` says, such as `100m`; none if it has no such header."""
+    number, unit = text[:-1], _UNITS_MS.get(text[-1:])
+    if unit is None or not (number.isascii() and number.isdigit()) or len(number) > _MAX_DIGITS:
+        return {}
+    return {"x-timeout-ms": str(max(1, math.ceil(int(number) * unit)))}
+
+
+def failure_headers(response: ServiceResponse) -> dict[str, str]:
+    """The headers of a failed call. `response` is the failure as a model or this host writes it: JSON."""
+    fields = json.loads(response.body)
+    message = str(fields.get("message", ""))
+    status = STATUSES.get(
+        response.status, _INVALID if response.status < HTTPStatus.INTERNAL_SERVER_ERROR else _INTERNAL
+    )
+    headers = {**response.headers, "grpc-status": str(status), "grpc-message": quote(message, safe=_PLAIN)}
+    if len(response.body) <= MAX_FAILURE:
+        headers["x-failure"] = response.body.decode("ascii")
+    return headers

@@ -1,0 +1,121 @@
+"""The direct host's page of metrics: TorchServe's names for requests, machine and workers; the nodes' of all workers.
+
+A worker that has ended still counts with what it last said, so that no sum of a version falls.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import psutil
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, UntypedMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from torchserve_dag.archives.archive import ModelVersion
+from torchserve_dag.front_door.door import Door
+from torchserve_dag.releases import version_metrics
+from torchserve_dag.runtime.worker.protocol import Metrics
+from torchserve_dag.server.errors import ServerError
+from torchserve_dag.stack.workers import Workers
+
+NODE = "torchserve_dag_node_"
+_MB = 2**20
+
+
+class MetricsPage:
+    """What `/metrics` shows."""
+
+    def __init__(self, door: Door, workers: Workers) -> None:
+        self._door, self._workers = door, workers
+        self._host = socket.gethostname()
+        self._said: dict[tuple[ModelVersion, str], Metrics] = {}
+        """The latest metrics of each worker that there has been, by its version and id."""
+        self._lock = threading.Lock()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def text(self) -> str:
+        """The page, in Prometheus's text format."""
+        with self._lock:
+            return generate_latest(self._registry).decode()
+
+    def describe(self) -> Iterable[Metric]:
+        """For the registry, which would otherwise collect when it is made."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        yield from self._requests()
+        yield from self._machine()
+        yield from self._nodes()
+
+    def _requests(self) -> Iterator[Metric]:
+        try:
+            answered = version_metrics.answered(self._door.admin)
+        except ServerError:  # Envoy is being started
+            return
+        about = ["model_name", "model_version", "hostname"]
+        requests = UntypedMetricFamily("ts_inference_requests_total", "Requests that were answered.", labels=about)
+        latency = UntypedMetricFamily("ts_inference_latency_microseconds", "Their whole time.", labels=about)
+        classes: dict[int, int] = defaultdict(int)
+        for (model, version), counts in answered.items():
+            requests.add_metric([model, version, self._host], sum(counts.by_class.values()))
+            latency.add_metric([model, version, self._host], counts.us)
+            for status, count in counts.by_class.items():
+                classes[status] += count
+        yield requests
+        yield latency
+        for status in (2, 4, 5):
+            what = f"Requests{status}XX"
+            family = UntypedMetricFamily(what, f"Requests with a status from {status}00.", labels=["Level", "Hostname"])
+            family.add_metric(["Host", self._host], classes[status])
+            yield family
+
+    def _machine(self) -> Iterator[Metric]:
+        memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+        values = {
+            "CPUUtilization": psutil.cpu_percent(),
+            "MemoryUsed": memory.used / _MB,
+            "MemoryAvailable": memory.available / _MB,
+            "MemoryUtilization": memory.percent,
+            "DiskUsage": disk.used / 2**30,
+            "DiskAvailable": disk.free / 2**30,
+            "DiskUtilization": disk.percent,
+        }
+        for name, value in values.items():
+            family = GaugeMetricFamily(name, "As TorchServe has it.", labels=["Level", "Hostname"])
+            family.add_metric(["Host", self._host], value)
+            yield family
+
+    def _nodes(self) -> Iterator[Metric]:
+        totals = self._totals()
+        families: dict[str, UntypedMetricFamily] = {}
+        for (model, version), series in sorted(totals.items()):
+            for (node, metric, bound), value in series.items():
+                name = NODE + metric
+                labels = ["workflow", "version", "node", "Hostname", *(["le"] if bound else [])]
+                family = families.get(name)
+                if family is None:
+                    family = families[name] = UntypedMetricFamily(name, "See docs/metrics.md.", labels=labels)
+                family.add_metric([model, version, node, self._host, *([bound] if bound else [])], value)
+        yield from families.values()
+
+    def _totals(self) -> dict[ModelVersion, dict[tuple[str, str, str | None], float]]:
+        versions = {one.hosted.key for one in self._workers.sight()}
+        for key in versions:
+            for worker in self._workers.ready(key):
+                said = worker.ask("metrics")
+                if said is not None:
+                    series = {(node, metric, bound): value for node, metric, bound, value in said}
+                    self._said[key, worker.record.id] = series
+        self._said = {of: said for of, said in self._said.items() if of[0] in versions}
+        totals: dict[ModelVersion, dict[tuple[str, str, str | None], float]] = {}
+        for (key, _), said in self._said.items():
+            total = totals.setdefault(key, defaultdict(float))
+            for one, value in said.items():
+                total[one] += value
+        return totals
