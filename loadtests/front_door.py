@@ -34,9 +34,9 @@ from torchserve_dag.clients import Options, ServingError  # noqa: E402
 from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
 from torchserve_dag.releases import manual, versions  # noqa: E402
-from torchserve_dag.server import torchserve  # noqa: E402
-from torchserve_dag.server.connect import running, torchserve_client, torchserve_tokens  # noqa: E402
-from torchserve_dag.server.state import State  # noqa: E402
+from torchserve_dag.server import launch  # noqa: E402
+from torchserve_dag.server.connect import host_client, host_tokens, management_client, running  # noqa: E402
+from torchserve_dag.server.state import Host, State  # noqa: E402
 from torchserve_dag.stack import connect, supervise  # noqa: E402
 from torchserve_dag.stack import start as stack  # noqa: E402
 
@@ -67,7 +67,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[State]:
+def server(folder: Path, host: Host) -> Iterator[State]:
     """The project's archives, two versions of the workflow among them, and an echo, with the front door."""
     small_project.make(folder, {"workflows/echo.py": ECHO, "workflows/echo.yaml": YAML})
     (folder / "routes.yaml").write_text(split(100, 0))
@@ -75,7 +75,7 @@ def server(folder: Path) -> Iterator[State]:
         (folder / "model_store" / archive.name).symlink_to(archive)
     # Long limits, so that the front door holds the hostile connections instead of closing them.
     (folder / "front_door.yaml").write_text("limits: {headers_s: 60, idle_s: 60, requests_per_second: 100000}\n")
-    stack.start(folder, torchserve.StartOptions(free_ports=True))
+    stack.start(folder, launch.StartOptions(free_ports=True), host=host)
     supervise.start(State(folder))
     try:
         yield State(folder)
@@ -94,7 +94,7 @@ def split(old: int, new: int | None) -> str:
 def cost(state: State) -> dict[str, Any]:
     """A request of 1 KB to a model that does nothing: directly and through the front door, in turns."""
     found = {}
-    with torchserve_client(state, "grpc") as straight, connect.client(state, "grpc") as through:
+    with host_client(state, "grpc") as straight, connect.client(state, "grpc") as through:
         calls = {"straight": grpc_call(straight), "through": grpc_call(through)}
         found["gRPC"] = in_turns(calls)
     where, door = running(state).addresses, Door(state).record()
@@ -105,7 +105,7 @@ def cost(state: State) -> dict[str, Any]:
     host, port = connect.local_address(door.settings).split(":")
     through_http = http.client.HTTPSConnection(host, int(port), context=context)
     calls = {
-        "straight": http_call(straight_http, torchserve_tokens(state).inference),
+        "straight": http_call(straight_http, host_tokens(state).inference),
         "through": http_call(through_http, own_token(state)),
     }
     found["REST"] = in_turns(calls)
@@ -220,7 +220,7 @@ def load(state: State) -> dict[str, Any]:
     take(state.folder.parent, 100, None)
     capacity = rate_of(state)
     rounds: list[tuple[float, float, float]] = []
-    with torchserve_client(state) as client, Load(state, 0.7 * capacity) as under:
+    with management_client(state) as client, Load(state, 0.7 * capacity) as under:
         for _ in range(ROUNDS // 2):
             versions.retire(state, client, WORKFLOW, "2.0")
             time.sleep(2)
@@ -358,9 +358,12 @@ PARTS: dict[str, Callable[[State], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all unless given")
-    asked = parser.parse_args().parts or list(PARTS)
-    results: dict[str, Any] = {"machine": machine.this().processor, "cores": machine.this().cores}
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as state:
+    parser.add_argument("--host", choices=["torchserve", "direct"], default="torchserve")
+    options = parser.parse_args()
+    asked = options.parts or list(PARTS)
+    this = machine.this()
+    results: dict[str, Any] = {"machine": this.processor, "cores": this.cores, "host": options.host}
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder), options.host) as state:
         for name in asked:
             results[name] = PARTS[name](state)
             print(json.dumps({name: results[name]}, indent=2), flush=True)  # noqa: T201 (for a person)

@@ -16,7 +16,7 @@ from photos import STATE, WORKFLOW, any_photo
 grpc.experimental.gevent.init_gevent()
 
 from torchserve_dag.clients import ServingError  # noqa: E402 (after gRPC was told of gevent)
-from torchserve_dag.server.connect import torchserve_client as client  # noqa: E402
+from torchserve_dag.server.connect import host_client as client  # noqa: E402
 
 
 class GrpcUser(User):

@@ -3,6 +3,7 @@
     python loadtests/kills.py                          each case once
     python loadtests/kills.py --times 20 --json OUT    twenty times, with all figures
     python loadtests/kills.py --only Envoy --only keeper+watcher
+    python loadtests/kills.py --host direct            the direct host's processes
 
 A project of one function is served by `torchserve-dag up --foreground`, which this program starts again when it ends,
 as systemd or a container would. A hundred requests a second reach it through the front door, half of them over gRPC,
@@ -44,9 +45,9 @@ from torchserve_dag.front_door.door import Door  # noqa: E402
 from torchserve_dag.front_door.start import own_token  # noqa: E402
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest  # noqa: E402
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub  # noqa: E402
-from torchserve_dag.server.connect import torchserve_client  # noqa: E402
+from torchserve_dag.server.connect import management_client  # noqa: E402
 from torchserve_dag.server.errors import ServerError  # noqa: E402
-from torchserve_dag.server.state import State  # noqa: E402
+from torchserve_dag.server.state import Host, State  # noqa: E402
 from torchserve_dag.server.supervised import ROLES, Supervised  # noqa: E402
 from torchserve_dag.stack.connect import local_address  # noqa: E402
 
@@ -186,8 +187,8 @@ def grpc_failure(error: grpc.RpcError) -> tuple[str, str]:
 class Server:
     """`up --foreground`, started again whenever it ends, as systemd would."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.state = root, State(root)
+    def __init__(self, root: Path, host: Host) -> None:
+        self.root, self.state, self.host = root, State(root), host
         self.supervised = Supervised(self.state)
         self._over = threading.Event()
         self._up = self._start("--free-ports")
@@ -195,7 +196,7 @@ class Server:
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         log = (self.root / "up.log").open("ab")
-        command = [*small_project.TOOL, "up", "--foreground", *words]
+        command = [*small_project.TOOL, "up", "--foreground", "--host", self.host, *words]
         return subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log)  # noqa: S603 (our own arguments)
 
     def wait(self) -> None:
@@ -221,7 +222,7 @@ class Server:
 
     def pids(self) -> dict[str, int]:
         """Those of all processes, of the worker too. Raises ServerError while it cannot be known."""
-        with torchserve_client(self.state) as client:
+        with management_client(self.state) as client:
             workers = [one.pid for model in client.models() for v in model.versions for one in v.workers if one.ready]
         return {**{one.name: one.pid for one in self.supervised.report()}, WORKER: workers[0] if workers else 0}
 
@@ -274,8 +275,8 @@ def kill(server: Server, load: Load, case: Sequence[str]) -> Result:
     return Result("+".join(case), whole_s, Counter(one.outcome for one in sent), bad)
 
 
-def cases(only: Sequence[str]) -> list[tuple[str, ...]]:
-    names = (*ROLES, WORKER)
+def cases(only: Sequence[str], host: Host) -> list[tuple[str, ...]]:
+    names = tuple(name for name in (*ROLES, WORKER) if host == "torchserve" or name != "TorchServe")
     every = [(name,) for name in names] + list(itertools.combinations(names, 2))
     return [case for case in every if not only or "+".join(case) in only]
 
@@ -307,15 +308,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--only", action="append", default=[], metavar="CASE", help="Envoy, or keeper+watcher")
+    parser.add_argument("--host", choices=["torchserve", "direct"], default="torchserve")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    chosen = cases(["+".join(sorted(one.split("+"), key=(*ROLES, WORKER).index)) for one in options.only])
+    chosen = cases(["+".join(sorted(one.split("+"), key=(*ROLES, WORKER).index)) for one in options.only], options.host)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the server
     console, results = Console(width=150), list[Result]()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         small_project.make(root, {"workflows/echo.py": ECHO, "workflows/echo.yaml": YAML})
-        server = Server(root)
+        server = Server(root, options.host)
         try:
             server.wait()
             record = Door(server.state).record()

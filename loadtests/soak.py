@@ -36,8 +36,8 @@ from rich.progress import track
 from torchserve_dag.clients import Options, ServingError
 from torchserve_dag.clients.client import Client
 from torchserve_dag.runtime.messages import Text
+from torchserve_dag.server.connect import host_client as client
 from torchserve_dag.server.connect import running
-from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.state import State
 
 ROOT = Path(__file__).parents[1]

@@ -15,12 +15,17 @@ import pytest
 
 from torchserve_dag.clients import GrpcClient, RestClient
 from torchserve_dag.server import ports
+from torchserve_dag.server.connect import host_client as client
 from torchserve_dag.server.connect import running
-from torchserve_dag.server.connect import torchserve_client as client
 from torchserve_dag.server.ports import Addresses
-from torchserve_dag.server.state import State
+from torchserve_dag.server.state import Host, State
 
 ROOT = Path(__file__).parents[2]
+
+HOSTS: tuple[Host, ...] = ("torchserve", "direct")
+on_torchserve = pytest.mark.parametrize("server", ["torchserve"], indirect=True)
+on_direct = pytest.mark.parametrize("server", ["direct"], indirect=True)
+"""Which hosts a test is about, where a folder's tests run on both: docs/hosts.md names the differences."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,12 @@ class Serving:
 
     root: Path
     state: State
+    host: Host = "torchserve"
+
+    def log(self, name: str, version: str = "1.0") -> str:
+        """What the workers of a version wrote."""
+        path = self.state.logs / ("model_log.log" if self.host == "torchserve" else f"worker@{name}@{version}.log")
+        return path.read_text("utf-8")
 
     @property
     def addresses(self) -> Addresses:
@@ -63,12 +74,14 @@ def run_tool(root: Path, *words: str) -> str:
     return done.stdout
 
 
-def serve_files(request: pytest.FixtureRequest, root: Path, *words: str) -> Iterator[Serving]:
-    """Serve what FILES says in each of the folder's test files; of those from which no test was chosen, nothing.
+def serve_files(request: pytest.FixtureRequest, root: Path, host: Host, *words: str) -> Iterator[Serving]:
+    """Serve what FILES says in each of the folder's test files; of those from which no test was chosen, nothing. For a
+    fixture of a module, only what its own says.
 
     A path in FILES is copied. GRPC in a file stands for the address of the server itself. TorchServe gives a worker two minutes to start, and all
     of them start at once: a dozen for each server is enough.
     """
+    alone = request.scope == "module"
     for folder in ("handlers", "workflows", "model_store"):
         (root / folder).mkdir()
     for name in ("config.properties", "log4j2.xml"):
@@ -78,7 +91,7 @@ def serve_files(request: pytest.FixtureRequest, root: Path, *words: str) -> Iter
     listen, metrics = ports.free(["127.0.0.1", "127.0.0.1"])
     (root / "front_door.yaml").write_text(f"listen: 127.0.0.1:{listen}\nmetrics: 127.0.0.1:{metrics}\n")
     for module in {item.getparent(pytest.Module) for item in request.session.items}:
-        if module and module.path.parent == request.path.parent:
+        if module and (module.path == request.path if alone else module.path.parent == request.path.parent):
             for name, text in module.obj.FILES.items():
                 assert not (root / name).exists(), f"two test files have a {name}"
                 if isinstance(text, Path):
@@ -87,8 +100,8 @@ def serve_files(request: pytest.FixtureRequest, root: Path, *words: str) -> Iter
                     (root / name).write_text(textwrap.dedent(text).replace("GRPC", f"127.0.0.1:{grpc}"))
     run_tool(root, "build")
     try:
-        run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc), *words)
-        yield Serving(root, State(root))
+        run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc), "--host", host, *words)
+        yield Serving(root, State(root), host)
     finally:
         run_tool(root, "down")
 

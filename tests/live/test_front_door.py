@@ -45,7 +45,7 @@ from torchserve_dag.runtime.messages import Text
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
 from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServiceStub
 from torchserve_dag.server import processes
-from torchserve_dag.server.connect import running, torchserve_client
+from torchserve_dag.server.connect import host_client, running
 from torchserve_dag.server.supervised import Role, Supervised
 
 WITHIN_S = 60
@@ -551,7 +551,7 @@ def test_management_and_everything_else_is_not_there(served: Served) -> None:
         assert {stolen.request(method, path).status_code for method, path in asked} <= {400, 401}
         assert http.get("/predictions%2F..%2Fmodels").status_code in {400, 404}
         assert http.get("/ping").json()["status"] == "Healthy"
-    with torchserve_client(served.state) as client:
+    with host_client(served.state) as client:
         assert [one.version for model in client.models() for one in model.versions if model.name == "echo"] == list(
             VERSIONS
         )

@@ -28,7 +28,7 @@ from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import manual
 from torchserve_dag.releases.rollout_store import RolloutStore
 from torchserve_dag.server import releases_file
-from torchserve_dag.server.connect import torchserve_client
+from torchserve_dag.server.connect import host_client
 
 ROLLED_BACK_WITHIN_S = 15
 
@@ -142,11 +142,11 @@ def test_a_good_version_takes_over_and_goes_back_and_no_request_fails(served: Se
     assert set(load.answers["good"]) == {"1.0", "2.0"}
     assert 'versions: {"1.0": 100}  # good' in path.read_text()
 
-    with torchserve_client(served.state) as client:
+    with host_client(served.state) as client:
         client.set_default("good", "2.0")  # as at a start with both: TorchServe keeps its default version
     Door(served.state).change(lambda now: replace(now, defaults={**now.defaults, "good": "2.0"}))
     tool(served.root, "retire", "good/2.0")
-    with torchserve_client(served.state) as client:
+    with host_client(served.state) as client:
         assert [v.version for m in client.models() if m.name == "good" for v in m.versions] == ["1.0"]
     assert (decided(served, "good", "1.0"), Door(served.state).traffic().defaults["good"]) == ("default", "1.0")
     assert decided(served, "good", "2.0") == "retired"  # the next start leaves it out too
@@ -163,7 +163,7 @@ def test_a_version_that_loads_is_rolled_back_at_once(served: Served) -> None:
         assert time.monotonic() - began < ROLLED_BACK_WITHIN_S
         assert (gone.stage, gone.reason) == ("back", "it was rolled back by hand")
         assert asked.result()["stage"] == "back"
-    with torchserve_client(served.state) as client:
+    with host_client(served.state) as client:
         assert [v.version for m in client.models() if m.name == "good" for v in m.versions] == ["1.0"]
     assert {ask_one(served, "good") for _ in range(20)} == {"1.0"}
 
@@ -198,7 +198,7 @@ def test_bad_versions_are_stopped_and_rolled_back_by_themselves(served: Served) 
         assert set(load.answers[name]) <= {"1.0", "2.0"}, name
     assert set(load.answers["never"]) == {"1.0"}
     assert load.answers["slow"]["2.0"] > 0
-    with torchserve_client(served.state) as client:
+    with host_client(served.state) as client:
         assert [v.version for m in client.models() if m.name == "never" for v in m.versions] == ["1.0"]
 
 

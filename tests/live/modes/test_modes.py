@@ -14,10 +14,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.live.conftest import Serving
+from tests.live.conftest import Serving, on_torchserve
 from torchserve_dag.clients import KeyFile, ServingError, WorkerInfo
 from torchserve_dag.runtime.messages import Text
-from torchserve_dag.server.connect import torchserve_client as client
+from torchserve_dag.server.connect import host_client as client
 
 MODES = ("batched", "asynchronous")
 WITHIN_S = 240
@@ -165,6 +165,7 @@ def test_cancelling_ends_the_work_of_a_request(http: httpx.Client, threads: Thre
     assert time.monotonic() < began + WITHIN_S
 
 
+@on_torchserve
 @pytest.mark.parametrize(
     ("mode", "whose"),
     [
@@ -237,6 +238,7 @@ def leaders_and_followers(server: Serving) -> tuple[list[int], list[int]]:
     return [pid for pid in pids if pid not in waiting], waiting
 
 
+@on_torchserve
 def test_no_request_waits_for_the_last_of_another_batch(
     server: Serving, http: httpx.Client, threads: ThreadPoolExecutor, gate: Gate
 ) -> None:
@@ -253,6 +255,7 @@ def test_no_request_waits_for_the_last_of_another_batch(
     assert psutil.Process(leader).memory_full_info().uss > 50e6
 
 
+@on_torchserve
 @pytest.mark.parametrize("whose", ["leader", "follower"])
 def test_a_leader_or_a_follower_that_is_killed_comes_back(
     server: Serving, http: httpx.Client, threads: ThreadPoolExecutor, gate: Gate, whose: str

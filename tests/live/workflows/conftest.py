@@ -1,4 +1,4 @@
-"""One server for the small workflows of all test files in this folder."""
+"""One server on each host for the small workflows of all test files in this folder."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.live.conftest import Serving, serve_files
+from tests.live.conftest import HOSTS, Serving, serve_files
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="package", params=HOSTS)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    yield from serve_files(request, tmp_path_factory.mktemp("workflows"), "--no-front-door")
+    yield from serve_files(request, tmp_path_factory.mktemp("workflows"), request.param, "--no-front-door")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.conftest import ROOT, Serving
-from torchserve_dag.clients import RequestRefused
+from tests.live.conftest import ROOT, Serving, on_direct, on_torchserve
+from torchserve_dag.clients import ModelNotFound, RequestRefused
 from torchserve_dag.runtime.messages import Text
 from torchserve_dag.runtime.worker.protocol import PROTOCOL
 from torchserve_dag.server.status import about
@@ -29,6 +29,7 @@ FILES: dict[str, str | Path] = {
 }
 
 
+@on_torchserve
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_an_archive_is_served_with_its_own_copy_of_the_package(server: Serving, version: str) -> None:
     with server.rest() as client:
@@ -43,9 +44,18 @@ def test_an_archive_is_served_with_its_own_copy_of_the_package(server: Serving, 
     assert refused.value.status == 422
 
 
+@on_torchserve
 def test_status_says_which_protocol_an_archive_speaks(server: Serving) -> None:
     with server.rest() as client:
         earlier, today = (about(client, "count_words", version) for version in ("1.0", "2.0"))
 
     assert str(earlier["protocol"]).startswith("count_words 1.0 speaks no protocol ")
     assert today["protocol"] == PROTOCOL
+
+
+@on_direct
+def test_the_direct_host_leaves_it_out_and_serves_the_rest(server: Serving) -> None:
+    with server.rest() as client:
+        assert client.predict("count_words", Text("a b. c d e."))["words"] == [2, 3]
+        with pytest.raises(ModelNotFound):
+            client.predict("count_words", Text("a b."), version="1.0")

@@ -13,7 +13,7 @@ import pytest
 from tests.live.conftest import Serving
 from torchserve_dag.clients import Options, ServingError
 from torchserve_dag.runtime.messages import Text
-from torchserve_dag.server.connect import torchserve_client as client
+from torchserve_dag.server.connect import host_client as client
 
 WITHIN_S = 60.0
 
@@ -144,7 +144,8 @@ def test_a_worker_killed_in_the_middle_leaves_nobody_without_an_answer(server: S
         found = [future.result() for future in asked]
 
     assert time.monotonic() < killed + 2 * WITHIN_S
-    assert found.count("answer") >= 20
+    # TorchServe's queue outlives a worker; on the direct host it is the client that comes again.
+    assert found.count("answer") >= (20 if server.host == "torchserve" else 10)
     assert set(found) <= {"answer", "error 5"}
     with server.rest() as rest:
         while not rest.ready("shapes"):
