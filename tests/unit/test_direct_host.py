@@ -156,6 +156,17 @@ class TestWorkers:
         assert host.sockets == sockets
         assert [worker.stage for one in host.workers.sight() for worker in one.workers] == ["ready"]
 
+    def test_a_worker_without_a_record_is_ended(self, host: Host) -> None:
+        host.serve("steps-1.0.mar")
+        host.until(lambda: host.sockets)
+        pid = host.pids()[0]
+        (next((host.state.direct / "workers").glob("*.json"))).unlink()  # its keeper was killed before it wrote it
+        host.workers = Workers(host.state)
+        host.workers.look()
+
+        host.until(lambda: not processes.runs(pid))
+        host.until(lambda: host.sockets and host.ask("new").json() == "NEW")
+
     def test_a_version_whose_workers_cannot_load_has_failed_with_the_reason(self, host: Host) -> None:
         host.serve("steps-1.0.mar")
         (unpacked,) = [host.state.direct / "models" / Path(one.archive).stem for one in host.file.read().versions]

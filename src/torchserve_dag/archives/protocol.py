@@ -15,7 +15,7 @@ from torchserve_dag.runtime.worker.protocol import PROTOCOL
 
 
 def why_not_hosted(archive: Path) -> str | None:
-    """Why a host cannot run an archive, and what to do, in a sentence; None where it can, or the archive is not ours."""
+    """Why a host cannot run an archive, and what to do, in a sentence; None where it can, or it is not ours."""
     try:
         build = mar.read_json(archive, mar.BUILD)
     except KeyError:  # somebody else's, which has no part of this package

@@ -80,7 +80,11 @@ class WorkerProcess:
             pid = processes.spawn(command, state, cwd=folder, stdout=log.fileno(), blocked=[signal.SIGTERM])
         record = WorkerRecord(id_, one.model, one.version, one.archive, pid, processes.ticks(pid), time.time(), gpu)
         worker = cls(state, record)
-        worker.save(record)
+        try:
+            worker.save(record)
+        except BaseException:  # nobody would find it
+            worker.kill()
+            raise
         return worker
 
     @classmethod
@@ -91,6 +95,15 @@ class WorkerProcess:
             with suppress(OSError, ValueError, plain.WrongDataError):
                 found.append(cls(state, plain.build(WorkerRecord, json.loads(path.read_text("utf-8")))))
         return found
+
+    @classmethod
+    def end_unknown(cls, state: State) -> None:
+        """Kill workers without a record: the keeper that started them was killed before it wrote it."""
+        known = {worker.record.pid for worker in cls.all(state)}
+        for process in processes.family(state, known):
+            with suppress(psutil.Error):
+                if str(PROGRAM) in process.cmdline():
+                    process.kill()
 
     def save(self, record: WorkerRecord) -> None:
         self.record = record

@@ -103,6 +103,7 @@ class Workers:
 
     def __post_init__(self) -> None:
         self._file, self._door = HostedFile(self.state), Door(self.state)
+        WorkerProcess.end_unknown(self.state)
         self._workers = WorkerProcess.all(self.state)
         with suppress(ServerError):
             self._published = self._door.traffic().sockets
