@@ -202,7 +202,7 @@ class Alone:
             with self.http() as http:  # Envoy's main thread has the routes; its worker may have them a little later
                 for name in chosen:
                     self.until(
-                        lambda name=name: b"TorchServe is starting" not in http.post(f"/predictions/{name}").content
+                        lambda name=name: b"the models are starting" not in http.post(f"/predictions/{name}").content
                     )
         except BaseException:
             self.close()
