@@ -180,6 +180,17 @@ class TestWorkers:
         host.until(lambda: host.sockets)  # it is tried again and again
         assert host.workers.sight()[0].failure == ""
 
+    def test_a_version_that_failed_and_was_taken_away_begins_anew(self, host: Host) -> None:
+        host.serve("steps-1.0.mar")
+        host.workers._tries[KEY].failures, host.workers._tries[KEY].why = 3, "earlier"
+        (served,) = host.file.read().versions
+        assert host.workers.sight()[0].failure == "earlier"
+        host.file.change(lambda now: replace(now, versions=()))
+        host.workers.look()
+        host.file.change(lambda now: replace(now, versions=(served,)))
+
+        assert host.workers.sight()[0].failure == ""
+
     def test_workers_are_replaced_one_by_one_and_lose_no_request(self, host: Host, tmp_path: Path) -> None:
         host.serve("steps-1.0.mar")
         host.until(lambda: host.sockets)
@@ -193,6 +204,9 @@ class TestWorkers:
         host.until(lambda: seen.append(len(host.sockets)) or set(host.pids()).isdisjoint(before))
 
         assert min(seen) == 1  # there is always one that answers
+        host.workers = Workers(host.state)  # another keeper knows that it has a request inside
+        for _ in range(10):
+            host.workers.look()
         assert processes.runs(before[0])  # until the request inside is answered
         assert host.ask("new").json() == "NEW"
         gate.touch()
@@ -338,6 +352,20 @@ class TestCalls:
     )
     def test_a_deadline_is_a_time_limit(self, text: str, ms: str | None) -> None:
         assert grpc.time_limit(text).get("x-timeout-ms") == ms
+
+    @pytest.mark.parametrize("body", [b"not found", b'["a"]', '{"message": "\u00e9"}'.encode(), b'{\n"message": "m"}'])
+    def test_whatever_a_handler_writes_of_its_failure_is_a_status(self, body: bytes) -> None:
+        headers = grpc.failure_headers(ServiceResponse(body, status=404))
+
+        assert headers["grpc-status"] == "5"
+        assert all(value.isascii() and value.isprintable() for value in headers.values())
+
+    @pytest.mark.parametrize("named", ["a\nb", "", "x" * 200, "\u00fc"])
+    def test_an_id_that_fits_no_header_is_replaced(self, named: str) -> None:
+        call = inference_pb2.PredictionsRequest(model_name="m", input={"body": b"x", "x-request-id": named.encode()})
+        _, _, request = grpc.request_in(grpc.framed(call.SerializeToString()), {}, "new")
+
+        assert request.id == "new"
 
     def test_a_failure_is_a_status_with_its_sentence(self) -> None:
         body = json.dumps({"code": 422, "type": "InputError", "message": "zu groß: 100 %", "request_id": "r"}).encode()

@@ -171,6 +171,16 @@ class TestSplits:
 
 
 class TestEnvoy:
+    def test_the_fallback_answers_for_a_version_of_which_no_worker_is_ready(self) -> None:
+        sockets = {"m/1.0": ("a.sock",), "m/2.0": ()}
+        traffic = Traffic(served=SERVED, routes={"m": ROUTE}, sockets=sockets)
+        (split,) = traffic.splits
+        found = envoy_config.clusters(SERVED, [split], Backend(Addresses(), sockets=sockets), Limits())
+        (stands_in,) = [one for one in found if one["name"] == "rest:m/1.0!2.0"]
+
+        assert "2.0" in split.ejected
+        assert "a.sock" in json.dumps(stands_in)
+
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         """What the front door writes, for a project with everything in its routes."""

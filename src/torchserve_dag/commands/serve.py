@@ -104,6 +104,7 @@ def up(
         root = project_root(project)
         state = State(root)
         remarks: Sequence[Remark] = ()
+        stack.end_half_started(root)
         if stack.runs(state):
             supervise.check_mendable(state, foreground=foreground)
             if foreground:

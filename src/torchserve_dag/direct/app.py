@@ -38,8 +38,6 @@ About = Callable[[str], ServiceResponse | None]
 
 WATCH_AFTER_S = 0.02
 """How long an answer may take before the client is watched, so that a short request has no task for that."""
-MAX_ID = 128
-"""The most characters of a client's request id; a longer one is replaced, as under TorchServe."""
 _PREDICTIONS, _WORKER = "/predictions/", "/worker/"
 _METHODS = frozenset({"POST", "PUT", "GET"})
 _CALLS = frozenset({"Predictions", "StreamPredictions"})
@@ -78,8 +76,7 @@ class DirectApp:
             return
         path: str = scope["path"]
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        named = headers.get("x-request-id", "")
-        request_id = named if 0 < len(named) <= MAX_ID and named.isascii() and named.isprintable() else uuid.uuid4().hex
+        request_id = grpc.id_in(headers) or uuid.uuid4().hex
         calls = path.startswith((grpc.SERVICE, open_inference_grpc.SERVICE))
         writer = GrpcWriter(send, request_id) if calls else RestWriter(send, request_id)
         try:

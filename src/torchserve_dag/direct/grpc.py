@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +23,8 @@ SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 CONTENT_TYPE = "application/grpc"
 STATUSES = {401: 16, 403: 7, 404: 5, 408: 4, 409: 10, 413: 8, 429: 8, 499: 1, 501: 12, 503: 14, 504: 4, 507: 8}
 """HTTP status → gRPC status. Another 4xx is 3 (INVALID_ARGUMENT), another 5xx is 13 (INTERNAL)."""
+MAX_ID = 128
+"""The most characters of a request's id; a longer one is replaced, as under TorchServe."""
 MAX_FAILURE = 4_000
 """The most bytes of a failure that go into a header as a whole."""
 OPTIONS = frozenset(
@@ -80,12 +83,18 @@ def request_in(body: bytes, headers: dict[str, str], new_id: str) -> tuple[str, 
         elif option not in OWN:
             parts.append(Part(name, content))
     about: dict[str, Any] = {"options": with_own_keys(options), "headers": headers}
-    request_id = options.get("x-request-id") or new_id
+    request_id = id_in(options) or new_id
     if len(parts) == 1 and parts[0].name == "body":
         request = ServiceRequest(request_id, parts[0].content, content_type, **about)
     else:
         request = ServiceRequest(request_id, parts=parts, **about)
     return call.model_name, call.model_version, request
+
+
+def id_in(headers: Mapping[str, str]) -> str | None:
+    """The id that a client gave its request; None if it is unfit for a header and a line of a log."""
+    named = headers.get("x-request-id", "")
+    return named if 0 < len(named) <= MAX_ID and named.isascii() and named.isprintable() else None
 
 
 def time_limit(text: str) -> dict[str, str]:
@@ -98,12 +107,16 @@ def time_limit(text: str) -> dict[str, str]:
 
 def failure_headers(response: ServiceResponse) -> dict[str, str]:
     """The headers of a failed call. `response` is the failure as a model or this host writes it: JSON."""
-    fields = json.loads(response.body)
-    message = str(fields.get("message", ""))
+    try:
+        fields = json.loads(response.body)
+        message = str(fields["message"])
+    except (ValueError, LookupError, TypeError):  # of an unedited archive, whose handler wrote what it liked
+        message = f"The model answered with the status {response.status}."
     status = STATUSES.get(
         response.status, _INVALID if response.status < HTTPStatus.INTERNAL_SERVER_ERROR else _INTERNAL
     )
     headers = {**response.headers, "grpc-status": str(status), "grpc-message": quote(message, safe=_PLAIN)}
-    if len(response.body) <= MAX_FAILURE:
-        headers["x-failure"] = response.body.decode("ascii")
+    written = response.body.decode("utf-8", "replace")
+    if len(written) <= MAX_FAILURE and written.isascii() and written.isprintable():
+        headers["x-failure"] = written
     return headers

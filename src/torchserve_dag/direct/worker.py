@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose http.py would hide Python's
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.pop(0)  # this folder, whose http.py would hide Python's
 
 import argparse
 import fcntl
@@ -36,6 +37,7 @@ def main() -> None:
     options.socket = options.socket.absolute()
     # Who sends SIGTERM to every process at once, as systemd may, must not end a worker before Envoy is drained. A
     # handler, for child processes of a model's would inherit SIG_IGN.
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the keeper ignores it, which is inherited
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     try:

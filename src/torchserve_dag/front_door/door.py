@@ -76,7 +76,15 @@ class Traffic:
 
     @property
     def splits(self) -> list[Split]:
-        return splits(self.served, self.routes, self.defaults, self.rollouts, (*self.ejected, *self.resting_versions))
+        out = (*self.ejected, *self.resting_versions, *self.without_workers)
+        return splits(self.served, self.routes, self.defaults, self.rollouts, out)
+
+    @property
+    def without_workers(self) -> tuple[tuple[str, str], ...]:
+        """Of the direct host: versions of which no worker is ready. Their fallbacks answer, if they have any."""
+        if self.sockets is None:
+            return ()
+        return tuple((one.model, one.version) for one in self.served if not self.sockets.get(one.name))
 
     @property
     def resting_versions(self) -> tuple[tuple[str, str], ...]:

@@ -146,6 +146,7 @@ DIRECT: Mapping[str, str] = {
     "default_response_timeout": "for an archive that names no `responseTimeout`, in seconds",
     "default_startup_timeout": "for an archive that names no `startupTimeout`, in seconds",
     "job_queue_size": "for an archive that names no `jobQueueSize`",
+    "decode_input_request": "`true`: the handler of an unedited archive gets JSON and texts decoded",
     "max_request_size": "the largest body, in bytes; a larger one is refused with 413",
     "number_of_gpu": "how many GPUs the workers share",
 }  # fmt: skip

@@ -38,6 +38,8 @@ class HostedVersion:
     queue: int = 100
     on_gpu: bool = True
     """Whether its workers may use GPUs."""
+    decodes: bool = True
+    """Whether an unedited archive's handler gets JSON and texts decoded: `decode_input_request`."""
 
     @property
     def key(self) -> ModelVersion:
@@ -109,13 +111,14 @@ def hosted_version(archive: Archive, properties: Mapping[str, str]) -> HostedVer
         archive.name,
         archive.version,
         archive.path.name,
-        max(0, min(MAX_WORKERS, _leaders(archive) or workers)),
+        max(1, min(MAX_WORKERS, _leaders(archive) or workers)),
         number("batchSize", 1),
         number("maxBatchDelay", 100),
         number("responseTimeout", 120, "default_response_timeout"),
         number("startupTimeout", 120, "default_startup_timeout"),
         number("jobQueueSize", 100, "job_queue_size"),
         settings.get("deviceType") != "cpu",
+        properties.get("decode_input_request", "true").lower() == "true",
     )
 
 

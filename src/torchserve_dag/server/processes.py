@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -33,6 +35,7 @@ def spawn(
     cwd: Path | None = None,
     stdout: int | None = subprocess.DEVNULL,
     blocked: Collection[signal.Signals] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Start a process of this server, and return its pid.
 
@@ -44,7 +47,7 @@ def spawn(
         child = subprocess.Popen(  # noqa: S603 (our own arguments)
             list(command),
             cwd=cwd,
-            env={**os.environ, **mark(state)},
+            env={**os.environ, **mark(state), **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stdout,
@@ -66,6 +69,16 @@ def still_runs(pid: int, since_ticks: int) -> bool:
     """Whether the process that had this pid when it started at that time still runs, at little cost."""
     state, started = _state_and_ticks(pid)
     return started == since_ticks > 0 and state not in "ZX"
+
+
+def workers_run(state: State) -> bool:
+    """Whether a worker of the direct host runs, by the records of stack/worker_process.py."""
+    for path in (state.direct / "workers").glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(path.read_text("utf-8"))
+            if still_runs(record["pid"], record["ticks"]):
+                return True
+    return False
 
 
 def _state_and_ticks(pid: int) -> tuple[str, int]:

@@ -49,6 +49,8 @@ class Serving:
     timeout_s: float = 600.0
     """How long the models may take to load."""
     host: Host = "torchserve"
+    opened: bool = True
+    """Whether `up` has ended, which opens the door: the direct host's keeper runs before."""
 
     @property
     def envoy(self) -> bool:
@@ -120,7 +122,7 @@ class State:
         _write(self._server, plain.flatten(record))
 
     def serving(self) -> Serving | None:
-        """What is to be kept running; None before `up` has ended, and after `down` has begun."""
+        """What is to be kept running; None before `up` starts a keeper, and after `down` has begun."""
         try:
             return plain.build(Serving, _read(self._serving))
         except plain.WrongDataError:

@@ -88,8 +88,12 @@ def _client(state: State) -> Client | None:
     """A client of the keeper's, if that answers."""
     try:
         client = management_client(state)
+    except ServerError:
+        return None
+    try:
         client.models(timeout=5)
-    except (ServerError, ServingError):
+    except ServingError:
+        client.close()
         return None
     return client
 

@@ -175,8 +175,8 @@ class Keeper:
         failing = {
             cluster["name"]
             for cluster in self.door.admin.clusters()
-            for host in cluster.get("host_statuses", [])
-            if host["health_status"].get("failed_outlier_check")
+            if (hosts := cluster.get("host_statuses"))
+            and all(host["health_status"].get("failed_outlier_check") for host in hosts)
         }
         ejected = tuple(
             (served.model, served.version)

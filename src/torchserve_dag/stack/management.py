@@ -10,11 +10,13 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -25,7 +27,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from torchserve_dag.archives import mar
-from torchserve_dag.archives.archive import ModelVersion, UnusableArchiveError, read_archive
+from torchserve_dag.archives.archive import ModelVersion, UnusableArchiveError, copy, read_archive
 from torchserve_dag.archives.protocol import why_not_hosted
 from torchserve_dag.clients import KeyFile
 from torchserve_dag.clients.models import version_key
@@ -33,7 +35,9 @@ from torchserve_dag.direct import grpc
 from torchserve_dag.direct import http as direct_http
 from torchserve_dag.direct.app import DirectApp
 from torchserve_dag.direct.open_inference import grpc as open_inference
+from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.envoy_config import FROM_PORT, HEALTH_CHECK
+from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.protos import inference_pb2, management_pb2
 from torchserve_dag.runtime.worker.protocol import ServiceResponse
 from torchserve_dag.server.connect import MANAGEMENT
@@ -50,8 +54,9 @@ PING = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Ping"
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"
 """The two HealthCheckResponses of grpc.health.v1: its field 1 is the status."""
 PAGE = 100
-MAX_BODY = 1_000_000
-"""In bytes: of a call that no model answers."""
+IDLE_S = 86_400
+MAX_BODY = 2**30
+"""In bytes, of a call that no model answers: Envoy has read it, up to its own limit."""
 POLL_S = 0.1
 
 
@@ -67,7 +72,7 @@ class Management:
     """What the management API does. Each method raises _CallError."""
 
     def __init__(self, state: State, workers: Workers) -> None:
-        self._state, self._workers, self._file = state, workers, HostedFile(state)
+        self._state, self._workers, self._file, self._door = state, workers, HostedFile(state), Door(state)
 
     def listed(self, limit: int, page: int) -> dict[str, Any]:
         names = sorted({one.hosted.model for one in self._workers.sight()})
@@ -90,6 +95,42 @@ class Management:
         every.sort(key=lambda one: version_key(one.hosted.version))
         return [self._description(one, customized=customized) for one in every]
 
+    def take(self, file: str) -> str:
+        """Copy an archive from the project's store; the file name of the server's copy."""
+        record = self._state.record()
+        path = Path(record.store if record else "") / file
+        if "/" in file or not path.is_file():
+            message = f"{file} is not in {path.parent}: name a file of the model store."
+            raise _CallError(HTTPStatus.NOT_FOUND, "ModelNotFoundException", message)
+        try:
+            return copy(read_archive(path), self._state.archives).path.name
+        except UnusableArchiveError as error:
+            raise _CallError(HTTPStatus.BAD_REQUEST, "InvalidModelException", f"{file} {error}.") from None
+
+    async def route_when_ready(self, key: ModelVersion) -> None:
+        """Have Envoy route requests to a version that was registered at a port, once it has a worker."""
+        try:
+            await self.settled(key)
+        except _CallError as error:
+            logger.warning("%s", error)
+            return
+        info = next(one for one in self._workers.sight() if one.hosted.key == key).hosted
+        path = self._state.archives / info.archive
+        served = ServedVersion(*key, float(info.timeout_s), mar.is_ours(path), mar.is_asynchronous(path))
+        default = self._file.read().defaults.get(key[0], key[1])
+
+        def change(now: Traffic) -> Traffic:
+            others = tuple(one for one in now.served if (one.model, one.version) != key)
+            return replace(now, served=(*others, served), defaults={key[0]: default, **now.defaults})
+
+        await asyncio.to_thread(self._route, change)
+
+    def _route(self, change: Callable[[Traffic], Traffic]) -> None:
+        try:
+            self._door.change(change)
+        except (ServerError, OSError) as error:
+            raise _CallError(HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableException", str(error)) from None
+
     def register(self, file: str, workers: int | None = None) -> tuple[ModelVersion, str]:
         """Serve one of the server's copies of archives. Returns the version, and what to say."""
         path = self._state.archives / file
@@ -104,7 +145,7 @@ class Management:
             raise _CallError(HTTPStatus.BAD_REQUEST, "InvalidModelException", why)
         one = hosted_version(archive, read_properties(self._state.config))
         if workers is not None:
-            one = replace(one, workers=workers)
+            one = replace(one, workers=min(workers, MAX_WORKERS))
         if self._file.read().of(one.key):
             message = f"Model version {one.version} is already registered for model {one.model}"
             raise _CallError(HTTPStatus.CONFLICT, "ConflictStatusException", message)
@@ -117,6 +158,7 @@ class Management:
         if self._file.read().defaults.get(name) == one.version and others:
             message = f"Cannot remove default version for model {name}"
             raise _CallError(HTTPStatus.FORBIDDEN, "InvalidModelVersionException", message)
+        self._route(lambda now: replace(now, served=tuple(v for v in now.served if (v.model, v.version) != one.key)))
         self._change(lambda now: _without(now, one))
         return f'Model "{name}" unregistered'
 
@@ -131,6 +173,7 @@ class Management:
     def set_default(self, name: str, version: str) -> str:
         self._one(name, version)
         self._change(lambda now: replace(now, defaults={**now.defaults, name: version}))
+        self._route(lambda now: replace(now, defaults={**now.defaults, name: version}))
         return f'Default version successfully updated for model "{name}" to "{version}"'
 
     def restart(self, name: str, version: str | None) -> str:
@@ -140,7 +183,7 @@ class Management:
 
     async def settled(self, key: ModelVersion) -> None:
         """Wait until a version has the workers that it is to have."""
-        while found := next((one for one in self._workers.sight() if one.hosted.key == key), None):
+        while found := next((o for o in await asyncio.to_thread(self._workers.sight) if o.hosted.key == key), None):
             ready = sum(worker.stage == "ready" for worker in found.workers)
             if found.failure:
                 message = f"The workers of {'/'.join(key)} do not start: {found.failure}"
@@ -240,6 +283,7 @@ class ManagementApp:
 
     def __init__(self, state: State, management: Management, metrics_page: Callable[[], str]) -> None:
         self._state, self._does, self._metrics_page = state, management, metrics_page
+        self._routing: set[asyncio.Task[None]] = set()
         name, version = "/models/{name}", "/models/{name}/{version}"
         nobody = DirectApp(lambda _name, _version: None, MAX_BODY, management.why_unhealthy)
         self.app = Starlette(
@@ -303,8 +347,20 @@ class ManagementApp:
         self._check_key(request)
         self._check_model_api(request)
         workers = _number(request, "initial_workers", None)
-        key, said = await asyncio.to_thread(self._does.register, request.query_params.get("url", ""), workers)
+        file = request.query_params.get("url", "")
+        if FROM_PORT in request.headers:
+            key, said = await self._register_from_store(file, workers)
+        else:
+            key, said = await asyncio.to_thread(self._does.register, file, workers)
         return await self._done(request, key, said)
+
+    async def _register_from_store(self, file: str, workers: int | None) -> tuple[ModelVersion, str]:
+        copied = await asyncio.to_thread(self._does.take, file)
+        key, said = await asyncio.to_thread(self._does.register, copied, workers)
+        task = asyncio.create_task(self._does.route_when_ready(key))
+        self._routing.add(task)
+        task.add_done_callback(self._routing.discard)
+        return key, said
 
     async def _scale(self, request: Request) -> Response:
         self._check_key(request)
@@ -372,14 +428,14 @@ class ManagementApp:
                 )
             case "RegisterModel":
                 new = management_pb2.RegisterModelRequest.FromString(message)
-                key, said = await asyncio.to_thread(does.register, new.url, new.initial_workers or None)
+                key, said = await self._register_from_store(new.url, new.initial_workers or None)
                 if new.synchronous:
                     await does.settled(key)
                 return said
             case "ScaleWorker":
                 scaled = management_pb2.ScaleWorkerRequest.FromString(message)
                 name, version = scaled.model_name, scaled.model_version or None
-                key = await asyncio.to_thread(does.scale, name, version, scaled.min_worker)
+                key = await asyncio.to_thread(does.scale, name, version, scaled.min_worker or 1)
                 if scaled.synchronous:
                     await does.settled(key)
                 return "Processing worker updates..."
@@ -400,9 +456,11 @@ def serve(state: State, management: Management, metrics_page: Callable[[], str])
 
     def run() -> None:
         try:
-            direct_http.run(direct_http.serve(app, direct_http.listen_at(path), drains_on=()))
+            # Envoy closes idle connections first, and so never sends a call over one that is just being closed.
+            direct_http.run(direct_http.serve(app, direct_http.listen_at(path), drains_on=(), idle_s=IDLE_S))
         except Exception:
-            logger.exception("the management API has ended")
+            logger.exception("the management API has ended, and with it this keeper: the watcher starts another")
+            os._exit(1)
 
     threading.Thread(target=run, name="management", daemon=True).start()
 

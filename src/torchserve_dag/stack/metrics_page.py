@@ -1,6 +1,6 @@
 """The direct host's page of metrics: TorchServe's names for requests, machine and workers; the nodes' of all workers.
 
-A worker that has ended still counts with what it last said, so that no sum of a version falls.
+A worker that has ended still counts with what it last said, so that no sum of a version falls while the keeper runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class MetricsPage:
         self._door, self._workers = door, workers
         self._host = socket.gethostname()
         self._said: dict[tuple[ModelVersion, str], Metrics] = {}
-        """The latest metrics of each worker that there has been, by its version and id."""
+        """The latest metrics of each worker, by its version and id."""
+        self._ended: dict[ModelVersion, dict[tuple[str, str, str | None], float]] = {}
+        """Those of all workers that have ended, by version."""
         self._lock = threading.Lock()
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -105,15 +107,22 @@ class MetricsPage:
         yield from families.values()
 
     def _totals(self) -> dict[ModelVersion, dict[tuple[str, str, str | None], float]]:
-        versions = {one.hosted.key for one in self._workers.sight()}
+        sight = self._workers.sight()
+        versions = {one.hosted.key for one in sight}
+        there = {(one.hosted.key, worker.id) for one in sight for worker in one.workers}
         for key in versions:
             for worker in self._workers.ready(key):
                 said = worker.ask("metrics")
                 if said is not None:
                     series = {(node, metric, bound): value for node, metric, bound, value in said}
                     self._said[key, worker.record.id] = series
-        self._said = {of: said for of, said in self._said.items() if of[0] in versions}
-        totals: dict[ModelVersion, dict[tuple[str, str, str | None], float]] = {}
+        for of in self._said.keys() - there:
+            total = self._ended.setdefault(of[0], defaultdict(float))
+            for one, value in self._said.pop(of).items():
+                total[one] += value
+        self._ended = {key: total for key, total in self._ended.items() if key in versions}
+        totals: dict[ModelVersion, dict[tuple[str, str, str | None], float]]
+        totals = {key: defaultdict(float, total) for key, total in self._ended.items()}
         for (key, _), said in self._said.items():
             total = totals.setdefault(key, defaultdict(float))
             for one, value in said.items():

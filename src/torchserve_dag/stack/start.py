@@ -162,7 +162,7 @@ def _begin_direct(this: _Start) -> tuple[launch.Started, FrontDoorRecord | None]
     own = direct_host.ports(state, planned, access_log=this.options.access_log)
     door = front_door.start(state.root, this.door_settings, planned.where, max_body, own, tls=this.serving.front_door)
     record = direct_host.prepare(state, planned, archives)
-    state.save_serving(this.serving)
+    state.save_serving(replace(this.serving, opened=False))
     supervise.start(state)
     started = direct_host.wait(state, record, archives, this.options, this.progress, _shares(this.routes))
     return replace(started, failed=refused | started.failed), door
@@ -178,6 +178,13 @@ def _check_enough(archives: Mapping[ModelVersion, Archive], remarks: Sequence[Re
 def runs(state: State) -> bool:
     """Whether a server was started and any of its processes runs: what is missing can be started again."""
     return any(one.running for one in Supervised(state).report())
+
+
+def end_half_started(root: Path) -> None:
+    """End a server whose `up` was killed before it opened the door. Raises ServerError while that `up` runs."""
+    serving = State(root).serving()
+    if serving and not serving.opened:
+        stop(root)
 
 
 def restart_torchserve(state: State, progress: ReadinessCallback | None = None) -> None:
@@ -247,7 +254,7 @@ def _check_inside(where: Addresses) -> None:
         host, _ = host_and_port(getattr(where, name))
         if not is_loopback(host):
             raise ServerError(
-                f"config.properties lets TorchServe listen at {host}, beyond this machine, where only the front door "
+                f"config.properties lets the host listen at {host}, beyond this machine, where only the front door "
                 "may listen (front_door.yaml): write 127.0.0.1 in config.properties."
             )
 

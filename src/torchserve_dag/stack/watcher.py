@@ -14,9 +14,10 @@ import threading
 from contextlib import suppress
 from types import FrameType
 
+from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
-from torchserve_dag.server.supervised import Supervised
+from torchserve_dag.server.supervised import ROLES, Supervised
 from torchserve_dag.stack import supervise
 from torchserve_dag.stack.watch import Watch
 
@@ -55,8 +56,8 @@ class Watcher:
         while True:
             _reap()
             if self.supervised.process("keeper") is None:
-                left = [role for role in ("Envoy", "TorchServe") if self.supervised.process(role)]
-                if not left or tries == END_TRIES:
+                left = any(self.supervised.process(role) for role in ROLES if role in {"Envoy", "TorchServe"})
+                if not (left or processes.workers_run(self.state)) or tries == END_TRIES:
                     return
                 tries += 1
                 supervise.start_keeper(self.state)  # which finds that nothing is to be served, and ends what runs

@@ -44,6 +44,8 @@ class WorkerRecord:
     """See ProcessRecord."""
     since: float
     """When it was started, in seconds since 1970."""
+    timeout_s: int = 120
+    """The longest that a request may take."""
     gpu: int | None = None
     replaced: bool = False
     """Whether it is to leave as soon as another worker is ready in its place."""
@@ -61,6 +63,9 @@ class WorkerProcess:
     def __init__(self, state: State, record: WorkerRecord) -> None:
         self._state, self.record = state, record
         self.ready = False
+        self.ready_since = time.monotonic()
+        self.why = ""
+        """Why it is killed."""
         self.misses = 0
         """How often in a row it has not answered."""
 
@@ -77,8 +82,23 @@ class WorkerProcess:
         command += ["--max-body", str(max_body), *(["--gpu", str(gpu)] if gpu is not None else [])]
         state.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(log_of(state, one.key), "ab", opener=atomic.private) as log:
-            pid = processes.spawn(command, state, cwd=folder, stdout=log.fileno(), blocked=[signal.SIGTERM])
-        record = WorkerRecord(id_, one.model, one.version, one.archive, pid, processes.ticks(pid), time.time(), gpu)
+            pid = processes.spawn(
+                command,
+                state,
+                cwd=folder,
+                stdout=log.fileno(),
+                blocked=[signal.SIGTERM],
+                # What TorchServe sets: scores are written there, and its handlers' settings have these names.
+                environment={
+                    "LOG_LOCATION": str(state.logs),
+                    "TS_DECODE_INPUT_REQUEST": "true" if one.decodes else "false",
+                    "TS_DEFAULT_RESPONSE_TIMEOUT": str(one.timeout_s),
+                    "TS_JOB_QUEUE_SIZE": str(one.queue),
+                },
+            )
+        record = WorkerRecord(
+            id_, one.model, one.version, one.archive, pid, processes.ticks(pid), time.time(), one.timeout_s, gpu
+        )
         worker = cls(state, record)
         try:
             worker.save(record)
@@ -116,6 +136,10 @@ class WorkerProcess:
 
     def runs(self) -> bool:
         return processes.still_runs(self.record.pid, self.record.ticks)
+
+    def loads(self) -> bool:
+        """Whether it has no socket yet."""
+        return not self._path("sock").exists()
 
     def failure(self) -> str:
         """Why it ended, as it said itself; empty where it said nothing."""

@@ -14,11 +14,13 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.front_door.door import Door
@@ -40,6 +42,8 @@ MISSES = 30
 """How often in a row a worker may not say how it is: then its event loop stands still, and it is killed."""
 END_S = 30.0
 """How long a worker may take to end, once it is empty and was told to."""
+ASKERS = 8
+"""Threads that ask workers how they are."""
 AT_ONCE = max(2, len(os.sched_getaffinity(0)))
 """How many workers may load at the same time."""
 
@@ -55,6 +59,8 @@ class _Tries:
     due: float = 0.0
     """When the next worker may be started, on time.monotonic()'s clock."""
     why: str = ""
+    last: float = float("-inf")
+    """When a worker ended last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,11 @@ class Workers:
     _tries: dict[ModelVersion, _Tries] = field(default_factory=lambda: defaultdict(_Tries))
     _leaving: dict[str, _Leaving] = field(default_factory=dict)
     _published: dict[str, tuple[str, ...]] | None = None
+    _has_published: bool = False
     _asked: dict[str, float] = field(default_factory=dict)
+    _loaded: set[ModelVersion] = field(default_factory=set)
+    """Versions that have had a worker that was ready."""
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(ASKERS, "asks"))
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -109,21 +119,40 @@ class Workers:
             self._published = self._door.traffic().sockets
         for worker in self._workers:  # an earlier keeper's: those that Envoy knows were ready
             worker.ready = worker.socket in (self._published or {}).get("/".join(worker.record.key), ())
+            if worker.ready:
+                self._loaded.add(worker.record.key)
         numbers = [int(worker.record.id) for worker in self._workers if worker.record.id.isdigit()]
         self._ids = itertools.count(max(numbers, default=0) + 1)
 
     def look(self) -> None:
         """Start, watch and end workers as needed. Raises ServerError, OSError."""
         hosted = self._file.read()
+        said = self._ask_all()
         with self._lock:
             before = len(self._workers)
             for worker in list(self._workers):
-                self._watch(worker, hosted)
+                _try(partial(self._watch, worker, hosted, said))
             if len(self._workers) < before:
                 self._forget_unpacked(hosted)
+            for key in self._tries.keys() - {one.key for one in hosted.versions}:
+                del self._tries[key]
             for one in hosted.versions:
-                self._fit(one, hosted)
+                _try(partial(self._fit, one, hosted))
         self._publish(hosted)
+
+    def _ask_all(self) -> dict[str, Any]:
+        """What each worker says of itself; None if it does not answer. Without the lock: a stuck one takes a second."""
+        now = time.monotonic()
+        with self._lock:
+            due = [
+                worker
+                for worker in self._workers
+                if not worker.ready or now - self._asked.get(worker.record.id, 0.0) >= ASK_EVERY_S
+            ]
+        for worker in due:
+            self._asked[worker.record.id] = now
+        answers = self._pool.map(lambda worker: worker.ask("state"), due)
+        return {worker.record.id: said for worker, said in zip(due, answers, strict=True)}
 
     def restart(self, key: ModelVersion) -> None:
         """Replace the workers of a version one by one: each leaves when its successor is ready."""
@@ -165,29 +194,28 @@ class Workers:
 
     # One worker.
 
-    def _watch(self, worker: WorkerProcess, hosted: Hosted) -> None:
-        one = hosted.of(worker.record.key)
+    def _watch(self, worker: WorkerProcess, hosted: Hosted, said: Mapping[str, Any]) -> None:
+        one, asked = hosted.of(worker.record.key), worker.record.id in said
         if not worker.runs():
             self._ended(worker)
         elif worker.record.leaving:
-            self._let_go(worker, one)
+            self._let_go(worker, said.get(worker.record.id))
         elif one is None:
             self._leave(worker, "its version is not served any more")
         elif not worker.ready:
-            if worker.ask("state") is not None:
-                worker.ready = True
+            if said.get(worker.record.id) is not None:
+                worker.ready, worker.ready_since = True, time.monotonic()
                 worker.yield_to_others(yields=False)
                 self._tries[one.key].why = ""
+                self._loaded.add(one.key)
                 logger.info("%s/%s: worker %s is ready", *one.key, worker.record.id)
             elif time.time() - worker.record.since > one.startup_s:
-                self._tries[one.key].why = f"it was not loaded within {one.startup_s} s, its startupTimeout"
+                worker.why = f"it was not loaded within {one.startup_s} s, its startupTimeout"
                 worker.kill()
-        elif time.monotonic() - self._asked.get(worker.record.id, 0.0) >= ASK_EVERY_S:
-            self._ask(worker)
+        elif asked:
+            self._look_at(worker, said[worker.record.id])
 
-    def _ask(self, worker: WorkerProcess) -> None:
-        self._asked[worker.record.id] = time.monotonic()
-        said = worker.ask("state")
+    def _look_at(self, worker: WorkerProcess, said: Any) -> None:
         worker.misses = 0 if said else worker.misses + 1
         if said and said["hangs"]:
             self._leave(worker, "a model in it hangs")
@@ -201,13 +229,15 @@ class Workers:
         self._leaving.pop(record.id, None)
         self._asked.pop(record.id, None)
         if not record.leaving:
-            tries = self._tries[record.key]
-            steady = worker.ready and time.time() - record.since > STEADY_S
-            tries.failures = 1 if steady else tries.failures + 1
+            tries, now = self._tries[record.key], time.monotonic()
+            steady = worker.ready and now - worker.ready_since > STEADY_S
+            together = now - tries.last < 1.0  # with another of its version
+            tries.failures = 1 if steady else max(1, tries.failures) if together else tries.failures + 1
+            tries.last = now
             pause = PAUSES_S[min(tries.failures, len(PAUSES_S)) - 1]
             tries.due = time.monotonic() + pause
             where = f"torchserve-dag logs {'/'.join(record.key)} shows all of it"
-            tries.why = worker.failure() or tries.why or f"a worker ended without a word; {where}"
+            tries.why = worker.failure() or worker.why or f"a worker ended without a word; {where}"
             logger.error("%s/%s: worker %s ended: %s; another starts in %d s", *record.key, record.id, tries.why, pause)
         worker.forget()
 
@@ -215,7 +245,7 @@ class Workers:
         logger.info("%s/%s: worker %s leaves: %s", *worker.record.key, worker.record.id, why)
         worker.save(replace(worker.record, leaving=True))
 
-    def _let_go(self, worker: WorkerProcess, one: HostedVersion | None) -> None:
+    def _let_go(self, worker: WorkerProcess, said: Any) -> None:
         """End a worker that gets no more requests once it is empty, or once the time limit of those inside is over."""
         known = (self._published or {}).get("/".join(worker.record.key), ())
         if worker.socket in known:
@@ -226,10 +256,10 @@ class Workers:
             if now - leaving.told > END_S:
                 worker.kill()
             return
-        said = worker.ask("state")
-        leaving.empty = leaving.empty + 1 if said and not said["inside"] else 0
-        limit_s = (one.timeout_s if one else 120) + 5
-        if leaving.empty > 2 or not worker.ready or now - leaving.since > limit_s:  # noqa: PLR2004 (a request may be on its way)
+        if said:
+            leaving.empty = 0 if said["inside"] else leaving.empty + 1
+        late = now - leaving.since > worker.record.timeout_s + 5
+        if leaving.empty > 2 or worker.loads() or late:  # noqa: PLR2004 (a request may be on its way)
             leaving.told = now
             worker.end()
 
@@ -252,11 +282,14 @@ class Workers:
     def _start(self, one: HostedVersion, hosted: Hosted) -> None:
         tries = self._tries[one.key]
         loading = sum(not worker.ready and not worker.record.leaving for worker in self._workers)
-        if time.monotonic() < tries.due or loading >= AT_ONCE:
+        lost = one.key in self._loaded and not any(worker.ready for worker in self._of(one.key))
+        if time.monotonic() < tries.due or (loading >= AT_ONCE and not lost):
             return
+        tries.due = time.monotonic() + 1.0  # if it cannot even be started
         gpu = self._gpu(hosted) if one.on_gpu else None
         worker = WorkerProcess.start(self.state, str(next(self._ids)), one, gpu, hosted.max_body)
         worker.yield_to_others(yields=any(other.ready for other in self._workers))
+        tries.due = 0.0
         self._workers.append(worker)
         logger.info("%s/%s: worker %s is loading, pid %d", *one.key, worker.record.id, worker.record.pid)
 
@@ -275,9 +308,9 @@ class Workers:
                 "/".join(one.key): tuple(worker.socket for worker in self._of(one.key) if worker.ready)
                 for one in hosted.versions
             }
-        if sockets != self._published:
+        if sockets != self._published or not self._has_published:  # an earlier keeper may have been killed just then
             self._door.change(lambda now: replace(now, sockets=sockets))
-            self._published = sockets
+            self._published, self._has_published = sockets, True
 
     def _forget_unpacked(self, hosted: Hosted) -> None:
         """Delete unpacked archives that nobody needs any more."""
@@ -286,6 +319,14 @@ class Workers:
         for path in (self.state.direct / "models").glob("*"):
             if path.name.removesuffix(".lock").removesuffix(".part") not in kept:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _try(step: Callable[[], None]) -> None:
+    """One version's trouble is not another's: it is logged, and tried again in the next look."""
+    try:
+        step()
+    except (ServerError, OSError) as error:
+        logger.warning("%s", error)
 
 
 def end_all(state: State, timeout_s: float = END_S) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +56,18 @@ def read_settings(folder: Path) -> ArchiveSettings:
     numbers = {
         "batch": _whole(config, "batchSize"),
         "delay_s": _whole(config, "maxBatchDelay") / 1000,
-        "queue": _whole(config, "jobQueueSize"),
-        "timeout_s": _whole(config, "responseTimeout"),
+        "queue": _whole(config, "jobQueueSize") or _of_all("TS_JOB_QUEUE_SIZE"),
+        "timeout_s": _whole(config, "responseTimeout") or _of_all("TS_DEFAULT_RESPONSE_TIMEOUT"),
     }
     given: dict[str, Any] = {key: number for key, number in numbers.items() if number}
     on_cpu = config.get("deviceType") == "cpu"
     return ArchiveSettings(name, version, handler, model.get("requirementsFile"), on_cpu, **given)
+
+
+def _of_all(name: str) -> int:
+    """A setting of the server, in the environment as TorchServe has it; 0 if there is none."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else 0
 
 
 def _mapping(folder: Path, name: str, parse: Any) -> Mapping[str, Any]:
