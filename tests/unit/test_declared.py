@@ -354,7 +354,7 @@ def test_a_chunk_that_cannot_be_written_ends_the_stream_with_its_name(write: Wri
     write("label: {function: chunks}", ODD.format(kind="Label", value=value), output="label")
     sent: list[bytes] = []
 
-    response = load().submit(ServiceRequest("7", b"a"), lambda body, _: sent.append(body)).result(60)
+    response = load().submit(ServiceRequest("7", b"a"), lambda body, *_: sent.append(body)).result(60)
 
     assert [json.loads(body) for body in sent] == [{"name": "a", "score": 0.5}]
     assert "A chunk cannot be written: label.score is numpy.ndarray of shape (3,)." in response.body.decode()
