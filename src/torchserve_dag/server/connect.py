@@ -19,9 +19,10 @@ def running(state: State) -> ServerRecord:
     record = state.record()
     if record is None or not is_running(state):
         role: Role = "keeper" if record and record.host == "direct" else "TorchServe"
-        raise ServerError(
-            Supervised(state).problem(role) or "No server of this project is running: start it with torchserve-dag up."
-        )
+        problem = Supervised(state).problem(role)
+        if record and state.serving() and not problem:  # between the end of its program and that of its process
+            problem = f"{role} (pid {record.pid}) is ending: torchserve-dag status says what follows."
+        raise ServerError(problem or "No server of this project is running: start it with torchserve-dag up.")
     return record
 
 

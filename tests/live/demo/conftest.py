@@ -22,7 +22,7 @@ Run = Callable[..., str]
 
 @dataclass(frozen=True)
 class Demo(Serving):
-    printed: str
+    printed: str = ""
     """By the first run, which started the server."""
 
 
@@ -66,7 +66,7 @@ def run(copy: Path) -> Iterator[Run]:
 
 @pytest.fixture(scope="package")
 def serving(copy: Path, run: Run) -> Demo:
-    return Demo(copy, State(copy), run("./scripts/demo"))
+    return Demo(copy, State(copy), printed=run("./scripts/demo"))
 
 
 @pytest.fixture(scope="package")
