@@ -231,7 +231,7 @@ class Workers:
         if not record.leaving:
             tries, now = self._tries[record.key], time.monotonic()
             steady = worker.ready and now - worker.ready_since > STEADY_S
-            together = now - tries.last < 1.0  # with another of its version
+            together = worker.ready and now - tries.last < 1.0  # with another of its version
             tries.failures = 1 if steady else max(1, tries.failures) if together else tries.failures + 1
             tries.last = now
             pause = PAUSES_S[min(tries.failures, len(PAUSES_S)) - 1]
