@@ -389,7 +389,7 @@ def test_the_path_of_a_socket_is_never_too_long(tmp_path: Path) -> None:
 
 def test_behind_a_front_door_torchserve_stays_on_this_machine(tmp_path: Path) -> None:
     with pytest.raises(
-        ServerError, match=r"config\.properties lets TorchServe listen at 0\.0\.0\.0, beyond this machine"
+        ServerError, match=r"config\.properties lets the host listen at 0\.0\.0\.0, beyond this machine"
     ):
         stack._check_inside(replace(Addresses(), metrics="http://0.0.0.0:8082"))
 
