@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import signal
 import ssl
+import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -32,6 +35,7 @@ from torchserve_dag.server import processes
 from torchserve_dag.server.connect import management_client
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import host_and_port
+from torchserve_dag.server.state import State
 from torchserve_dag.server.supervised import Role, Supervised
 from torchserve_dag.stack.connect import client
 
@@ -282,6 +286,7 @@ def test_workers_are_replaced_under_load_and_no_request_is_lost(server: Serving)
 def test_a_worker_that_is_killed_costs_what_is_inside_and_is_replaced(server: Serving) -> None:
     with Load(server) as load:
         (pid,) = _pids(server)
+        runs = _runs(server)
         os.kill(pid, signal.SIGKILL)
         _until(lambda: (now := _pids(server)) and pid not in now)
         answers = load.answers
@@ -291,6 +296,8 @@ def test_a_worker_that_is_killed_costs_what_is_inside_and_is_replaced(server: Se
 
     assert load.wrong == []
     assert not [failure for failure in load.failures if failure[:3] not in {"502", "503"}]  # 502: in mid-answer
+    assert runs > 0
+    assert _runs(server) >= runs  # what the dead worker had counted is still counted
 
 
 @pytest.mark.parametrize("role", ["keeper", "watcher"])
@@ -334,6 +341,29 @@ def test_nothing_is_registered_at_the_ports_unless_the_settings_say_so(server: S
     assert (refused.status_code, "enable_model_api" in refused.text) == (405, True)
 
 
+def test_an_up_that_was_killed_half_way_is_ended_by_the_next(tmp_path: Path) -> None:
+    for folder in ("handlers", "workflows", "model_store"):
+        (tmp_path / folder).mkdir()
+    for name in ("config.properties", "log4j2.xml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("workflows/other.yaml", "workflows/other.py"):
+        (tmp_path / name).write_text(textwrap.dedent(str(FILES[name])))
+    run_tool(tmp_path, "build")
+    state, up = State(tmp_path), ("up", "--free-ports", "--host", "direct")
+    try:
+        with subprocess.Popen([sys.executable, "-m", "torchserve_dag", *up], cwd=tmp_path) as killed:
+            _until(lambda: Supervised(state).process("Envoy"))
+            killed.kill()
+        assert killed.returncode == -signal.SIGKILL
+        run_tool(tmp_path, *up)
+        with client(state, "rest") as rest:
+            assert rest.predict("other", Text("a")) == "A"
+    finally:
+        run_tool(tmp_path, "down")
+
+    assert processes.family(state) == []
+
+
 def test_java_is_not_there(server: Serving) -> None:
     names = {process.name() for process in processes.family(server.state)}
     assert not any("java" in name for name in names)
@@ -344,6 +374,16 @@ def _pids(server: Serving) -> set[int]:
     with management_client(server.state) as found:
         every = [version for model in found.models() if model.name == "steps" for version in model.versions]
     return {worker.pid for version in every for worker in version.workers if worker.ready}
+
+
+def _runs(server: Serving) -> float:
+    """How often the first node of `steps` has run, by the page of metrics."""
+    key = KeyFile.read(server.state.key_file).inference
+    page = httpx.get(
+        f"{server.addresses.metrics}/metrics", headers={"authorization": f"Bearer {key}"}, trust_env=False
+    ).text
+    series = [line for line in page.splitlines() if 'workflow="steps"' in line and 'node="first"' in line]
+    return sum(float(line.split()[-1]) for line in series if line.startswith("torchserve_dag_node_items_total"))
 
 
 def _until(true: Callable[[], Any]) -> None:

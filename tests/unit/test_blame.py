@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.envoy_alone import Alone, Answer, Received, alone
 from torchserve_dag.front_door.access_logs import FEEDBACK_LOG, REQUESTS_LOG
-from torchserve_dag.front_door.envoy_config import EJECT_AFTER
+from torchserve_dag.front_door.clusters import EJECT_AFTER
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.releases import request_log, stop_if, version_metrics

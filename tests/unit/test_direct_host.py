@@ -32,7 +32,7 @@ from torchserve_dag.server.hosted import HostedFile, hosted_version
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.sockets import SocketTransport
 from torchserve_dag.server.state import State
-from torchserve_dag.stack import direct_host, management
+from torchserve_dag.stack import direct_host, management_app
 from torchserve_dag.stack.management import Management
 from torchserve_dag.stack.worker_process import WorkerProcess, log_of
 from torchserve_dag.stack.workers import Workers, end_all
@@ -89,7 +89,7 @@ class Host:
         return path.read_text() if path.exists() else "no worker has said anything"
 
     def pids(self) -> list[int]:
-        return [worker.pid for one in self.workers.sight() for worker in one.workers]
+        return [worker.pid for one in self.workers.states() for worker in one.workers]
 
     def ask(self, text: str) -> httpx.Response:
         """A request as Envoy passes it on, to the first worker that it knows."""
@@ -154,7 +154,7 @@ class TestWorkers:
 
         assert host.pids() == before
         assert host.sockets == sockets
-        assert [worker.stage for one in host.workers.sight() for worker in one.workers] == ["ready"]
+        assert [worker.stage for one in host.workers.states() for worker in one.workers] == ["ready"]
 
     def test_a_worker_without_a_record_is_ended(self, host: Host) -> None:
         host.serve("steps-1.0.mar")
@@ -174,22 +174,22 @@ class TestWorkers:
         (unpacked / "workflows" / "steps.py").write_text(BROKEN)
         os.kill(host.pids()[0], signal.SIGKILL)
 
-        host.until(lambda: host.workers.sight()[0].failure)
-        assert "the weights are not there" in host.workers.sight()[0].failure
+        host.until(lambda: host.workers.states()[0].failure)
+        assert "the weights are not there" in host.workers.states()[0].failure
         (unpacked / "workflows" / "steps.py").write_text(CODE)
         host.until(lambda: host.sockets)  # it is tried again and again
-        assert host.workers.sight()[0].failure == ""
+        assert host.workers.states()[0].failure == ""
 
     def test_a_version_that_failed_and_was_taken_away_begins_anew(self, host: Host) -> None:
         host.serve("steps-1.0.mar")
         host.workers._tries[KEY].failures, host.workers._tries[KEY].why = 3, "earlier"
         (served,) = host.file.read().versions
-        assert host.workers.sight()[0].failure == "earlier"
+        assert host.workers.states()[0].failure == "earlier"
         host.file.change(lambda now: replace(now, versions=()))
         host.workers.look()
         host.file.change(lambda now: replace(now, versions=(served,)))
 
-        assert host.workers.sight()[0].failure == ""
+        assert host.workers.states()[0].failure == ""
 
     def test_workers_are_replaced_one_by_one_and_lose_no_request(self, host: Host, tmp_path: Path) -> None:
         host.serve("steps-1.0.mar")
@@ -228,7 +228,7 @@ class TestWorkers:
 class TestManagement:
     @pytest.fixture
     def client(self, host: Host) -> Iterator[RestClient]:
-        management.serve(host.state, Management(host.state, host.workers), lambda: "page")
+        management_app.serve(host.state, Management(host.state, host.workers), lambda: "page")
         path = host.state.direct / MANAGEMENT
         deadline = time.monotonic() + WITHIN_S
         while not _answers(path):
@@ -305,13 +305,13 @@ class TestManagement:
             assert failed.headers["grpc-message"] == "Model not found: other"
             nothing = _call(http, "Nothing", asked)
             assert nothing.headers["grpc-status"] == "12"
-            health = http.post(f"http://keeper{management.HEALTH_CHECK}", content=grpc.framed(b""))
-            assert health.content == grpc.framed(management.NOT_SERVING)  # no worker is ready yet
+            health = http.post(f"http://keeper{management_app.HEALTH_CHECK}", content=grpc.framed(b""))
+            assert health.content == grpc.framed(management_app.NOT_SERVING)  # no worker is ready yet
 
 
 def _call(http: httpx.Client, name: str, message: Any) -> httpx.Response:
     content, headers = grpc.framed(message.SerializeToString()), {"authorization": "Bearer manage"}
-    return http.post(f"http://keeper{management.SERVICE}{name}", content=content, headers=headers)
+    return http.post(f"http://keeper{management_app.SERVICE}{name}", content=content, headers=headers)
 
 
 def _answers(path: Path) -> bool:

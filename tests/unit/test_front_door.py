@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from torchserve_dag.archives import atomic
 from torchserve_dag.commands import app
-from torchserve_dag.front_door import bootstrap, certificate, envoy_config, routes_file, settings
+from torchserve_dag.front_door import bootstrap, certificate, clusters, envoy_config, routes_file, settings
+from torchserve_dag.front_door.backend import Backend
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
-from torchserve_dag.front_door.envoy_config import Backend
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, splits
@@ -152,13 +152,13 @@ class TestSplits:
         """And says in the log for whom."""
         shares = splits(SERVED, {"m": ROUTE}, {}, {}, [("m", "2.0")])
         text = json.dumps(envoy_config.routes(SERVED, shares, [], BACKEND, 10))
-        clusters = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, BACKEND, Limits())}
+        named = {one["name"]: one for one in clusters.clusters(SERVED, shares, BACKEND, Limits())}
 
         assert (
             '[{"cluster_name": "rest:m/1.0", "weight": 900000}, {"cluster_name": "rest:m/1.0!2.0", "weight": 100000}]'
             in text
         )
-        script = json.dumps(clusters["rest:m/1.0!2.0"])
+        script = json.dumps(named["rest:m/1.0!2.0"])
         assert 'local VERSION = \\"1.0\\"' in script
         assert 'local MEANT = \\"2.0\\"' in script
 
@@ -175,7 +175,7 @@ class TestEnvoy:
         sockets = {"m/1.0": ("a.sock",), "m/2.0": ()}
         traffic = Traffic(served=SERVED, routes={"m": ROUTE}, sockets=sockets)
         (split,) = traffic.splits
-        found = envoy_config.clusters(SERVED, [split], Backend(Addresses(), sockets=sockets), Limits())
+        found = clusters.clusters(SERVED, [split], Backend(Addresses(), sockets=sockets), Limits())
         (stands_in,) = [one for one in found if one["name"] == "rest:m/1.0!2.0"]
 
         assert "2.0" in split.ejected
@@ -215,7 +215,7 @@ class TestEnvoy:
 
     def test_a_version_with_a_fallback_is_guarded_and_the_fallback_is_not(self) -> None:
         shares = splits(SERVED, {"m": ROUTE}, {}, {})
-        found = {one["name"]: one for one in envoy_config.clusters(SERVED, shares, BACKEND, Limits())}
+        found = {one["name"]: one for one in clusters.clusters(SERVED, shares, BACKEND, Limits())}
 
         assert {"rest:m/1.0", "rest:m/2.0", "rest:m/2.0?", "grpc:m/2.0?", "rest:host"} <= found.keys()
         assert "rest:m/1.0?" not in found
@@ -225,7 +225,7 @@ class TestEnvoy:
     def test_what_answers_in_chunks_has_no_limit_for_all_of_them(self) -> None:
         served = [*SERVED[:1], ServedVersion("m", "2.0", 30.0, ours=True, streams=True)]
         shares = splits(served, {"m": ROUTE}, {}, {})
-        found = {one["name"]: one for one in envoy_config.clusters(served, shares, BACKEND, Limits())}
+        found = {one["name"]: one for one in clusters.clusters(served, shares, BACKEND, Limits())}
 
         assert "max_stream_duration" not in json.dumps(found["rest:m/2.0?"])
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from torchserve_dag.archives.archive import Archive
     from torchserve_dag.server.ready import Readiness
     from torchserve_dag.server.selection import Remark
-    from torchserve_dag.server.state import Host
     from torchserve_dag.server.status import Status, VersionStatus, WorkerStatus
 
 
@@ -64,7 +63,7 @@ def up(
         ),
     ] = True,
     host: Annotated[
-        str | None,
+        Literal["torchserve", "direct"] | None,
         typer.Option(
             help="What the models' workers belong to: torchserve, or direct; by default torchserve-dag.yaml's."
         ),
@@ -115,7 +114,7 @@ def up(
                 root,
                 options,
                 lambda seen: show(*_loading(seen)),
-                host=_host(host),
+                host=host,
                 with_front_door=front_door,
                 strict=strict,
             ).remarks
@@ -138,12 +137,6 @@ def up(
     if foreground:
         sys.stdout.flush()
         supervise.become_watcher(state)
-
-
-def _host(name: str | None) -> Host | None:
-    if name not in {None, "torchserve", "direct"}:
-        fail(f'"{name}" is no host: it is torchserve or direct.')
-    return cast("Host | None", name)
 
 
 def _print_remarks(remarks: Sequence[Remark]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -19,7 +19,7 @@ from torchserve_dag.direct import grpc
 from torchserve_dag.direct.cancel_keys import with_own_keys
 from torchserve_dag.direct.entrance import AnswerChunk, Entrance, InFlight
 from torchserve_dag.direct.forms import FormError, is_form, parts_of
-from torchserve_dag.direct.leaving import while_client_stays
+from torchserve_dag.direct.leaving import Receive, client_leaves, while_client_stays
 from torchserve_dag.direct.open_inference import grpc as open_inference_grpc
 from torchserve_dag.direct.open_inference import rest as open_inference
 from torchserve_dag.direct.open_inference.calls import OpenInference
@@ -29,7 +29,6 @@ from torchserve_dag.direct.writer import GrpcWriter, RestWriter, Send, Writer
 from torchserve_dag.runtime.worker.protocol import Part, ServiceRequest, ServiceResponse
 
 Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 
 Find = Callable[[str, str | None], Entrance | None]
 """The model of a name and, if a client names one, of a version; None if there is none."""
@@ -67,7 +66,7 @@ class DirectApp:
         why_not_ready: Callable[[], str] = lambda: "",
         about: About = lambda _: None,
     ) -> None:
-        """`max_body` is in bytes; `why_not_ready` gives the reason for which `/ping` says that it cannot serve."""
+        """`max_body` is in bytes. `why_not_ready`: for what reason `/ping` says that it cannot serve."""
         self._find, self._max_body, self._why_not_ready, self._about = find, max_body, why_not_ready, about
         self._open_inference = OpenInference(find, why_not_ready)
 
@@ -222,8 +221,7 @@ def _request(scope: Message, headers: dict[str, str], request_id: str, body: byt
 
 async def _cancel_when_left(receive: Receive, in_flight: InFlight) -> None:
     with suppress(asyncio.CancelledError):
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await client_leaves(receive)
         in_flight.cancel()
 
 

@@ -18,6 +18,8 @@ import uvloop
 BACKLOG = 2048
 IDLE_S = 75
 """How long a connection without a request is kept."""
+BEHIND_ENVOY_S = 86_400
+"""The same behind Envoy, which closes idle connections earlier: else one could be closed as a request comes over it."""
 DRAIN_S = 30
 """How long requests in progress may take after SIGTERM or SIGINT."""
 

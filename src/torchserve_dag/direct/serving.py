@@ -25,8 +25,6 @@ from torchserve_dag.runtime.worker.protocol import Service, ServiceResponse
 logger = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)s [%(levelname)s] %(name)s - %(message)s"
-IDLE_S = 86_400
-"""Envoy closes idle connections earlier: a worker that did so could close one that Envoy just sends a request on."""
 
 
 def serve(folder: Path, path: Path, gpu: int | None, max_body: int) -> None:
@@ -100,11 +98,9 @@ async def _serve(
             found = {"inside": entrance.inside, "hangs": service.hangs()}
         elif what == "metrics":
             found = [[*series, value] for series, value in service.metrics().items()]
-        elif what == "about":
-            found = dict(service.describe())
         else:
             return None
         return ServiceResponse(json.dumps(found).encode())
 
     app = DirectApp(find, max_body, about=state)
-    await http.serve(app, listening, ready, drains_on=drains_on, idle_s=IDLE_S)
+    await http.serve(app, listening, ready, drains_on=drains_on, idle_s=http.BEHIND_ENVOY_S)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torchserve_dag.front_door.backend import Resource
 from torchserve_dag.front_door.dynamic_files import SAMPLING, from_file
-from torchserve_dag.front_door.envoy_config import TYPES, Resource
+from torchserve_dag.front_door.envoy_config import TYPES
 from torchserve_dag.runtime.data.options import MAX_REQUEST_ID
 
 REQUESTS_LOG, FEEDBACK_LOG, REFUSED_LOG = "requests.log", "feedback.log", "refused.log"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchserve_dag.front_door.access_logs import access_logs
+from torchserve_dag.front_door.backend import Resource, overwrite
 from torchserve_dag.front_door.dynamic_files import CERTIFICATE, CLUSTERS, ROUTES, from_file
-from torchserve_dag.front_door.envoy_config import FROM_PORT, HOST, TYPES, Resource, overwrite
+from torchserve_dag.front_door.envoy_config import FROM_PORT, HOST, TYPES
 from torchserve_dag.front_door.http_filters import FILTERS, GRPC_BRIDGE, http_filters, key_filters, tokens_filters
 from torchserve_dag.front_door.local_replies import REVOKED, WRONG_KEY, Refusal, local_replies
 from torchserve_dag.front_door.overload import overload_manager

@@ -12,11 +12,12 @@ from typing import Any
 
 from torchserve_dag.archives import atomic
 from torchserve_dag.clients import KeyFile
-from torchserve_dag.front_door import envoy_config
+from torchserve_dag.front_door import clusters, envoy_config
 from torchserve_dag.front_door.access_logs import sampling
 from torchserve_dag.front_door.admin import Admin
+from torchserve_dag.front_door.backend import Backend, Resource
 from torchserve_dag.front_door.dynamic_files import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES, SAMPLING
-from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, Backend, Resource, accepted_tokens
+from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, accepted_tokens
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, Split, splits
@@ -226,7 +227,7 @@ class Door:
         limits = self._limits()
         backend = Backend(traffic.torchserve, self._torchserve_token(), traffic.sockets)
         shares = traffic.splits
-        clusters = envoy_config.clusters(
+        found = clusters.clusters(
             [*traffic.served, *traffic.leaving], shares, backend, limits, traffic.resting_versions
         )
         routes = envoy_config.routes(
@@ -238,7 +239,7 @@ class Door:
             closed=traffic.closed,
         )
         return [
-            (CLUSTERS, "config.cluster.v3.Cluster", clusters),
+            (CLUSTERS, "config.cluster.v3.Cluster", found),
             (ROUTES, "config.route.v3.RouteConfiguration", [routes]),
         ]
 

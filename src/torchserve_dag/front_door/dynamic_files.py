@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchserve_dag.front_door.envoy_config import Resource
+from torchserve_dag.front_door.backend import Resource
 
 ROUTES, CLUSTERS, CERTIFICATE = "routes.json", "clusters.json", "certificate.json"
 ACCEPTED = "accepted_tokens.json"

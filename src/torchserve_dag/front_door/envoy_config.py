@@ -1,25 +1,17 @@
-"""Envoy's dynamic configuration: a cluster for each version and protocol, and the routes."""
+"""Envoy's routes, and whom it admits; the words that its configuration has in common. The clusters: clusters.py."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from typing import Any
-from urllib.parse import quote
 
 from torchserve_dag.clients.models import version_key
-from torchserve_dag.front_door.settings import Limits
+from torchserve_dag.front_door.backend import Backend, Resource, overwrite
 from torchserve_dag.front_door.splits import ServedVersion, Split
 from torchserve_dag.front_door.tokens import Token
-from torchserve_dag.runtime.data.media import FORM_AS_SENT
 from torchserve_dag.runtime.data.options import ARRIVED, CANCEL, CANCEL_KEY
 from torchserve_dag.runtime.data.options import TOKEN as TOKEN_NAME
-from torchserve_dag.server.ports import Addresses, host_and_port
-
-Resource = dict[str, Any]
 
 TYPES = "type.googleapis.com/envoy."
 PROTOCOLS = ("rest", "grpc")
@@ -42,15 +34,10 @@ HEALTH = f"rest:{HOST}"
 """The cluster whose health `/ping` tells."""
 FROM_PORT = "x-keeper-port"
 """The header of management calls that came to a port, and not to the keeper's own socket."""
-MANAGEMENT = "../direct/management.sock"
-"""Where the direct host's keeper answers, relative to Envoy's folder."""
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 UNPACK, INFLATE = "unpack", "inflate"
 """The filters that decompress messages over gRPC."""
 
-EJECT_AFTER = 10
-"""Consecutive failures after which a version that has a fallback is ejected for EJECT_S seconds."""
-EJECT_S = 5
 GRACE_S = 5.0
 """Added to TorchServe's timeout, so that TorchServe's own error comes first."""
 NOT_FOUND, UNIMPLEMENTED, UNAVAILABLE = "5", "12", "14"
@@ -69,66 +56,6 @@ UNDELIVERED: Resource = {
     "host_selection_retry_max_attempts": 3,
 }
 """Retry once, at another worker if there is one, if nobody can have received the request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """Who answers behind Envoy: TorchServe, or the direct host's workers."""
-
-    torchserve: Addresses
-    token: str = ""
-    """TorchServe's inference token."""
-    sockets: Mapping[str, Sequence[str]] | None = None
-    """Of the direct host: for each version by its name, its workers' sockets, relative to Envoy's folder. None for
-    TorchServe."""
-
-    @property
-    def direct(self) -> bool:
-        return self.sockets is not None
-
-    def endpoints(self, protocol: str, version: str | None) -> list[Resource]:
-        """Where requests for a version go; None for those to the host itself."""
-        if self.sockets is not None:
-            paths = [MANAGEMENT] if version is None else self.sockets.get(version, ())
-            addresses: list[Resource] = [{"pipe": {"path": path}} for path in paths]
-        else:
-            where = self.torchserve.inference if protocol == "rest" else self.torchserve.grpc_inference
-            host, port = host_and_port(where)
-            addresses = [{"socket_address": {"address": host, "port_value": port}}]
-        return [{"endpoint": {"address": address}} for address in addresses]
-
-
-def clusters(
-    served: Iterable[ServedVersion],
-    splits: Sequence[Split],
-    backend: Backend,
-    limits: Limits,
-    resting: Collection[tuple[str, str]] = (),
-) -> list[Resource]:
-    """A cluster for each version and protocol.
-
-    Those of the models and versions that are `resting` have no address, and so answer 503 at once.
-    """
-    by_model = {split.model: split for split in splits}
-    resources = []
-    for one in served:
-        split = by_model.get(one.model)
-        for protocol in PROTOCOLS:
-            own = [_version_cluster(one, protocol, backend, limits)]
-            if split and split.falls_back(one.version):
-                own.append(_guarded_cluster(one, protocol, backend, limits, split))
-            if split and one.version == split.fallback:
-                own += [
-                    _version_cluster(one, protocol, backend, limits, STANDS_IN + out, stands_in_for=out)
-                    for out in sorted(split.ejected)
-                ]
-            if (one.model, one.version) in resting:
-                for cluster in own:
-                    cluster["load_assignment"]["endpoints"] = []
-            resources += own
-    resources += [_cluster(f"{protocol}:{HOST}", protocol, backend, limits.requests, None) for protocol in PROTOCOLS]
-    resources[-2]["health_checks"] = [_health_check(backend)]
-    return resources
 
 
 def routes(
@@ -185,120 +112,6 @@ def cluster_name(protocol: str, version: ServedVersion | str) -> str:
 def stat_name(cluster: str) -> str:
     """A cluster's name in Envoy's metrics, in which a dot separates names; `1.0` and `1_0` stay two."""
     return cluster.replace(".", "~").replace(":", "_")
-
-
-def _cluster(name: str, protocol: str, backend: Backend, requests: int, version: str | None) -> Resource:
-    http2 = protocol == "grpc" and not backend.direct
-    options: Resource = {"http2_protocol_options": {}} if http2 else {"http_protocol_options": {}}
-    return {
-        "@type": f"{TYPES}config.cluster.v3.Cluster",
-        "name": name,
-        "alt_stat_name": stat_name(name),
-        "type": "STATIC",
-        "connect_timeout": "1s",
-        "lb_policy": "LEAST_REQUEST",
-        "load_assignment": {
-            "cluster_name": name,
-            "endpoints": [{"lb_endpoints": endpoints}] if (endpoints := backend.endpoints(protocol, version)) else [],
-        },
-        # More connections than requests, so that over HTTP/1.1 too one request too many is refused instead of waiting.
-        "circuit_breakers": {
-            "thresholds": [
-                {
-                    "max_connections": 2 * requests,
-                    "max_pending_requests": requests,
-                    "max_requests": requests,
-                    "max_retries": requests,
-                }
-            ]
-        },
-        "typed_extension_protocol_options": {
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                "@type": f"{TYPES}extensions.upstreams.http.v3.HttpProtocolOptions",
-                "explicit_http_config": options,
-            }
-        },
-    }
-
-
-def _version_cluster(
-    one: ServedVersion,
-    protocol: str,
-    backend: Backend,
-    limits: Limits,
-    suffix: str = "",
-    stands_in_for: str | None = None,
-) -> Resource:
-    requests = limits.streamed if one.streams else limits.requests
-    cluster = _cluster(cluster_name(protocol, one) + suffix, protocol, backend, requests, one.name)
-    options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
-    writes = _names_version(one, stands_in_for) if backend.direct else _writes_version(one, backend, stands_in_for)
-    options["http_filters"] = [
-        {"name": "version", "typed_config": writes},
-        {
-            "name": "envoy.filters.http.upstream_codec",
-            "typed_config": {"@type": f"{TYPES}extensions.filters.http.upstream_codec.v3.UpstreamCodec"},
-        },
-    ]
-    return cluster
-
-
-def _guarded_cluster(one: ServedVersion, protocol: str, backend: Backend, limits: Limits, split: Split) -> Resource:
-    """The cluster of a version with a fallback: if the version fails or is slow, Envoy retries at the fallback."""
-    cluster = _version_cluster(one, protocol, backend, limits, GUARDED)
-    options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
-    options["retry_policy"] = {
-        "retry_on": "5xx,reset,connect-failure,refused-stream",
-        "num_retries": 1,
-        "refresh_cluster_on_retry": True,
-        "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
-    }
-    # Complete answers only. A route's per-attempt timeout would apply to the fallback too.
-    if not one.streams:
-        options["common_http_protocol_options"] = {"max_stream_duration": _seconds(split.route.slow_s)}
-    # The cluster's only host still gets requests after its ejection (Envoy's panic threshold), until the keeper moves
-    # the version's share to the fallback.
-    cluster["outlier_detection"] = {
-        "consecutive_5xx": EJECT_AFTER,
-        "interval": "1s",
-        "base_ejection_time": f"{EJECT_S}s",
-        "max_ejection_time": f"{EJECT_S}s",
-        "max_ejection_percent": 100,
-        "enforcing_success_rate": 0,
-    }
-    return cluster
-
-
-def _names_version(one: ServedVersion, stands_in_for: str | None) -> Resource:
-    """The filter that names the version in requests to the direct host's workers, and in their answers."""
-    first = {"header": {"key": "x-door-first", "value": stands_in_for or one.version}, "append_action": "ADD_IF_ABSENT"}
-    return {
-        "@type": f"{TYPES}extensions.filters.http.header_mutation.v3.HeaderMutation",
-        "mutations": {
-            "request_mutations": [{"append": first}],
-            # Envoy itself writes the request's id into the answer.
-            "response_mutations": [{"append": overwrite("x-model-version", one.version)}, {"remove": "x-request-id"}],
-        },
-    }
-
-
-def _writes_version(one: ServedVersion, backend: Backend, stands_in_for: str | None) -> Resource:
-    """The filter that writes the version into requests for TorchServe, which serves them all at one address."""
-    known = {
-        "NAME": one.model,
-        "VERSION": one.version,
-        "PATH": f"/predictions/{quote(one.model, safe='')}/{quote(one.version, safe='')}",
-        "MEANT": stands_in_for or one.version,
-        "TOKEN": f"Bearer {backend.token}",
-        "FORM_AS_SENT": FORM_AS_SENT,
-    }
-    lines = [f"local {name} = {json.dumps(value)}" for name, value in known.items()]
-    lines.append(f"local OURS = {str(one.ours).lower()}")
-    text = "\n".join([*lines, script("failure.lua"), script("version.lua")])
-    return {
-        "@type": f"{TYPES}extensions.filters.http.lua.v3.Lua",
-        "default_source_code": {"inline_string": text},
-    }
 
 
 def script(name: str) -> str:
@@ -393,10 +206,11 @@ def _parts(weights: Iterable[tuple[str, float]]) -> list[tuple[str, int]]:
 
 
 def _limits(timeout_s: float) -> Resource:
-    return {"timeout": _seconds(timeout_s + GRACE_S), "idle_timeout": _seconds(timeout_s + 2 * GRACE_S)}
+    return {"timeout": seconds(timeout_s + GRACE_S), "idle_timeout": seconds(timeout_s + 2 * GRACE_S)}
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """A duration as Envoy writes it."""
     return f"{value:.3f}s"
 
 
@@ -413,18 +227,6 @@ def _refusal(match: Resource, kind: str, message: str, grpc_status: str = NOT_FO
 def _connect() -> Resource:
     """A route for CONNECT, which has no path: without one it would pass the filters to the end, and wait there."""
     return {"name": "connect", "match": {"connect_matcher": {}}, "direct_response": {"status": 501}}
-
-
-def _health_check(backend: Backend) -> Resource:
-    """Envoy asks the host for its health once a second, whoever asks Envoy."""
-    return {
-        "timeout": "5s",
-        "interval": "1s",
-        "no_traffic_interval": "1s",
-        "unhealthy_threshold": 3 if backend.direct else 1,  # a keeper that was killed is back within a second
-        "healthy_threshold": 1,
-        "http_health_check": {"path": "/ping", "request_headers_to_add": _authorization(backend)},
-    }
 
 
 def _enabled() -> Resource:
@@ -445,7 +247,7 @@ def _health(backend: Backend) -> list[Resource]:
             "name": "ping",
             "match": {"path": path},
             "route": {"cluster": f"grpc:{HOST}", "timeout": "10s"},
-            "request_headers_to_add": _authorization(backend),
+            "request_headers_to_add": backend.authorization,
         }
         for path in paths
     ]
@@ -464,14 +266,6 @@ def _open_inference() -> list[Resource]:
     ]
     rest = {"match": {"path_separated_prefix": "/v2"}, "route": {"cluster": f"rest:{HOST}", "timeout": "10s"}}
     return [*models, {"match": {"prefix": OPEN_INFERENCE}, "route": over_grpc}, rest]
-
-
-def _authorization(backend: Backend) -> list[Resource]:
-    return [] if backend.direct else [overwrite("authorization", f"Bearer {backend.token}")]
-
-
-def overwrite(name: str, value: str) -> Resource:
-    return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
 def _feedback() -> Resource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchserve_dag.front_door.access_logs import any_of, has_status, stats
+from torchserve_dag.front_door.backend import Resource
 from torchserve_dag.front_door.dynamic_files import ACCEPTED, from_file
 from torchserve_dag.front_door.envoy_config import (
     GRPC,
@@ -15,7 +16,6 @@ from torchserve_dag.front_door.envoy_config import (
     TOKENS_KIND,
     TYPES,
     UNPACK,
-    Resource,
     script,
 )
 from torchserve_dag.front_door.tokens import ISSUER

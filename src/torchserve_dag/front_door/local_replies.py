@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torchserve_dag.front_door.access_logs import REQUEST_ID, all_of, any_of, has_header, has_status
-from torchserve_dag.front_door.envoy_config import Resource, overwrite
+from torchserve_dag.front_door.backend import Resource, overwrite
 from torchserve_dag.front_door.http_filters import PING, too_large
 from torchserve_dag.front_door.settings import MAX_HEADERS, Limits
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 
-from torchserve_dag.front_door.envoy_config import TYPES, Resource
+from torchserve_dag.front_door.backend import Resource
+from torchserve_dag.front_door.envoy_config import TYPES
 from torchserve_dag.front_door.settings import Limits
 
 HEAP_BYTES = 2 * 2**30

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchserve_dag.archives import mar
-from torchserve_dag.clients import VersionInfo
 from torchserve_dag.front_door.routes_file import RouteFile
 
 
@@ -29,10 +28,9 @@ class ServedVersion:
         return f"{self.model}/{self.version}"
 
     @classmethod
-    def of(cls, model: str, info: VersionInfo, archive: Path) -> ServedVersion:
-        """A version as TorchServe and the archive that it serves it from describe it."""
-        timeout_s = float(info.response_timeout_s)
-        return cls(model, info.version, timeout_s, mar.is_ours(archive), mar.is_asynchronous(archive))
+    def of(cls, model: str, version: str, timeout_s: float, archive: Path) -> ServedVersion:
+        """A version as its host and the archive that it serves it from describe it."""
+        return cls(model, version, float(timeout_s), mar.is_ours(archive), mar.is_asynchronous(archive))
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def load(
         _discard(client, archive)
         raise ServerError(f"{failed[model, version]}.")
     info = next(one for one in _versions(client, model) if one.version == version)
-    served = ServedVersion.of(model, info, archive.path)
+    served = ServedVersion.of(model, version, info.response_timeout_s, archive.path)
     door = Door(state)
     if door.record():
         door.change(lambda now: replace(now, served=(*now.served, served)))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import ServerRecord, State
 
 MARK = "TORCHSERVE_DAG_STATE"
@@ -161,6 +162,19 @@ def kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
         except psutil.Error:
             continue
+
+
+def end_family(state: State, besides: Collection[int] = ()) -> bool:
+    """End every process of the project's server that still runs, but those of these pids. Returns whether any did.
+
+    Raises ServerError if one does not end.
+    """
+    family_left = family(state, besides)
+    kill(left := wait(family_left, 1.0))
+    if wait(left, 5.0):
+        pids = ", ".join(str(survivor.pid) for survivor in left)
+        raise ServerError(f"These processes of the server do not end: {pids}.")
+    return bool(family_left)
 
 
 def _marked(process: psutil.Process, folder: Path) -> bool:

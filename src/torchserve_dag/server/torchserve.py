@@ -121,13 +121,9 @@ def end(state: State, besides: Collection[int] = ()) -> bool:
         with suppress(psutil.Error):  # it has just ended
             process.send_signal(signal.SIGINT)
         processes.wait([process], STOP_S)
-    family = processes.family(state, besides)  # read only now: TorchServe may start processes while it shuts down
-    processes.kill(left := processes.wait(family, 1.0))
-    if processes.wait(left, 5.0):
-        pids = ", ".join(str(survivor.pid) for survivor in left)
-        raise ServerError(f"These processes of the server do not end: {pids}.")
+    ran = processes.end_family(state, besides)  # only now: TorchServe may start processes while it shuts down
     state.clear()
-    return process is not None or bool(family)
+    return process is not None or ran
 
 
 def _sockets(state: State, where: Addresses) -> dict[str, str]:

@@ -101,10 +101,6 @@ def _client(state: State) -> Client | None:
 def end(state: State, besides: Collection[int] = ()) -> bool:
     """End every worker, and whatever else runs of the project's server, without the pids `besides`."""
     workers.end_all(state)
-    family = processes.family(state, besides)
-    processes.kill(left := processes.wait(family, 1.0))
-    if processes.wait(left, 5.0):
-        pids = ", ".join(str(survivor.pid) for survivor in left)
-        raise ServerError(f"These processes of the server do not end: {pids}.")
+    ran = processes.end_family(state, besides)
     state.clear()
-    return bool(family)
+    return ran

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -32,7 +31,8 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.state import Serving, State
 from torchserve_dag.server.supervised import Supervised
-from torchserve_dag.stack import management, start, supervise
+from torchserve_dag.stack import management_app, start, supervise
+from torchserve_dag.stack.attempt import attempt
 from torchserve_dag.stack.heal import Healer
 from torchserve_dag.stack.management import Management
 from torchserve_dag.stack.metrics_page import MetricsPage
@@ -85,8 +85,8 @@ class Keeper:
                 if self._ending.wait(supervise.POLL_S) or self.state.serving() is None:
                     break
                 if direct:
-                    _try(direct.look)
-                _try(partial(self._round, turn, serving))
+                    attempt(direct.look)
+                attempt(partial(self._round, turn, serving))
         self._end_all()
 
     def end(self, _signal: int, _frame: FrameType | None) -> None:
@@ -108,24 +108,24 @@ class Keeper:
         """Serve the management API, whose calls change which workers there are to be."""
         workers = Workers(self.state)
         page = MetricsPage(self.door, workers)
-        management.serve(self.state, Management(self.state, workers), page.text)
+        management_app.serve(self.state, Management(self.state, workers), page.text)
         return workers
 
     def _round(self, turn: int, serving: Serving) -> None:
-        _try(self._watches["watcher"].look)
+        attempt(self._watches["watcher"].look)
         if serving.envoy:
-            _try(self._watches["Envoy"].look)
+            attempt(self._watches["Envoy"].look)
         if serving.host == "torchserve" and (self._starting is None or not self._starting.is_alive()):
-            _try(self._watches["TorchServe"].look)
+            attempt(self._watches["TorchServe"].look)
         if not serving.envoy or not self.envoy.running() or not self.envoy.listens() or turn % EVERY:
             return
         for step in (self.envoy.rotate_logs, partial(rotate_logs, self.state), self.renew):
-            _try(step)
+            attempt(step)
         if not self.door.traffic().closed:
             if serving.host == "torchserve":
-                _try(self._healer.look)
+                attempt(self._healer.look)
             for step in (self.eject, self.rollouts.start_requested):
-                _try(step)
+                attempt(step)
 
     def _start_torchserve(self) -> None:
         """Begin to start TorchServe. Meanwhile the keeper watches the other processes."""
@@ -186,16 +186,6 @@ class Keeper:
         if ejected != traffic.ejected:
             logger.warning("ejected: %s", ", ".join("/".join(version) for version in ejected) or "none")
             self.door.change(lambda now: replace(now, ejected=ejected))
-
-
-def _try(step: Callable[[], None]) -> None:
-    """Run a step of the keeper. A step that fails is logged, and runs again in the next round."""
-    try:
-        step()
-    except (ServerError, ServingError, OSError) as error:
-        logger.warning("%s", error)
-    except Exception:  # one failing step must not end the keeper
-        logger.exception("a step of the keeper failed")
 
 
 def main(root: Path) -> None:

@@ -107,9 +107,9 @@ class MetricsPage:
         yield from families.values()
 
     def _totals(self) -> dict[ModelVersion, dict[tuple[str, str, str | None], float]]:
-        sight = self._workers.sight()
-        versions = {one.hosted.key for one in sight}
-        there = {(one.hosted.key, worker.id) for one in sight for worker in one.workers}
+        states = self._workers.states()
+        versions = {one.hosted.key for one in states}
+        there = {(one.hosted.key, worker.id) for one in states for worker in one.workers}
         for key in versions:
             for worker in self._workers.ready(key):
                 said = worker.ask("metrics")

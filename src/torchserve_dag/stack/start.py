@@ -92,10 +92,10 @@ def start(
         archives, failed = launch.copy_all(state, selection.archives)
         remarks += [Remark("failed", " ".join(version), why) for version, why in failed.items()]
         _check_enough(archives, remarks, strict=strict)
-        state_of = Serving(with_front_door, options.access_log, options.timeout_s, chosen)
+        to_serve = Serving(with_front_door, options.access_log, options.timeout_s, chosen)
         begin = _begin_direct if chosen == "direct" else _begin_torchserve
         try:
-            started, door = begin(_Start(state, planned, archives, options, progress, door_settings, routes, state_of))
+            started, door = begin(_Start(state, planned, archives, options, progress, door_settings, routes, to_serve))
             failures = {" ".join(version): why for version, why in started.failed.items()}
             remarks = [one for one in remarks if not (one.kind == "new" and one.what in failures)]
             remarks += [Remark("failed", what, why) for what, why in failures.items()]
@@ -105,7 +105,7 @@ def start(
                     open_door(state, serving, routes)
             if chosen == "torchserve":
                 Supervised(state).note("TorchServe", "")
-            state.save_serving(state_of)
+            state.save_serving(to_serve)
         except BaseException:  # also after Ctrl-C: a half-started server must not keep running
             Door(state).forget()
             _end_processes(state, {os.getpid()})
@@ -130,7 +130,7 @@ class _Start:
 
 def _begin_torchserve(this: _Start) -> tuple[launch.Started, FrontDoorRecord | None]:
     """Start the front door and TorchServe. Nobody watches them yet."""
-    java.find()
+    java.find()  # raises before anything is started
     planned = this.planned
     door = None
     if this.serving.front_door:
@@ -160,9 +160,9 @@ def _begin_direct(this: _Start) -> tuple[launch.Started, FrontDoorRecord | None]
         raise ServerError("; ".join(refused.values()) + ".")
     max_body = properties.max_body(planned.properties)
     own = direct_host.ports(state, planned, access_log=this.options.access_log)
+    state.save_serving(replace(this.serving, opened=False))
     door = front_door.start(state.root, this.door_settings, planned.where, max_body, own, tls=this.serving.front_door)
     record = direct_host.prepare(state, planned, archives)
-    state.save_serving(replace(this.serving, opened=False))
     supervise.start(state)
     started = direct_host.wait(state, record, archives, this.options, this.progress, _shares(this.routes))
     return replace(started, failed=refused | started.failed), door
@@ -249,7 +249,7 @@ def end(state: State, besides: Collection[int] = ()) -> bool:
 
 
 def _check_inside(where: Addresses) -> None:
-    """Raises ServerError if TorchServe would listen beyond loopback."""
+    """Raises ServerError if the host would listen beyond loopback."""
     for name in where.__slots__:
         host, _ = host_and_port(getattr(where, name))
         if not is_loopback(host):
@@ -260,10 +260,12 @@ def _check_inside(where: Addresses) -> None:
 
 
 def open_door(state: State, serving: Client, routes: Mapping[str, RouteFile]) -> Traffic:
-    """Route requests to every version that TorchServe serves. A model whose default is not served has none."""
+    """Route requests to every version that the host serves. A model whose default is not served has none."""
     models, store, releases = serving.models(), state.archives, releases_file.read(state.root)
     served = tuple(
-        ServedVersion.of(model.name, version, store / version.archive) for model in models for version in model.versions
+        ServedVersion.of(model.name, one.version, one.response_timeout_s, store / one.archive)
+        for model in models
+        for one in model.versions
     )
     decided = {name: release.default.version for name, release in releases.items() if release.default}
     chosen = {

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from contextlib import suppress
@@ -23,6 +22,7 @@ from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.server import processes
 from torchserve_dag.server.hosted import HostedVersion
+from torchserve_dag.server.sockets import SocketConnection
 from torchserve_dag.server.state import State
 
 PROGRAM = Path(direct.__path__[0]) / "worker.py"
@@ -77,7 +77,7 @@ class WorkerProcess:
         for path in folder.glob(f"{id_}.*"):
             path.unlink()
         unpacked = state.direct / "models" / Path(one.archive).stem
-        # Relative, for the path of a socket may have a hundred letters only.
+        # The socket's path is relative to the working directory: a socket's path may have about a hundred characters.
         command = [sys.executable, str(PROGRAM), str(state.archives / one.archive), str(unpacked), f"{id_}.sock"]
         command += ["--max-body", str(max_body), *(["--gpu", str(gpu)] if gpu is not None else [])]
         state.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -148,9 +148,9 @@ class WorkerProcess:
         except OSError:
             return ""
 
-    def ask(self, what: str, timeout_s: float = ASK_S) -> Any:
-        """What a worker says of itself; None if it does not answer, as while it loads."""
-        connection = _UnixConnection(self._path("sock"), timeout_s)
+    def ask(self, what: str) -> Any:
+        """What a worker says of itself (`state` or `metrics`); None if it does not answer, as while it loads."""
+        connection = SocketConnection(self._path("sock"), ASK_S)
         try:
             connection.request("GET", f"/worker/{what}")
             answer = connection.getresponse()
@@ -219,20 +219,3 @@ def rotate_logs(state: State) -> None:
         if path.stat().st_size > LOG_BYTES:
             shutil.copyfile(path, path.with_name(f"{path.name}.1"))
             os.truncate(path, 0)
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """A connection to a socket, by the descriptor of its folder: its path may be too long."""
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("worker", timeout=timeout_s)
-        self._socket_path = path
-
-    def connect(self) -> None:
-        folder = os.open(self._socket_path.parent, os.O_PATH)
-        try:
-            self.sock = socket.socket(socket.AF_UNIX)
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(f"/proc/self/fd/{folder}/{self._socket_path.name}")
-        finally:
-            os.close(folder)

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +27,7 @@ from torchserve_dag.front_door.door import Door
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.hosted import Hosted, HostedFile, HostedVersion
 from torchserve_dag.server.state import State
+from torchserve_dag.stack.attempt import attempt
 from torchserve_dag.stack.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ ASKERS = 8
 AT_ONCE = max(2, len(os.sched_getaffinity(0)))
 """How many workers may load at the same time."""
 
-Stage = Literal["loading", "ready", "leaving"]
+Stage = Literal["loading", "ready"]
 
 
 @dataclass(slots=True)
@@ -64,8 +65,8 @@ class _Tries:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerSight:
-    """A worker, for whoever asks."""
+class WorkerState:
+    """A worker that does not leave, as management calls and the page of metrics show it."""
 
     id: str
     pid: int
@@ -76,12 +77,12 @@ class WorkerSight:
 
 
 @dataclass(frozen=True, slots=True)
-class VersionSight:
-    """A version, for whoever asks."""
+class VersionState:
+    """A version with its workers."""
 
     hosted: HostedVersion
     default: bool
-    workers: tuple[WorkerSight, ...]
+    workers: tuple[WorkerState, ...]
     failure: str
     """Why it is not served, once its workers failed FAILED times in a row; empty while it is, or may be yet."""
 
@@ -104,7 +105,9 @@ class Workers:
     _tries: dict[ModelVersion, _Tries] = field(default_factory=lambda: defaultdict(_Tries))
     _leaving: dict[str, _Leaving] = field(default_factory=dict)
     _published: dict[str, tuple[str, ...]] | None = None
-    _has_published: bool = False
+    """What Envoy was told: the sockets of each version. None: nothing yet by this keeper; an earlier one may have been
+    killed as it did.
+    """
     _asked: dict[str, float] = field(default_factory=dict)
     _loaded: set[ModelVersion] = field(default_factory=set)
     """Versions that have had a worker that was ready."""
@@ -115,10 +118,11 @@ class Workers:
         self._file, self._door = HostedFile(self.state), Door(self.state)
         WorkerProcess.end_unknown(self.state)
         self._workers = WorkerProcess.all(self.state)
+        told: dict[str, tuple[str, ...]] = {}
         with suppress(ServerError):
-            self._published = self._door.traffic().sockets
-        for worker in self._workers:  # an earlier keeper's: those that Envoy knows were ready
-            worker.ready = worker.socket in (self._published or {}).get("/".join(worker.record.key), ())
+            told = self._door.traffic().sockets or {}
+        for worker in self._workers:  # of an earlier keeper's, those were ready that it told Envoy of
+            worker.ready = worker.socket in told.get("/".join(worker.record.key), ())
             if worker.ready:
                 self._loaded.add(worker.record.key)
         numbers = [int(worker.record.id) for worker in self._workers if worker.record.id.isdigit()]
@@ -130,14 +134,14 @@ class Workers:
         said = self._ask_all()
         with self._lock:
             before = len(self._workers)
-            for worker in list(self._workers):
-                _try(partial(self._watch, worker, hosted, said))
+            for worker in list(self._workers):  # one's trouble is not another's
+                attempt(partial(self._watch, worker, hosted, said))
             if len(self._workers) < before:
                 self._forget_unpacked(hosted)
             for key in self._tries.keys() - {one.key for one in hosted.versions}:
                 del self._tries[key]
             for one in hosted.versions:
-                _try(partial(self._fit, one, hosted))
+                attempt(partial(self._fit, one, hosted))
         self._publish(hosted)
 
     def _ask_all(self) -> dict[str, Any]:
@@ -161,33 +165,36 @@ class Workers:
             for worker in self._of(key):
                 worker.save(replace(worker.record, replaced=True))
 
-    def sight(self) -> list[VersionSight]:
+    def states(self) -> list[VersionState]:
+        """Every version that is to be served."""
         hosted = self._file.read()
         with self._lock:
             return [
-                VersionSight(
+                VersionState(
                     one,
                     hosted.defaults.get(one.model) == one.version,
-                    tuple(self._seen(worker) for worker in self._of(one.key)),
+                    tuple(self._state_of(worker) for worker in self._of(one.key)),
                     tries.why if (tries := self._tries[one.key]).failures >= FAILED else "",
                 )
                 for one in hosted.versions
             ]
 
     def ready(self, key: ModelVersion) -> list[WorkerProcess]:
+        """The workers of a version to which Envoy sends requests."""
         with self._lock:
             return [worker for worker in self._of(key) if self._stage(worker) == "ready"]
 
     def _stage(self, worker: WorkerProcess) -> Stage:
         """A worker counts as ready once Envoy knows its socket."""
-        if worker.record.leaving:
-            return "leaving"
-        known = (self._published or {}).get("/".join(worker.record.key), ())
-        return "ready" if worker.ready and worker.socket in known else "loading"
+        return "ready" if worker.ready and self._is_known(worker) else "loading"
 
-    def _seen(self, worker: WorkerProcess) -> WorkerSight:
+    def _is_known(self, worker: WorkerProcess) -> bool:
+        """Whether Envoy sends requests to it."""
+        return worker.socket in (self._published or {}).get("/".join(worker.record.key), ())
+
+    def _state_of(self, worker: WorkerProcess) -> WorkerState:
         record = worker.record
-        return WorkerSight(record.id, record.pid, self._stage(worker), record.since, record.gpu, worker.memory_mb())
+        return WorkerState(record.id, record.pid, self._stage(worker), record.since, record.gpu, worker.memory_mb())
 
     def _of(self, key: ModelVersion) -> list[WorkerProcess]:
         return [worker for worker in self._workers if worker.record.key == key and not worker.record.leaving]
@@ -247,9 +254,8 @@ class Workers:
 
     def _let_go(self, worker: WorkerProcess, said: Any) -> None:
         """End a worker that gets no more requests once it is empty, or once the time limit of those inside is over."""
-        known = (self._published or {}).get("/".join(worker.record.key), ())
-        if worker.socket in known:
-            return  # Envoy does not know yet
+        if self._is_known(worker):
+            return  # Envoy has not been told yet
         now = time.monotonic()
         leaving = self._leaving.setdefault(worker.record.id, _Leaving(now))
         if leaving.told is not None:
@@ -308,9 +314,9 @@ class Workers:
                 "/".join(one.key): tuple(worker.socket for worker in self._of(one.key) if worker.ready)
                 for one in hosted.versions
             }
-        if sockets != self._published or not self._has_published:  # an earlier keeper may have been killed just then
+        if sockets != self._published:
             self._door.change(lambda now: replace(now, sockets=sockets))
-            self._published, self._has_published = sockets, True
+            self._published = sockets
 
     def _forget_unpacked(self, hosted: Hosted) -> None:
         """Delete unpacked archives that nobody needs any more."""
@@ -321,25 +327,12 @@ class Workers:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _try(step: Callable[[], None]) -> None:
-    """One version's trouble is not another's: it is logged, and tried again in the next look."""
-    try:
-        step()
-    except (ServerError, OSError) as error:
-        logger.warning("%s", error)
-
-
-def end_all(state: State, timeout_s: float = END_S) -> None:
-    """End every worker: Envoy has been drained."""
-    workers = [worker for worker in WorkerProcess.all(state) if worker.runs()]
-    _each(workers, timeout_s)
-
-
-def _each(workers: Iterable[WorkerProcess], timeout_s: float) -> None:
-    left = list(workers)
+def end_all(state: State) -> None:
+    """End every worker, after Envoy was drained."""
+    left = [worker for worker in WorkerProcess.all(state) if worker.runs()]
     for worker in left:
         worker.end()
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + END_S
     while left and time.monotonic() < deadline:
         time.sleep(0.05)
         left = [worker for worker in left if worker.runs()]
