@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from torchserve_dag.server import processes
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.state import ServerRecord, State
 from torchserve_dag.server.status import _version
+from torchserve_dag.stack import heal
 from torchserve_dag.stack.heal import Healer
 
 WORKER = [sys.executable, "-c", "import time; time.sleep(600)", "--sock-name", "/tmp/.ts.sock.9000"]
@@ -26,10 +28,19 @@ WITHIN_S = 60
 
 @pytest.fixture
 def java(tmp_path: Path) -> Iterator[psutil.Process]:
-    """A process in the place of TorchServe's, with one worker of the id 9000."""
+    """A process in the place of TorchServe's, with one worker of the id 9000; it starts another if there is a file
+    `again`.
+    """
     state = State(tmp_path)
     state.prepare()
-    program = f"import subprocess; subprocess.Popen({WORKER!r}).wait(); import time; time.sleep(600)"
+    again = str(tmp_path / "again")
+    program = f"""
+import os, subprocess, time
+while True:
+    subprocess.Popen({WORKER!r}).wait()
+    while not os.path.exists({again!r}):
+        time.sleep(0.01)
+"""
     pid = processes.spawn([sys.executable, "-c", program], state)
     state.save(ServerRecord(pid, Addresses()))
     java = psutil.Process(pid)
@@ -91,3 +102,23 @@ def test_a_worker_whose_processes_have_all_ended_is_healed_whatever_torchserve_s
 @pytest.mark.parametrize(("pid", "state"), [(os.getpid(), "ready"), (None, "starting")], ids=["runs", "has ended"])
 def test_status_calls_no_version_ready_whose_worker_has_no_process(pid: int | None, state: str) -> None:
     assert _version("m", said(ready=True, pid=pid or ended()), {}).state == state
+
+
+def test_a_version_is_scaled_only_once_torchserve_has_started_its_process_again(
+    tmp_path: Path, java: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled before, the worker would be started all the same, and take a request with it."""
+    monkeypatch.setattr(heal, "RESTART_S", float(WITHIN_S))
+    (pid,) = processes.workers_of(java, frozenset({"9000"}))
+    ended_one = psutil.Process(pid)
+    ended_one.kill()
+    processes.wait([ended_one], WITHIN_S)
+    info = said(ready=False, pid=pid)
+    waiting = threading.Thread(target=Healer(State(tmp_path))._wait_until_started, args=[info.workers])
+    waiting.start()
+    assert waiting.is_alive()
+
+    (tmp_path / "again").touch()
+    waiting.join(WITHIN_S / 2)
+    assert not waiting.is_alive()
+    assert len(processes.workers_of(java, frozenset({"9000"}))) == 1

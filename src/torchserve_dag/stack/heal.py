@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import httpx
@@ -33,6 +34,8 @@ LAST_WORDS_S = 0.5
 """How long TorchServe may take to read the failures that a worker in asynchronous mode wrote before it ended. If the
 version is scaled to no worker sooner, nobody answers their requests; if it is not scaled, TorchServe starts processes
 again and again, and loses a request with each."""
+RESTART_S = 5.0
+"""How long TorchServe may pause before it starts the process of a worker again; its first pauses are 0, 1 and 1 s."""
 LONGEST_PAUSE_S = 60.0
 """Between two attempts for one version; the pauses before are 1, 2, 4 … s."""
 AGAIN_S = 5.0
@@ -113,11 +116,13 @@ class Healer:
         """Whether a process of a worker runs. Of one in asynchronous mode whose processes all end at once, TorchServe
         goes on saying that it is ready.
         """
-        if processes.runs(worker.pid):
-            return True
+        return processes.runs(worker.pid) or bool(self._processes([worker]))
+
+    def _processes(self, workers: Iterable[WorkerInfo]) -> set[int]:
+        """The pids of those processes of workers that TorchServe started."""
         record = self._state.record()
         java = processes.java(record, self._state) if record else None
-        return java is not None and bool(processes.workers_of(java, frozenset({worker.id})))
+        return processes.workers_of(java, frozenset(worker.id for worker in workers)) if java else set()
 
     def _heal(self, version: ModelVersion, workers: int) -> None:
         """Meanwhile requests for the version get 503, or its fallback's answers."""
@@ -125,6 +130,7 @@ class Healer:
         logger.warning("TorchServe does not start the workers of %s again: it is scaled to none and back", name)
         try:
             self._door.change(lambda now: replace(now, resting=(*_others(now, version), (*version, workers))))
+            self._wait_for_processes(version)
             for count in (0, workers):
                 scale(self._state, version, count)
             self._wait(version)
@@ -134,12 +140,35 @@ class Healer:
             logger.exception("%s cannot be healed yet", name)
             time.sleep(AGAIN_S)
 
-    def _wait(self, version: ModelVersion) -> None:
-        deadline = time.monotonic() + READY_S
+    def _wait_for_processes(self, version: ModelVersion) -> None:
+        """Wait until TorchServe has started the processes of a version's workers again.
+
+        Scaling ends a process that runs. One that TorchServe (0.12.0) is to start after a pause is started though its
+        worker is gone; it takes a request from the version's queue, and nobody answers that request.
+        """
         with management_client(self._state) as client:
-            while not _ready(client, version):
+            self._wait_until_started(_workers(client, version))
+
+    def _wait_until_started(self, workers: Sequence[WorkerInfo]) -> None:
+        deadline = time.monotonic() + RESTART_S
+        while not all(map(self._has_process, workers)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _wait(self, version: ModelVersion) -> None:
+        """Wait until a worker is ready. Raises ServerError, also if a worker ends: it may never be ready again."""
+        deadline = time.monotonic() + READY_S
+        before: set[int] = set()
+        with management_client(self._state) as client:
+            while True:
+                workers = _workers(client, version)
+                if any(worker.ready for worker in workers):
+                    return
+                now = self._processes(workers)
+                if before - now:
+                    raise ServerError(f"A worker of {'/'.join(version)} ended before its model was loaded.")
                 if time.monotonic() > deadline:
                     raise ServerError(f"{'/'.join(version)} is not ready after {READY_S:g} s.")
+                before = now
                 time.sleep(0.3)
 
 
@@ -166,5 +195,6 @@ def scale(state: State, version: ModelVersion, workers: int) -> None:
         raise ServerError(f"TorchServe does not scale {'/'.join(version)}: {answer.text[:200].strip()}.")
 
 
-def _ready(client: Client, version: ModelVersion) -> bool:
-    return any(one.ready for model in client.models() for one in model.versions if (model.name, one.version) == version)
+def _workers(client: Client, version: ModelVersion) -> list[WorkerInfo]:
+    versions = [(model.name, one) for model in client.models(timeout=10) for one in model.versions]
+    return [worker for name, one in versions if (name, one.version) == version for worker in one.workers]

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 GIVE_UP_S = 5
 """How long TorchServe may take to read the failures of the unanswered requests."""
+QUIET_S, LAST_REQUESTS_S = 0.1, 1.0
+"""A connection is ended once TorchServe has sent nothing for QUIET_S, after LAST_REQUESTS_S at the latest."""
 
 _BROKEN = Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "The worker failed.", "InternalError")
 
@@ -94,7 +96,7 @@ def _serve(folder: Path, gpu: int | None, link: socket.socket) -> NoReturn:
         loop.drain()
         os._exit(EXIT_HANGS)
     torchserve = socket.socket(fileno=connection)
-    if not _hung_up(torchserve, 0):  # the guard has ended, and not TorchServe
+    if not _happens(torchserve, select.POLLRDHUP, 0):  # the guard has ended, and not TorchServe
         loop.give_up(torchserve)
     os._exit(1)
 
@@ -102,14 +104,15 @@ def _serve(folder: Path, gpu: int | None, link: socket.socket) -> NoReturn:
 def _end_with_guard(link: socket.socket, loaded: threading.Event) -> None:
     """End this process if the guard ends while the model is still being loaded."""
     while not loaded.is_set():
-        if _hung_up(link, 1000) and not loaded.is_set():
+        if _happens(link, select.POLLRDHUP, 1) and not loaded.is_set():
             os._exit(1)
 
 
-def _hung_up(side: socket.socket, wait_ms: int) -> bool:
+def _happens(side: socket.socket, event: int, within_s: float) -> bool:
+    """Whether there is this event of `select.poll` at a socket, or its end, within a time."""
     poll = select.poll()
-    poll.register(side, select.POLLRDHUP)
-    return bool(poll.poll(wait_ms))
+    poll.register(side, event)
+    return bool(poll.poll(within_s * 1000))
 
 
 class AsynchronousLoop:
@@ -146,18 +149,24 @@ class AsynchronousLoop:
             time.sleep(0.1)
 
     def give_up(self, connection: socket.socket) -> None:
-        """Fail the unanswered requests, and those that TorchServe has sent since, over TorchServe's own connection."""
+        """Fail the unanswered requests, and those that TorchServe has sent since, over TorchServe's own connection.
+
+        TorchServe (0.12.0) may forget the request that it is sending while the connection ends. So the connection ends
+        when TorchServe sends nothing, if there is such a time.
+        """
         connection.settimeout(GIVE_UP_S)
         with self._sending:
             exchanges, self._unanswered = self._unanswered, {}
             for exchange in exchanges.values():
                 connection.sendall(exchange.failure(DIED))
-        connection.shutdown(socket.SHUT_RD)  # TorchServe cannot write any more, and fails what it wanted to send
         unread: WireReader[list[WireRequest]] = WireReader(read_requests)
-        while data := _receive(connection):
+        deadline = time.monotonic() + LAST_REQUESTS_S
+        while _happens(connection, select.POLLIN, QUIET_S) and (data := _receive(connection)):
             for requests, _ in unread.feed(data):
                 for wire in requests:
                     connection.sendall(Exchange(wire.id, over_rest(wire.headers), wire.id).failure(DIED))
+            if time.monotonic() > deadline:
+                connection.shutdown(socket.SHUT_RD)  # what it sends now fails
 
     def _begin(self, wire: WireRequest) -> None:
         request = read_request(wire)
