@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, HTTPSConnection
@@ -37,7 +39,7 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import host_and_port
 from torchserve_dag.server.state import State
 from torchserve_dag.server.supervised import Role, Supervised
-from torchserve_dag.stack.connect import client
+from torchserve_dag.stack.connect import client, local_address
 
 PREDICTIONS = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
 WITHIN_S = 120
@@ -102,7 +104,7 @@ HELD_BY = {
     "archives of another protocol than this package's": (
         "workflows/test_earlier_archive.py::test_the_direct_host_leaves_it_out_and_serves_the_rest",
     ),
-    "`serve.mode`, `serve.batches`": ("modes/test_modes.py::test_answers_failures_and_descriptions_are_the_same",),
+    "`serve.mode`": ("modes/test_modes.py::test_answers_failures_and_descriptions_are_the_same",),
     "`StreamPredictions2`, `/explanations`, TorchServe's own `.war`": ("test_what_it_does_not_have_is_said",),
     "an unedited TorchServe archive in `asyncCommunication`, or for `torchrun`": (
         "test_an_unedited_archive_is_served_and_what_cannot_be_is_said",
@@ -177,6 +179,44 @@ def _begin(server: Serving, way: str, text: str) -> Callable[[], object]:
     headers = {"authorization": f"Bearer {key}", "content-type": "text/plain"}
     connection.request("POST", "/predictions/steps", text, headers)
     return connection.close
+
+
+@pytest.mark.parametrize("door", [False, True], ids=["port", "front door"])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/predictions/other", 200),
+        ("PUT", "/predictions/other?a=1", 200),
+        ("POST", "/predictions/other/1.0", 200),
+        ("POST", "/predictions/other/1.0/and/more?a=1", 200),
+        ("POST", "/predictions/%6fther/1%2E0", 200),
+        ("POST", "/predictions/other/", 200),
+        ("POST", "/models/other/invoke", 200),
+        ("POST", "/predictions/other/9.0", 404),
+        ("POST", "/predictions/others", 404),
+        ("DELETE", "/predictions/other", 405),
+        ("OPTIONS", "/predictions/other/1.0", 405),
+    ],
+)
+def test_a_path_names_a_model_in_every_form(server: Serving, door: bool, method: str, path: str, status: int) -> None:  # noqa: FBT001
+    """Of a request at the front door, the log names the model, whatever way it took through Envoy."""
+    token = own_token(server.state) if door else KeyFile.read(server.state.key_file).inference
+    record = Door(server.state).record()
+    assert record
+    base = f"https://{local_address(record.settings)}" if door else server.addresses.inference
+    named = uuid.uuid4().hex
+    headers = {"authorization": f"Bearer {token}", "content-type": "text/plain", "x-request-id": named}
+    with httpx.Client(base_url=base, verify=False, headers=headers, timeout=WITHIN_S, trust_env=False) as http:  # noqa: S501
+        answer = http.request(method, path, content="a")
+
+    assert answer.status_code == status, answer.text
+    if status == 200:
+        assert (answer.json(), answer.headers["x-model-version"], answer.headers["x-request-id"]) == ("A", "1.0", named)
+        if door:
+            log = server.state.logs / "requests.log"
+            _until(lambda: named in log.read_text())
+            (line,) = [json.loads(one) for one in log.read_text().splitlines() if named in one]
+            assert (line["model"], line["version"]) == ("other", "1.0")
 
 
 def test_a_failure_over_grpc_is_a_status(server: Serving) -> None:

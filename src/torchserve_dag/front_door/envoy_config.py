@@ -32,6 +32,9 @@ _OVER_GRPC = f"({re.escape(GRPC)}|{re.escape(OPEN_INFERENCE)}).*"
 HOST = "host"
 HEALTH = f"rest:{HOST}"
 """The cluster whose health `/ping` tells."""
+_PLAIN = re.compile(r"[\w.~+-]+", re.ASCII)
+"""A name that a path has as it is."""
+_PREDICTS: Resource = {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|POST|PUT"}}}
 FROM_PORT = "x-keeper-port"
 """The header of management calls that came to a port, and not to the keeper's own socket."""
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
@@ -72,8 +75,10 @@ def routes(
     for split in splits:
         versions = [one for one in served if one.model == split.model]
         for protocol in PROTOCOLS:
-            routes_list += [_named(one, protocol) for one in versions]
-            routes_list += _shared(split, versions, protocol)
+            to_versions = [*(_named(one, protocol) for one in versions), *_shared(split, versions, protocol)]
+            if backend.direct and protocol == "rest":
+                routes_list += _by_path(split.model, to_versions)
+            routes_list += to_versions
         known = ", ".join(_names(versions))
         message = f"There is no such version of {split.model}; it has {known}."
         match = _match(split.model)
@@ -127,6 +132,31 @@ def _match(model: str, protocol: str | None = None, version: str | None = None) 
         path = {"safe_regex": {"regex": _OVER_GRPC}}
         headers.append({"name": ":path", "string_match": path, "invert_match": protocol == "rest"})
     return {"prefix": "/", "headers": headers}
+
+
+def _by_path(model: str, to_versions: Iterable[Resource]) -> list[Resource]:
+    """The same routes for requests whose path names the model letter by letter: they are routed without request.lua.
+
+    The script takes a sixth of the time that Envoy has for a request. For TorchServe it writes what version.lua reads.
+    """
+    found = []
+    for route in to_versions:
+        conditions = {one["name"]: one for one in route["match"]["headers"]}
+        version = conditions.pop(VERSION).get("string_match", {}).get("exact")
+        named = {MODEL: model, VERSION: version} if version else {MODEL: model}
+        if "route" not in route or not all(map(_PLAIN.fullmatch, named.values())):
+            continue
+        path = "/".join(["/predictions", *named.values()])
+        others = [one for name, one in conditions.items() if name not in {MODEL, ":path"}]
+        found.append(
+            {
+                **route,
+                "match": {"path_separated_prefix" if version else "path": path, "headers": [*others, _PREDICTS]},
+                "request_headers_to_add": [overwrite(name, value) for name, value in named.items()],
+                "typed_per_filter_config": {"request": _disabled()},
+            }
+        )
+    return found
 
 
 def _named(one: ServedVersion, protocol: str) -> Resource:
@@ -231,6 +261,10 @@ def _connect() -> Resource:
 
 def _enabled() -> Resource:
     return {"@type": f"{TYPES}config.route.v3.FilterConfig", "config": {}}
+
+
+def _disabled() -> Resource:
+    return {"@type": f"{TYPES}config.route.v3.FilterConfig", "disabled": True}
 
 
 def _closed() -> list[Resource]:
