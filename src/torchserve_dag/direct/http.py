@@ -75,6 +75,7 @@ async def serve(
         app,
         lifespan="off",
         access_log=False,
+        proxy_headers=False,
         log_config=None,
         server_header=False,
         ws="none",

@@ -5,6 +5,7 @@ It is imported once the archive's own `runtime/` is in its place.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -36,6 +37,8 @@ def serve(folder: Path, path: Path, gpu: int | None, max_body: int) -> None:
     began = time.monotonic()
     service = _load(folder, gpu)
     logger.info("%s %s is loaded after %.1f s", service.name, service.version, time.monotonic() - began)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: the garbage collector would look at all of torch's objects again and again
     listening = http.listen_at(path)
     try:
         if isinstance(service, RunsOnMainThread):
