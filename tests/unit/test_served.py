@@ -22,10 +22,13 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.unit.conftest import Write
 from torchserve_dag import Workflow
+from torchserve_dag.front_door import certificate
+from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.runtime.compute import placement
 from torchserve_dag.runtime.data import codec
-from torchserve_dag.runtime.data.options import TIMEOUT
+from torchserve_dag.runtime.data.options import PRIORITY, TIMEOUT, TRACE, Options
 from torchserve_dag.runtime.data.parts import Body, message_in, read
 from torchserve_dag.runtime.engine.outcome import FINAL, WORTH_RETRYING
 from torchserve_dag.runtime.graph.kinds import ServedCode
@@ -100,7 +103,9 @@ def serve() -> Iterator[Serve]:
     """Starts a server; gives its address, what it does, and itself."""
     running: list[tuple[grpc.Server, Inference]] = []
 
-    def start(address: str = "127.0.0.1:0") -> tuple[str, Inference, grpc.Server]:
+    def start(
+        address: str = "127.0.0.1:0", tls: grpc.ServerCredentials | None = None
+    ) -> tuple[str, Inference, grpc.Server]:
         options = [
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
@@ -108,7 +113,7 @@ def serve() -> Iterator[Serve]:
         ]
         server, inference = grpc.server(ThreadPoolExecutor(16), options=options), Inference()
         inference_pb2_grpc.add_InferenceAPIsServiceServicer_to_server(inference, server)
-        port = server.add_insecure_port(address)
+        port = server.add_secure_port(address, tls) if tls else server.add_insecure_port(address)
         server.start()
         running.append((server, inference))
         return f"127.0.0.1:{port}", inference, server
@@ -123,8 +128,15 @@ def serve() -> Iterator[Serve]:
 def call() -> Iterator[Callable[..., ServedModel]]:
     models: list[ServedModel] = []
 
-    def model(address: str, name: str = "echo", gives: Any = Any, version: str | None = None, token: str | None = None):
-        models.append(ServedModel(ServedCode(name, version, address, token), gives))
+    def model(
+        address: str,
+        name: str = "echo",
+        gives: Any = Any,
+        version: str | None = None,
+        token: str | None = None,
+        ca: str | None = None,
+    ) -> ServedModel:
+        models.append(ServedModel(ServedCode(name, version, address, token, ca), gives))
         return models[-1]
 
     yield model
@@ -149,7 +161,7 @@ class Answers:
 
 def ask(model: ServedModel, value: Any = b"1", timeout_s: float = 10) -> Any:
     answers = Answers()
-    model(value, timeout_s, answers.done)
+    model(value, Options(timeout_s=timeout_s), answers.done)
     return answers.next()
 
 
@@ -159,6 +171,7 @@ def dead_address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
+WITHIN_20_S = Options(timeout_s=20)
 DOWN_S = 6.0
 RECONNECTS_WITHIN_S = 2.5
 """By itself grpc would wait longer and longer: after this long a failure, for 4 s, and at last for two minutes."""
@@ -287,7 +300,7 @@ def test_a_call_does_not_wait_and_many_are_under_way_together(serve: Serve, call
     address, inference, _ = serve()
     model, answers = call(address, "hangs"), Answers()
     for number in range(8):
-        model(str(number).encode(), 20, answers.done)  # would not return if it waited: nothing is answered yet
+        model(str(number).encode(), WITHIN_20_S, answers.done)  # would not return if it waited: nothing is answered yet
     for _ in range(8):
         assert inference.inside.acquire(timeout=60)
     assert answers.count == 0
@@ -310,7 +323,7 @@ def test_a_call_that_takes_too_long_is_answered_at_its_limit(serve: Serve, call:
 def test_calling_off_reaches_the_server_and_is_answered_once(serve: Serve, call: Any) -> None:
     address, inference, _ = serve()
     answers = Answers()
-    cancel = call(address, "hangs")(b"1", 20, answers.done)
+    cancel = call(address, "hangs")(b"1", WITHIN_20_S, answers.done)
     assert inference.inside.acquire(timeout=60)
     cancel()
     cancel()
@@ -325,8 +338,8 @@ def test_closing_calls_off_its_own_calls_and_not_its_neighbours(serve: Serve, ca
     address, inference, _ = serve()
     one, other = call(address, "hangs"), call(address, "hangs")
     ended, waiting = Answers(), Answers()
-    one(b"1", 20, ended.done)
-    other(b"2", 20, waiting.done)
+    one(b"1", WITHIN_20_S, ended.done)
+    other(b"2", WITHIN_20_S, waiting.done)
     assert inference.inside.acquire(timeout=60)
     assert inference.inside.acquire(timeout=60)
     one.close()
@@ -452,6 +465,51 @@ def test_the_token_comes_from_the_environment(serve: Serve, call: Any, monkeypat
     assert "secret" not in failure.message
 
 
+def test_a_server_with_tls_is_called_where_its_certificate_is_trusted(
+    serve: Serve, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pem, key = certificate.files(tmp_path, FrontDoor(), tmp_path)
+    address, inference, _ = serve(tls=grpc.ssl_server_credentials([(key.read_bytes(), pem.read_bytes())]))
+    address = address.replace("127.0.0.1", "https://localhost")
+    monkeypatch.setenv("THEIR_CA", str(pem))
+    monkeypatch.setenv("THEIR_TOKEN", "secret")
+
+    assert ask(call(address, token="THEIR_TOKEN", ca="THEIR_CA")) == 1
+    assert inference.seen[0]["metadata"]["authorization"] == "Bearer secret"
+    unknown = ask(call(address, token="THEIR_TOKEN"))
+    assert (unknown.status, unknown.type) == (503, "Unreachable")
+    assert len(inference.seen) == 1, "nothing is sent to a server whose certificate nobody vouches for"
+
+
+@pytest.mark.parametrize(
+    ("there", "says"), [(None, "cannot be read: No such file"), ("no certificate", "holds no certificate in PEM form")]
+)
+def test_a_file_without_certificates_is_said_at_load(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str | None, says: str
+) -> None:
+    monkeypatch.setenv("THEIR_CA", str(tmp_path / "ca.pem"))
+    if there:
+        (tmp_path / "ca.pem").write_text(there)
+    with pytest.raises(ValueError, match=says):
+        call("https://localhost:1", ca="THEIR_CA")
+
+
+def test_the_model_gets_the_priority_the_span_and_the_time_of_its_client(
+    serve: Serve, project: Path, write: Write
+) -> None:
+    address, inference, _ = serve()
+    write(f'answer: {{served: {{model: echo, at: "{address}", takes: bytes, gives: bytes}}}}', "")
+    span = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with Workflow.load(project / "workflows/flow.yaml") as workflow:
+        asked = Options(timeout_s=5, priority="bulk", trace=span, cancel_key="mine", request_id="r-1")
+        answer = workflow.engine.submit(Body(b"hi", None), options=asked).future.result(60)
+
+    assert answer == b"hi"
+    sent = inference.seen[0]["input"]
+    assert 0 < int(sent.pop(TIMEOUT)) <= 5000
+    assert sent == {"body": b"hi", PRIORITY: b"bulk", TRACE: span.encode()}
+
+
 def test_a_token_that_is_not_there_is_said_at_load(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("THEIR_TOKEN", raising=False)
 
@@ -502,10 +560,12 @@ def test_a_worker_finds_the_tokens_in_the_folder_of_its_torchserve(serve: Serve,
     (tmp_path / "model").mkdir()
     worker = (
         "import sys, threading\n"
+        "from torchserve_dag.runtime.data.options import Options\n"
         "from torchserve_dag.runtime.graph.kinds import ServedCode\n"
         "from torchserve_dag.runtime.models.served import ServedModel\n"
         "ended = threading.Event()\n"
-        "ServedModel(ServedCode('echo', None, sys.argv[1], None), bytes)(b'1', 20, lambda answer: ended.set())\n"
+        "ServedModel(ServedCode('echo', None, sys.argv[1], None), bytes)(\n"
+        "    b'1', Options(timeout_s=20), lambda answer: ended.set())\n"
         "assert ended.wait(20)\n"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, sys.argv[1]], cwd='model', check=True)"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchserve_dag.runtime import logs
-from torchserve_dag.runtime.data.options import Priority
+from torchserve_dag.runtime.data.options import SHORTEST_S, Options, Priority
 from torchserve_dag.runtime.engine.lanes import BULK_EVERY
 from torchserve_dag.runtime.engine.plan import Plan
 from torchserve_dag.runtime.engine.request import Item, Request
@@ -76,7 +76,9 @@ class Elsewhere:
         def done(answer: Any) -> None:
             self._answered(items, [answer], began)
 
-        cancel = starter(item.value, max(0.001, limit - began), done)
+        asked = request.root.options
+        options = Options(timeout_s=max(SHORTEST_S, limit - began), priority=asked.priority, trace=asked.trace)
+        cancel = starter(item.value, options, done)
         self._keep_cancel(item, cancel)
 
     def start_inner(self, plan: Plan[Item], items: Sequence[Item]) -> None:

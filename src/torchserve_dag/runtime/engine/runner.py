@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
+from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.messages import Failure, InputError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,9 @@ Done = Callable[[Any], None]
 Cancel = Callable[[], None]
 """Cancels an item that runs elsewhere. It may be called after the item has been answered."""
 
-Starter = Callable[[Any, float, Done], Cancel]
-"""Starts one item elsewhere: its value, its time limit in seconds, and the callback for its answer. Does not block."""
+Starter = Callable[[Any, Options, Done], Cancel]
+"""Starts one item elsewhere: its value, the options of its call, which always have a time limit, and the callback for
+its answer. Does not block."""
 
 Deliver = Callable[[Mapping[int, Any]], None]
 """Called, from any thread, with what there is for items of a batch, by their places in it: each item gets an answer or

@@ -168,7 +168,7 @@ class Finder:
         takes, gives, described = self._described(place, file)
         takes = self._type((*place, "takes"), file.takes, takes)
         gives = self._type((*place, "gives"), file.gives, gives)
-        served = ServedCode(name, version or None, file.at, file.token, described)
+        served = ServedCode(name, version or None, file.at, file.token, file.ca, described)
         return Signature(file.model, served, {ONE: takes}, gives)
 
     def _described(self, place: Place, file: ServedFile) -> tuple[Any, Any, tuple[Path, ...]]:

@@ -124,9 +124,11 @@ class ServedCode(Kind):
     name: str
     version: str | None
     address: str
-    """HOST:PORT."""
+    """HOST:PORT; https://HOST:PORT, where TLS is spoken."""
     token: str | None
     """The environment variable that holds the server's token."""
+    ca: str | None = None
+    """The environment variable that holds the path of the certificates that are trusted."""
     described_by: tuple[Path, ...] = ()
     """The project's files that declare its types."""
 

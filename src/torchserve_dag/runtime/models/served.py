@@ -1,25 +1,25 @@
-"""A node whose model another TorchServe serves, on this host or another, called over gRPC."""
+"""A node whose model another server serves, on this machine or another, called over gRPC."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
-import math
 import os
 import threading
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.loopback import is_loopback
-from torchserve_dag.runtime.data.options import TIMEOUT
+from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.parts import BODY, fields_apart
 from torchserve_dag.runtime.engine.runner import Cancel, Done
 from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
+from torchserve_dag.runtime.project.workflow_file import TLS
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _TOO_LARGE = ("error code 8", "maximum size", "larger than max")
 
 
 class ServedModel:
-    """Calls one model of a TorchServe; a Starter. Nothing is sent before the first call: the server may start later.
+    """Calls one model of a server; a Starter. Nothing is sent before the first call: the server may start later.
 
     Answers are decoded, and `done` is called, on one thread for each address: `done` must return quickly.
     After `close`, and for a call that is cancelled, `done` gets a Failure.
@@ -55,27 +55,27 @@ class ServedModel:
     def __init__(self, served: ServedCode, gives: Any) -> None:
         """`gives`: the type to decode each answer's body as; Any for the data of its JSON, or else its bytes.
 
-        Raises ImportError where grpc is not installed, ValueError where the token's variable is not set.
+        Raises ImportError where grpc is not installed; ValueError where a variable is not set, or its file no PEM.
         """
-        if served.token and not os.environ.get(served.token):
-            what = f"the environment variable {served.token}, for the token of {served.address}, is not set"
-            raise ValueError(what)
+        for variable, what in ((served.token, "token"), (served.ca, "certificates")):
+            if variable and not os.environ.get(variable):
+                raise ValueError(f"the environment variable {variable}, for the {what} of {served.address}, is not set")
         self._served = served
         self._gives = gives
         self._calls: set[Any] = set()
         self._closed = False
-        self._channel = _Channel.to(served.address)
+        self._channel = _Channel.to(served.address, served.ca)
 
-    def __call__(self, value: Any, timeout_s: float, done: Done) -> Cancel:
-        """Start one call."""
-        served = self._served
+    def __call__(self, value: Any, options: Options, done: Done) -> Cancel:
+        """Start one call. The model gets the options as its client's: the time that is left, the priority, the span."""
+        served, timeout_s = self._served, cast("float", options.timeout_s)
         try:
             fields = fields_apart(value)
             inputs = {BODY: _body_of(value)} if fields is None else {name: _part(one) for name, one in fields.items()}
-            # TorchServe does not pass gRPC's deadline to its worker, so an input carries it, too.
-            limit = str(max(1, math.ceil(timeout_s * 1000))).encode()
+            # As inputs: TorchServe passes neither gRPC's deadline nor its metadata to its worker.
+            headers = {name: text.encode() for name, text in options.headers().items()}
             request = self._channel.request(
-                model_name=served.name, model_version=served.version or "", input=inputs | {TIMEOUT: limit}
+                model_name=served.name, model_version=served.version or "", input=inputs | headers
             )
             token = self._token()
             metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -196,10 +196,10 @@ class ServedModel:
 class _Channel:
     """The channel to an address, shared by all served nodes of this process; the last to leave closes it."""
 
-    _open: dict[str, _Channel] = {}  # noqa: RUF012 (all open channels, by address)
+    _open: dict[tuple[str, str | None], _Channel] = {}  # noqa: RUF012 (by address and variable of certificates)
     _changes = threading.Lock()
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, ca: str | None) -> None:
         try:
             import grpc  # noqa: PLC0415 (an archive without served nodes is served where grpc is not installed)
 
@@ -210,18 +210,22 @@ class _Channel:
                 f"Python of its worker: {error}"
             )
             raise ImportError(what) from None
-        self._address = address
+        self._key = address, ca
         self._users = 0
-        self._grpc_channel = grpc.insecure_channel(address, OPTIONS)
+        if address.startswith(TLS):
+            trusted = grpc.ssl_channel_credentials(_certificates(ca, address) if ca else None)
+            self._grpc_channel = grpc.secure_channel(address.removeprefix(TLS), trusted, OPTIONS)
+        else:
+            self._grpc_channel = grpc.insecure_channel(address, OPTIONS)
         self.request = inference_pb2.PredictionsRequest
         self.predictions = inference_pb2_grpc.InferenceAPIsServiceStub(self._grpc_channel).Predictions.future
 
     @classmethod
-    def to(cls, address: str) -> _Channel:
+    def to(cls, address: str, ca: str | None) -> _Channel:
         with cls._changes:
-            channel = cls._open.get(address)
+            channel = cls._open.get((address, ca))
             if channel is None:
-                channel = cls._open[address] = cls(address)
+                channel = cls._open[address, ca] = cls(address, ca)
             channel._users += 1
             return channel
 
@@ -230,7 +234,7 @@ class _Channel:
             self._users -= 1
             if self._users:
                 return
-            del self._open[self._address]
+            del self._open[self._key]
         self._grpc_channel.close()
 
 
@@ -256,17 +260,29 @@ def _photo(photo: Photo) -> bytes:
 
 
 def _key_files(address: str) -> list[Path]:
-    """The files that may hold the token of a TorchServe at `address`, if that is on this host.
+    """The files that may hold the token of a server at `address`, if that is on this host and no front door.
 
     TorchServe writes them into its working directory. A worker's parent process is its TorchServe, so models of
     one server find each other; a program finds the server that `torchserve-dag up` started in its folder. They
     are read for each call, as a server makes new ones whenever it starts.
     """
-    if not is_loopback(address.rpartition(":")[0]):
+    if address.startswith(TLS) or not is_loopback(address.rpartition(":")[0]):
         return []
     state = os.environ.get(STATE)
     files = [Path(".torchserve-dag/key_file.json"), Path(f"/proc/{os.getppid()}/cwd/key_file.json")]
     return [*files, *([Path(state) / "key_file.json"] if state else [])]
+
+
+def _certificates(variable: str, address: str) -> bytes:
+    """Raises ValueError."""
+    path = os.environ[variable]
+    try:
+        pem = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}, with the certificates of {address}, cannot be read: {error.strerror}") from None
+    if b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise ValueError(f"{path}, of the environment variable {variable}, holds no certificate in PEM form")
+    return pem
 
 
 def _failure_of(call: Any) -> Failure | None:

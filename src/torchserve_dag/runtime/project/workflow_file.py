@@ -12,18 +12,19 @@ from torchserve_dag.runtime.data.plain import WrongFieldError
 from torchserve_dag.runtime.project.handler_file import Serve, check_device, check_identity
 
 RESERVED = ("request", "item", "parameters", "len")
-_ADDRESS = re.compile(r"[^\s:/]+:[0-9]{1,5}\Z")
+TLS = "https://"
+_ADDRESS = re.compile(rf"({TLS})?[^\s:/]+:[0-9]{{1,5}}\Z")
 _NOTHING: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """A model that a TorchServe serves, on this host or another, called over gRPC."""
+    """A model that another server serves, on this machine or another, called over gRPC."""
 
     model: str
     """The model's name on that server: `NAME` or `NAME/VERSION`."""
     at: str = "127.0.0.1:7070"
-    """The server's gRPC address, `HOST:PORT`."""
+    """The server's gRPC address: `HOST:PORT`, or `https://HOST:PORT` where it speaks TLS, as a front door does."""
     takes: str | None = None
     """The type of the model's input. Without it, the type of this project's handler or workflow of that name, else any
     type."""
@@ -32,10 +33,15 @@ class ServedFile:
     token: str | None = None
     """The environment variable that holds the server's inference token. Without it, the token in `key_file.json` of a
     server on this host."""
+    ca: str | None = None
+    """For `https://`: the environment variable that holds the path of a PEM file with the certificates to be trusted.
+    Without it, those of public authorities."""
 
     def __post_init__(self) -> None:
         if not _ADDRESS.match(self.at):
             raise WrongFieldError(f'"{self.at}" is not an address; write HOST:PORT, like 127.0.0.1:7070', "at")
+        if self.ca and not self.at.startswith(TLS):
+            raise WrongFieldError(f"certificates are for TLS; write at: {TLS}{self.at}", "ca")
 
 
 @dataclass(frozen=True, slots=True)
