@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
 from tests.unit.test_dev import CODE, write_workflow
 from torchserve_dag.archives import archive as archives
@@ -374,6 +377,11 @@ class TestCalls:
         assert headers["grpc-status"] == "3"
         assert headers["grpc-message"] == "zu gro%C3%9F: 100 %25"
         assert json.loads(headers["x-failure"])["type"] == "InputError"
+        padded = headers["grpc-status-details-bin"] + "=="
+        status, info = Status.FromString(base64.b64decode(padded)), ErrorInfo()
+        assert status.details[0].Unpack(info)
+        assert (status.code, status.message, info.reason) == (3, "zu groß: 100 %", "InputError")
+        assert info.metadata == {"code": "422", "request_id": "r"}
 
 
 def test_keys_are_written_as_torchserve_does(tmp_path: Path) -> None:

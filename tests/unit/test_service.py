@@ -282,7 +282,7 @@ def test_an_answer_that_fails_after_chunks_ends_with_the_failure(talking: Servic
     response = pending.result(WAIT_S)
 
     assert chunks == [b"one"]
-    assert (response.status, json.loads(response.body)["code"]) == (200, 422)
+    assert (response.status, json.loads(response.body)["code"]) == (422, 422)
 
 
 def test_a_pending_response_may_be_cancelled_by_its_host_or_by_the_clients_key(talking: Service) -> None:

@@ -258,7 +258,7 @@ async def _write_answer(writer: Writer, in_flight: InFlight) -> None:
         await writer.chunk(item.body)
         item.taken()  # it is with the socket, and `send` has waited until those before it had left
         item = await in_flight.next()
-    await writer.end(item.body)
+    await writer.end(item)
 
 
 def _failure(status: HTTPStatus, kind: str, message: str, request_id: str) -> ServiceResponse:

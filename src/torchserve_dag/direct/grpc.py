@@ -1,19 +1,25 @@
 """TorchServe's gRPC calls, as Envoy's `grpc_http1_reverse_bridge` passes them on: over HTTP/1.1, framed as in gRPC.
 
 A frame is a byte that is 0, the length of the message in four bytes, and the message. Envoy adds the trailer with the
-status OK at an answer's end; a failure is an answer without a body, whose headers have the status.
+status OK at an answer's end; a failure is an answer without a body, whose headers have the status. A failure after
+messages is a frame of trailers, as gRPC-Web has it, whose first byte is 128: request.lua makes the answer's trailer of
+it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from base64 import b64encode
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
+from google.protobuf.any_pb2 import Any as Any_
 from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
 from torchserve_dag.direct.cancel_keys import with_own_keys
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest
@@ -23,6 +29,10 @@ SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 CONTENT_TYPE = "application/grpc"
 STATUSES = {401: 16, 403: 7, 404: 5, 408: 4, 409: 10, 413: 8, 429: 8, 499: 1, 501: 12, 503: 14, 504: 4, 507: 8}
 """HTTP status → gRPC status. Another 4xx is 3 (INVALID_ARGUMENT), another 5xx is 13 (INTERNAL)."""
+ENDS_ITSELF = "x-ends-itself"
+"""The header that tells request.lua to look for a frame of trailers."""
+DOMAIN = "torchserve-dag"
+"""Who gives the reasons of failures, for `google.rpc.ErrorInfo`."""
 MAX_ID = 128
 """The most characters of a request's id; a longer one is replaced, as under TorchServe."""
 MAX_FAILURE = 4_000
@@ -107,16 +117,35 @@ def time_limit(text: str) -> dict[str, str]:
 
 def failure_headers(response: ServiceResponse) -> dict[str, str]:
     """The headers of a failed call. `response` is the failure as a model or this host writes it: JSON."""
+    fields: dict[str, Any] = {}
     try:
-        fields = json.loads(response.body)
-        message = str(fields["message"])
+        written_fields = json.loads(response.body)
+        message, fields = str(written_fields["message"]), dict(written_fields)
     except (ValueError, LookupError, TypeError):  # of an unedited archive, whose handler wrote what it liked
         message = f"The model answered with the status {response.status}."
     status = STATUSES.get(
         response.status, _INVALID if response.status < HTTPStatus.INTERNAL_SERVER_ERROR else _INTERNAL
     )
     headers = {**response.headers, "grpc-status": str(status), "grpc-message": quote(message, safe=_PLAIN)}
-    written = response.body.decode("utf-8", "replace")
+    written = response.body.decode("utf-8", "replace").strip()
     if len(written) <= MAX_FAILURE and written.isascii() and written.isprintable():
         headers["x-failure"] = written
+    if fields and len(message) <= MAX_FAILURE:
+        headers["grpc-status-details-bin"] = _details(status, message, fields)
     return headers
+
+
+def trailers(response: ServiceResponse) -> bytes:
+    """The frame that ends an answer of several messages with a failure."""
+    headers = {"x-status": str(response.status), **failure_headers(response)}
+    written = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
+    return b"\x80" + len(written).to_bytes(4, "big") + written
+
+
+def _details(status: int, message: str, fields: Mapping[str, Any]) -> str:
+    """A failure's type, node and other fields as `google.rpc.ErrorInfo`, in the header where gRPC's libraries look."""
+    about = {name: str(value) for name, value in fields.items() if name not in {"type", "message"} and value}
+    info, detail = ErrorInfo(reason=str(fields.get("type", "")), domain=DOMAIN, metadata=about), Any_()
+    detail.Pack(info)
+    written = Status(code=status, message=message, details=[detail]).SerializeToString()
+    return b64encode(written).decode().rstrip("=")

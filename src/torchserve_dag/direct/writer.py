@@ -36,9 +36,9 @@ class Writer(ABC):
     async def chunk(self, body: bytes) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def end(self, body: bytes) -> None:
-        """Send the rest of an answer, which is often empty."""
-        await self._send({"type": "http.response.body", "body": body})
+    async def end(self, response: ServiceResponse) -> None:
+        """Send the rest of an answer, which is often empty, or its failure."""
+        await self._send({"type": "http.response.body", "body": response.body})
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         written = [
@@ -66,10 +66,14 @@ class GrpcWriter(Writer):
         await self._send({"type": "http.response.body", "body": body})
 
     async def begin(self, content_type: str) -> None:  # noqa: ARG002 (each chunk is a message)
-        await super().begin(grpc.CONTENT_TYPE)
+        await self._start(200, {"content-type": grpc.CONTENT_TYPE, grpc.ENDS_ITSELF: "1"})
 
     async def chunk(self, body: bytes) -> None:
         await super().chunk(grpc.answer(body))
 
-    async def end(self, body: bytes) -> None:
-        await super().end(grpc.answer(body) if body else b"")
+    async def end(self, response: ServiceResponse) -> None:
+        if response.status >= HTTPStatus.BAD_REQUEST:
+            last = grpc.trailers(response)
+        else:
+            last = grpc.answer(response.body) if response.body else b""
+        await self._send({"type": "http.response.body", "body": last})

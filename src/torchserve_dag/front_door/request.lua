@@ -186,6 +186,48 @@ function envoy_on_request(handle)
   end
 end
 
+-- Of an answer of several messages from the direct host: passes the messages on, and gives back the frame of trailers
+-- at its end, if there is one (direct/grpc.py). `left`: the bytes of a message that are still to come.
+local function trailers_at_end(handle)
+  local left, head, last = 0, "", nil
+  for chunk in handle:bodyChunks() do
+    local size, at = chunk:length(), 0
+    while at < size and not last do
+      if left > 0 then
+        local step = math.min(left, size - at)
+        left, at = left - step, at + step
+      elseif head == "" and byte(chunk:getBytes(at, 1)) == 128 then
+        last = ""
+      else
+        local step = math.min(5 - #head, size - at)
+        head, at = head .. chunk:getBytes(at, step), at + step
+        if #head == 5 then
+          left = ((byte(head, 2) * 256 + byte(head, 3)) * 256 + byte(head, 4)) * 256 + byte(head, 5)
+          head = ""
+        end
+      end
+    end
+    if last and at < size then
+      last = last .. chunk:getBytes(at, size - at)
+      chunk:setBytes(at > 0 and chunk:getBytes(0, at) or "")
+    end
+  end
+  return last and sub(last, 6)
+end
+
+local function end_itself(handle)
+  local written = trailers_at_end(handle)
+  local trailers = written and handle:trailers()
+  if not trailers then return end
+  for name, value in string.gmatch(written, "([^:\r\n]+): ([^\r\n]*)\r\n") do
+    if name == "x-status" then
+      handle:streamInfo():dynamicMetadata():set("door", "failure", value)
+    else
+      trailers:replace(name, value)
+    end
+  end
+end
+
 -- Over gRPC, version.lua has set the HTTP status of a failure for the router to see; a gRPC answer itself has 200.
 function envoy_on_response(handle)
   local headers = handle:headers()
@@ -195,6 +237,9 @@ function envoy_on_response(handle)
     if status ~= "200" then
       handle:streamInfo():dynamicMetadata():set("door", "failure", status)
       headers:replace(":status", "200")
+    elseif headers:get("x-ends-itself") then
+      headers:remove("x-ends-itself")
+      end_itself(handle)
     end
   end
 end

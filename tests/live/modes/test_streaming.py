@@ -14,8 +14,10 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
-from tests.live.conftest import Serving
+from tests.live.conftest import Serving, on_direct
 from torchserve_dag.clients import KeyFile, RequestRefused, ServingError
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.messages import Text
@@ -24,6 +26,7 @@ from torchserve_dag.runtime.protos.inference_pb2_grpc import InferenceAPIsServic
 from torchserve_dag.server.connect import host_client as client
 from torchserve_dag.stack.connect import client as through
 
+WITHIN_S = 60
 PACE_S = 0.4
 """How long a slow word takes."""
 
@@ -177,6 +180,29 @@ def test_a_failure_in_the_middle_comes_after_the_chunks_before_it(server: Servin
 
     assert found == [Text("slow ")]
     assert (refused.value.status, refused.value.message) == (422, "That word is bad.")
+
+
+@on_direct
+@pytest.mark.parametrize("size", [1, 100_000], ids=["small", "large"])
+def test_over_grpc_a_failure_in_the_middle_is_the_status_of_the_call(server: Serving, size: int) -> None:
+    """With its type and node as gRPC's libraries look for them."""
+    token = KeyFile.read(server.state.key_file).inference
+    word = "w" * size
+    found: list[bytes] = []
+    with grpc.insecure_channel(server.addresses.grpc_inference) as channel:
+        asked = PredictionsRequest(model_name="tell", input={"body": f"{word} slow {word} bad".encode()})
+        call = InferenceAPIsServiceStub(channel).StreamPredictions(
+            asked, timeout=WITHIN_S, metadata=(("authorization", f"Bearer {token}"),)
+        )
+        with pytest.raises(grpc.RpcError) as failed:
+            found.extend(answer.prediction for answer in call)
+
+    assert found == [f"{word} ".encode(), b"slow ", f"{word} ".encode()]
+    assert (failed.value.code().name, failed.value.details()) == ("INVALID_ARGUMENT", "That word is bad.")
+    status = Status.FromString(dict(failed.value.trailing_metadata())["grpc-status-details-bin"])
+    info = ErrorInfo()
+    status.details[0].Unpack(info)
+    assert (info.reason, info.domain, info.metadata["node"]) == ("InputError", "torchserve-dag", "tell")
 
 
 def test_a_failure_before_the_first_chunk_has_its_own_status(http: httpx.Client) -> None:

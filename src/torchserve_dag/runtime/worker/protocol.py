@@ -75,7 +75,8 @@ class ServiceResponse:
     content_type: str = "application/json"
     """Empty: the response says none, as an unedited handler's may."""
     status: int = 200
-    """The HTTP status. After chunks always 200, which the client has got already: a failure is then in the body."""
+    """The HTTP status. After chunks it says how the answer ended; the client has got 200 already. The body of a failure
+    is then a line of JSON after the chunks."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -89,7 +89,8 @@ def write_joined(messages: Iterable[Any], request_id: str, named: Named = lambda
 
 def write_failure_after_chunks(failure: Failure, request_id: str) -> ServiceResponse:
     """The end of an answer that fails after its first chunks: the failure, on a line of its own."""
-    return ServiceResponse(b"\n" + json.dumps(codec.failure_fields(failure, request_id)).encode() + b"\n")
+    line = json.dumps(codec.failure_fields(failure, request_id)).encode()
+    return ServiceResponse(b"\n" + line + b"\n", status=failure.status)
 
 
 def too_large(size: int) -> Failure:

@@ -6,7 +6,7 @@ A chunk comes from the engine (`engine/streaming.py`), is encoded by the service
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from http.client import responses as PHRASES  # noqa: N812 (a table)
 
@@ -40,6 +40,8 @@ class Exchange:
 
     def last(self, response: ServiceResponse) -> bytes:
         """The message that ends the exchange: the whole response, or after chunks the rest of it."""
+        if self.began:  # over REST the status is sent already
+            response = replace(response, status=HTTPStatus.OK)
         if self.began or not self.rest:
             return write_responses([wire_response(self.id, response, more=False)])
         whole = wire_response(self.id, response, more=True if response.status < HTTPStatus.BAD_REQUEST else None)
