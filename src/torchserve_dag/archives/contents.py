@@ -66,10 +66,7 @@ def contents(project: Project, graph: Graph) -> Contents:
     small |= imports.packed(modules)
     mode: Mode = graph.serve.mode or ("asynchronous" if graph.streams else "batched")
     small |= served_as(mode, graph)
-    description = _description(project, graph, handlers, digests, modules)
-    if mode == "batched" and graph.serve.batches > 1:
-        description["leaders"] = graph.serve.workers  # how many of TorchServe's workers load the model; see sharing.py
-    small[BUILD] = to_json(description)
+    small[BUILD] = to_json(_description(project, graph, handlers, digests, modules))
     return Contents(small, packed_weights(project, digests) | _archives(project, graph), digests)
 
 
@@ -134,10 +131,9 @@ def served_as(mode: Mode, graph: Graph) -> dict[str, bytes]:
 def _settings(mode: Mode, graph: Graph) -> dict[str, Any]:
     """The content of `model-config.yaml`; TorchServe's Java class ModelConfig defines the keys."""
     serve = graph.serve
-    workers = serve.workers * (serve.batches if mode == "batched" else 1)  # sharing.py
     settings: dict[str, Any] = {
-        "minWorkers": workers,
-        "maxWorkers": workers,
+        "minWorkers": serve.workers,
+        "maxWorkers": serve.workers,
         "batchSize": serve.batch,
         "maxBatchDelay": serve.delay_ms,
         "jobQueueSize": serve.queue,

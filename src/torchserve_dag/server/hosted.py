@@ -111,7 +111,7 @@ def hosted_version(archive: Archive, properties: Mapping[str, str]) -> HostedVer
         archive.name,
         archive.version,
         archive.path.name,
-        max(1, min(MAX_WORKERS, _leaders(archive) or workers)),
+        max(1, min(MAX_WORKERS, workers)),
         number("batchSize", 1),
         number("maxBatchDelay", 100),
         number("responseTimeout", 120, "default_response_timeout"),
@@ -129,12 +129,3 @@ def _settings(archive: Archive) -> dict[str, Any]:
     except (OSError, KeyError, ValueError, RecursionError, mar.BadArchiveError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _leaders(archive: Archive) -> int | None:
-    """Of an archive of ours, how many processes load its model: TorchServe has more workers, which share one model."""
-    try:
-        found = mar.read_json(archive.path, mar.BUILD).get("leaders")
-    except (OSError, KeyError, ValueError, AttributeError, mar.BadArchiveError):
-        return None
-    return found if isinstance(found, int) else None

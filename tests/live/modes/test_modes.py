@@ -54,9 +54,6 @@ FILES = {
     "workflows/batched.yaml": FILE.format(name="batched", mode=MODES[0], inside=100),
     "workflows/asynchronous.yaml": FILE.format(name="asynchronous", mode=MODES[1], inside=100),
     "workflows/narrow.yaml": FILE.format(name="narrow", mode=MODES[1], inside=2),
-    "workflows/shared.yaml": FILE.format(name="shared", mode=MODES[0], inside=100).replace(
-        "serve: {", "serve: {batches: 3, "
-    ),
 }
 
 
@@ -212,66 +209,6 @@ def test_a_worker_that_is_killed_costs_what_is_inside_and_comes_back(
     wait_for(answers)
     assert time.monotonic() < killed + WITHIN_S
     wait_for(lambda: one_is_ready(server, mode))
-
-
-# Several of TorchServe's workers with one process that computes.
-
-
-def leaders_and_followers(server: Serving) -> tuple[list[int], list[int]]:
-    """The workers' processes, when all three are ready: the process with the model, and those that wait for its end."""
-
-    def ready() -> list[int]:
-        return [worker.pid for worker in workers(server, "shared") if worker.ready]
-
-    wait_for(lambda: len(ready()) == 3)
-    pids = ready()
-
-    def followers() -> list[int]:
-        return [pid for pid in pids if any(word.endswith("follower.py") for word in psutil.Process(pid).cmdline())]
-
-    wait_for(lambda: len(followers()) == 2)
-    waiting = followers()
-    return [pid for pid in pids if pid not in waiting], waiting
-
-
-@on_torchserve
-def test_no_request_waits_for_the_last_of_another_batch(
-    server: Serving, http: httpx.Client, threads: ThreadPoolExecutor, gate: Gate
-) -> None:
-    (leader,), followers = leaders_and_followers(server)
-    slow = threads.submit(http.post, "/predictions/shared", content=gate.body)
-    wait_for(gate.begun)
-    quick = [http.post("/predictions/shared", content="a") for _ in range(5)]
-
-    assert [response.json() for response in quick] == [{"text": "A"}] * 5
-    assert not slow.done()
-    gate.open()
-    assert slow.result().json() == {"text": "THROUGH"}
-    assert all(psutil.Process(pid).memory_full_info().uss < 20e6 for pid in followers), "they have no model"
-    assert psutil.Process(leader).memory_full_info().uss > 50e6
-
-
-@on_torchserve
-@pytest.mark.parametrize("whose", ["leader", "follower"])
-def test_a_leader_or_a_follower_that_is_killed_comes_back(
-    server: Serving, http: httpx.Client, threads: ThreadPoolExecutor, gate: Gate, whose: str
-) -> None:
-    (leader,), followers = leaders_and_followers(server)
-    inside = threads.submit(http.post, "/predictions/shared", content=gate.body)
-    wait_for(gate.begun)
-    os.kill(leader if whose == "leader" else followers[0], signal.SIGKILL)
-    killed, left = time.monotonic(), 0 if whose == "leader" else 2
-    # TorchServe (0.12.0) never answers a request that it is handing to a worker while that one's connection closes.
-    wait_for(lambda: sum(worker.ready for worker in workers(server, "shared")) == left)
-    meanwhile = [threads.submit(http.post, "/predictions/shared", content="a") for _ in range(6)]
-
-    assert {future.result().status_code for future in meanwhile} == {200}
-    assert time.monotonic() < killed + WITHIN_S, "nobody waits for an answer"
-    gate.open()
-    assert inside.result().status_code in ({500, 507} if whose == "leader" else {200, 500, 507})
-    leaders, followers = leaders_and_followers(server)
-    assert (len(leaders), len(followers)) == (1, 2)
-    assert [http.post("/predictions/shared", content="b").json() for _ in range(6)] == [{"text": "B"}] * 6
 
 
 def wait_for(true: Callable[[], bool]) -> None:

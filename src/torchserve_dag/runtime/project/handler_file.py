@@ -108,9 +108,6 @@ class Serve:
     """Worker processes, each with a copy of the weights. One process already uses every core."""
     batch: int = 64
     """The largest batch of requests that TorchServe sends to a worker."""
-    batches: int = 1
-    """Batches of requests that a worker process computes at the same time. With 2, a request does not wait for the
-    slowest request of an earlier batch."""
     queue: int = 200
     """Requests that may wait in TorchServe's queue for a worker. One more is answered 503 at once. A short queue bounds
     the waiting time under overload."""

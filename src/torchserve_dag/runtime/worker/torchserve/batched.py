@@ -30,7 +30,7 @@ from torchserve_dag.runtime.telemetry import metrics
 from torchserve_dag.runtime.worker import output
 from torchserve_dag.runtime.worker import service as services
 from torchserve_dag.runtime.worker.protocol import PendingResponse, Service, ServiceResponse
-from torchserve_dag.runtime.worker.torchserve import segments, sharing
+from torchserve_dag.runtime.worker.torchserve import segments
 from torchserve_dag.runtime.worker.torchserve.batch_messages import batch_messages
 from torchserve_dag.runtime.worker.torchserve.exchange import wire_response
 from torchserve_dag.runtime.worker.torchserve.rows import TorchServeRequest, control, read_request
@@ -63,23 +63,15 @@ def handle(rows: list[dict[str, Any]] | None, context: Context) -> list[bytes]:
     """TorchServe's entry point. TorchServe calls it once without rows, to load."""
     folder = Path(context.system_properties["model_dir"])
     loop = _loops.get(folder) or _start(folder, context)
-    return loop.handle(rows, context) if loop and rows is not None else []
+    return [] if rows is None else loop.handle(rows, context)
 
 
-def _start(folder: Path, context: Context) -> BatchedLoop | None:
-    """Load the model, and serve TorchServe's socket from now on; None in a follower (sharing.py)."""
+def _start(folder: Path, context: Context) -> BatchedLoop:
+    """Load the model, and serve TorchServe's socket from now on."""
     socket_reader = _SocketReader.take_over()
-    build = json.loads((folder / "build.json").read_text("utf-8"))
-    leader: sharing.Leader | None = None
-    if socket_reader and "leaders" in build:
-        role = sharing.join(folder, build["leaders"], context.model_yaml_config["startupTimeout"])
-        if isinstance(role, sharing.Follower):
-            socket_reader.serve = role.hand_over
-            return None
-        leader = role
     if socket_reader:
         output.take_over()
-    is_segment = "segment" in build
+    is_segment = "segment" in json.loads((folder / "build.json").read_text("utf-8"))
     try:
         service = (segments.load if is_segment else services.load)(folder, context.system_properties.get("gpu_id"))
     except BaseException:
@@ -88,38 +80,32 @@ def _start(folder: Path, context: Context) -> BatchedLoop | None:
     loop = _loops[folder] = BatchedLoop(service, controls=not is_segment)
     if socket_reader:
         socket_reader.serve = loop.run
-    if leader:
-        leader.open(loop.run)
     metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics, output.command)
     threading.Thread(target=loop.end_when_it_hangs, name="end when it hangs", daemon=True).start()
     return loop
 
 
 class BatchedLoop:
-    """Answers batches with a service, on several connections at a time."""
+    """Answers batches with a service, one after the other."""
 
     def __init__(self, service: Service, *, controls: bool = True) -> None:
         """`controls`: whether requests may cancel others and ask for a description; false in a `.war`."""
         self._service = service
         self._controls = controls
         self._closed = threading.Event()
-        self._handling = threading.Lock()
-        self._answering = [self._handling]
-        """A lock for `handle` and for each of TorchServe's connections, held while a batch is answered."""
+        self._answering = threading.Lock()
+        """Held while a batch is answered."""
 
     def run(self, connection: socket.socket) -> None:
         """Answer the batches that TorchServe sends, until TorchServe ends the connection."""
         batches: WireReader[list[WireRequest]] = WireReader(read_requests)
-        answering = threading.Lock()
-        self._answering.append(answering)
         with suppress(ConnectionError):
             while data := connection.recv(READ_BYTES):
                 for batch, _ in batches.feed(data):
-                    with answering:
+                    with self._answering:
                         streams = {wire.id for wire in batch if PIECES in wire.row}
                         for message in batch_messages(self.answer(batch), streams):
                             connection.sendall(message)
-        self._answering.remove(answering)
 
     def handle(self, rows: list[dict[str, Any]], context: Context) -> list[bytes]:
         """The body of each row's response, for a caller that has TorchServe's context instead of its socket."""
@@ -127,7 +113,7 @@ class BatchedLoop:
             WireRequest(context.get_request_id(i) or "", row, context.get_all_request_header(i))
             for i, row in enumerate(rows)
         ]
-        with self._handling:
+        with self._answering:
             responses = self.answer(batch)
         for i, response in enumerate(responses):
             context.set_response_status(response.status, response.phrase, i)
@@ -159,8 +145,7 @@ class BatchedLoop:
         """A thread that hangs in a model cannot be ended; its process can, and TorchServe starts another."""
         if not hangs_before(self._closed, self._service):
             return
-        for answering in tuple(self._answering):  # wait until its batch is answered, by the time limit
-            answering.acquire()
+        self._answering.acquire()  # once its batch is answered, by the time limit
         time.sleep(0.2)  # so that the responses are sent
         os._exit(EXIT_HANGS)
 
