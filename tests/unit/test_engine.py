@@ -312,7 +312,7 @@ def test_what_may_go_along_an_edge(have: object, want: object, fit: bool) -> Non
 
 ALONE = """
     import threading
-    from torchserve_dag.runtime.compute.placement import alone
+    from torchserve_dag.runtime.compute.cores import alone
     both = threading.Barrier(2)
     class Told(Handler[Text, str, str, Text]):
         def load(self, folder, settings, placement): pass

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchserve_dag.runtime.compute import Precision
+from torchserve_dag.runtime.compute.cores import alone, set_alone
 from torchserve_dag.runtime.compute.openvino import OpenVinoModel
-from torchserve_dag.runtime.compute.placement import Placement, Precision, alone, set_alone
+from torchserve_dag.runtime.compute.placement import Placement
 
 
 class Small(nn.Module):

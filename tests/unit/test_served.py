@@ -26,7 +26,7 @@ from tests.unit.conftest import Write
 from torchserve_dag import Workflow
 from torchserve_dag.front_door import certificate
 from torchserve_dag.front_door.settings import FrontDoor
-from torchserve_dag.runtime.compute import placement
+from torchserve_dag.runtime.compute import cores
 from torchserve_dag.runtime.data import codec
 from torchserve_dag.runtime.data.options import PRIORITY, TIMEOUT, TRACE, Options
 from torchserve_dag.runtime.data.parts import Body, message_in, read
@@ -426,7 +426,7 @@ serve: {{pixels_inside: {2 * 300 * 300}}}
         for _ in range(2):
             assert inference.inside.acquire(timeout=60)
         # Each lane may have begun one more before the second was decoded.
-        most = 1 + placement.cores()
+        most = 1 + cores.cores()
         time.sleep(0.3)
         assert 2 <= workflow.counts()["request"].items <= most
         requests[0].cancel()

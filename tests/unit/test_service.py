@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -523,3 +524,16 @@ def test_only_the_workers_own_archive_takes_its_loop(monkeypatch: pytest.MonkeyP
     assert batched._SocketReader.take_over() is None, "an archive that is a node of the worker's"
     with pytest.raises(RuntimeError, match="not loaded"):
         reader(socket.socket())
+
+
+def test_a_workflow_of_functions_is_loaded_without_torch(project: Path, write: Write) -> None:
+    """It takes two seconds to import, and 150 MB."""
+    write("answer: {function: same}", "def same(text: Text) -> Text: return text")
+    (project / "build.json").write_text(json.dumps({"file": "workflows/flow.yaml", "name": "flow"}))
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from torchserve_dag.runtime.worker.service import load\n"
+        "load(Path(sys.argv[1]), None)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(project)], check=True, timeout=300)

@@ -45,7 +45,7 @@ def tune(
 
     Only settings that give the same answers as plain torch are chosen.
     """
-    from torchserve_dag.runtime.compute.placement import cores
+    from torchserve_dag.runtime.compute.cores import cores
     from torchserve_dag.runtime.project.folders import Project
     from torchserve_dag.tuning.search import TrialError, best, search
     from torchserve_dag.tuning.trial import Task

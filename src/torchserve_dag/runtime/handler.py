@@ -6,9 +6,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from torchserve_dag.runtime.compute.placement import Placement
+if TYPE_CHECKING:  # it imports torch
+    from torchserve_dag.runtime.compute.placement import Placement
 
 Item = TypeVar("Item")
 """One item's input: a message."""

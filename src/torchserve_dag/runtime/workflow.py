@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.runtime.compute import placement
+from torchserve_dag.runtime.compute.cores import cores, set_alone, share_cores
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.engine import Engine
@@ -48,9 +48,9 @@ class Workflow:
         Raises CheckError, or ValueError for a device that is not there.
         """
         self.graph = graph
-        lanes = max(1, placement.cores() // workers)
-        placement.share_cores(lanes * workers)
+        lanes = max(1, cores() // workers)
         self._loaded = Loader(project, device, gpu, lanes * workers, reuse).load_graph(graph)
+        share_cores(lanes * workers)  # functions may have imported torch
         devices = {name: loaded.device for name, loaded in self._loaded.items() if loaded.runner}
         self._most_at_once = lanes + max(code.batch for code in graph.codes.values())
         self.engine = Engine(
@@ -66,7 +66,7 @@ class Workflow:
                 name: loaded.batch_starter for name, loaded in self._loaded.items() if loaded.batch_starter
             },
             observer=tracing.observer(),
-            set_alone=placement.set_alone,
+            set_alone=set_alone,
         )
 
     @classmethod

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.runtime.compute import placement
+from torchserve_dag.runtime.compute import cores
 from torchserve_dag.runtime.compute.openvino import OpenVinoModel
 from torchserve_dag.runtime.data import codec, plain
 from torchserve_dag.runtime.handler import types_of
@@ -60,8 +60,8 @@ def measure(task: Task) -> Measured:
     project = Project(Path(task.project))
     file = project.read_handler(Path(task.handler))
     file = dataclasses.replace(file, value=dataclasses.replace(file.value, run=task.run))
-    lanes = placement.cores()
-    placement.share_cores(lanes)
+    lanes = cores.cores()
+    cores.share_cores(lanes)
     begin = time.perf_counter()
     stages = load_handler(project, file, lanes=lanes)
     load_s = time.perf_counter() - begin
@@ -83,7 +83,7 @@ def measure(task: Task) -> Measured:
 
 
 def _alone_ms(stages: Stages, items: list[Any], seconds: float) -> float:
-    placement.set_alone(True)
+    cores.set_alone(True)
     times: list[float] = []
     end = time.perf_counter() + seconds
     for i in range(MOST_ALONE):
@@ -92,7 +92,7 @@ def _alone_ms(stages: Stages, items: list[Any], seconds: float) -> float:
             break
         stages([items[i % len(items)]])
         times.append(time.perf_counter() - begin)
-    placement.set_alone(False)
+    cores.set_alone(False)
     return round(statistics.median(times) * 1000, 2)
 
 

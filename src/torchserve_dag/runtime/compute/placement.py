@@ -1,24 +1,20 @@
-"""Where and how a model computes: device, precision, memory layout, threads."""
+"""Where and how a model computes: device, precision, memory layout."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from torchserve_dag.runtime.compute import Precision, Runtime
+from torchserve_dag.runtime.compute.cores import alone
 from torchserve_dag.runtime.compute.openvino import OpenVinoModel
 
 M = TypeVar("M", bound=nn.Module)
-Precision = Literal["float32", "bfloat16"]
-Runtime = Literal["torch", "compiled", "openvino"]
-"""What computes a model: torch eagerly, `torch.compile`, or, on a CPU, OpenVINO."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +76,3 @@ def find_device(name: str, gpu: int | None = None) -> torch.device:
     if device.type not in {"cpu", "cuda"}:
         raise ValueError(f'"{name}" is not a device that is served; write auto, cpu or cuda:N')
     return device
-
-
-def cores() -> int:
-    """The cores that this process may use: those of its CPU affinity, or fewer where the container has a quota."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split()
-        return max(1, min(bound, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return bound
-
-
-def share_cores(lanes: int) -> None:
-    """Give each of `lanes` threads its share of the cores: torch has one number of threads for the whole process.
-
-    One core for each thread had the highest throughput; the figures are in docs/decisions/0008-lanes.md.
-    """
-    torch.set_num_threads(max(1, cores() // lanes))
-
-
-_here = threading.local()
-
-
-def set_alone(alone: bool) -> None:  # noqa: FBT001 (the engine calls it with one value)
-    """Set whether this thread may use every core for its next computation, because the other threads are idle."""
-    _here.alone = alone
-
-
-def alone() -> bool:
-    """Whether this thread may use every core."""
-    return getattr(_here, "alone", False)

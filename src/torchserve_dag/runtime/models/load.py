@@ -11,7 +11,7 @@ from typing import Any
 
 from torchserve_dag.runtime.compat import archive as archives
 from torchserve_dag.runtime.compat import functions
-from torchserve_dag.runtime.compute.placement import Placement, find_device
+from torchserve_dag.runtime.compute.cores import share_cores
 from torchserve_dag.runtime.data.declared import as_declared
 from torchserve_dag.runtime.data.parts import Body, Parts, read
 from torchserve_dag.runtime.data.source import Source
@@ -118,6 +118,9 @@ class Loader:
         else:
             folder, owned = functions.folder_of(kind.file)
             source, handler = kind.file.name, f"{kind.file.stem}:{kind.function}"
+        # Here and below: it imports torch, which takes two seconds, and a workflow of functions needs none.
+        from torchserve_dag.runtime.compute.placement import find_device  # noqa: PLC0415
+
         device = find_device(self._device or "auto", self._gpu)
         gpu = device.index if device.type == "cuda" else None
         spec = HandlerSpec(
@@ -148,6 +151,9 @@ def load_handler(
 
     Raises CheckError for a file that is wrong, ValueError for a device that is not there.
     """
+    from torchserve_dag.runtime.compute.placement import Placement, find_device  # noqa: PLC0415
+
+    share_cores(lanes)
     run = file.value.run
     kind = project.handler_class(file)
     settings = project.settings(file, kind)

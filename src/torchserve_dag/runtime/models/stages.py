@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from http import HTTPStatus
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from torchserve_dag.runtime import logs
-from torchserve_dag.runtime.compute.placement import Placement
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.handler import Handler, streams
 from torchserve_dag.runtime.messages import Failure, InputError
 from torchserve_dag.runtime.project.handler_file import MicroBatch
+
+if TYPE_CHECKING:  # it imports torch
+    from torchserve_dag.runtime.compute.placement import Placement
 
 logger = logging.getLogger(__name__)
 

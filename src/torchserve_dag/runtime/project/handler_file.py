@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from torchserve_dag.runtime.compute.placement import Precision, Runtime
+from torchserve_dag.runtime.compute import Precision, Runtime
 from torchserve_dag.runtime.data.photos import MAX_PIXELS, MOST_PIXELS
 from torchserve_dag.runtime.data.plain import WrongFieldError
 
