@@ -14,7 +14,7 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.processes import runs, workers_of
 
-POLL_S = 0.3
+POLL_S = 0.1
 FAILURES = 3
 """After this many failed starts of one worker its version has failed."""
 GONE_S = 10.0

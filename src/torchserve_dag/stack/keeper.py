@@ -31,7 +31,7 @@ from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.logs import Logs
 from torchserve_dag.server.state import Serving, State
 from torchserve_dag.server.supervised import Supervised
-from torchserve_dag.stack import management_app, start, supervise
+from torchserve_dag.stack import start, supervise
 from torchserve_dag.stack.attempt import attempt
 from torchserve_dag.stack.heal import Healer
 from torchserve_dag.stack.management import Management
@@ -107,6 +107,9 @@ class Keeper:
     def _begin_direct(self) -> Workers:
         """Serve the management API, whose calls change which workers there are to be."""
         workers = Workers(self.state)
+        attempt(workers.look)  # they load while this process imports the rest
+        from torchserve_dag.stack import management_app  # noqa: PLC0415 (half of all that the keeper imports)
+
         page = MetricsPage(self.door, workers)
         management_app.serve(self.state, Management(self.state, workers), page.text)
         return workers
