@@ -185,7 +185,7 @@ def report(left: dict[str, float], begun: list[str]) -> int:
         late = sum(one > LATE_S for one in all_s)
         late_in_all += late
         latest = [max(times) for times in after.values()]
-        row = (len(all_s), late, f"{1000 * max(all_s):.0f}", f"{1000 * statistics.median(latest):.0f}")
+        row = (len(all_s), late, round(1000 * max(all_s)), round(1000 * statistics.median(latest)))
         table.add_row(kind, str(len(texts)), *map(str, row))
     Console().print(table)
     return 1 if late_in_all else 0

@@ -74,7 +74,7 @@ class DirectApp:
         if scope["type"] != "http":
             return
         path: str = scope["path"]
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         request_id = grpc.id_in(headers) or uuid.uuid4().hex
         calls = path.startswith((grpc.SERVICE, open_inference_grpc.SERVICE))
         writer = GrpcWriter(send, request_id) if calls else RestWriter(send, request_id)
@@ -172,17 +172,18 @@ class DirectApp:
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._max_body:
             raise self._too_large()
-        body = bytearray()
-        more = True
+        parts: list[bytes] = []
+        size, more = 0, True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _LeftError
-            body += message.get("body", b"")
-            if len(body) > self._max_body:
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_body:
                 raise self._too_large()
             more = message.get("more_body", False)
-        return bytes(body)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _too_large(self) -> _RefusedError:
         message = f"The body is larger than {self._max_body:,} bytes, the max_request_size of config.properties."
@@ -192,7 +193,8 @@ class DirectApp:
 def _request(scope: Message, headers: dict[str, str], request_id: str, body: bytes) -> ServiceRequest:
     """Raises _RefusedError."""
     content_type, encoding = headers.get("content-type"), headers.get("content-encoding")
-    parameters = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+    query: bytes = scope["query_string"]
+    parameters = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)) if query else {}
     parts: list[Part] | None = None
     repeated: tuple[str, ...] = ()
     if is_form(content_type):
