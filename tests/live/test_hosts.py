@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from torchserve_dag.front_door.start import own_token
 from torchserve_dag.runtime.messages import Text
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionResponse, PredictionsRequest
 from torchserve_dag.server import processes
-from torchserve_dag.server.connect import management_client
+from torchserve_dag.server.connect import management_client, running
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import host_and_port
 from torchserve_dag.server.state import State
@@ -200,10 +200,8 @@ def _begin(server: Serving, way: str, text: str) -> Callable[[], object]:
 )
 def test_a_path_names_a_model_in_every_form(server: Serving, door: bool, method: str, path: str, status: int) -> None:  # noqa: FBT001
     """Of a request at the front door, the log names the model, whatever way it took through Envoy."""
-    token = own_token(server.state) if door else KeyFile.read(server.state.key_file).inference
-    record = Door(server.state).record()
-    assert record
-    base = f"https://{local_address(record.settings)}" if door else server.addresses.inference
+    key = KeyFile.read(server.state.key_file).inference
+    base, token = _door(server.state) if door else (server.addresses.inference, key)
     named = uuid.uuid4().hex
     headers = {"authorization": f"Bearer {token}", "content-type": "text/plain", "x-request-id": named}
     with httpx.Client(base_url=base, verify=False, headers=headers, timeout=WITHIN_S, trust_env=False) as http:  # noqa: S501
@@ -381,14 +379,77 @@ def test_nothing_is_registered_at_the_ports_unless_the_settings_say_so(server: S
     assert (refused.status_code, "enable_model_api" in refused.text) == (405, True)
 
 
-def test_an_up_that_was_killed_half_way_is_ended_by_the_next(tmp_path: Path) -> None:
+def test_versions_come_default_and_go_at_the_ports_where_the_settings_allow_it(tmp_path: Path) -> None:
+    """As TorchServe's management API has it; what comes to 8080 and to the front door follows."""
+    yaml = str(FILES["workflows/other.yaml"])
+    _write_project(tmp_path, {"workflows/other-2.0.yaml": yaml.replace('"1.0"', '"2.0"')})
+    settings = (tmp_path / "config.properties").read_text()
+    for said, now in (("load_models=all", "load_models=other-1.0.mar"), ("model_api=false", "model_api=true")):
+        assert said in settings
+        settings = settings.replace(said, now)
+    (tmp_path / "config.properties").write_text(settings)
+    state = State(tmp_path)
+    try:
+        run_tool(tmp_path, "up", "--free-ports", "--host", "direct")
+        where, keys = running(state).addresses, KeyFile.read(state.key_file)
+        management = httpx.Client(
+            base_url=where.management,
+            headers={"authorization": f"Bearer {keys.management}"},
+            timeout=WITHIN_S,
+            trust_env=False,
+        )
+
+        def answers() -> tuple[str, ...]:
+            """The versions that answer at 8080 and at the front door, of requests that name none."""
+            found = []
+            for base, token in ((where.inference, keys.inference), _door(state)):
+                headers = {"authorization": f"Bearer {token}", "content-type": "text/plain"}
+                with httpx.Client(base_url=base, verify=False, headers=headers, trust_env=False) as http:  # noqa: S501
+                    answer = http.post("/predictions/other", content="a")
+                assert answer.json() == "A"
+                found.append(answer.headers["x-model-version"])
+            return tuple(found)
+
+        with management:
+            assert answers() == ("1.0", "1.0")
+            come = management.post(
+                "/models", params={"url": "other-2.0.mar", "initial_workers": 1, "synchronous": "true"}
+            )
+            assert (come.status_code, answers()) == (200, ("1.0", "1.0")), come.text
+            changed = management.put("/models/other/2.0/set-default")
+            assert (changed.status_code, answers()) == (200, ("2.0", "2.0")), changed.text
+            gone = management.delete("/models/other/1.0")
+            assert gone.status_code == 200, gone.text
+            assert management.get("/models/other/1.0").status_code == 404
+            assert answers() == ("2.0", "2.0")
+    finally:
+        run_tool(tmp_path, "down")
+
+
+def _door(state: State) -> tuple[str, str]:
+    """The front door's URL, and a token for it."""
+    record = Door(state).record()
+    assert record
+    return f"https://{local_address(record.settings)}", own_token(state)
+
+
+def _write_project(root: Path, more: Mapping[str, str] | None = None) -> None:
+    """A project of the model `other`, in a version or more, built."""
     for folder in ("handlers", "workflows", "model_store"):
-        (tmp_path / folder).mkdir()
+        (root / folder).mkdir()
     for name in ("config.properties", "log4j2.xml"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, root)
     for name in ("workflows/other.yaml", "workflows/other.py"):
-        (tmp_path / name).write_text(textwrap.dedent(str(FILES[name])))
-    run_tool(tmp_path, "build")
+        (root / name).write_text(textwrap.dedent(str(FILES[name])))
+    for name, text in (more or {}).items():
+        (root / name).write_text(
+            textwrap.dedent(text.replace("name: other\n", "name: other\n        code: other.py\n"))
+        )
+    run_tool(root, "build")
+
+
+def test_an_up_that_was_killed_half_way_is_ended_by_the_next(tmp_path: Path) -> None:
+    _write_project(tmp_path)
     state, up = State(tmp_path), ("up", "--free-ports", "--host", "direct")
     try:
         with subprocess.Popen([sys.executable, "-m", "torchserve_dag", *up], cwd=tmp_path) as killed:
