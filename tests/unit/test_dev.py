@@ -634,6 +634,20 @@ class TestEntrance:
 
         assert asyncio.run(ask()) == 499
 
+    def test_one_request_too_many_is_refused_until_another_is_answered(self) -> None:
+        async def ask() -> list[tuple[int, Any]]:
+            entrance = Entrance(RaisingService(), most=1)  # type: ignore[arg-type]
+            first, many = (entrance.submit(ServiceRequest(name), in_chunks=False) for name in ("good", "good"))
+            refused = await many.next()
+            first.cancel()
+            await first.next()
+            after = entrance.submit(ServiceRequest("bad"), in_chunks=False)
+            answers = [refused, await after.next()]
+            await asyncio.wait_for(entrance.empty.wait(), WITHIN_S)
+            return [(answer.status, dict(answer.headers)) for answer in answers]  # type: ignore[union-attr]
+
+        assert asyncio.run(ask()) == [(503, {"Retry-After": "1"}), (500, {})]
+
 
 class TestForms:
     def test_parts_in_their_order(self) -> None:

@@ -7,6 +7,7 @@ model's threads finish before the loop looks again comes back with one wake-up, 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections import deque
@@ -23,6 +24,12 @@ _BROKEN = ServiceResponse(
     b'{"code": 500, "type": "InternalError", "message": "The model did not take the request: its log says why."}',
     status=500,
 )
+
+
+def _overloaded(most: int, request_id: str) -> ServiceResponse:
+    message = f"{most:,} requests are in progress or wait here; try again in a second."
+    fields = {"code": 503, "type": "Overloaded", "message": message, "request_id": request_id}
+    return ServiceResponse(json.dumps(fields).encode(), status=503, headers={"Retry-After": "1"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +80,9 @@ class InFlight:
 class Entrance:
     """The way into one service, and out of it, for the requests of one event loop."""
 
-    def __init__(self, service: Service) -> None:
-        """To be called on the event loop's thread."""
-        self.service = service
+    def __init__(self, service: Service, most: int | None = None) -> None:
+        """To be called on the event loop's thread. `most` requests may be inside, or as many as the service takes."""
+        self.service, self._most = service, most
         self._loop = asyncio.get_running_loop()
         self.empty = asyncio.Event()
         """Set while no request is inside."""
@@ -87,8 +94,11 @@ class Entrance:
         self._finished: list[tuple[InFlight, AnswerChunk | ServiceResponse]] = []
 
     def submit(self, request: ServiceRequest, *, in_chunks: bool) -> InFlight:
-        """Have a request enter the service with all others of this turn of the loop."""
+        """Have a request enter the service with all others of this turn of the loop; one too many is refused."""
         in_flight = InFlight(request, in_chunks)
+        if self._most is not None and self.inside >= self._most:
+            in_flight.arrive(_overloaded(self._most, request.id))
+            return in_flight
         if not self._entering:
             self._loop.call_soon(self._enter)
         self._entering.append(in_flight)

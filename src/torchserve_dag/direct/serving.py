@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 FORMAT = "%(asctime)s [%(levelname)s] %(name)s - %(message)s"
 
 
-def serve(folder: Path, path: Path, gpu: int | None, max_body: int) -> None:
+def serve(folder: Path, path: Path, gpu: int | None, max_body: int, most: int | None) -> None:
     """Load an unpacked archive, and serve it on a Unix socket at `path` until SIGINT. Raises whatever loading raises.
 
-    The socket is there once the model is loaded and warm. `max_body` is in bytes.
+    The socket is there once the model is loaded and warm. `max_body` is in bytes. `most` requests may be inside; one
+    more is refused. (An unedited archive has a queue of its own.)
     """
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=FORMAT)
     began = time.monotonic()
@@ -44,7 +45,7 @@ def serve(folder: Path, path: Path, gpu: int | None, max_body: int) -> None:
         if isinstance(service, RunsOnMainThread):
             _serve_beside(service, listening, max_body)
         else:
-            http.run(_serve(service, listening, max_body, drains_on=[signal.SIGINT]))
+            http.run(_serve(service, listening, max_body, drains_on=[signal.SIGINT], most=most))
     finally:
         path.unlink(missing_ok=True)
         service.close()
@@ -88,8 +89,9 @@ async def _serve(
     max_body: int,
     ready: Callable[[Callable[[], None]], None] = lambda _: None,
     drains_on: Collection[signal.Signals] = (),
+    most: int | None = None,
 ) -> None:
-    entrance = Entrance(service)
+    entrance = Entrance(service, most)
 
     def find(name: str, version: str | None) -> Entrance | None:
         return entrance if name == service.name and version in {None, "", service.version} else None

@@ -1,6 +1,6 @@
 """A worker's program: unpacks an archive, and serves it on a Unix socket.
 
-    python worker.py ARCHIVE FOLDER SOCKET [--gpu N] [--max-body BYTES]
+    python worker.py ARCHIVE FOLDER SOCKET [--gpu N] --max-body BYTES [--most REQUESTS]
 
 It is run as a file, not with `-m`: the package `torchserve_dag` that it makes importable has the archive's own
 `runtime/`, and from this installation whatever archives do not carry. So this file imports nothing but the standard
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("socket", type=Path)
     parser.add_argument("--gpu", type=int)
     parser.add_argument("--max-body", type=int, required=True, help="in bytes")
+    parser.add_argument("--most", type=int, help="how many requests may be inside")
     options = parser.parse_args()
     options.socket = options.socket.absolute()
     # Who sends SIGTERM to every process at once, as systemd may, must not end a worker before Envoy is drained. A
@@ -45,7 +46,7 @@ def main() -> None:
         use_runtime_of(options.folder)
         from torchserve_dag.direct import serving  # noqa: PLC0415 (only now it can be imported)
 
-        serving.serve(options.folder, options.socket, options.gpu, options.max_body)
+        serving.serve(options.folder, options.socket, options.gpu, options.max_body, options.most)
     except BaseException as error:
         failed(options.socket, error)
         raise

@@ -36,6 +36,7 @@ class HostedVersion:
     timeout_s: int = 120
     startup_s: int = 120
     queue: int = 100
+    asynchronous: bool = False
     on_gpu: bool = True
     """Whether its workers may use GPUs."""
     decodes: bool = True
@@ -44,6 +45,13 @@ class HostedVersion:
     @property
     def key(self) -> ModelVersion:
         return self.model, self.version
+
+    @property
+    def most(self) -> int | None:
+        """How many requests may be inside a worker: as many as TorchServe lets in and queue. In asynchronous mode
+        TorchServe lets all in, and the archive itself knows how many it takes.
+        """
+        return None if self.asynchronous else self.batch_size + self.queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,7 @@ def hosted_version(archive: Archive, properties: Mapping[str, str]) -> HostedVer
         number("responseTimeout", 120, "default_response_timeout"),
         number("startupTimeout", 120, "default_startup_timeout"),
         number("jobQueueSize", 100, "job_queue_size"),
+        settings.get("asyncCommunication") is True,
         settings.get("deviceType") != "cpu",
         properties.get("decode_input_request", "true").lower() == "true",
     )

@@ -79,7 +79,9 @@ class WorkerProcess:
         unpacked = state.direct / "models" / Path(one.archive).stem
         # The socket's path is relative to the working directory: a socket's path may have about a hundred characters.
         command = [sys.executable, str(PROGRAM), str(state.archives / one.archive), str(unpacked), f"{id_}.sock"]
-        command += ["--max-body", str(max_body), *(["--gpu", str(gpu)] if gpu is not None else [])]
+        command += ["--max-body", str(max_body)]
+        for name, number in (("--gpu", gpu), ("--most", one.most)):
+            command += [name, str(number)] if number is not None else []
         state.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(log_of(state, one.key), "ab", opener=atomic.private) as log:
             pid = processes.spawn(

@@ -109,8 +109,8 @@ class Serve:
     batch: int = 64
     """The largest batch of requests that TorchServe sends to a worker."""
     queue: int = 200
-    """Requests that may wait in TorchServe's queue for a worker. One more is answered 503 at once. A short queue bounds
-    the waiting time under overload."""
+    """Requests that may wait for a worker, beside the `batch` that it has. One more is answered 503 at once. A short
+    queue bounds the waiting time under overload."""
     delay_ms: int = 1
     """How long TorchServe waits for a batch to fill, in milliseconds. At least 1, because TorchServe reads 0 as its
     default of 100 ms."""
