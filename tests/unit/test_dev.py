@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from torchserve_dag.dev.loader import DevLoader
-from torchserve_dag.direct.entrance import Entrance
+from torchserve_dag.direct.entrance import Entrance, InFlight
 from torchserve_dag.direct.forms import MAX_PARTS, FormError, parts_of
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.worker.protocol import PendingResponse, ServiceRequest, ServiceResponse
@@ -647,6 +647,29 @@ class TestEntrance:
             return [(answer.status, dict(answer.headers)) for answer in answers]  # type: ignore[union-attr]
 
         assert asyncio.run(ask()) == [(503, {"Retry-After": "1"}), (500, {})]
+
+    def test_one_token_leaves_room_for_others(self) -> None:
+        async def ask() -> list[int]:
+            entrance = Entrance(RaisingService(), most=8)  # type: ignore[arg-type]
+
+            def submit(token: str) -> InFlight:
+                return entrance.submit(ServiceRequest("good", options={"x-door-token": token}), in_chunks=False)
+
+            inside = [submit("greedy") for _ in range(7)]
+            statuses = [(await submit("greedy").next()).status]  # type: ignore[union-attr]
+            inside.append(submit("other"))
+            statuses.append((await submit("other").next()).status)  # type: ignore[union-attr]
+            first = inside.pop(0)
+            first.cancel()
+            statuses.append((await first.next()).status)  # type: ignore[union-attr]
+            inside.append(submit("greedy"))
+            for one in inside:
+                one.cancel()
+            statuses += [(await one.next()).status for one in inside]  # type: ignore[union-attr]
+            await asyncio.wait_for(entrance.empty.wait(), WITHIN_S)
+            return statuses
+
+        assert asyncio.run(ask()) == [429, 503, *[499] * 9]
 
 
 class TestForms:

@@ -164,6 +164,7 @@ def _description(
         "name": graph.name,
         "version": graph.version,
         "file": f"{'handlers' if is_handler else 'workflows'}/{graph.path.name}",
+        "max_inside": graph.serve.max_inside,
         "inputs": stamp.inputs(project.root, digests, imports.digests(modules), graph.all_requirements),
         **signature(graph),
     }

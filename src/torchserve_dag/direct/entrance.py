@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,10 +26,14 @@ _BROKEN = ServiceResponse(
 )
 
 
-def _overloaded(most: int, request_id: str) -> ServiceResponse:
-    message = f"{most:,} requests are in progress or wait here; try again in a second."
-    fields = {"code": 503, "type": "Overloaded", "message": message, "request_id": request_id}
-    return ServiceResponse(json.dumps(fields).encode(), status=503, headers={"Retry-After": "1"})
+SHARE = 7 / 8
+"""What part of the places one token may hold, so that there is always room for others."""
+TOKEN = "x-door-token"  # noqa: S105 (a header's name)
+
+
+def _refusal(status: int, message: str, request_id: str) -> ServiceResponse:
+    fields = {"code": status, "type": "Overloaded", "message": message, "request_id": request_id}
+    return ServiceResponse(json.dumps(fields).encode(), status=status, headers={"Retry-After": "1"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ class Entrance:
     def __init__(self, service: Service, most: int | None = None) -> None:
         """To be called on the event loop's thread. `most` requests may be inside, or as many as the service takes."""
         self.service, self._most = service, most
+        self._of_token: Counter[str] = Counter()
+        """Requests that are not answered, by the token that the front door named."""
         self._loop = asyncio.get_running_loop()
         self.empty = asyncio.Event()
         """Set while no request is inside."""
@@ -96,15 +102,30 @@ class Entrance:
     def submit(self, request: ServiceRequest, *, in_chunks: bool) -> InFlight:
         """Have a request enter the service with all others of this turn of the loop; one too many is refused."""
         in_flight = InFlight(request, in_chunks)
-        if self._most is not None and self.inside >= self._most:
-            in_flight.arrive(_overloaded(self._most, request.id))
+        if refusal := self._refusal(request):
+            in_flight.arrive(refusal)
             return in_flight
+        self._of_token[request.options.get(TOKEN, "")] += 1
         if not self._entering:
             self._loop.call_soon(self._enter)
         self._entering.append(in_flight)
         self.inside += 1
         self.empty.clear()
         return in_flight
+
+    def _refusal(self, request: ServiceRequest) -> ServiceResponse | None:
+        """Why a request is one too many, if it is."""
+        if self._most is None:
+            return None
+        if self.inside >= self._most:
+            message = f"{self._most:,} requests are in progress or wait here; try again in a second."
+            return _refusal(503, message, request.id)
+        token = request.options.get(TOKEN)
+        share = max(1, int(SHARE * self._most))
+        if token and self._of_token[token] >= share:
+            message = f"{share:,} requests of this token are in progress or wait here; try again in a second."
+            return _refusal(429, message, request.id)
+        return None
 
     def _enter(self) -> None:
         entering, self._entering = self._entering, []
@@ -119,7 +140,7 @@ class Entrance:
         except Exception:  # whatever a service of another version raises
             logger.exception("request %s: the service raised", in_flight.request.id)
             in_flight.arrive(_BROKEN)
-            self._leave()
+            self._leave(in_flight)
         else:
             pending.add_done_callback(partial(self._finish, in_flight))
             in_flight.entered(pending)
@@ -145,9 +166,13 @@ class Entrance:
         for in_flight, item in finished:
             in_flight.arrive(item)
             if isinstance(item, ServiceResponse):
-                self._leave()
+                self._leave(in_flight)
 
-    def _leave(self) -> None:
+    def _leave(self, in_flight: InFlight) -> None:
         self.inside -= 1
+        token = in_flight.request.options.get(TOKEN, "")
+        self._of_token[token] -= 1
+        if not self._of_token[token]:
+            del self._of_token[token]
         if not self.inside:
             self.empty.set()

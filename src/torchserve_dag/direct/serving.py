@@ -91,7 +91,8 @@ async def _serve(
     drains_on: Collection[signal.Signals] = (),
     most: int | None = None,
 ) -> None:
-    entrance = Entrance(service, most)
+    takes = service.describe().get("max_inside")  # an unedited archive says nothing
+    entrance = Entrance(service, min((number for number in (most, takes) if number is not None), default=None))
 
     def find(name: str, version: str | None) -> Entrance | None:
         return entrance if name == service.name and version in {None, "", service.version} else None
