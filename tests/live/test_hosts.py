@@ -100,6 +100,7 @@ HELD_BY = {
         "test_health_over_grpc",
         "test_open_inference.py::test_tritonclient_calls_it_through_envoy",
     ),
+    "a token that sends all the requests there is room for": ("../unit/test_dev.py::TestEntrance",),
     "`torchserve-dag restart NAME`": ("test_workers_are_replaced_under_load_and_no_request_is_lost",),
     "archives of another protocol than this package's": (
         "workflows/test_earlier_archive.py::test_the_direct_host_leaves_it_out_and_serves_the_rest",

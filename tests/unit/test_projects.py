@@ -162,15 +162,15 @@ assert "httpx" not in sys.modules and "grpc" not in sys.modules  # which take a 
 def test_a_command_that_serves_names_the_extra_to_install(project: Path) -> None:
     program = f"""
 import sys
-sys.modules["torch"] = None
+sys.modules["jwt"] = None
 from torchserve_dag.commands import app
-app(["graph", "upper", "--project", {str(project)!r}])
+app(["token", "new", "alice", "--project", {str(project)!r}])
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
 
     assert done.returncode == 1
     assert done.stderr == (
-        "error: torchserve-dag graph needs torch, which is not installed: pip install 'torchserve-dag[serve]'\n"
+        "error: torchserve-dag token needs jwt, which is not installed: pip install 'torchserve-dag[serve]'\n"
     )
 
 
