@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -31,7 +32,7 @@ from torchserve_dag.runtime.protos import inference_pb2, management_pb2
 from torchserve_dag.runtime.worker.protocol import ServiceResponse
 from torchserve_dag.server import processes
 from torchserve_dag.server.connect import MANAGEMENT
-from torchserve_dag.server.hosted import HostedFile, hosted_version
+from torchserve_dag.server.hosted import HostedFile, HostedVersion, hosted_version
 from torchserve_dag.server.ports import Addresses
 from torchserve_dag.server.sockets import SocketTransport
 from torchserve_dag.server.state import State
@@ -356,6 +357,24 @@ class TestCalls:
     def test_a_deadline_is_a_time_limit(self, text: str, ms: str | None) -> None:
         assert grpc.time_limit(text).get("x-timeout-ms") == ms
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"message": "half of a character: \ud800", "x": "\ud800"},
+            {"message": "short", "x": "y" * 200_000},
+            {"message": "long " * 40_000},
+            {"message": "\u20ac" * 40_000},
+        ],
+        ids=["surrogate", "large field", "long message", "long message of wide characters"],
+    )
+    def test_headers_of_a_failure_are_never_more_than_envoy_takes(self, fields: dict[str, str]) -> None:
+        headers = grpc.failure_headers(ServiceResponse(json.dumps(fields).encode(), status=422))
+
+        assert headers["grpc-status"] == "3"
+        assert unquote(headers["grpc-message"])[:5] == fields["message"][:5]
+        assert sum(map(len, headers.values())) < 30_000
+        assert all(value.isascii() and value.isprintable() for value in headers.values())
+
     @pytest.mark.parametrize("body", [b"not found", b'["a"]', '{"message": "\u00e9"}'.encode(), b'{\n"message": "m"}'])
     def test_whatever_a_handler_writes_of_its_failure_is_a_status(self, body: bytes) -> None:
         headers = grpc.failure_headers(ServiceResponse(body, status=404))
@@ -382,6 +401,12 @@ class TestCalls:
         assert status.details[0].Unpack(info)
         assert (status.code, status.message, info.reason) == (3, "zu groß: 100 %", "InputError")
         assert info.metadata == {"code": "422", "request_id": "r"}
+
+
+@pytest.mark.parametrize(("asynchronous", "most"), [(False, 30), (True, None)])
+def test_as_many_requests_may_be_inside_as_torchserve_lets_in(asynchronous: bool, most: int | None) -> None:  # noqa: FBT001
+    one = HostedVersion("m", "1.0", "m.mar", 1, batch_size=10, queue=20, asynchronous=asynchronous)
+    assert one.most == most
 
 
 def test_keys_are_written_as_torchserve_does(tmp_path: Path) -> None:

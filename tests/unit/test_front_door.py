@@ -222,6 +222,28 @@ class TestEnvoy:
         assert "outlier_detection" in found["rest:m/2.0?"]
         assert "outlier_detection" not in found["rest:m/2.0"]
 
+    @pytest.mark.parametrize(
+        ("more", "unscripted"),
+        [
+            ({}, True),
+            ({"sticky": "header x-user", "always": {"header x-user=ann": "2.0"}}, True),
+            ({"sticky": "header X-Door-Token"}, False),
+            ({"always": {"header x-door-token=ann": "2.0"}}, False),
+        ],
+    )
+    def test_what_depends_on_the_token_is_routed_once_the_token_is_named(
+        self,
+        more: dict[str, Any],
+        unscripted: bool,  # noqa: FBT001
+    ) -> None:
+        """Of the direct host, whose other requests are routed by their path, without the script."""
+        shares = splits(SERVED, {"m": RouteFile({"1.0": 1, "2.0": 1}, **more)}, {}, {})
+        backend = Backend(Addresses(), sockets={})
+        (host,) = envoy_config.routes(SERVED, shares, [], backend, 1)["virtual_hosts"]
+        paths = [one["match"].get("path") for one in host["routes"]]
+
+        assert ("/predictions/m" in paths) == unscripted
+
     def test_what_answers_in_chunks_has_no_limit_for_all_of_them(self) -> None:
         served = [*SERVED[:1], ServedVersion("m", "2.0", 30.0, ours=True, streams=True)]
         shares = splits(served, {"m": ROUTE}, {}, {})

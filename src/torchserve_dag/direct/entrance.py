@@ -27,7 +27,7 @@ _BROKEN = ServiceResponse(
 
 
 SHARE = 7 / 8
-"""What part of the places one token may hold, so that there is always room for others."""
+"""The part of a worker's places that the requests of one token may take, so that there is room for others."""
 TOKEN = "x-door-token"  # noqa: S105 (a header's name)
 
 

@@ -29,20 +29,23 @@ SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 CONTENT_TYPE = "application/grpc"
 STATUSES = {401: 16, 403: 7, 404: 5, 408: 4, 409: 10, 413: 8, 429: 8, 499: 1, 501: 12, 503: 14, 504: 4, 507: 8}
 """HTTP status → gRPC status. Another 4xx is 3 (INVALID_ARGUMENT), another 5xx is 13 (INTERNAL)."""
-ENDS_ITSELF = "x-ends-itself"
-"""The header that tells request.lua to look for a frame of trailers."""
+TRAILERS_IN_BODY = "x-trailers-in-body"
+"""The header that tells request.lua to look for a frame of trailers at the end of the body."""
 DOMAIN = "torchserve-dag"
-"""Who gives the reasons of failures, for `google.rpc.ErrorInfo`."""
+"""The domain of `google.rpc.ErrorInfo`: who defines its reasons."""
 MAX_ID = 128
 """The most characters of a request's id; a longer one is replaced, as under TorchServe."""
 MAX_FAILURE = 4_000
-"""The most bytes of a failure that go into a header as a whole."""
+"""The most bytes of a failure that go into a header as a whole, and of its sentence: Envoy gives up an answer whose
+headers have more than 60 KB."""
 OPTIONS = frozenset(
     {"x-outputs", "x-timeout-ms", "x-priority", "traceparent", "x-request-id", "x-cancel-key", "x-cancel", "x-pieces"}
 )
 """Entries of a call's map that are options of the request."""
 OWN = frozenset({"x-door-token", "x-arrived-ms"})
 """What the front door writes into headers: entries of these names are nobody's."""
+_OF_STATUS = frozenset({"type", "message"})
+"""Fields of a failure that have a place of their own in `google.rpc.Status` and ErrorInfo."""
 _INVALID, _INTERNAL = 3, 13
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 _UNITS_MS = {"n": 1e-6, "u": 1e-3, "m": 1.0, "S": 1e3, "M": 6e4, "H": 3.6e6}
@@ -120,7 +123,7 @@ def failure_headers(response: ServiceResponse) -> dict[str, str]:
     fields: dict[str, Any] = {}
     try:
         written_fields = json.loads(response.body)
-        message, fields = str(written_fields["message"]), dict(written_fields)
+        message, fields = _utf8(str(written_fields["message"])), dict(written_fields)
     except (ValueError, LookupError, TypeError):  # of an unedited archive, whose handler wrote what it liked
         message = f"The model answered with the status {response.status}."
     status = STATUSES.get(
@@ -130,7 +133,7 @@ def failure_headers(response: ServiceResponse) -> dict[str, str]:
     written = response.body.decode("utf-8", "replace").strip()
     if len(written) <= MAX_FAILURE and written.isascii() and written.isprintable():
         headers["x-failure"] = written
-    if fields and len(message) <= MAX_FAILURE:
+    if fields and len(written) <= MAX_FAILURE:
         headers["grpc-status-details-bin"] = _details(status, message, fields)
     return headers
 
@@ -144,8 +147,13 @@ def trailers(response: ServiceResponse) -> bytes:
 
 def _details(status: int, message: str, fields: Mapping[str, Any]) -> str:
     """A failure's type, node and other fields as `google.rpc.ErrorInfo`, in the header where gRPC's libraries look."""
-    about = {name: str(value) for name, value in fields.items() if name not in {"type", "message"} and value}
-    info, detail = ErrorInfo(reason=str(fields.get("type", "")), domain=DOMAIN, metadata=about), Any_()
+    about = {_utf8(name): _utf8(str(value)) for name, value in fields.items() if name not in _OF_STATUS and value}
+    info, detail = ErrorInfo(reason=_utf8(str(fields.get("type", ""))), domain=DOMAIN, metadata=about), Any_()
     detail.Pack(info)
     written = Status(code=status, message=message, details=[detail]).SerializeToString()
     return b64encode(written).decode().rstrip("=")
+
+
+def _utf8(text: str) -> str:
+    """A text that can be written: JSON may hold halves of characters, and more than fits into a header."""
+    return text.encode("utf-8", "replace")[:MAX_FAILURE].decode("utf-8", "ignore")

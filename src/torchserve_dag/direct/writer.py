@@ -66,7 +66,7 @@ class GrpcWriter(Writer):
         await self._send({"type": "http.response.body", "body": body})
 
     async def begin(self, content_type: str) -> None:  # noqa: ARG002 (each chunk is a message)
-        await self._start(200, {"content-type": grpc.CONTENT_TYPE, grpc.ENDS_ITSELF: "1"})
+        await self._start(200, {"content-type": grpc.CONTENT_TYPE, grpc.TRAILERS_IN_BODY: "1"})
 
     async def chunk(self, body: bytes) -> None:
         await super().chunk(grpc.answer(body))

@@ -215,7 +215,8 @@ local function trailers_at_end(handle)
   return last and sub(last, 6)
 end
 
-local function end_itself(handle)
+-- Writes a frame of trailers at the end of the body into the trailer that the bridge has added.
+local function move_trailers(handle)
   local written = trailers_at_end(handle)
   local trailers = written and handle:trailers()
   if not trailers then return end
@@ -237,9 +238,9 @@ function envoy_on_response(handle)
     if status ~= "200" then
       handle:streamInfo():dynamicMetadata():set("door", "failure", status)
       headers:replace(":status", "200")
-    elseif headers:get("x-ends-itself") then
-      headers:remove("x-ends-itself")
-      end_itself(handle)
+    elseif headers:get("x-trailers-in-body") then
+      headers:remove("x-trailers-in-body")
+      move_trailers(handle)
     end
   end
 end

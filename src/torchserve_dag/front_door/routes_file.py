@@ -69,6 +69,11 @@ class RouteFile:
         return match["name"].lower() if match else None
 
     @property
+    def headers(self) -> set[str]:
+        """Every header that the route depends on."""
+        return {name for name, _, _ in self.rules} | ({self.sticky_header} if self.sticky_header else set())
+
+    @property
     def rules(self) -> list[tuple[str, str, str]]:
         """Header, value and version of each rule, in order of precedence."""
         found = ((_RULE.fullmatch(rule), version) for rule, version in self.always.items())

@@ -37,6 +37,7 @@ class HostedVersion:
     startup_s: int = 120
     queue: int = 100
     asynchronous: bool = False
+    """`asyncCommunication`: TorchServe would let every request into the worker at once."""
     on_gpu: bool = True
     """Whether its workers may use GPUs."""
     decodes: bool = True
