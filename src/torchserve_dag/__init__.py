@@ -20,36 +20,76 @@ if TYPE_CHECKING:
     from torchserve_dag.clients import RestClient as RestClient
     from torchserve_dag.clients import ServingError as ServingError
     from torchserve_dag.runtime.compute.placement import Placement as Placement
+    from torchserve_dag.runtime.handler import ContinuousHandler as ContinuousHandler
+    from torchserve_dag.runtime.handler import EngineLoad as EngineLoad
     from torchserve_dag.runtime.handler import Handler as Handler
     from torchserve_dag.runtime.handler import NoSettings as NoSettings
+    from torchserve_dag.runtime.handler import Reply as Reply
     from torchserve_dag.runtime.messages import Box as Box
+    from torchserve_dag.runtime.messages import Chat as Chat
+    from torchserve_dag.runtime.messages import ChatMessage as ChatMessage
+    from torchserve_dag.runtime.messages import ContentPart as ContentPart
     from torchserve_dag.runtime.messages import DetectedObject as DetectedObject
+    from torchserve_dag.runtime.messages import Embedding as Embedding
     from torchserve_dag.runtime.messages import Failure as Failure
+    from torchserve_dag.runtime.messages import FunctionCall as FunctionCall
+    from torchserve_dag.runtime.messages import FunctionTool as FunctionTool
+    from torchserve_dag.runtime.messages import ImageUrl as ImageUrl
     from torchserve_dag.runtime.messages import InputError as InputError
+    from torchserve_dag.runtime.messages import JsonSchema as JsonSchema
     from torchserve_dag.runtime.messages import Label as Label
     from torchserve_dag.runtime.messages import Labels as Labels
     from torchserve_dag.runtime.messages import Objects as Objects
+    from torchserve_dag.runtime.messages import OverloadedError as OverloadedError
     from torchserve_dag.runtime.messages import Photo as Photo
+    from torchserve_dag.runtime.messages import Prompt as Prompt
+    from torchserve_dag.runtime.messages import ResponseFormat as ResponseFormat
     from torchserve_dag.runtime.messages import Skipped as Skipped
     from torchserve_dag.runtime.messages import Text as Text
+    from torchserve_dag.runtime.messages import TextChunk as TextChunk
+    from torchserve_dag.runtime.messages import TokenLogprob as TokenLogprob
+    from torchserve_dag.runtime.messages import Tool as Tool
+    from torchserve_dag.runtime.messages import ToolCall as ToolCall
+    from torchserve_dag.runtime.messages import Usage as Usage
+    from torchserve_dag.runtime.models.language.model import LanguageModel as LanguageModel
+    from torchserve_dag.runtime.models.language.settings import LanguageSettings as LanguageSettings
+    from torchserve_dag.runtime.models.language.settings import Remote as Remote
     from torchserve_dag.runtime.workflow import Workflow as Workflow
 
 _HOMES = {
     "clients": ("AsyncGrpcClient", "AsyncRestClient", "GrpcClient", "RequestRefused", "RestClient", "ServingError"),
     "runtime.compute.placement": ("Placement",),
-    "runtime.handler": ("Handler", "NoSettings"),
+    "runtime.handler": ("ContinuousHandler", "EngineLoad", "Handler", "NoSettings", "Reply"),
     "runtime.messages": (
         "Box",
+        "Chat",
+        "ChatMessage",
+        "ContentPart",
         "DetectedObject",
+        "Embedding",
         "Failure",
+        "FunctionCall",
+        "FunctionTool",
+        "ImageUrl",
         "InputError",
+        "JsonSchema",
         "Label",
         "Labels",
         "Objects",
+        "OverloadedError",
         "Photo",
+        "Prompt",
+        "ResponseFormat",
         "Skipped",
         "Text",
+        "TextChunk",
+        "TokenLogprob",
+        "Tool",
+        "ToolCall",
+        "Usage",
     ),
+    "runtime.models.language.model": ("LanguageModel",),
+    "runtime.models.language.settings": ("LanguageSettings", "Remote"),
     "runtime.workflow": ("Workflow",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -17,6 +17,7 @@ from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.graph.torchserve.spec import is_torchserve_file
+from torchserve_dag.runtime.messages import WrongFieldError
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import check_identity
 
@@ -188,6 +189,6 @@ def _target(folder: str, path: Path) -> Target:
     )
     try:
         check_identity(target.name, target.version)  # they become a file's name
-    except plain.WrongFieldError as error:
+    except WrongFieldError as error:
         raise CheckError([file.problem(error.path, str(error))]) from None
     return target

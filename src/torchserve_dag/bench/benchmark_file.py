@@ -11,6 +11,7 @@ from typing import Literal
 from torchserve_dag.bench import toml
 from torchserve_dag.bench.errors import BenchError
 from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.messages import WrongFieldError
 
 Number = int | Literal["cores"]
 
@@ -52,13 +53,13 @@ class Workload:
 
     def __post_init__(self) -> None:
         if sum((bool(self.bodies), self.bytes is not None, bool(self.mix))) != 1:
-            raise plain.WrongFieldError("a workload has exactly one of bodies, bytes and mix")
+            raise WrongFieldError("a workload has exactly one of bodies, bytes and mix")
         if not self.clients:
-            raise plain.WrongFieldError("a workload has at least one number of clients", "clients")
+            raise WrongFieldError("a workload has at least one number of clients", "clients")
         if min(self.clients) < 1 or min(self.open, default=1) < 1:
-            raise plain.WrongFieldError("clients and open are numbers above 0")
+            raise WrongFieldError("clients and open are numbers above 0")
         if bool(self.series) != (self.at is not None):
-            raise plain.WrongFieldError("series and at are given together")
+            raise WrongFieldError("series and at are given together")
 
     @property
     def slug(self) -> str:
@@ -87,9 +88,9 @@ class BenchmarkFile:
     def __post_init__(self) -> None:
         names = [work.name for work in self.work]
         if not names or len(set(names)) < len(names):
-            raise plain.WrongFieldError("there is at least one workload, and no two have the same name", "work")
+            raise WrongFieldError("there is at least one workload, and no two have the same name", "work")
         if self.rounds < 1 or self.seconds <= 0:
-            raise plain.WrongFieldError("rounds and seconds are above 0")
+            raise WrongFieldError("rounds and seconds are above 0")
 
 
 def read(path: Path) -> BenchmarkFile:

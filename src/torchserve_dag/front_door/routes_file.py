@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchserve_dag.runtime.data import plain, source
-from torchserve_dag.runtime.data.plain import WrongFieldError
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
+from torchserve_dag.runtime.messages import WrongFieldError
 
 FILE = "routes.yaml"
 

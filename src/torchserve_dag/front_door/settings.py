@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchserve_dag.runtime.data import source
 from torchserve_dag.runtime.data.loopback import is_loopback
-from torchserve_dag.runtime.data.plain import WrongFieldError
+from torchserve_dag.runtime.messages import WrongFieldError
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.ports import host_and_port
 

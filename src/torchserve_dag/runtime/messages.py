@@ -8,8 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any, ClassVar, Literal
 
 from PIL import Image
+
+
+class WrongFieldError(ValueError):
+    """Raised in a message's `__post_init__`: the value of the field at `path` is wrong."""
+
+    def __init__(self, what: str, *path: str | int) -> None:
+        super().__init__(what)
+        self.path = path
 
 
 class InputError(Exception):
@@ -164,3 +173,316 @@ class Text:
 
     text: str
     """The characters."""
+
+
+# Of language models. Names, and what they mean, are those of OpenAI's API, where it has the thing.
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+"""Why a text ended: by itself or at a stop string, at its limit of tokens, with calls of tools, or because of what it
+says."""
+
+MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_TEMPERATURE, MAX_BIAS = 16, 16, 20, 2.0, 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class JsonSchema:
+    """A JSON Schema that an answer has to fit."""
+
+    name: str
+    """What it describes."""
+    schema: dict[str, Any]
+    """The schema itself."""
+    strict: bool | None = None
+    """Taken as true: an engine that cannot hold to a schema refuses it."""
+    description: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+    """For the type `json_schema`."""
+
+    def __post_init__(self) -> None:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('a json_schema belongs to the type "json_schema", and to no other')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a language model is to write. What is None is the engine's default."""
+
+    leaves_out_none: ClassVar[bool] = True
+
+    max_tokens: int | None = None
+    """The most tokens of an answer; without it, as many as there is room for in the model's context."""
+    max_completion_tokens: int | None = None
+    """The newer name of `max_tokens`; the smaller holds if both are given."""
+    temperature: float | None = None
+    """0 (always the most probable token) to 2."""
+    top_p: float | None = None
+    """Only the most probable tokens whose probabilities sum up to this are considered; above 0, at most 1."""
+    n: int | None = None
+    """How many answers to one prompt."""
+    stop: str | list[str] | None = None
+    """The answer ends before the first of these texts."""
+    seed: int | None = None
+    """The same seed gives the same answer, as far as the engine can."""
+    presence_penalty: float | None = None
+    """-2 to 2: above 0, tokens that are in the text already become less probable."""
+    frequency_penalty: float | None = None
+    """-2 to 2: above 0, tokens become less probable the more often they are in the text already."""
+    logit_bias: dict[str, float] | None = None
+    """Token id → what is added to its logit, -100 to 100."""
+    response_format: ResponseFormat | None = None
+    """The form of the answer."""
+    adapter: str | None = None
+    """The name of a LoRA adapter of the model. Not in OpenAI's API, where the model's name has it: `NAME:ADAPTER`."""
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("max_tokens", 1, None),
+            ("max_completion_tokens", 1, None),
+            ("temperature", 0.0, MAX_TEMPERATURE),
+            ("top_p", 0.0, 1.0),
+            ("n", 1, MAX_CHOICES),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (least <= value and (most is None or value <= most)):
+                raise WrongFieldError(f"it is {value:g}; write {_range(least, most)}", name)
+        if len(self.stops) > MAX_STOPS or not all(self.stops):
+            raise WrongFieldError(f"at most {MAX_STOPS} texts, none of them empty", "stop")
+        for token, bias in (self.logit_bias or {}).items():
+            if not (token.isdecimal() and -MAX_BIAS <= bias <= MAX_BIAS):
+                raise WrongFieldError("it maps the ids of tokens to numbers from -100 to 100", "logit_bias")
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The limit of the answer's tokens, if the client gave one."""
+        limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
+        return min(limits, default=None)
+
+
+def _range(least: float, most: float | None) -> str:
+    return f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCall:
+    """A function that a model wants to have called."""
+
+    leaves_out_none: ClassVar[bool] = True
+
+    name: str | None = None
+    """In a chunk, only in the first of a call."""
+    arguments: str | None = None
+    """JSON; in a chunk, a part of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, or in a chunk a part of one."""
+
+    leaves_out_none: ClassVar[bool] = True
+
+    function: FunctionCall
+    id: str | None = None
+    """What the tool's answer refers to."""
+    type: Literal["function"] | None = None
+    index: int | None = None
+    """In a chunk: which of the answer's calls it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUrl:
+    """A photo in a chat."""
+
+    url: str
+    """The photo itself, as a data URL: `data:image/jpeg;base64,…`. Nothing is fetched from another address."""
+    detail: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith("data:image/"):
+            raise WrongFieldError("send the photo itself, as data:image/jpeg;base64,…: nothing is fetched", "url")
+
+
+@dataclass(frozen=True, slots=True)
+class ContentPart:
+    """A part of a chat message: a text or a photo."""
+
+    leaves_out_none: ClassVar[bool] = True
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+    def __post_init__(self) -> None:
+        if getattr(self, self.type) is None:
+            raise WrongFieldError(f'a part of the type "{self.type}" has a "{self.type}"', self.type)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """A message of a chat."""
+
+    leaves_out_none: ClassVar[bool] = True
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    """What the assistant wanted to have called."""
+    tool_call_id: str | None = None
+    """Of a tool's answer: the call that it answers."""
+
+    @property
+    def text(self) -> str:
+        """Its text, without its photos."""
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content)
+        return self.content or ""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionTool:
+    """What a model is told of a function."""
+
+    leaves_out_none: ClassVar[bool] = True
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON Schema of the arguments."""
+    strict: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool that a model may have called."""
+
+    function: FunctionTool
+    type: Literal["function"] = "function"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat(Sampling):
+    """A chat that a language model is to go on with."""
+
+    messages: list[ChatMessage]
+    """The chat so far."""
+    tools: list[Tool] | None = None
+    """What the model may have called."""
+    tool_choice: str | dict[str, Any] | None = None
+    """`auto`, `none`, `required`, or the tool that must be called."""
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    """Whether each token comes with its log-probability …"""
+    top_logprobs: int | None = None
+    """… and how many of the other most probable tokens."""
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        if not self.messages:
+            raise WrongFieldError("it has no message", "messages")
+        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
+            raise WrongFieldError(f"it is {self.top_logprobs}; write 0 to {MAX_LOGPROBS}", "top_logprobs")
+
+    @classmethod
+    def of(cls, text: str, **sampling: Any) -> Chat:
+        """A chat of one message of the user's."""
+        return cls(messages=[ChatMessage("user", text)], **sampling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt(Sampling):
+    """A text that a language model is to go on with."""
+
+    prompt: str
+    """The text, as the model's tokenizer gets it: without a chat's template."""
+    logprobs: int | None = None
+    """How many of the most probable tokens come with each token, with their log-probabilities."""
+    echo: bool | None = None
+    """Whether the answer begins with the prompt."""
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        if not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
+            raise WrongFieldError(f"it is {self.logprobs}; write 0 to {MAX_LOGPROBS}", "logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokensDetails:
+    cached_tokens: int = 0
+    """Tokens of the prompt that were computed for an earlier request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer has cost, in tokens."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+
+    @classmethod
+    def of(cls, prompt: int, completion: int = 0, cached: int = 0) -> Usage:
+        return cls(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.prompt_tokens_details.cached_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage.of(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its log-probability."""
+
+    leaves_out_none: ClassVar[bool] = True
+
+    token: str
+    logprob: float
+    top_logprobs: list[TokenLogprob] | None = None
+    """The most probable tokens in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """A part of a language model's answer, as it is written."""
+
+    leaves_out_none: ClassVar[bool] = True
+
+    text: str = ""
+    index: int = 0
+    """Which of the answers, where `n` asked for several."""
+    finish_reason: FinishReason | None = None
+    """Of an answer's last chunk."""
+    usage: Usage | None = None
+    """Of all answers together, with the very last chunk."""
+    tool_calls: list[ToolCall] | None = None
+    logprobs: list[TokenLogprob] | None = None
+    served_by: str | None = None
+    """Who wrote it, with the last chunk: the engine, and the model that it served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A text as a vector."""
+
+    embedding: list[float]
+    usage: Usage | None = None

@@ -17,6 +17,8 @@ import typing
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
+from torchserve_dag.runtime.messages import WrongFieldError
+
 MOST_BITS = 64
 """A whole number with more would make numpy, torch and other languages fail."""
 
@@ -41,14 +43,6 @@ class WrongDataError(Exception):
     def __init__(self, wrongs: list[Wrong]) -> None:
         self.wrongs = wrongs
         super().__init__("; ".join(f"{dotted(w.path)}: {w.what}" if w.path else w.what for w in wrongs))
-
-
-class WrongFieldError(ValueError):
-    """Raised in a dataclass's `__post_init__`: the value of the field at `path` is wrong."""
-
-    def __init__(self, what: str, *path: str | int) -> None:
-        super().__init__(what)
-        self.path = path
 
 
 def dotted(path: Path) -> str:
@@ -77,11 +71,17 @@ def build(kind: type[T], data: Any) -> T:
 
 
 def flatten(value: Any) -> Any:
-    """A typed value as plain data: dataclasses become dicts, tuples lists, scalars of numpy and torch Python's."""
+    """A typed value as plain data: dataclasses become dicts, tuples lists, scalars of numpy and torch Python's.
+
+    A dataclass with `leaves_out_none` has no key for a field that is None.
+    """
     if type(value) in _SCALARS:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: flatten(getattr(value, name)) for name in field_types(type(value))}
+        fields = {name: getattr(value, name) for name in field_types(type(value))}
+        if getattr(value, "leaves_out_none", False):
+            fields = {name: field for name, field in fields.items() if field is not None}
+        return {name: flatten(field) for name, field in fields.items()}
     if isinstance(value, Mapping):
         return {str(key): flatten(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -277,8 +277,9 @@ def _build_union(kind: Any, data: Any, path: Path, wrongs: list[Wrong]) -> Any:
         value = _build(option, data, path, mistakes)
         if not mistakes:
             return value
-        if len(options) == 1 or any(len(w.path) > len(path) for w in mistakes):
-            best = best or mistakes
+        nearer = best is None or len(mistakes) < len(best)  # of two messages, the one that the client meant
+        if nearer and (len(options) == 1 or any(len(w.path) > len(path) for w in mistakes)):
+            best = mistakes
     wrongs.extend(best or [Wrong(path, _expected(kind, data))])
     return None
 

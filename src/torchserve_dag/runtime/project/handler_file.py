@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torchserve_dag.runtime.compute import Precision, Runtime
 from torchserve_dag.runtime.data.photos import MAX_PIXELS, MOST_PIXELS
-from torchserve_dag.runtime.data.plain import WrongFieldError
+from torchserve_dag.runtime.messages import WrongFieldError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 CODE = re.compile(r"[A-Za-z0-9_]+\.py\Z")

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torchserve_dag.runtime.data.plain import WrongFieldError
+from torchserve_dag.runtime.messages import WrongFieldError
 from torchserve_dag.runtime.project.handler_file import Serve, check_device, check_identity
 
 RESERVED = ("request", "item", "parameters", "len")

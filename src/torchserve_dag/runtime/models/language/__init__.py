@@ -1,0 +1,1 @@
+"""Language models: one interface, and an adapter to it for each engine."""

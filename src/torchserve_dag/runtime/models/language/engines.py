@@ -1,0 +1,51 @@
+"""The engines by their names in a handler's YAML. Each module is imported only where its engine is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchserve_dag.runtime.models.language.engine import LanguageEngine
+from torchserve_dag.runtime.models.language.settings import LanguageSettings
+
+if TYPE_CHECKING:  # it imports torch
+    from torchserve_dag.runtime.compute.placement import Placement
+
+LoadEngine = Callable[[Path, LanguageSettings, "Placement"], LanguageEngine]
+"""`load` of an adapter's module: the folder of the weights, the settings, where to compute. Raises ValueError for
+settings, or files, that do not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """An engine that `engine:` may name."""
+
+    module: str
+    """The module of this folder with its `load`."""
+    package: str
+    """The top-level module of the package that it needs."""
+    install: str
+    """What to run where that package is missing."""
+
+
+ENGINES = {
+    "openvino": EngineEntry("openvino", "openvino_genai", "pip install 'torchserve-dag[language]'"),
+}
+
+
+def load_engine(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:
+    """The engine that the settings name, with its model loaded. Raises ValueError, ImportError."""
+    name = settings.engine
+    if name == "auto":
+        name = "vllm" if placement.device.type == "cuda" else "openvino"
+    entry = ENGINES[name]
+    try:
+        import_module(entry.package)
+    except ImportError as error:
+        what = f"the engine {name} needs the package {entry.package} ({error}): run {entry.install}"
+        raise ImportError(what) from None
+    load: LoadEngine = import_module(f"{__package__}.{entry.module}").load
+    return load(folder, settings, placement)

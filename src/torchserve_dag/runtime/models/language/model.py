@@ -1,0 +1,142 @@
+"""A language model as a handler has it: what its engine cannot do is refused, and tokens bound what is in progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchserve_dag.runtime.handler import EngineLoad, Reply
+from torchserve_dag.runtime.messages import Chat, InputError, Prompt, TextChunk
+from torchserve_dag.runtime.models.language.engine import ALWAYS, Cancel, LanguageEngine
+from torchserve_dag.runtime.models.language.engines import load_engine
+from torchserve_dag.runtime.models.language.settings import LanguageSettings
+
+if TYPE_CHECKING:  # it imports torch
+    from torchserve_dag.runtime.compute.placement import Placement
+
+
+class LanguageModel:
+    """A loaded language model, whichever engine computes it."""
+
+    def __init__(self, engine: LanguageEngine, settings: LanguageSettings) -> None:
+        self.engine = engine
+        self._settings = settings
+        self._budget = TokenBudget(settings.tokens_in_flight or engine.room * engine.context)
+
+    @classmethod
+    def load(cls, folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageModel:
+        """Load the model below `folder` in the engine that the settings name. Raises ValueError, ImportError."""
+        return cls(load_engine(folder, settings, placement), settings)
+
+    @property
+    def room(self) -> int:
+        """How many answers may be in progress."""
+        return self.engine.room
+
+    def start(self, request: Chat | Prompt, reply: Reply[TextChunk]) -> Cancel:
+        """Start an answer; see ContinuousHandler.start."""
+        check_supported(request, self.engine.supports, self._settings.engine)
+        prompt = self.engine.count(request)
+        answers = request.n or 1
+        left = self.engine.context - prompt
+        if left < 1:
+            message = (
+                f"The prompt has {prompt:,} tokens; the model's context holds {self.engine.context:,}: shorten it."
+            )
+            raise InputError(message, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        most = min(left, request.most_tokens or self._settings.max_tokens)
+        release = self._budget.reserve(prompt + answers * most)
+        try:
+            return self.engine.start(request, most, _Counted(reply, release))
+        except BaseException:
+            release()
+            raise
+
+    def load_now(self) -> EngineLoad:
+        return self.engine.load_now()
+
+    def hangs(self) -> bool:
+        return self.engine.hangs()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def check_supported(request: Chat | Prompt, supports: frozenset[str], engine: str) -> None:
+    """Raises InputError, which names the first field that the engine does not honour."""
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        if value is None or value is False or field.name in ALWAYS or field.name in supports:
+            continue
+        if _says_nothing(field.name, value):
+            continue
+        raise InputError(f"{field.name}: the engine {engine} cannot do that; leave it out, or serve another engine.")
+    photos = isinstance(request, Chat) and any(
+        part.image_url for message in request.messages if isinstance(message.content, list) for part in message.content
+    )
+    if photos and "photos" not in supports:
+        raise InputError(f"messages: this model of the engine {engine} sees no photos; send text.")
+
+
+def _says_nothing(name: str, value: object) -> bool:
+    """Whether a field says what holds anyway."""
+    if name == "response_format":
+        return getattr(value, "type", None) == "text"
+    return (name, value) in {("n", 1), ("presence_penalty", 0), ("frequency_penalty", 0), ("tool_choice", "none")} or (
+        name in {"logit_bias", "tools", "parallel_tool_calls", "logprobs", "top_logprobs"} and not value
+    )
+
+
+class TokenBudget:
+    """The tokens of the requests in progress: of each, its prompt and the limit of its answer."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._used = most, 0
+        self._lock = threading.Lock()
+
+    def reserve(self, tokens: int) -> Callable[[], None]:
+        """Count tokens until what is returned is called. Raises InputError, with 429, if there are too many."""
+        with self._lock:
+            if self._used + tokens > self._most and self._used:
+                message = (
+                    f"{self._used:,} of {self._most:,} tokens are in progress, and this request needs {tokens:,}; "
+                    "try again in a second, or ask for a shorter answer with max_tokens."
+                )
+                raise BusyError(message)
+            self._used += tokens
+        reserved = [tokens]
+
+        def release() -> None:
+            with self._lock:
+                self._used -= reserved.pop() if reserved else 0
+
+        return release
+
+
+class BusyError(InputError):
+    """There are as many tokens in progress as there may be: 429."""
+
+    type = "Overloaded"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, HTTPStatus.TOO_MANY_REQUESTS)
+
+
+class _Counted:
+    """A reply that gives back its tokens at its end."""
+
+    def __init__(self, reply: Reply[TextChunk], release: Callable[[], None]) -> None:
+        self._reply, self._release = reply, release
+        self.chunk = reply.chunk
+
+    def end(self) -> None:
+        self._release()
+        self._reply.end()
+
+    def fail(self, error: BaseException) -> None:
+        self._release()
+        self._reply.fail(error)
