@@ -380,11 +380,11 @@ def handler_problem(project: Path, code: str | None = None, card: str | None = N
     [
         ("def (:\n", 1, "not valid Python"),
         ("x = 1\nimport no_such_package\n", 2, 'there is no module "no_such_package"'),
-        ("x = 1\n", 1, "0 subclasses of Handler, where one is meant"),
+        ("x = 1\n", 1, "0 subclasses of Handler or ContinuousHandler, where one is meant"),
         (
             "from torchserve_dag import Handler\nclass A(Handler): pass\nclass B(Handler): pass\n",
             1,
-            "2 subclasses of Handler, where one is meant",
+            "2 subclasses of Handler or ContinuousHandler, where one is meant",
         ),
         ("from torchserve_dag import Handler\nclass A(Handler): pass\n", 1, "A.preprocess does not say"),
         (STAGES.format("pass", "json.Nope"), 1, "the annotations of A: module 'json' has no attribute 'Nope'"),

@@ -65,6 +65,14 @@ class Failure:
         object.__setattr__(self, "status", int(self.status))  # an HTTPStatus would print its name
 
 
+class FailedError(Exception):
+    """A request has no answer, where its chunks were awaited one by one; `failure` says why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """The result of a node, or of an item, that did not run because its `when` was false."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from torchserve_dag.runtime.compute.cores import cores, set_alone, share_cores
@@ -14,6 +15,7 @@ from torchserve_dag.runtime.engine.request import Request
 from torchserve_dag.runtime.engine.streaming import SendChunk
 from torchserve_dag.runtime.graph.graph import REQUEST, Graph
 from torchserve_dag.runtime.graph.read import read_graph
+from torchserve_dag.runtime.messages import FailedError, Failure
 from torchserve_dag.runtime.models import load
 from torchserve_dag.runtime.models.load import Loader, Reuse, decoder
 from torchserve_dag.runtime.project.folders import Project
@@ -52,7 +54,8 @@ class Workflow:
         self._loaded = Loader(project, device, gpu, lanes * workers, reuse).load_graph(graph)
         share_cores(lanes * workers)  # functions may have imported torch
         devices = {name: loaded.device for name, loaded in self._loaded.items() if loaded.runner}
-        self._most_at_once = lanes + max(code.batch for code in graph.codes.values())
+        at_once = [code.batch for code in graph.codes.values()] + [one.room for one in self._loaded.values()]
+        self._most_at_once = lanes + max(at_once)
         self.engine = Engine(
             graph,
             {
@@ -65,6 +68,7 @@ class Workflow:
             batch_starters={
                 name: loaded.batch_starter for name, loaded in self._loaded.items() if loaded.batch_starter
             },
+            rooms={name: loaded.room for name, loaded in self._loaded.items() if loaded.room},
             observer=tracing.observer(),
             set_alone=set_alone,
         )
@@ -88,6 +92,25 @@ class Workflow:
                 requests[i - window].future.result()
             requests.append(self.submit(item, parameters))
         return [request.future.result() for request in requests]
+
+    def stream(self, item: Any, parameters: Mapping[str, str] | None = None) -> Iterator[Any]:
+        """The chunks of the answer to one request, as they come. Whoever leaves the loop cancels the request.
+
+        Raises FailedError for a request that fails. A workflow that does not stream has its answer as the only chunk.
+        """
+        chunks: SimpleQueue[Any] = SimpleQueue()
+        request = self.submit(item, parameters, on_chunk=lambda chunk: chunks.put((chunk,)))
+        request.future.add_done_callback(lambda _: chunks.put(None))
+        try:
+            while chunk := chunks.get():
+                yield chunk[0]
+        finally:
+            request.cancel()
+        answer = request.future.result()
+        if isinstance(answer, Failure):
+            raise FailedError(answer)
+        if not self.graph.streams:
+            yield answer
 
     def hangs(self) -> bool:
         """Whether a model hangs. A thread cannot be ended in Python, so only ending the process helps."""

@@ -64,6 +64,8 @@ def measure(task: Task) -> Measured:
     cores.share_cores(lanes)
     begin = time.perf_counter()
     stages = load_handler(project, file, lanes=lanes)
+    if not isinstance(stages, Stages):
+        raise TypeError(f"{stages.name} has an engine of its own, which batches by itself")
     load_s = time.perf_counter() - begin
     if stages.placement.device.type != "cpu":
         lanes = 1

@@ -112,7 +112,10 @@ class Admission:
         return Failure(status, f"No answer within {limit:g} s.", "Timeout", waiting)
 
     def _expire(self, request: Request) -> None:
-        """Fail a request that is still in flight at its deadline."""
+        """Fail a request that is still in flight at its deadline, which chunks of its answer may have moved."""
+        if request.deadline > time.monotonic():
+            self._timers.schedule(request.deadline, request, self._expire)
+            return
         waiting = next((name for name in request.plan.nodes if name not in request.values), None)
         request.fail(self.too_late(request.options, waiting))
         if not self._sweep_scheduled:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torchserve_dag.runtime.messages import Usage
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets of durations; the last bucket has none."""
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+"""Likewise, of the time for a token."""
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 
@@ -34,6 +40,13 @@ class Histogram:
         return Histogram(self.bounds, list(self.counts), self.sum)
 
 
+class Chunked(Protocol):
+    """An item whose chunks come by themselves."""
+
+    since: float
+    first_chunk: float
+
+
 @dataclass
 class NodeCounts:
     queue_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
@@ -42,6 +55,12 @@ class NodeCounts:
     """For each batch: seconds of its run."""
     batch: Histogram = field(default_factory=lambda: Histogram(SIZES))
     """For each batch: its number of items."""
+    first_chunk_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    """Of a model with an engine of its own, for each answer: seconds until its first chunk, its wait included."""
+    token_s: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
+    """Likewise: seconds for each token after the first."""
+    usage: Usage = field(default_factory=Usage)
+    """The tokens that a model's answers have named."""
     failures: int = 0
     """Failed attempts; an item that is retried may still succeed."""
     skipped: int = 0
@@ -65,5 +84,22 @@ class NodeCounts:
         self.batch.observe(size)
         self.failures += failures
 
+    def record_chunk(self, item: Chunked, chunk: Any) -> None:
+        """An item's chunk has come by itself; the last says how many tokens there were."""
+        now = time.monotonic()
+        if not item.first_chunk:
+            item.first_chunk = now
+            self.first_chunk_s.observe(now - item.since)
+        usage = getattr(chunk, "usage", None)
+        if isinstance(usage, Usage) and usage.completion_tokens > 1:
+            self.token_s.observe((now - item.first_chunk) / (usage.completion_tokens - 1))
+
     def copy(self) -> NodeCounts:
-        return NodeCounts(self.queue_s.copy(), self.run_s.copy(), self.batch.copy(), self.failures, self.skipped)
+        return replace(
+            self,
+            queue_s=self.queue_s.copy(),
+            run_s=self.run_s.copy(),
+            batch=self.batch.copy(),
+            first_chunk_s=self.first_chunk_s.copy(),
+            token_s=self.token_s.copy(),
+        )

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Station[Item], Sequence[Item], Sequence[Any], float], None]
 """Receives the answers to a station's items, and when their run began."""
 
+DeliverChunk = Callable[[Item, Chunk], None]
+"""Receives a chunk of an item that goes on."""
+
 Begin = Callable[[Request, Any], None]
 """Starts the graph of a sub-workflow for a request whose message is decoded already."""
 
@@ -33,11 +36,18 @@ Begin = Callable[[Request, Any], None]
 class Elsewhere:
     """Starts items elsewhere in the order of their queues, and passes their answers to the engine."""
 
-    def __init__(self, lock: threading.Lock, dropped: list[Item], deliver: Deliver, begin: Begin) -> None:
+    def __init__(
+        self,
+        lock: threading.Lock,
+        dropped: list[Item],
+        deliver: Deliver,
+        deliver_chunk: DeliverChunk,
+        begin: Begin,
+    ) -> None:
         """`lock` is the engine's; for `dropped` see FairQueue."""
         self._lock = lock
         self._dropped = dropped
-        self._deliver = deliver
+        self._deliver, self._deliver_chunk = deliver, deliver_chunk
         self._begin = begin
         self._starting = _Starting()
 
@@ -66,7 +76,7 @@ class Elsewhere:
         starter([(item.request.root.id, item.value) for item in items], deliver)
 
     def start_served(self, starter: Starter, items: Sequence[Item]) -> None:
-        """Start an item in a served model."""
+        """Start an item in a served model, or in a model with an engine of its own."""
         (item,) = items
         request, began = item.request, time.monotonic()
         limit = request.root.deadline
@@ -74,7 +84,10 @@ class Elsewhere:
             limit = min(limit, item.since + item.node.policy.timeout_s)
 
         def done(answer: Any) -> None:
-            self._answered(items, [answer], began)
+            if isinstance(answer, Chunk):
+                self._deliver_chunk(item, answer)
+            else:
+                self._answered(items, [answer], began)
 
         asked = request.root.options
         options = Options(timeout_s=max(SHORTEST_S, limit - began), priority=asked.priority, trace=asked.trace)

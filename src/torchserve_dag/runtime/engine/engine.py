@@ -43,7 +43,7 @@ from torchserve_dag.runtime.engine.node_start import make_items, read_inputs, st
 from torchserve_dag.runtime.engine.outcome import Changes, record_answer, record_result
 from torchserve_dag.runtime.engine.plan import ANSWER, Plan, Plans, make_plan
 from torchserve_dag.runtime.engine.request import Item, Request
-from torchserve_dag.runtime.engine.runner import BatchStarter, Runner, Starter, Stream, internal_error
+from torchserve_dag.runtime.engine.runner import BatchStarter, Chunk, Runner, Starter, Stream, internal_error
 from torchserve_dag.runtime.engine.span import Observer, Span
 from torchserve_dag.runtime.engine.station import CPU, ELSEWHERE, Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream, SendChunk
@@ -71,19 +71,22 @@ class Engine:
         devices: Mapping[str, str] | None = None,
         starters: Mapping[str, Starter] | None = None,
         batch_starters: Mapping[str, BatchStarter] | None = None,
+        rooms: Mapping[str, int] | None = None,
         observer: Observer | None = None,
         set_alone: SetAlone = lambda _: None,
     ) -> None:
-        """`lanes`: the number of worker threads of each device; `devices`: where each code runs, `cpu` by default."""
+        """`lanes`: the number of worker threads of each device; `devices`: where each code runs, `cpu` by default;
+        `rooms`: of each code that is `continuous`, how many items it has room for.
+        """
         self.graph = graph
         self._observer = observer
         self._lock = threading.Lock()
         self._runners, self._devices = runners, devices or {}
-        self._starters, self._batch_starters = starters or {}, batch_starters or {}
+        self._starters, self._batch_starters, self._rooms = starters or {}, batch_starters or {}, rooms or {}
         self._dropped: list[Item] = []
         """Obsolete items that were taken from the queues; cleared without the lock: see FairQueue."""
         self._entering = _Entering()
-        self._elsewhere = Elsewhere(self._lock, self._dropped, self._deliver, self._begin)
+        self._elsewhere = Elsewhere(self._lock, self._dropped, self._deliver, self._deliver_chunk, self._begin)
         self._stations: dict[str, Station[Item]] = {}
         self._plans = Plans(self._make_plan(graph, "", ()))
         self._decoding = self._stations[REQUEST]
@@ -122,7 +125,7 @@ class Engine:
             start = partial(self._elsewhere.start_served, self._starters[name])
         station = Station(
             name,
-            batch=code.batch,
+            batch=min(code.batch or self._rooms[name], self._rooms[name]) if code.kind.continuous else code.batch,
             bundle=code.kind.one_by_one,
             depth=depth,
             runner=self._runners.get(name),
@@ -172,6 +175,7 @@ class Engine:
             if on_chunk and plan.streaming
             else None,
             future=future,
+            idle_s=self._admission.timeout_s if on_chunk and plan.streaming and not options.timeout_s else None,
             began_ns=time.time_ns() if self._observer else 0,
         )
         refusal = refusal or self._admission.admit(request)
@@ -310,6 +314,16 @@ class Engine:
                 if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                     fault = f" (fault {answer.fault})" if answer.fault else ""
                     logger.error("request %s: %s: %s%s", item.request.id, station.name, answer.message, fault)
+        self._apply(changes)
+
+    def _deliver_chunk(self, item: Item, chunk: Chunk) -> None:
+        """A chunk that came by itself: it is counted with the whole answer of its item."""
+        changes = Changes()
+        with self._lock:
+            if item.obsolete:
+                return
+            item.station.counts.record_chunk(item, chunk.value)
+            record_answer(item, chunk, changes)
         self._apply(changes)
 
     def _apply(self, changes: Changes) -> None:

@@ -12,7 +12,8 @@ from torchserve_dag.runtime.graph.graph import Code, Node
 from torchserve_dag.runtime.messages import InputError, Skipped
 
 MAX_ELEMENTS = 10_000
-"""The limit of elements in one `each`, and of chunks from one node; a request with more fails."""
+"""The limit of elements in one `each`, and of chunks from one node without an engine of its own; a request with more
+fails."""
 
 
 def fan_out(request: Request, node: Node, values: Mapping[str, Any]) -> tuple[Gather | None, list[Item], Any]:

@@ -15,7 +15,7 @@ from torchserve_dag.runtime.engine.gather import Gather
 from torchserve_dag.runtime.engine.request import Item, Request
 from torchserve_dag.runtime.engine.runner import END, Chunk
 from torchserve_dag.runtime.graph.graph import REQUEST, Node
-from torchserve_dag.runtime.messages import Failure, Skipped
+from torchserve_dag.runtime.messages import Failure, Skipped, Usage
 
 FIRST_PAUSE_S = 0.05
 """Pause before an item's first retry; it doubles with each retry, up to LONGEST_PAUSE_S."""
@@ -59,6 +59,10 @@ def record_answer(item: Item, answer: Any, changes: Changes) -> None:
     """Record an item's answer, its next chunk, or its Failure."""
     if item.node.streams:
         changes.streamed.append((item.request, item.node))
+        if item.request.idle_s:
+            item.request.deadline = max(item.request.deadline, time.monotonic() + item.request.idle_s)
+    if item.code.kind.is_model:
+        _count_usage(item, answer.value if isinstance(answer, Chunk) else answer)
     if isinstance(answer, Failure):
         _failed(item, answer, changes)
     elif isinstance(answer, Chunk):
@@ -88,6 +92,14 @@ def end_if_complete(request: Request, node: Node, gather: Gather, changes: Chang
         changes.ended.append((request, node.name, result))
 
 
+def _count_usage(item: Item, answer: Any) -> None:
+    usage = getattr(answer, "usage", None)
+    if isinstance(usage, Usage):
+        root, counts = item.request.root, item.station.counts
+        root.usage += usage
+        counts.usage += usage
+
+
 def _answered(item: Item, answer: Any, changes: Changes) -> None:
     item.settled = True
     if item.node.name == REQUEST:
@@ -95,6 +107,9 @@ def _answered(item: Item, answer: Any, changes: Changes) -> None:
         return
     gather = item.request.gathers[item.node.name]
     if answer is END:
+        gather.open = False
+    elif item.node.code.yields:  # a fallback that does not: its answer is a single chunk
+        item.answers.append(answer)
         gather.open = False
     else:
         item.answers[item.index] = answer
@@ -108,7 +123,7 @@ def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
     Where the client takes the chunks one by one, the item waits instead until there is room for the next.
     """
     item.answers.append(chunk.value)
-    if len(item.answers) > MAX_ELEMENTS:
+    if len(item.answers) > MAX_ELEMENTS and not item.code.kind.continuous:  # an engine has a limit of its own
         error = too_many(item.node.name, len(item.answers))
         _fail(item, Failure(error.status, error.message), changes)
         return
@@ -124,7 +139,9 @@ def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
 
 def _failed(item: Item, failure: Failure, changes: Changes) -> None:
     """Apply the node's policy: retry, skip, default, fallback, or fail the request."""
-    policy, final = item.node.policy, item.code is item.node.policy.fallback or item.code.yields
+    policy = item.node.policy
+    begun = item.node.code.yields and bool(item.answers)  # chunks may be with the client already
+    final = item.code is policy.fallback or begun
     pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**item.failed_attempts)
     in_time = time.monotonic() + pause < item.request.root.deadline
     transient = failure.status in WORTH_RETRYING and failure.type not in FINAL

@@ -16,7 +16,7 @@ from torchserve_dag.runtime.engine.span import Span
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream
 from torchserve_dag.runtime.graph.graph import Code, Node
-from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.messages import Failure, Usage
 
 CANCELLED = Failure(499, "The client cancelled the request.", "Cancelled")
 
@@ -52,6 +52,11 @@ class Request:
     """How many pixels its message holds in memory, as long as it is in progress."""
     answered: bool = False
     """Whether the answer or a Failure is decided; `on_answer` is called shortly after."""
+    idle_s: float | None = None
+    """Of an answer that streams: each chunk moves the deadline so far into the future."""
+    usage: Usage = field(default_factory=Usage)
+    """The tokens that the request's models have counted so far; of the client's own request, those of sub-workflows,
+    too."""
     spans: list[Span] = field(default_factory=list)
     began_ns: int = 0
 
@@ -101,6 +106,8 @@ class Item(_WeaklyReferenceable):
     failed_attempts: int = 0
     since: float = field(default_factory=time.monotonic)
     """When the item was queued, on time.monotonic()'s clock."""
+    first_chunk: float = 0.0
+    """When its first chunk came by itself, on time.monotonic()'s clock."""
     settled: bool = False
     """Whether this attempt is over: it has its last answer, or another attempt or the fallback replaces it."""
 

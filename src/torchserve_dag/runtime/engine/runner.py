@@ -20,7 +20,7 @@ Runner = Callable[[Sequence[Any]], Sequence[Any]]
 parameter names, an item is a dict."""
 
 Done = Callable[[Any], None]
-"""Called once, from any thread, with an answer or a Failure."""
+"""Called from any thread, once with an answer or a Failure; or with Chunks, and then with END or a Failure."""
 
 Cancel = Callable[[], None]
 """Cancels an item that runs elsewhere. It may be called after the item has been answered."""

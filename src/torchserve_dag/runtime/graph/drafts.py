@@ -128,15 +128,18 @@ class DraftReader:
         if not yielding:
             return
         called, name = yielding[0].signature.called, draft.name
-        if len(draft.all) > 1:
+        if len(draft.branches) > 1:
             what = f"{called} yields, so it cannot be one of several"
             self._problems.add((name,), what, "give it a node of its own")
+        if not draft.yields:
+            place, what = (name, "on_error", "fallback"), f"{called} yields, and what it stands in for does not"
+            self._problems.add(place, what, "let it return one answer")
         if draft.file.levels:
             what = f"{called} yields, so it runs once for a request, not for each item"
             self._problems.add((name, "each"), what, "let a function after it take its chunks, with each")
-        if draft.file.retry or draft.file.on_error != "fail":
-            key = "retry" if draft.file.retry else "on_error"
-            self._problems.add((name, key), f"{called} yields: its first chunks are with the client when it fails")
+        if draft.yields and draft.file.on_error != "fail" and not draft.fallback:
+            what = f"{called} yields, so a fallback may stand in for it before its first chunk, and nothing else"
+            self._problems.add((name, "on_error"), what, "write a fallback")
 
 
 def _branch_name(branch: CodeFile, index: int) -> str:

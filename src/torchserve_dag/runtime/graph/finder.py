@@ -15,7 +15,7 @@ from torchserve_dag.runtime.compat import archive as archives
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.graph.graph import Graph, WorkflowCode
-from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, Kind, ServedCode
+from torchserve_dag.runtime.graph.kinds import FunctionCode, Kind, ServedCode, handler_code
 from torchserve_dag.runtime.graph.problems import Place, Problems
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode
 from torchserve_dag.runtime.graph.type_names import known_types, type_named
@@ -88,7 +88,7 @@ class Finder:
             self.problems.add_all(error)
             return None
         takes, gives = types_of(kind)
-        code = HandlerCode(file, device or file.value.run.device)
+        code = handler_code(kind)(file, device or file.value.run.device)
         return Signature(reference, code, {ONE: takes}, gives, yields=streams(kind))
 
     def _function(self, place: Place, name: str) -> Signature | None:

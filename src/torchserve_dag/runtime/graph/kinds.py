@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torchserve_dag.runtime.data.source import Source
+from torchserve_dag.runtime.handler import AnyHandler, ContinuousHandler
 from torchserve_dag.runtime.project.handler_file import HandlerFile
 
 DrawnAs = Literal["model", "function", "served", "workflow"]
@@ -34,8 +35,13 @@ class Kind:
     """Whether the items of a batch run one after the other, so that batching them saves no computation."""
     elsewhere: ClassVar[bool] = False
     """Whether its items are only started, and answered later, so that they occupy none of the engine's threads."""
+    continuous: ClassVar[bool] = False
+    """Whether it is elsewhere, and gives the chunks of many items as they come, as many as it says that it has room
+    for."""
     one_at_a_time: ClassVar[bool] = False
     """Whether it is elsewhere, and starts a batch only when its last batch has been answered."""
+    is_model: ClassVar[bool] = False
+    """Whether it is a model, so that the usage that its answers name is its own."""
     device: str | None = None
     """Where it computes, if that can be chosen: `auto`, `cpu` or `cuda:N`."""
 
@@ -67,6 +73,7 @@ class HandlerCode(Kind):
     key = "handler"
     noun = "a handler"
     drawn_as = "model"
+    is_model = True
 
     file: Source[HandlerFile]
     device: str = "auto"
@@ -86,6 +93,25 @@ class HandlerCode(Kind):
     @property
     def batch(self) -> int:
         return self.file.value.run.batch
+
+
+@dataclass(frozen=True, slots=True)
+class ContinuousCode(HandlerCode):
+    """A handler of the project whose model has an engine of its own."""
+
+    noun = "a handler with an engine of its own"
+    elsewhere = True
+    continuous = True
+
+    @property
+    def batch(self) -> int:
+        """No limit of the graph's: the engine says how many items it has room for."""
+        return 0
+
+
+def handler_code(kind: type[AnyHandler]) -> type[HandlerCode]:
+    """The kind of code that a handler's class is."""
+    return ContinuousCode if issubclass(kind, ContinuousHandler) else HandlerCode
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +146,7 @@ class ServedCode(Kind):
     noun = "a served model"
     drawn_as = "served"
     elsewhere = True
+    is_model = True
 
     name: str
     version: str | None

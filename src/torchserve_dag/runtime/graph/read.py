@@ -11,7 +11,7 @@ from torchserve_dag.runtime.graph.check import check
 from torchserve_dag.runtime.graph.expression import compile_expression
 from torchserve_dag.runtime.graph.finder import RunsItselfError
 from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node, Output, result_of
-from torchserve_dag.runtime.graph.kinds import HandlerCode
+from torchserve_dag.runtime.graph.kinds import handler_code
 from torchserve_dag.runtime.graph.score import check_score
 from torchserve_dag.runtime.graph.torchserve.spec import check_torchserve_file, is_torchserve_file
 from torchserve_dag.runtime.handler import streams, types_of
@@ -43,13 +43,14 @@ def handler_graph(project: Project, path: Path) -> Graph:
     takes, gives = types_of(kind)
     model = file.value
     request = compile_expression(REQUEST, {REQUEST: takes})
+    found = handler_code(kind)(file, model.run.device)
     code = Code(
         name=model.name,
         takes={"item": request},
         sees_skipped=frozenset(),
         gives=gives,
-        kind=HandlerCode(file, model.run.device),
-        batch=model.run.batch,
+        kind=found,
+        batch=found.batch,
         yields=streams(kind),
     )
     node = Node(

@@ -19,8 +19,9 @@ from torchserve_dag.runtime.engine.runner import BatchStarter, Runner, Starter, 
 from torchserve_dag.runtime.graph.graph import Code, Graph
 from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, ServedCode
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
-from torchserve_dag.runtime.handler import types_of
+from torchserve_dag.runtime.handler import ContinuousHandler, types_of
 from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.models.continuous import ContinuousModel
 from torchserve_dag.runtime.models.handler_process import HandlerProcess, HandlerSpec
 from torchserve_dag.runtime.models.served import ServedModel
 from torchserve_dag.runtime.models.stages import Stages
@@ -35,6 +36,8 @@ class Loaded:
     runner: Runner | None = None
     starter: Starter | None = None
     batch_starter: BatchStarter | None = None
+    room: int = 0
+    """Of code that gives chunks of many items as they come: how many it has room for."""
     wait: Callable[[], None] = lambda: None
     """Waits until the code is loaded. Raises RuntimeError if it cannot be."""
     device: str = "cpu"
@@ -45,7 +48,9 @@ class Loaded:
     """Waits, for a few seconds, until nothing of it is left after `close`."""
 
 
-Reuse = Callable[[Source[HandlerFile], str, Callable[[], Stages]], Stages]
+LoadedHandler = Stages | ContinuousModel
+
+Reuse = Callable[[Source[HandlerFile], str, Callable[[], LoadedHandler]], LoadedHandler]
 """Gives a handler on a device, which it may have loaded for an earlier graph; the third argument loads one. Whoever has
 such a function closes the handlers that it gave."""
 
@@ -62,7 +67,7 @@ class Loader:
         self._device = device
         self._gpu = gpu
         self._lanes = lanes
-        self._handlers: dict[tuple[Path, str], Stages] = {}
+        self._handlers: dict[tuple[Path, str], LoadedHandler] = {}
 
     def load_graph(self, graph: Graph) -> dict[str, Loaded]:
         """By the name in `graph.codes`; a sub-workflow has no entry, because the engine itself runs it.
@@ -90,10 +95,12 @@ class Loader:
         """
         match code.kind:
             case HandlerCode(file, device):
-                stages = self._stages(file, self._device or device, code.batch)
-                runner = stream_runner(name, stages.stream) if code.yields else stages
-                close = _do_nothing if self._reuse else stages.close
-                return Loaded(runner, device=str(stages.placement.device), hangs=lambda: stages.hangs, close=close)
+                handler = self._handler(file, self._device or device, code.batch)
+                close = _do_nothing if self._reuse else handler.close
+                if isinstance(handler, ContinuousModel):
+                    return Loaded(starter=handler, room=handler.room, hangs=lambda: handler.hangs, close=close)
+                runner = stream_runner(name, handler.stream) if code.yields else handler
+                return Loaded(runner, device=str(handler.placement.device), hangs=lambda: handler.hangs, close=close)
             case FunctionCode(function):
                 make = stream_runner if code.yields else function_runner
                 check = as_declared(code.gives, name, also=(Failure,))
@@ -128,7 +135,7 @@ class Loader:
         )
         return spec, owned
 
-    def _stages(self, file: Source[HandlerFile], device: str, batch: int) -> Stages:
+    def _handler(self, file: Source[HandlerFile], device: str, batch: int) -> LoadedHandler:
         key = (file.path, device)
         if key not in self._handlers:
             load = partial(
@@ -146,7 +153,7 @@ def load_handler(
     gpu: int | None = None,
     batch: int | None = None,
     lanes: int = 1,
-) -> Stages:
+) -> LoadedHandler:
     """A project's handler, loaded and warm. `device` and `batch` override those of its file; `lanes`: see Placement.
 
     Raises CheckError for a file that is wrong, ValueError for a device that is not there.
@@ -163,6 +170,10 @@ def load_handler(
     with project.modules.by_bare_names():  # as the training code called them: a pickle names its classes so
         handler.load(project.weights, settings, placement)
     check = as_declared(types_of(kind)[1], file.value.name, also=(Failure,))
+    if isinstance(handler, ContinuousHandler):
+        model = ContinuousModel(file.value.name, handler, str(device_here), check)
+        model.warm_up()
+        return model
     stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s, check)
     stages.warm_up(batch or run.batch)
     return stages

@@ -9,12 +9,12 @@ from typing import Any
 
 from torchserve_dag.runtime.data import plain, source
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
-from torchserve_dag.runtime.handler import Handler, types_of
+from torchserve_dag.runtime.handler import HANDLERS, AnyHandler, types_of
 from torchserve_dag.runtime.project.handler_file import HandlerFile
 from torchserve_dag.runtime.project.modules import Modules
 from torchserve_dag.runtime.project.requirements import check_requirements
 
-HandlerClass = type[Handler[Any, Any, Any, Any]]
+HandlerClass = type[AnyHandler]
 
 
 def is_below(file: str) -> bool:
@@ -86,10 +86,10 @@ class Project:
         classes = [
             value
             for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, Handler) and value.__module__ == module.__name__
+            if isinstance(value, type) and issubclass(value, HANDLERS) and value.__module__ == module.__name__
         ]
         if len(classes) != 1:
-            what = f"{len(classes)} subclasses of Handler, where one is meant"
+            what = f"{len(classes)} subclasses of Handler or ContinuousHandler, where one is meant"
             raise CheckError([Problem(str(path), 1, what)])
         try:
             types = types_of(classes[0])
