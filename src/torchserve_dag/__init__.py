@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torchserve_dag.runtime.messages import ContentPart as ContentPart
     from torchserve_dag.runtime.messages import DetectedObject as DetectedObject
     from torchserve_dag.runtime.messages import Embedding as Embedding
+    from torchserve_dag.runtime.messages import FailedError as FailedError
     from torchserve_dag.runtime.messages import Failure as Failure
     from torchserve_dag.runtime.messages import FunctionCall as FunctionCall
     from torchserve_dag.runtime.messages import FunctionTool as FunctionTool
@@ -67,6 +68,7 @@ _HOMES = {
         "ContentPart",
         "DetectedObject",
         "Embedding",
+        "FailedError",
         "Failure",
         "FunctionCall",
         "FunctionTool",

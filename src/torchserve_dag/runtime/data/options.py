@@ -15,6 +15,7 @@ Priority = Literal["interactive", "bulk"]
 OUTPUTS, TIMEOUT, PRIORITY, TRACE = "x-outputs", "x-timeout-ms", "x-priority", "traceparent"
 CANCEL_KEY, CANCEL = "x-cancel-key", "x-cancel"
 REQUEST_ID, PIECES = "x-request-id", "x-pieces"
+WITH_USAGE = "x-usage"
 
 HEADERS = {
     OUTPUTS: "Nodes, separated by commas. Their results are the answer, and only the nodes that they need run.",
@@ -31,6 +32,9 @@ HEADERS = {
     "cancellation. The body is `{}`.",
     PIECES: "Over gRPC: that the call is `StreamPredictions`, so that the answer may come in chunks. TorchServe does "
     "not tell a worker which of its calls was used, and a second chunk would end `Predictions`.",
+    WITH_USAGE: "Whatever its value: the answer says how many tokens all models of the workflow have counted. A whole "
+    'answer has them in its header `x-usage`; an answer in chunks comes in lines of JSON, texts too (`{"text": "…"}`), '
+    'of which the last is `{"usage": {…}}`.',
 }
 """All options, with their meaning."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data import codec, plain
-from torchserve_dag.runtime.messages import Failure, Text
+from torchserve_dag.runtime.messages import Failure, Text, Usage
 from torchserve_dag.runtime.worker.protocol import ServiceResponse
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,14 @@ def write_failure(failure: Failure, request_id: str) -> ServiceResponse:
     return ServiceResponse(body, status=failure.status, headers=headers)
 
 
-def write_chunk(message: Any) -> tuple[bytes, str]:
+def write_chunk(message: Any, *, in_lines: bool = False) -> tuple[bytes, str]:
     """A chunk's body and content type: text, bytes and photos as they are, everything else as a line of JSON.
+
+    `in_lines`: a text is a line of JSON, too.
 
     Raises whatever encoding raises, and ValueError for a chunk that is too large.
     """
-    if isinstance(message, Text):
+    if isinstance(message, Text) and not in_lines:
         body, content_type = message.text.encode(), PLAIN_TEXT
     else:
         body, content_type = codec.encode(message)
@@ -73,11 +75,18 @@ def write_chunk(message: Any) -> tuple[bytes, str]:
     return body, content_type
 
 
-def write_joined(messages: Iterable[Any], request_id: str, named: Named = lambda path: (path, None)) -> ServiceResponse:
+def usage_line(usage: Usage) -> bytes:
+    """The last line of an answer in lines, for a client that asked for the usage."""
+    return b'{"usage": ' + plain.to_json(usage) + b"}\n"
+
+
+def write_joined(
+    messages: Iterable[Any], request_id: str, named: Named = lambda path: (path, None), *, in_lines: bool = False
+) -> ServiceResponse:
     """All chunks of an answer in one response, for a client that does not accept chunks."""
     chunks: list[tuple[bytes, str]] = []
     try:
-        chunks.extend(write_chunk(message) for message in messages)
+        chunks.extend(write_chunk(message, in_lines=in_lines) for message in messages)
     except Exception as error:  # noqa: BLE001 (Pillow's, too)
         wrong = error.at(len(chunks)) if isinstance(error, plain.UnwritableError) else error
         return write_failure(unwritten(wrong, request_id, named), request_id)

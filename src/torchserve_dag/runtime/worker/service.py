@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -20,13 +21,13 @@ from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.codec import content_type_of
 from torchserve_dag.runtime.data.media import FORM, media_of
-from torchserve_dag.runtime.data.options import OUTPUTS, TOKEN, read_options
+from torchserve_dag.runtime.data.options import OUTPUTS, TOKEN, WITH_USAGE, read_options
 from torchserve_dag.runtime.data.parts import Body, Parts, message_in
 from torchserve_dag.runtime.engine.request import Request
 from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST, Graph
 from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
-from torchserve_dag.runtime.messages import Failure, InputError
+from torchserve_dag.runtime.messages import Failure, InputError, Usage
 from torchserve_dag.runtime.models.load import Reuse
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.requirements import differences
@@ -40,6 +41,8 @@ from torchserve_dag.runtime.worker.protocol import (
     ServiceResponse,
 )
 from torchserve_dag.runtime.worker.response import (
+    JSON_LINES,
+    usage_line,
     write_answer,
     write_chunk,
     write_failure_after_chunks,
@@ -92,7 +95,8 @@ class WorkflowService:
         return self._build
 
     def submit(self, request: ServiceRequest, on_chunk: OnChunk | None = None) -> PendingResponse:
-        pending = Pending(partial(self._respond, request), on_chunk)
+        in_lines = WITH_USAGE in request.options
+        pending = Pending(partial(self._respond, request), on_chunk, in_lines=in_lines)
         try:
             options = read_options(request.options)
             message, parameters = self._read(request)
@@ -136,17 +140,30 @@ class WorkflowService:
     def close(self) -> None:
         self._workflow.close()
 
-    def _respond(self, request: ServiceRequest, answer: Any, after_chunks: bool) -> ServiceResponse:  # noqa: FBT001
+    def _respond(
+        self,
+        request: ServiceRequest,
+        answer: Any,
+        usage: Usage,
+        after_chunks: bool,  # noqa: FBT001
+    ) -> ServiceResponse:
         """The response for what the workflow answered: a message, a list of chunks, or a Failure."""
+        with_usage = WITH_USAGE in request.options
         if after_chunks:
-            return write_failure_after_chunks(answer, request.id) if isinstance(answer, Failure) else _NOTHING_LEFT
+            if isinstance(answer, Failure):
+                return write_failure_after_chunks(answer, request.id)
+            return ServiceResponse(usage_line(usage), JSON_LINES) if with_usage else _NOTHING_LEFT
         if self._score and not isinstance(answer, Failure):
             score, token = scores.score_in(answer, self._score), request.options.get(TOKEN)
             scores.log_score(self.name, self.version, request.id, score, token)
         if self.streams and isinstance(answer, list):
-            return write_joined(answer, request.id, self._named)
+            joined = write_joined(answer, request.id, self._named, in_lines=with_usage)
+            whole = with_usage and joined.status == HTTPStatus.OK
+            return replace(joined, body=joined.body + usage_line(usage)) if whole else joined
         named = _by_key if OUTPUTS in request.options else self._named
-        return write_answer(answer, request.id, named)
+        response = write_answer(answer, request.id, named)
+        headers = {**response.headers, WITH_USAGE: plain.to_json(usage).decode()}
+        return replace(response, headers=headers) if with_usage else response
 
     def _named(self, path: plain.Path) -> tuple[plain.Path, str | None]:
         """What a part of the workflow's own answer is called, and the node that gave it."""
@@ -175,19 +192,29 @@ class Pending:
     The answer is encoded by the thread that waits for it, or by the thread that finishes it.
     """
 
-    __slots__ = ("_after_chunks", "_cancel", "_future", "_on_chunk", "_respond")
+    __slots__ = ("_after_chunks", "_cancel", "_future", "_in_lines", "_on_chunk", "_respond", "_running")
 
     _future: Future[Any]
     _cancel: Callable[[], None]
 
-    def __init__(self, respond: Callable[[Any, bool], ServiceResponse], on_chunk: OnChunk | None = None) -> None:
-        """`respond` makes a response from an answer; its second argument says whether chunks have been sent."""
-        self._respond, self._on_chunk = respond, on_chunk
+    def __init__(
+        self,
+        respond: Callable[[Any, Usage, bool], ServiceResponse],
+        on_chunk: OnChunk | None = None,
+        *,
+        in_lines: bool = False,
+    ) -> None:
+        """`respond` makes a response from an answer, its usage, and whether chunks have been sent.
+
+        `in_lines`: texts are lines of JSON, too.
+        """
+        self._respond, self._on_chunk, self._in_lines = respond, on_chunk, in_lines
         self._after_chunks = False
+        self._running: Request | None = None
 
     def follow(self, running: Request) -> Pending:
         """Take the response from a request in the engine."""
-        self._future, self._cancel = running.future, running.cancel
+        self._running, self._future, self._cancel = running, running.future, running.cancel
         return self
 
     def refused(self, failure: Failure) -> Pending:
@@ -198,7 +225,7 @@ class Pending:
 
     def send_chunk(self, message: Any, taken: Callable[[], None]) -> int:
         """Send a chunk to the host, which calls `taken`. Returns the chunk's size in bytes."""
-        body, content_type = write_chunk(message)
+        body, content_type = write_chunk(message, in_lines=self._in_lines)
         if body and self._on_chunk:
             self._after_chunks = True
             self._on_chunk(body, content_type, taken)
@@ -207,13 +234,16 @@ class Pending:
         return len(body)
 
     def result(self, timeout_s: float) -> ServiceResponse:
-        return self._respond(self._future.result(timeout_s), self._after_chunks)
+        return self._response(self._future.result(timeout_s))
 
     def add_done_callback(self, callback: Callable[[ServiceResponse], None]) -> None:
-        self._future.add_done_callback(lambda future: callback(self._respond(future.result(), self._after_chunks)))
+        self._future.add_done_callback(lambda future: callback(self._response(future.result())))
 
     def cancel(self) -> None:
         self._cancel()
+
+    def _response(self, answer: Any) -> ServiceResponse:
+        return self._respond(answer, self._running.usage if self._running else Usage(), self._after_chunks)
 
 
 def _do_nothing() -> None:

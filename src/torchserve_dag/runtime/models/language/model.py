@@ -51,10 +51,16 @@ class LanguageModel:
         most = min(left, request.most_tokens or self._settings.max_tokens)
         release = self._budget.reserve(prompt + answers * most)
         try:
-            return self.engine.start(request, most, _Counted(reply, release))
+            cancel = self.engine.start(request, most, _Counted(reply, release))
         except BaseException:
             release()
             raise
+
+        def cancel_and_release() -> None:
+            cancel()
+            release()
+
+        return cancel_and_release
 
     def load_now(self) -> EngineLoad:
         return self.engine.load_now()
@@ -86,9 +92,10 @@ def _says_nothing(name: str, value: object) -> bool:
     """Whether a field says what holds anyway."""
     if name == "response_format":
         return getattr(value, "type", None) == "text"
-    return (name, value) in {("n", 1), ("presence_penalty", 0), ("frequency_penalty", 0), ("tool_choice", "none")} or (
-        name in {"logit_bias", "tools", "parallel_tool_calls", "logprobs", "top_logprobs"} and not value
-    )
+    return value == {"n": 1, "tool_choice": "none"}.get(name, _NOTHING) or (name != "n" and not value)
+
+
+_NOTHING = object()
 
 
 class TokenBudget:

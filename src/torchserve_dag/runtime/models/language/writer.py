@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torchserve_dag.runtime.handler import Reply
 from torchserve_dag.runtime.messages import Chat, FinishReason, Prompt, TextChunk, TokenLogprob, Usage
+from torchserve_dag.runtime.models.language.tool_calls import MOST_CALLS, ToolCallText
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are no whole character, or not yet."""
@@ -55,6 +56,7 @@ class Answers:
     def __init__(self, reply: Reply[TextChunk], request: Chat | Prompt, prompt_tokens: int, served_by: str) -> None:
         self._reply, self._served_by = reply, served_by
         self._writers = [StoppedText(request.stops) for _ in range(request.n or 1)]
+        self._tools = [_tool_calls(request) for _ in self._writers]
         self._usage = Usage.of(prompt_tokens)
         self._open = len(self._writers)
         self._lock = threading.Lock()
@@ -63,30 +65,44 @@ class Answers:
                 reply.chunk(TextChunk(request.prompt, index))
 
     def write(self, index: int, text: str, logprobs: list[TokenLogprob] | None = None) -> bool:
-        """Write more of an answer. Returns whether it goes on: not after a stop string."""
-        writer = self._writers[index]
+        """Write more of an answer. Returns whether it goes on: not after a stop string, nor the last call of a tool."""
+        writer, tools = self._writers[index], self._tools[index]
         if writer.stopped:
             return False
-        ready = writer.add(text)
-        if ready or logprobs:
-            self._reply.chunk(TextChunk(ready, index, logprobs=logprobs))
-        return not writer.stopped
+        ready, calls = writer.add(text), None
+        if tools is not None:
+            ready, calls = tools.add(ready)
+        if ready or calls or logprobs:
+            self._reply.chunk(TextChunk(ready, index, tool_calls=calls or None, logprobs=logprobs))
+        return not (writer.stopped or (tools is not None and tools.full))
 
     def finish(self, index: int, reason: FinishReason, completion_tokens: int, cached_tokens: int = 0) -> None:
         """An answer has ended, after so many tokens; the last one to end ends the reply."""
-        writer = self._writers[index]
+        writer, tools = self._writers[index], self._tools[index]
         reason = "stop" if writer.stopped else reason
+        text, calls = writer.rest(), None
+        if tools is not None:
+            text, calls = tools.add(text)
+            text += tools.rest()
+            reason = "tool_calls" if tools.calls and reason == "stop" else reason
         with self._lock:
             self._usage += Usage.of(0, completion_tokens, cached_tokens)
             self._open -= 1
             last = not self._open
         usage, served_by = (self._usage, self._served_by) if last else (None, None)
-        self._reply.chunk(TextChunk(writer.rest(), index, reason, usage, served_by=served_by))
+        self._reply.chunk(TextChunk(text, index, reason, usage, calls or None, served_by=served_by))
         if last:
             self._reply.end()
 
     def fail(self, error: BaseException) -> None:
         self._reply.fail(error)
+
+
+def _tool_calls(request: Chat | Prompt) -> ToolCallText | None:
+    """What finds calls of tools in an answer; None where there are no tools."""
+    if isinstance(request, Prompt) or not request.tools or request.tool_choice == "none":
+        return None
+    return ToolCallText(most=1 if request.parallel_tool_calls is False else MOST_CALLS)
 
 
 class StoppedText:

@@ -61,7 +61,7 @@ class SegmentService(WorkflowService):
         about = json.dumps([message.content_type, dict(parameters)]).encode()
         return {REQUEST_PART: decompressed(message.content, message.encoding), ABOUT_PART: about}
 
-    def _seal(self, request_id: str, parts: dict[str, bytes], answer: Any, _: bool) -> ServiceResponse:  # noqa: FBT001
+    def _seal(self, request_id: str, parts: dict[str, bytes], answer: Any, *_: Any) -> ServiceResponse:
         try:
             body = self._segment.seal(parts, answer)
         except Exception as error:  # noqa: BLE001 (Pillow's, too)

@@ -1,0 +1,379 @@
+"""The engine `openvino`: OpenVINO GenAI's continuous batching, on a CPU. Reads GGUF, and folders of OpenVINO IR.
+
+Its pipeline is stepped by one thread. Others add requests and cancel them; the answers are read between two steps.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchserve_dag.runtime import logs
+from torchserve_dag.runtime.compute.cores import cores
+from torchserve_dag.runtime.handler import EngineLoad, Reply
+from torchserve_dag.runtime.messages import Chat, FinishReason, InputError, Prompt, TextChunk, TokenLogprob
+from torchserve_dag.runtime.models.language.chat_template import ChatTemplate
+from torchserve_dag.runtime.models.language.engine import Cancel
+from torchserve_dag.runtime.models.language.json_schema import check_schema
+from torchserve_dag.runtime.models.language.settings import LanguageSettings
+from torchserve_dag.runtime.models.language.vocabulary import ByteDetokenizer, Vocabulary, detokenizers
+from torchserve_dag.runtime.models.language.writer import Answers, Detokenizer
+
+if TYPE_CHECKING:  # it imports torch
+    from torchserve_dag.runtime.compute.placement import Placement
+
+logger = logging.getLogger(__name__)
+
+MOST_CONTEXT = 8192
+"""The default limit of a context, in tokens."""
+HANGS_S = 60.0
+JOIN_S = 10.0
+ANY_OBJECT = '{"type": "object"}'
+
+
+def load(folder: Path, settings: LanguageSettings, placement: Placement) -> OpenVinoEngine:  # noqa: ARG001 (a CPU's engine)
+    """Raises ValueError for a model that is not there, or cannot be read."""
+    return OpenVinoEngine(folder, settings)
+
+
+@dataclass(eq=False, slots=True)
+class _Answer:
+    """One answer in progress."""
+
+    handle: Any
+    prompt: bytes
+    """Its tokens."""
+    answers: Answers
+    index: int
+    detokenizer: ByteDetokenizer | Detokenizer
+    wants_logprobs: bool
+    tokens: int = 0
+    cancelled: bool = False
+
+
+class OpenVinoEngine:
+    """See LanguageEngine."""
+
+    supports = frozenset(
+        {"n", "presence_penalty", "frequency_penalty", "response_format", "logprobs", "echo", "adapter", "tools",
+         "tool_choice", "parallel_tool_calls"}
+    )  # fmt: skip
+
+    def __init__(self, folder: Path, settings: LanguageSettings) -> None:
+        self._path, self._settings = folder / settings.model, settings
+        if not self._path.exists():
+            raise ValueError(f"there is no {settings.model} in {folder}")
+        self._adapters = _adapters(folder, settings)
+        self._folder = folder
+        self.room = settings.room
+        self._load()
+        template = (folder / settings.chat_template).read_text("utf-8") if settings.chat_template else None
+        tokenizer = self._tokenizer
+        self._template = ChatTemplate(
+            template or tokenizer.chat_template or _PLAIN_CHAT,
+            bos_token=tokenizer.get_bos_token(),
+            eos_token=tokenizer.get_eos_token(),
+        )
+        self._detokenizer = detokenizers(_vocabulary(tokenizer), self._encoded, tokenizer.decode)
+        cut = len(self._encoded("a b " * MOST_CONTEXT))  # a tokenizer cuts what is longer than its model's context
+        self.context = min(settings.context or MOST_CONTEXT, cut)
+        self._served_by = f"openvino {Path(settings.model).stem}"
+        self._latest = threading.local()
+        """The request that this thread has counted last, with its tokens: it is started next."""
+        self._changed = threading.Condition()
+        self._starting: list[_Start] = []
+        self._running: list[_Answer] = []
+        self._requests = 0
+        self._closed = False
+        self._stepped = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="openvino-steps", daemon=True)
+        self._thread.start()
+
+    def count(self, request: Chat | Prompt) -> int:
+        text = self._template(request) if isinstance(request, Chat) else request.prompt
+        ids = self._tokenizer.encode(text, add_special_tokens=isinstance(request, Prompt)).input_ids
+        self._latest.request, self._latest.ids = request, ids
+        return int(ids.shape[1])
+
+    def start(self, request: Chat | Prompt, most_tokens: int, reply: Reply[TextChunk]) -> Cancel:
+        if getattr(self._latest, "request", None) is not request:
+            self.count(request)
+        ids, self._latest.request = self._latest.ids, None
+        config = self._config(request, most_tokens)
+        answers = Answers(reply, request, int(ids.shape[1]), self._served_by)
+        start = _Start(request, ids, config, answers, request.n or 1)
+        with self._changed:
+            if self._closed:
+                raise InputError("The model is closing.", HTTPStatus.SERVICE_UNAVAILABLE)
+            self._starting.append(start)
+            self._changed.notify()
+        return start.cancel
+
+    def load_now(self) -> EngineLoad:
+        with self._changed:
+            running, waiting = len(self._running), sum(start.count for start in self._starting)
+        return EngineLoad(min(running, self.room), waiting + max(0, running - self.room), self._cache_usage / 100)
+
+    def hangs(self) -> bool:
+        return bool(self._running) and time.monotonic() - self._stepped > HANGS_S
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(JOIN_S)
+
+    # Loading, and what a request asks for.
+
+    def _load(self) -> None:
+        """Load the pipeline; again, after it has raised in a step, for it does not go on then."""
+        import openvino_genai  # noqa: PLC0415 (only this engine needs it)
+
+        settings = self._settings
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size = max(1, round(settings.cache_gb))
+        scheduler.enable_prefix_caching = settings.prefix_cache
+        scheduler.max_num_seqs = settings.room
+        scheduler.dynamic_split_fuse = True
+        scheduler.max_num_batched_tokens = max(settings.prefill_tokens, settings.room)
+        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.threads or cores(), **settings.options}
+        if settings.exact:
+            properties |= {
+                "EXECUTION_MODE_HINT": "ACCURACY",
+                "INFERENCE_PRECISION_HINT": "f32",
+                "KV_CACHE_PRECISION": "f32",
+            }
+        if self._adapters:
+            properties["adapters"] = openvino_genai.AdapterConfig(list(self._adapters.values()))
+        if settings.draft:
+            properties["draft_model"] = openvino_genai.draft_model(self._folder / settings.draft, "CPU")
+        try:
+            self._pipeline = openvino_genai.ContinuousBatchingPipeline(self._path, scheduler, "CPU", properties)
+        except RuntimeError as error:
+            raise ValueError(f"OpenVINO cannot read {settings.model}: {_last_line(error)}") from None
+        self._tokenizer = self._pipeline.get_tokenizer()
+        self._cache_usage = 0.0
+
+    def _config(self, request: Chat | Prompt, most_tokens: int) -> Any:
+        """OpenVINO's configuration of a request. Raises InputError."""
+        import openvino_genai  # noqa: PLC0415
+
+        config = self._pipeline.get_config()
+        config.apply_chat_template = False
+        config.max_new_tokens = most_tokens
+        temperature = 1.0 if request.temperature is None else request.temperature
+        config.do_sample = temperature > 0
+        if config.do_sample:
+            config.temperature = temperature
+            config.top_p = 1.0 if request.top_p is None else max(request.top_p, 1e-6)
+        config.presence_penalty = request.presence_penalty or 0.0
+        config.frequency_penalty = request.frequency_penalty or 0.0
+        config.logprobs = 1 if request.logprobs else 0
+        if isinstance(request, Prompt) and (request.logprobs or 0) > 1:
+            raise InputError("logprobs: the engine openvino gives those of the chosen tokens only; write 1.")
+        if isinstance(request, Chat) and request.tool_choice not in {None, "auto", "none"}:
+            raise InputError('tool_choice: the engine openvino can do "auto" and "none".')
+        if self._settings.draft:
+            config.num_assistant_tokens = self._settings.draft_tokens
+        if request.adapter is not None:
+            if request.adapter not in self._adapters:
+                known = ", ".join(self._adapters) or "none"
+                raise InputError(f"adapter: there is no adapter {request.adapter[:40]}; known: {known}.", 404)
+            config.adapters = openvino_genai.AdapterConfig(self._adapters[request.adapter])
+        elif self._adapters:
+            config.adapters = openvino_genai.AdapterConfig()
+        schema = _schema(request)
+        if schema:
+            config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=schema)
+        return config
+
+    def _encoded(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False).input_ids.data[0]]
+
+    # The thread that steps.
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closed or self._starting or self._running):
+                    self._stepped = time.monotonic()
+                    self._changed.wait()
+                starting, self._starting = self._starting, []
+                if self._closed:
+                    break
+            try:
+                held = [start for start in starting if not self._add(start)]
+                with self._changed:
+                    self._starting[:0] = held
+                starting = []
+                self._step()
+            except Exception as error:  # noqa: BLE001 (the engine's own, in C++)
+                logs.report(logger, error, "OpenVINO raised in a step; its pipeline is made anew")
+                with self._changed:
+                    running, self._running = self._running, []
+                self._fail([*running, *starting], RuntimeError("the engine failed, and starts again"))
+                self._reload()
+        with self._changed:
+            starting += self._starting
+        self._fail([*self._running, *starting], InputError("The model is closing.", HTTPStatus.SERVICE_UNAVAILABLE))
+
+    def _add(self, start: _Start) -> bool:
+        """Add a request to the pipeline. Returns whether it may leave the queue.
+
+        While an answer to a prompt is being written, a longer prompt that begins with that whole prompt waits: the
+        prefix cache (2026.4.1) would give it the block that the answer is being written into, and both would be wrong.
+        """
+        if start.cancelled:
+            return True
+        prompt = start.ids.data.tobytes()
+        written = (answer.prompt for answer in self._running if not answer.cancelled)
+        if self._settings.prefix_cache and any(prompt.startswith(each) and each != prompt for each in written):
+            return False
+        for index in range(start.count):
+            seed = start.request.seed
+            start.config.rng_seed = random.getrandbits(32) if seed is None else (seed + index) % 2**32
+            self._requests += 1
+            try:
+                handle = self._pipeline.add_request(self._requests, start.ids, start.config)
+            except RuntimeError as error:
+                start.answers.fail(error)
+                return True
+            answer = _Answer(handle, prompt, start.answers, index, self._detokenizer(), bool(start.request.logprobs))
+            start.running.append(answer)
+            with self._changed:
+                self._running.append(answer)
+                answer.cancelled = start.cancelled  # in the meantime
+        return True
+
+    def _step(self) -> None:
+        for answer in [answer for answer in self._running if answer.cancelled]:
+            self._leave(answer)
+        self._pipeline.step()
+        self._stepped = time.monotonic()
+        self._cache_usage = self._pipeline.get_metrics().cache_usage
+        for answer in list(self._running):
+            if not answer.cancelled:
+                self._read(answer)
+        if not self._running and self._pipeline.has_non_finished_requests():
+            self._pipeline.step()  # the blocks of what was cancelled are free now
+
+    def _read(self, answer: _Answer) -> None:
+        """Write what an answer has got in a step."""
+        handle = answer.handle
+        while handle.can_read():
+            for output in handle.read().values():
+                tokens = output.generated_ids
+                answer.tokens += len(tokens)
+                reason = output.finish_reason.name
+                text = answer.detokenizer.add(tokens)
+                logprobs = self._logprobs(tokens, output.generated_log_probs) if answer.wants_logprobs else None
+                goes_on = answer.answers.write(answer.index, text, logprobs)
+                if reason != "NONE" or not goes_on:
+                    self._finish(answer, "length" if reason == "LENGTH" else "stop")
+                    return
+        status = handle.get_status().name
+        if status == "IGNORED":  # there is no memory for it
+            self._leave(answer)
+            message = "The cache of this model is full; try again later, or with a shorter prompt."
+            answer.answers.fail(InputError(message, HTTPStatus.SERVICE_UNAVAILABLE))
+        elif status == "FINISHED":
+            self._finish(answer, "stop")
+
+    def _logprobs(self, tokens: list[int], found: list[float]) -> list[TokenLogprob]:
+        return [
+            TokenLogprob(self._tokenizer.decode([token], skip_special_tokens=False), logprob)
+            for token, logprob in zip(tokens, found, strict=False)
+        ]
+
+    def _finish(self, answer: _Answer, reason: FinishReason) -> None:
+        self._leave(answer)
+        answer.answers.write(answer.index, answer.detokenizer.rest())
+        answer.answers.finish(answer.index, reason, answer.tokens)
+
+    def _leave(self, answer: _Answer) -> None:
+        answer.handle.cancel()
+        with self._changed:
+            self._running.remove(answer)
+
+    @staticmethod
+    def _fail(those: Sequence[_Answer | _Start], error: BaseException) -> None:
+        for one in those:
+            one.answers.fail(error)  # of several answers to one request, the first call counts
+
+    def _reload(self) -> None:
+        try:
+            self._load()
+        except ValueError as error:
+            logs.report(logger, error, "the model cannot be loaded again")
+            with self._changed:
+                self._closed = True
+
+
+@dataclass(eq=False, slots=True)
+class _Start:
+    """A request on its way into the pipeline."""
+
+    request: Chat | Prompt
+    ids: Any
+    config: Any
+    answers: Answers
+    count: int
+    running: list[_Answer] = field(default_factory=list)
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Its answers leave the batch at the next step."""
+        self.cancelled = True
+        for answer in list(self.running):
+            answer.cancelled = True
+
+
+def _vocabulary(tokenizer: Any) -> Vocabulary:
+    """The bytes of the tokens, without the special ones, which the tokenizer itself leaves out of a text."""
+    found: dict[int, bytes] = {int(token): text for text, token in tokenizer.get_vocab().items()}
+    marked = [token for token, text in found.items() if text[:1] in {b"<", b"["} and text[-1:] in {b">", b"]"}]
+    for token, text in zip(marked, tokenizer.decode([[token] for token in marked]) if marked else [], strict=True):
+        if not text:
+            del found[token]
+    return Vocabulary(found)
+
+
+def _adapters(folder: Path, settings: LanguageSettings) -> dict[str, Any]:
+    if not settings.adapters:
+        return {}
+    import openvino_genai  # noqa: PLC0415
+
+    found = {}
+    for name, path in settings.adapters.items():
+        file = folder / path / "adapter_model.safetensors" if (folder / path).is_dir() else folder / path
+        if not file.is_file():
+            raise ValueError(f"there is no {file.relative_to(folder)} in {folder}, for the adapter {name}")
+        found[name] = openvino_genai.Adapter(file)
+    return found
+
+
+def _schema(request: Chat | Prompt) -> str:
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return ""
+    if wanted.json_schema is None:
+        return ANY_OBJECT
+    check_schema(wanted.json_schema.schema)
+    return json.dumps(wanted.json_schema.schema)
+
+
+def _last_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
+
+
+_PLAIN_CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+"""For a model without a template of its own."""

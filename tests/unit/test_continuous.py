@@ -1,0 +1,282 @@
+"""A handler with an engine of its own, as a model and as a node, without a server."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from torchserve_dag import FailedError, Failure, Text, Usage, Workflow
+from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.worker.protocol import ServiceRequest
+from torchserve_dag.runtime.worker.service import WorkflowService
+
+HANDLER = """
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from torchserve_dag import ContinuousHandler, InputError, NoSettings, OverloadedError, Placement, Reply, Text, TextChunk
+from torchserve_dag import Usage
+
+
+class Speller(ContinuousHandler[Text, TextChunk]):
+    '''Spells a text, one letter a chunk. `wait` waits until it is cancelled; `fail` fails; `late` fails in the middle.'''
+
+    room = 2
+    inside: set = set()
+    most = 0
+    tries = 0
+
+    def load(self, folder: Path, settings: NoSettings, placement: Placement) -> None:
+        type(self).inside, type(self).most, type(self).tries = set(), 0, 0
+
+    def example(self) -> Text:
+        return Text("ab")
+
+    def start(self, item: Text, reply: Reply[TextChunk]) -> Callable[[], None]:
+        if item.text == "refuse":
+            raise InputError("That is refused.", 422)
+        gone = threading.Event()
+        threading.Thread(target=self.spell, args=(item.text, reply, gone), daemon=True).start()
+        return gone.set
+
+    def spell(self, text: str, reply: Reply[TextChunk], gone: threading.Event) -> None:
+        kind = type(self)
+        kind.inside.add(gone)
+        kind.most = max(kind.most, len(kind.inside))
+        kind.tries += 1
+        try:
+            if text == "fail" or (text == "twice" and kind.tries % 2):
+                kind.inside.discard(gone)
+                reply.fail(OverloadedError("It is busy."))
+                return
+            if text == "wrong":
+                reply.chunk(5)
+            for letter in text:
+                gone.wait(0.005)
+                reply.chunk(TextChunk(letter))
+                if text == "wait":
+                    gone.wait(30)
+            if text == "late":
+                reply.fail(ValueError("broken"))
+            reply.chunk(TextChunk(finish_reason="stop", usage=Usage.of(3, len(text), 1)))
+            kind.inside.discard(gone)
+            reply.end()
+        finally:
+            kind.inside.discard(gone)
+"""
+CARD = "card: {does: It spells., input: A text., output: Its letters., limits: None., weights: []}"
+FUNCTIONS = """
+from collections.abc import Iterator
+
+from torchserve_dag import Text, TextChunk
+
+
+def loud(chunk: TextChunk) -> TextChunk:
+    return TextChunk(chunk.text.upper())
+
+
+def whole(chunks: list[TextChunk]) -> Text:
+    return Text("".join(chunk.text for chunk in chunks))
+
+
+def sorry(text: Text) -> TextChunk:
+    return TextChunk(f"no {text.text}")
+
+
+def one_by_one(text: Text) -> Iterator[TextChunk]:
+    yield TextChunk("n")
+    yield TextChunk("o")
+"""
+
+
+def project(folder: Path, nodes: str, output: str) -> Path:
+    for name in ("handlers", "workflows"):
+        (folder / name).mkdir()
+    (folder / "handlers" / "speller.py").write_text(HANDLER)
+    (folder / "handlers" / "speller.yaml").write_text(f'name: speller\nversion: "1.0"\n{CARD}\n')
+    (folder / "workflows" / "spell.py").write_text(FUNCTIONS)
+    workflow = folder / "workflows" / "spell.yaml"
+    workflow.write_text(
+        f'name: spell\nversion: "1.0"\ndoes: It spells.\nnodes:\n{textwrap.indent(nodes, "  ")}\noutput: {output}\n'
+    )
+    return workflow
+
+
+@pytest.fixture
+def model(tmp_path: Path):
+    project(tmp_path, "spell: {handler: speller}", "spell")
+    with Workflow.load(tmp_path / "handlers" / "speller.yaml") as model:
+        yield model
+
+
+def speller(workflow: Workflow):
+    (loaded,) = [one.starter for one in workflow._loaded.values() if one.room]
+    return type(loaded.handler)
+
+
+def texts(chunks) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def test_its_chunks_come_one_by_one(model: Workflow) -> None:
+    chunks = list(model.stream(Text("abc")))
+
+    assert [chunk.text for chunk in chunks] == ["a", "b", "c", ""]
+    assert chunks[-1].usage == Usage.of(3, 3, 1)
+
+
+def test_no_more_are_inside_than_there_is_room_for(model: Workflow) -> None:
+    answers = model([Text("abcd")] * 8)
+
+    assert [texts(answer) for answer in answers] == ["abcd"] * 8
+    assert speller(model).most == 2
+
+
+def test_who_leaves_the_loop_frees_its_place(model: Workflow) -> None:
+    for _ in range(5):
+        for chunk in model.stream(Text("wait")):
+            assert chunk.text == "w"
+            break
+
+    assert texts(model([Text("ab")])[0]) == "ab"
+    deadline = time.monotonic() + 10
+    while speller(model).inside and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not speller(model).inside
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "kind"),
+    [
+        ("refuse", 422, "InputError"),
+        ("fail", 503, "Overloaded"),
+        ("wrong", 500, "WrongType"),
+        ("late", 500, "HandlerError"),
+    ],
+)
+def test_a_failure_is_the_items_own(model: Workflow, text: str, status: int, kind: str) -> None:
+    """Of whatever kind, and whenever it comes; a stream raises it."""
+    good, bad = model([Text("ab"), Text(text)])
+
+    assert texts(good) == "ab"
+    assert isinstance(bad, Failure)
+    assert (bad.status, bad.type, bad.node) == (status, kind, "speller")
+    with pytest.raises(FailedError) as raised:
+        list(model.stream(Text(text)))
+    assert raised.value.failure.status == status
+
+
+def test_its_tokens_are_counted(model: Workflow) -> None:
+    model([Text("abcd"), Text("ab")])
+
+    counts = model.counts()["speller"]
+    assert counts.usage == Usage.of(6, 6, 2)
+    assert (counts.first_chunk_s.count, counts.token_s.count, counts.items) == (2, 2, 2)
+
+
+def test_followers_run_while_it_goes_on(tmp_path: Path) -> None:
+    path = project(tmp_path, "spell: {handler: speller}\nloud: {function: loud, each: spell}", "loud")
+
+    with Workflow.load(path) as workflow:
+        stream = workflow.stream(Text("wait"))
+        assert next(stream).text == "W"  # and it waits for 30 seconds now
+        stream.close()
+
+
+def test_its_text_can_be_gathered(tmp_path: Path) -> None:
+    path = project(tmp_path, "spell: {handler: speller}\nwhole: {function: whole, input: spell}", "whole")
+
+    with Workflow.load(path) as workflow:
+        assert workflow([Text("abc")]) == [Text("abc")]
+        request = workflow.submit(Text("abcd"))
+        request.future.result()
+        assert request.usage == Usage.of(3, 4, 1)
+
+
+@pytest.mark.parametrize(("function", "answer"), [("sorry", "no fail"), ("one_by_one", "no")])
+def test_before_its_first_chunk_a_fallback_stands_in(tmp_path: Path, function: str, answer: str) -> None:
+    """One that answers at once, and one that streams."""
+    node = f"spell: {{handler: speller, on_error: {{fallback: {{function: {function}}}}}}}"
+
+    with Workflow.load(project(tmp_path, node, "spell")) as workflow:
+        assert texts(workflow.stream(Text("fail"))) == answer
+        assert texts(workflow.stream(Text("ab"))) == "ab"
+        with pytest.raises(FailedError):
+            list(workflow.stream(Text("late")))
+
+
+def test_before_its_first_chunk_it_is_retried(tmp_path: Path) -> None:
+    with Workflow.load(project(tmp_path, "spell: {handler: speller, retry: 1}", "spell")) as workflow:
+        speller(workflow).tries = 0
+        assert texts(workflow.stream(Text("twice"))) == "twice"
+        with pytest.raises(FailedError):
+            list(workflow.stream(Text("fail")))
+
+
+def test_a_time_limit_of_its_node_ends_it(tmp_path: Path) -> None:
+    with Workflow.load(project(tmp_path, "spell: {handler: speller, timeout_s: 0.3}", "spell")) as workflow:
+        answer = workflow([Text("wait")])[0]
+
+    assert (answer.status, answer.type) == (504, "Timeout")
+
+
+def test_nothing_but_a_fallback_stands_in_for_a_stream(tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match="a fallback may stand in for it before its first chunk"):
+        Workflow.load(project(tmp_path, "spell: {handler: speller, on_error: skip}", "spell"))
+
+
+def test_a_stream_has_an_idle_limit_and_no_total_one(tmp_path: Path) -> None:
+    """Each chunk moves the deadline; a limit that the client chose is for the whole answer."""
+    path = project(tmp_path, "spell: {handler: speller}", "spell")
+    path.write_text(path.read_text() + "serve: {timeout_s: 1}\n")
+
+    with Workflow.load(path) as workflow:
+        slow = "a" * 300  # 5 ms each
+        assert texts(workflow.stream(Text(slow))) == slow
+        limited = workflow.submit(Text(slow), options=Options(timeout_s=0.5), on_chunk=lambda _: None)
+        assert limited.future.result().status == 408
+        idle = workflow.submit(Text("wait"), on_chunk=lambda _: None)
+        assert idle.future.result().status == 504
+
+
+@pytest.mark.parametrize(("nodes", "output"), [("spell: {handler: speller}", "spell"),
+                                               ("spell: {handler: speller}\nwhole: {function: whole, input: spell}", "whole")])  # fmt: skip
+def test_a_client_is_told_the_usage_if_it_asks(tmp_path: Path, nodes: str, output: str) -> None:
+    """In a stream as the last line, of a whole answer in a header."""
+    project(tmp_path, nodes, output)
+    from torchserve_dag.runtime.graph.read import read_graph
+    from torchserve_dag.runtime.project.folders import Project
+
+    served = Project(tmp_path)
+    service = WorkflowService(served, read_graph(served, tmp_path / "workflows" / "spell.yaml"), {}, None)
+    lines: list[bytes] = []
+    lock = threading.Lock()
+
+    def on_chunk(body: bytes, content_type: str, taken) -> None:
+        with lock:
+            lines.append(body)
+        taken()
+
+    request = ServiceRequest("1", b"abc", "text/plain", options={"x-usage": "true"})
+    response = service.submit(request, on_chunk).result(10)
+    service.close()
+
+    usage = {
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+    if output == "spell":
+        assert json.loads(lines[0]) == {"text": "a", "index": 0}
+        assert json.loads(response.body) == {"usage": usage}
+    else:
+        assert json.loads(response.body) == {"text": "abc"}
+        assert json.loads(response.headers["x-usage"]) == usage
