@@ -33,6 +33,7 @@ class EngineEntry:
 
 ENGINES = {
     "openvino": EngineEntry("openvino", "openvino_genai", "pip install 'torchserve-dag[language]'"),
+    "transformers": EngineEntry("transformers", "transformers", "pip install 'torchserve-dag[serve]'"),
 }
 
 
