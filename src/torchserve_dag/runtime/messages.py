@@ -196,6 +196,8 @@ MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_TEMPERATURE, MAX_BIAS = 16, 16, 20, 2.
 class JsonSchema:
     """A JSON Schema that an answer has to fit."""
 
+    leaves_out_none: ClassVar[bool] = True
+
     name: str
     """What it describes."""
     schema: dict[str, Any]
@@ -208,6 +210,8 @@ class JsonSchema:
 @dataclass(frozen=True, slots=True)
 class ResponseFormat:
     """The form of an answer."""
+
+    leaves_out_none: ClassVar[bool] = True
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -312,6 +316,8 @@ class ToolCall:
 @dataclass(frozen=True, slots=True)
 class ImageUrl:
     """A photo in a chat."""
+
+    leaves_out_none: ClassVar[bool] = True
 
     url: str
     """The photo itself, as a data URL: `data:image/jpeg;base64,…`. Nothing is fetched from another address."""
