@@ -13,7 +13,7 @@ PROTOS = "runtime/protos"
 
 NEEDED = {"PIL", "torch", "yaml"}
 """The packages that a worker needs."""
-OPTIONAL = {"grpc", "jinja2", "openvino", "opentelemetry", "packaging", "peft", "transformers"}
+OPTIONAL = {"grpc", "httpx", "jinja2", "opentelemetry", "openvino", "packaging", "peft", "transformers"}
 """The packages that the runtime imports only where an archive asks for what they do."""
 
 

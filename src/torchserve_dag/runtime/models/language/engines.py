@@ -34,6 +34,8 @@ class EngineEntry:
 ENGINES = {
     "openvino": EngineEntry("openvino", "openvino_genai", "pip install 'torchserve-dag[language]'"),
     "transformers": EngineEntry("transformers", "transformers", "pip install 'torchserve-dag[serve]'"),
+    "llama.cpp": EngineEntry("llama_cpp", "xllamacpp", "pip install xllamacpp==2026.10.11549"),
+    "remote": EngineEntry("remote", "httpx", "pip install 'httpx>=0.27,<1'"),
 }
 
 

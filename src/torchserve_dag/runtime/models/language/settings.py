@@ -20,19 +20,33 @@ class Remote:
     url: str
     """The API's base address, like `https://api.example.com/v1`."""
     key: str | None = None
-    """The environment variable that holds the API's key."""
+    """The environment variable that holds the API's key. A key is sent over https only, or to this machine."""
     tokens_per_minute: int | None = None
-    """Requests beyond so many tokens a minute are refused here, with 429."""
+    """Requests beyond so many tokens a minute are refused here, with 429. Each worker counts its own."""
     money_per_day: float | None = None
-    """Requests beyond this cost a day are refused here, with 429; in the currency of the prices."""
+    """Requests beyond this cost a day are refused here, with 429; in the currency of the prices.
+    Each worker counts its own, from its start; a day is one of UTC."""
     prompt_price: float = 0.0
     """The price of a million tokens of prompts."""
     answer_price: float = 0.0
     """The price of a million tokens of answers."""
+    limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls the limit of an answer: some models refuse the older name."""
     timeout_s: float = 60.0
     """The longest wait for the next chunk."""
     retries: int = 2
     """How often a request is sent again before its first chunk, after 429, 5xx, and connections that fail."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens_per_minute", 1), ("money_per_day", 0.0), ("timeout_s", 0.001), ("retries", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise WrongFieldError(f"{name} is at least {least:g}", name)
+        for name in ("prompt_price", "answer_price"):
+            if not getattr(self, name) >= 0:
+                raise WrongFieldError(f"{name} is at least 0", name)
+        if self.money_per_day is not None and not (self.prompt_price or self.answer_price):
+            raise WrongFieldError("without prices no cost can be counted", "money_per_day")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +61,7 @@ class LanguageSettings:
     """Answers that the engine computes at the same time. More wait."""
     context: int | None = None
     """The most tokens of a prompt and its answer together; without it, as many as the model was trained with, at most
-    8,192."""
+    8,192; for `remote`, 131,072: its server refuses what is too long."""
     max_tokens: int = 1024
     """The limit of an answer whose client gives none, in tokens."""
     tokens_in_flight: int | None = None
@@ -75,7 +89,7 @@ class LanguageSettings:
     remote: Remote | None = None
     """For the engine `remote`: the server."""
     options: dict[str, Any] = field(default_factory=dict)
-    """More settings of the engine's own, by their names there."""
+    """More settings of the engine's own, by their names there; for `remote`, more fields of each request."""
 
     def __post_init__(self) -> None:
         for name in ("room", "max_tokens", "prefill_tokens", "draft_tokens"):
