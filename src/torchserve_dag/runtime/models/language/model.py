@@ -92,10 +92,13 @@ def _says_nothing(name: str, value: object) -> bool:
     """Whether a field says what holds anyway."""
     if name == "response_format":
         return getattr(value, "type", None) == "text"
-    return value == {"n": 1, "tool_choice": "none"}.get(name, _NOTHING) or (name != "n" and not value)
+    if name in NEUTRAL:
+        return bool(value == NEUTRAL[name])
+    return name in {"logit_bias", "tools", "parallel_tool_calls", "logprobs", "top_logprobs"} and not value
 
 
-_NOTHING = object()
+NEUTRAL: dict[str, object] = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "tool_choice": "none"}
+"""The values that say what holds anyway."""
 
 
 class TokenBudget:
