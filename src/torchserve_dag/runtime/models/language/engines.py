@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchserve_dag.runtime.models.language.engine import LanguageEngine
-from torchserve_dag.runtime.models.language.settings import LanguageSettings
+from torchserve_dag.runtime.models.language.settings import EngineName, LanguageSettings
 
 if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement
@@ -39,11 +39,16 @@ ENGINES = {
 }
 
 
+def engine_for(settings: LanguageSettings, placement: Placement) -> EngineName:
+    """The engine that the settings name; for `auto` the default of the device."""
+    if settings.engine != "auto":
+        return settings.engine
+    return "vllm" if placement.device.type == "cuda" else "openvino"
+
+
 def load_engine(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:
     """The engine that the settings name, with its model loaded. Raises ValueError, ImportError."""
     name = settings.engine
-    if name == "auto":
-        name = "vllm" if placement.device.type == "cuda" else "openvino"
     entry = ENGINES[name]
     try:
         import_module(entry.package)

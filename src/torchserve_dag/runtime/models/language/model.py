@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, Prompt, TextChunk
 from torchserve_dag.runtime.models.language.engine import ALWAYS, Cancel, LanguageEngine
-from torchserve_dag.runtime.models.language.engines import load_engine
+from torchserve_dag.runtime.models.language.engines import engine_for, load_engine
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
 if TYPE_CHECKING:  # it imports torch
@@ -30,6 +31,7 @@ class LanguageModel:
     @classmethod
     def load(cls, folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageModel:
         """Load the model below `folder` in the engine that the settings name. Raises ValueError, ImportError."""
+        settings = replace(settings, engine=engine_for(settings, placement))
         return cls(load_engine(folder, settings, placement), settings)
 
     @property
