@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("commands",),
     ("bench", "dev", "stack", "tuning"),
-    ("releases",),
+    ("gateway", "releases"),
     ("front_door",),
     ("server", "templates"),
     ("__init__",),

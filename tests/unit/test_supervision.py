@@ -168,12 +168,12 @@ def test_up_refuses_what_is_whole_and_adds_what_is_missing(supervised: Supervise
     supervise.check_mendable(state, foreground=True)  # it takes over from the watcher
     end(pids["Envoy"])
     supervise.check_mendable(state, foreground=False)
-    for role in ("watcher", "keeper", "TorchServe"):
+    for role in ("watcher", "keeper", "gateway", "TorchServe"):
         end(pids[role])
     assert not stack.runs(state)
 
 
-@pytest.mark.parametrize("left", [("Envoy",), ("TorchServe",), ("Envoy", "TorchServe"), ()])
+@pytest.mark.parametrize("left", [("Envoy",), ("gateway",), ("TorchServe",), ("Envoy", "TorchServe"), ()])
 def test_down_ends_whatever_runs_without_a_keeper(
     supervised: Supervised, left: tuple[Role, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

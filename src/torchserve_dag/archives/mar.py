@@ -145,6 +145,15 @@ def is_asynchronous(archive: Path) -> bool:
     return isinstance(settings, dict) and settings.get("asyncCommunication") is True
 
 
+def language(archive: Path) -> tuple[str, ...]:
+    """What OpenAI's API at `/v1` may ask of it (signature.py)."""
+    try:
+        said = read_json(archive, BUILD).get("language", ())
+    except (OSError, KeyError, ValueError, RecursionError, AttributeError, BadArchiveError):
+        return ()
+    return tuple(str(one) for one in said) if isinstance(said, list) else ()
+
+
 def name_and_version(archive: Path) -> tuple[str, str]:
     """The name and version under which TorchServe registers an archive."""
     model = read_json(archive, MANIFEST)["model"]

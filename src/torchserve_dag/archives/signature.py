@@ -7,6 +7,8 @@ fields. Of `takes`, `optional` names the fields that a client may leave out. A K
     bool, int, float, str   a scalar
     list[KIND]              a list of scalars, or of such lists
     json                    whatever else, as JSON
+
+`language` lists what OpenAI's API at `/v1` may ask of it: `chat`, `completion`, `embedding`.
 """
 
 from __future__ import annotations
@@ -19,17 +21,37 @@ from typing import Any, Literal
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
-from torchserve_dag.runtime.messages import Photo, Text
+from torchserve_dag.runtime.messages import Chat, Embedding, Photo, Prompt, Text, TextChunk
 
 _NAMES = {Photo: "photo", Text: "text", bytes: "bytes", bool: "bool", int: "int", float: "float", str: "str"}
 _WHOLE = frozenset({"photo", "text", "bytes", "json"})
 """What lists have no kind of their own for: they are JSON."""
 _JSON = "json"
+_ASKED = {Chat: "chat", Prompt: "completion"}
+_WRITTEN = frozenset({TextChunk, Text, str})
+"""What an answer in words consists of."""
 
 
 def signature(graph: Graph) -> dict[str, Any]:
-    """The entries `takes` and `answers` of a graph's `build.json`."""
-    return {"takes": {"value": "bytes"} if takes_rows(graph) else _takes(graph.request), "answers": _answers(graph)}
+    """The entries `takes`, `answers` and `language` of a graph's `build.json`."""
+    takes = {"value": "bytes"} if takes_rows(graph) else _takes(graph.request)
+    return {"takes": takes, "answers": _answers(graph), "language": _language(graph)}
+
+
+def _language(graph: Graph) -> list[str]:
+    whole = graph.output.values.get("")
+    if whole is None:
+        return []
+    answer = whole.type
+    if typing.get_origin(answer) is list:  # of chunks
+        (answer,) = typing.get_args(answer)
+    if _parts(answer) <= _WRITTEN:
+        return sorted(_ASKED[kind] for kind in _parts(graph.request) & _ASKED.keys())
+    return ["embedding"] if (graph.request, whole.type) == (Text, Embedding) else []
+
+
+def _parts(kind: Any) -> set[Any]:
+    return set(typing.get_args(kind)) if plain.is_union(kind) else {kind}
 
 
 def _takes(kind: Any) -> dict[str, Any]:

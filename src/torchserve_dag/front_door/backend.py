@@ -9,6 +9,8 @@ from typing import Any
 from torchserve_dag.server.ports import Addresses, host_and_port
 
 Resource = dict[str, Any]
+GATEWAY, MODELS = "../gateway/gateway.sock", "../gateway/models.sock"
+"""Relative to Envoy's folder: where the gateway answers, and where Envoy answers the gateway."""
 MANAGEMENT = "../direct/management.sock"
 """Where the direct host's keeper answers, relative to Envoy's folder."""
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchserve_dag.front_door.access_logs import access_logs
-from torchserve_dag.front_door.backend import Resource, overwrite
+from torchserve_dag.front_door.backend import GATEWAY, MODELS, Resource, overwrite
 from torchserve_dag.front_door.dynamic_files import CERTIFICATE, CLUSTERS, ROUTES, from_file
-from torchserve_dag.front_door.envoy_config import FROM_PORT, HOST, TYPES
+from torchserve_dag.front_door.envoy_config import FROM_PORT, HOST, TO_GATEWAY, TYPES
 from torchserve_dag.front_door.http_filters import FILTERS, GRPC_BRIDGE, http_filters, key_filters, tokens_filters
 from torchserve_dag.front_door.local_replies import REVOKED, WRONG_KEY, Refusal, local_replies
 from torchserve_dag.front_door.overload import overload_manager
@@ -22,6 +22,8 @@ UNREAD_BYTES = 64 * 2**20
 TorchServe, which keeps everything that Envoy does not take and ends when its heap is full."""
 MANAGEMENT_S = 900
 """How long a management call may take, in seconds: it may wait until a model is loaded."""
+GATEWAY_VERSIONS = 4
+"""The gateway has room for the requests of so many versions at their limits."""
 CONNECTION_WINDOW = 2**20
 """What may be on its way to Envoy over one HTTP/2 connection."""
 BUCKETS_US = [round(1000 * 1.15**i) for i in range(-8, 84)]
@@ -56,14 +58,15 @@ def bootstrap(
     `own` are the ports of the direct host; without `tls` there are no others.
     """
 
-    def http(admission: list[Resource], refusal: Refusal, *, logged: bool) -> Resource:
+    def http(admission: list[Resource], refusal: Refusal, *, logged: bool, trusted: bool = False) -> Resource:
         filters = http_filters(admission, max_body, direct=own is not None)
         replies = local_replies(door.limits, max_body, refusal)
-        return _http(door.limits, folder, filters, replies, access_logs(folder, logs) if logged else [])
+        log = access_logs(folder, logs) if logged else []
+        return _http(door.limits, folder, filters, replies, log, trusted=trusted)
 
-    listeners = []
+    listeners = [_models_listener(http([], REVOKED, logged=True, trusted=True))]
     if tls:
-        listeners = [
+        listeners += [
             _listener(door, folder, http(tokens_filters(folder, key_set), REVOKED, logged=True)),
             _metrics_listener(door),
         ]
@@ -81,7 +84,7 @@ def bootstrap(
         "admin": {"address": {"pipe": {"path": ADMIN, "mode": 0o600}}},
         "node": {"id": "front-door", "cluster": "torchserve-dag"},
         "dynamic_resources": {"cds_config": from_file(folder / CLUSTERS)},
-        "static_resources": {"clusters": [_admin_cluster()], "listeners": listeners},
+        "static_resources": {"clusters": [_admin_cluster(), _gateway_cluster(door.limits)], "listeners": listeners},
         "stats_flush_interval": "0.5s",  # histograms lag behind by up to this interval
         "stats_config": {
             "histogram_bucket_settings": [
@@ -115,7 +118,17 @@ def _plain_listener(name: str, address: str, config: Resource) -> Resource:
     return {
         "name": name,
         "address": _listening(address),
+        "traffic_direction": "INBOUND",
         "per_connection_buffer_limit_bytes": UNREAD_BYTES,
+        "filter_chains": [{"filters": [{"name": "http", "typed_config": config}]}],
+    }
+
+
+def _models_listener(config: Resource) -> Resource:
+    """Where the gateway calls models: a socket that the owner only may use. It goes on while the others drain."""
+    return {
+        "name": "models",
+        "address": {"pipe": {"path": MODELS, "mode": 0o600}},
         "filter_chains": [{"filters": [{"name": "http", "typed_config": config}]}],
     }
 
@@ -140,7 +153,15 @@ def _to_keeper(path: str) -> Resource:
     }
 
 
-def _http(limits: Limits, folder: Path, filters: list[Resource], replies: Resource, logged: list[Resource]) -> Resource:
+def _http(
+    limits: Limits,
+    folder: Path,
+    filters: list[Resource],
+    replies: Resource,
+    logged: list[Resource],
+    *,
+    trusted: bool,
+) -> Resource:
     return {
         "@type": _LISTENER_HTTP,
         "stat_prefix": "front_door",
@@ -175,7 +196,7 @@ def _http(limits: Limits, folder: Path, filters: list[Resource], replies: Resour
         # A client may choose its request's id, to send feedback later; otherwise Envoy generates one.
         "preserve_external_request_id": True,
         "always_set_request_id_in_response": True,
-        "early_header_mutation_extensions": [_without_internal_headers()],
+        "early_header_mutation_extensions": [_without_internal_headers(trusted=trusted)],
         "rds": {"route_config_name": "routes", "config_source": from_file(folder / ROUTES)},
         "http_filters": filters,
         "access_log": logged,
@@ -183,9 +204,13 @@ def _http(limits: Limits, folder: Path, filters: list[Resource], replies: Resour
     }
 
 
-def _without_internal_headers() -> Resource:
-    """No client says what the front door says, or asks a worker for what TorchServe's management asks it."""
-    ours = [f"x-door-{name}" for name in ("model", "version", "rest", "token", "first", "inflated")]
+def _without_internal_headers(*, trusted: bool) -> Resource:
+    """No client says what the front door says, or asks a worker for what TorchServe's management asks it.
+
+    The gateway is `trusted` to say whose request it is.
+    """
+    names = ("model", "version", "rest", "first", "inflated", *(() if trusted else ("token",)))
+    ours = [f"x-door-{name}" for name in names]
     removed = [{"remove": name} for name in (*ours, "describe", "explain")]
     return {
         "name": "envoy.http.early_header_mutation.header_mutation",
@@ -224,10 +249,21 @@ def _metrics_listener(door: FrontDoor) -> Resource:
 
 
 def _admin_cluster() -> Resource:
-    endpoint = {"endpoint": {"address": {"pipe": {"path": ADMIN}}}}
+    return _socket_cluster("admin", ADMIN)
+
+
+def _gateway_cluster(limits: Limits) -> Resource:
+    """The gateway, which passes requests for any version on: what is too much for one is refused there."""
+    most = GATEWAY_VERSIONS * limits.requests
+    bounds = {"max_connections": 2 * most, "max_pending_requests": most, "max_requests": most, "max_retries": most}
+    return {**_socket_cluster(TO_GATEWAY, GATEWAY), "circuit_breakers": {"thresholds": [bounds]}}
+
+
+def _socket_cluster(name: str, path: str) -> Resource:
+    endpoint = {"endpoint": {"address": {"pipe": {"path": path}}}}
     return {
-        "name": "admin",
+        "name": name,
         "type": "STATIC",
         "connect_timeout": "1s",
-        "load_assignment": {"cluster_name": "admin", "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
     }

@@ -102,7 +102,8 @@ def _version_cluster(
     suffix: str = "",
     stands_in_for: str | None = None,
 ) -> Resource:
-    requests = limits.streamed if one.streams else limits.requests
+    # The gateway reads no more of a stream than its client takes.
+    requests = limits.streamed if one.streams and not one.language else limits.requests
     cluster = _cluster(cluster_name(protocol, one) + suffix, protocol, backend, requests, one.name)
     options = cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"]
     writes = _names_version(one, stands_in_for) if backend.direct else _writes_version(one, backend, stands_in_for)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from torchserve_dag.clients import KeyFile
 from torchserve_dag.front_door import clusters, envoy_config
 from torchserve_dag.front_door.access_logs import sampling
 from torchserve_dag.front_door.admin import Admin
-from torchserve_dag.front_door.backend import Backend, Resource
+from torchserve_dag.front_door.backend import MODELS, Backend, Resource
 from torchserve_dag.front_door.dynamic_files import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES, SAMPLING
 from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, accepted_tokens
 from torchserve_dag.front_door.routes_file import RouteFile
@@ -126,6 +126,11 @@ class Door:
         except (OSError, ValueError, plain.WrongDataError):
             raise ServerError("The front door has no models: start it with torchserve-dag up.") from None
 
+    def changed(self) -> tuple[int, int]:
+        """What differs whenever the traffic configuration was changed. Raises OSError if there is none."""
+        stat = self._traffic.stat()
+        return stat.st_mtime_ns, stat.st_ino
+
     def change(self, change: Callable[[Traffic], Traffic]) -> Traffic:
         """Change the traffic configuration; returns when Envoy applies it. Drops no connection. Raises ServerError.
 
@@ -149,6 +154,7 @@ class Door:
 
     def begin(self, where: Addresses, *, direct: bool = False) -> None:
         """Reset the traffic configuration, closed, and write the files that Envoy reads at start-up."""
+        (self.folder / MODELS).parent.resolve().mkdir(mode=0o700, exist_ok=True)
         traffic = Traffic(where, sockets={} if direct else None, closed=True)
         self._save_traffic(traffic)
         self._write_all(self._files(traffic))
@@ -166,9 +172,19 @@ class Door:
         kind = "extensions.transport_sockets.tls.v3.Secret"
         self._write(CERTIFICATE, kind, [{"@type": f"{TYPES}{kind}", "name": "certificate", "tls_certificate": shown}])
 
-    def issue_token(self, name: str, lives_s: float, requests_per_second: int | None = None) -> str:
-        """A new token; if the front door runs, it accepts the token when this returns. Raises ServerError."""
-        text = self.tokens.issue(name, lives_s, requests_per_second)
+    def issue_token(
+        self,
+        name: str,
+        lives_s: float,
+        requests_per_second: int | None = None,
+        tokens_per_minute: int | None = None,
+        models: Collection[str] = (),
+    ) -> str:
+        """A new token; if the front door runs, it accepts the token when this returns. Raises ServerError.
+
+        `models` are those that it may call, all if it is empty. `TokenStore.issue` has the other parameters.
+        """
+        text = self.tokens.issue(name, lives_s, requests_per_second, tokens_per_minute, models)
         try:
             if self.admin.listens():  # even if Envoy's keeper has ended
                 self.change(lambda traffic: traffic)  # the rate limits of the tokens are among the routes

@@ -90,9 +90,9 @@ class Envoy:
 
     def _drain(self) -> None:
         self.admin.post("/healthcheck/fail")
-        self.admin.post("/drain_listeners?graceful&skip_exit")  # every answer now closes its connection
+        self.admin.post("/drain_listeners?graceful&skip_exit&inboundonly")  # every answer now closes its connection
         self._wait("cx", DRAIN_S)
-        self.admin.post("/drain_listeners")
+        self.admin.post("/drain_listeners?inboundonly")
         self._wait("cx", LAST_S)  # new clients may not have sent their request yet
         self._wait("rq", LONGEST_DRAIN_S)
 

@@ -29,6 +29,10 @@ OPEN_INFERENCE = "/inference.GRPCInferenceService/"
 """The Open Inference Protocol over gRPC; over REST it is at `/v2`. Both are the direct host's only."""
 MODEL_CALLS = ("ModelInfer", "ModelReady", "ModelMetadata")
 _OVER_GRPC = f"({re.escape(GRPC)}|{re.escape(OPEN_INFERENCE)}).*"
+TO_GATEWAY = "gateway"
+"""The cluster of the gateway, which answers all below V1."""
+V1 = "/v1"
+FEEDBACK = "/feedback"
 HOST = "host"
 HEALTH = f"rest:{HOST}"
 """The cluster whose health `/ping` tells."""
@@ -71,7 +75,7 @@ def routes(
     closed: bool = False,
 ) -> Resource:
     """Every route, with the rate limits of the tokens; if `closed`, every request is answered 503."""
-    routes_list = [*(_closed() if closed else []), _connect(), *_health(backend), _feedback()]
+    routes_list = [*(_closed() if closed else []), _connect(), *_health(backend), _feedback(), _v1(served)]
     for split in splits:
         versions = [one for one in served if one.model == split.model]
         for protocol in PROTOCOLS:
@@ -162,24 +166,26 @@ def _by_path(model: str, to_versions: Iterable[Resource]) -> list[Resource]:
 
 def _named(one: ServedVersion, protocol: str) -> Resource:
     """The route to a version that the request names, without a fallback."""
-    action = {"cluster": cluster_name(protocol, one), "retry_policy": UNDELIVERED, **_limits(one.timeout_s)}
+    action = {"cluster": cluster_name(protocol, one), "retry_policy": UNDELIVERED}
+    action |= _limits(one.timeout_s, streams=one.streams)
     return {"name": one.name, "match": _match(one.model, protocol, one.version), "route": action}
 
 
 def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> list[Resource]:
     """The routes to versions that rules or weights choose."""
     longest = max(one.timeout_s for one in versions) + (split.route.slow_s if split.fallback else 0)
+    limits = _limits(longest, streams=any(one.streams for one in versions))
     unnamed = _match(split.model, protocol)
     unnamed["headers"].append({"name": VERSION, "present_match": False})
     routes_list = []
     for header, value, version in split.route.rules:
         match = {**unnamed, "headers": [*unnamed["headers"], {"name": header, "string_match": {"exact": value}}]}
-        action = _action(split, protocol, [(version, 1)], longest)
+        action = _action(split, protocol, [(version, 1)], limits)
         routes_list.append({"name": f"{split.model} {header}={value}", "match": match, "route": action})
     if not split.weights:
         message = f"The default version of {split.model} is not served: name one of {', '.join(_names(versions))}."
         return [*routes_list, _refusal(unnamed, "ModelVersionNotFoundException", message, UNAVAILABLE, "503")]
-    action = _action(split, protocol, split.weights, longest)
+    action = _action(split, protocol, split.weights, limits)
     # A cancellation must reach the version that has the request: both carry the same key.
     keys = [{"header": {"header_name": name}} for name in (CANCEL_KEY, CANCEL)]
     sticky = split.route.sticky_header
@@ -195,7 +201,7 @@ def _shared(split: Split, versions: Sequence[ServedVersion], protocol: str) -> l
     return routes_list
 
 
-def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], longest_s: float) -> Resource:
+def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], limits: Resource) -> Resource:
     clusters = [{"cluster_name": _target(split, protocol, one), "weight": part} for one, part in _parts(weights)]
     groups = [{"name": "first", "clusters": clusters}]
     if split.fallback:
@@ -210,7 +216,7 @@ def _action(split: Split, protocol: str, weights: Iterable[tuple[str, float]], l
         "inline_cluster_specifier_plugin": {
             "extension": {"name": "envoy.router.cluster_specifier_plugin.priority_group", "typed_config": specifier}
         },
-        **_limits(longest_s),
+        **limits,
     }
     if not split.fallback:
         action["retry_policy"] = UNDELIVERED
@@ -236,8 +242,10 @@ def _parts(weights: Iterable[tuple[str, float]]) -> list[tuple[str, int]]:
     return parts
 
 
-def _limits(timeout_s: float) -> Resource:
-    return {"timeout": seconds(timeout_s + GRACE_S), "idle_timeout": seconds(timeout_s + 2 * GRACE_S)}
+def _limits(timeout_s: float, *, streams: bool) -> Resource:
+    """A stream may take as long as it goes on: its worker has a limit of its own."""
+    whole = "0s" if streams else seconds(timeout_s + GRACE_S)
+    return {"timeout": whole, "idle_timeout": seconds(timeout_s + 2 * GRACE_S)}
 
 
 def seconds(value: float) -> str:
@@ -303,11 +311,23 @@ def _open_inference() -> list[Resource]:
     return [*models, {"match": {"prefix": OPEN_INFERENCE}, "route": over_grpc}, rest]
 
 
+def _v1(served: Sequence[ServedVersion]) -> Resource:
+    """The route of OpenAI's API. Each answer may take as long as it goes on."""
+    longest = max((one.timeout_s for one in served if one.language), default=0.0)
+    idle = seconds(longest + 3 * GRACE_S)
+    return {
+        "name": "v1",
+        "match": {"path_separated_prefix": V1},
+        "route": {"cluster": TO_GATEWAY, "timeout": "0s", "idle_timeout": idle, "retry_policy": UNDELIVERED},
+        "typed_per_filter_config": {"request": _disabled()},
+    }
+
+
 def _feedback() -> Resource:
     """The route for feedback: request.lua answers it, and the access log keeps it."""
     return {
         "name": "feedback",
-        "match": {"path": "/feedback"},
+        "match": {"path": FEEDBACK},
         "direct_response": {"status": 405},
         "typed_per_filter_config": {"envoy.filters.http.json_to_metadata": _enabled()},
     }
@@ -315,6 +335,19 @@ def _feedback() -> Resource:
 
 def accepted_tokens(tokens: Sequence[Token]) -> Resource:
     """The filter that admits tokens that were issued and not revoked; `jwt_authn` has checked signature and expiry."""
+    anywhere = {"permissions": [{"any": True}], "principals": _holders([one for one in tokens if not one.only_v1])}
+    paths: list[Resource] = [{"prefix": f"{V1}/"}, {"exact": FEEDBACK}]
+    only_v1 = {
+        "permissions": [{"url_path": {"path": path}} for path in paths],
+        "principals": _holders([one for one in tokens if one.only_v1]),
+    }
+    rules = {"action": "ALLOW", "policies": {"tokens": anywhere, "only_v1": only_v1}}
+    config = {"@type": f"{TYPES}{TOKENS_KIND}", "rules": rules}
+    return {"@type": f"{TYPES}config.core.v3.TypedExtensionConfig", "name": TOKENS_FILTER, "typed_config": config}
+
+
+def _holders(tokens: Sequence[Token]) -> list[Resource]:
+    """Whoever has one of these tokens."""
     ids: list[Resource] = [
         {
             "sourced_metadata": {
@@ -326,11 +359,8 @@ def accepted_tokens(tokens: Sequence[Token]) -> Resource:
             }
         }
         for token in tokens
-    ] or [{"not_id": {"any": True}}]
-    policy = {"permissions": [{"any": True}], "principals": [{"or_ids": {"ids": ids}}]}
-    rules = {"action": "ALLOW", "policies": {"tokens": policy}}
-    config = {"@type": f"{TYPES}{TOKENS_KIND}", "rules": rules}
-    return {"@type": f"{TYPES}config.core.v3.TypedExtensionConfig", "name": TOKENS_FILTER, "typed_config": config}
+    ]
+    return [{"or_ids": {"ids": ids}}] if ids else [{"not_id": {"any": True}}]
 
 
 def _rate_limits(tokens: Sequence[Token], requests_per_second: int) -> Resource:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchserve_dag.front_door.access_logs import REQUEST_ID, all_of, any_of, has_header, has_status
 from torchserve_dag.front_door.backend import Resource, overwrite
+from torchserve_dag.front_door.envoy_config import V1
 from torchserve_dag.front_door.http_filters import PING, too_large
 from torchserve_dag.front_door.settings import MAX_HEADERS, Limits
+from torchserve_dag.front_door.tokens import ONLY_V1
 
 GRPC_STATUS = {413: "8", 504: "4"}
 """HTTP status → gRPC status, where Envoy's own mapping differs: RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
@@ -29,6 +31,15 @@ WRONG_KEY = Refusal(
     "of key_file.json, as Authorization: Bearer KEY.",
 )
 """TorchServe's own status and first words."""
+
+
+LIMITED = Refusal(
+    403,
+    "InvalidKeyException",
+    "This token calls language models at /v1 only, for its limits are counted there.",
+)
+_V1: Resource = {"name": ":path", "string_match": {"prefix": f"{V1}/"}}
+_GRPC = has_header({"name": "content-type", "string_match": {"prefix": "application/grpc"}})
 
 
 def local_replies(limits: Limits, max_body: int, refusal: Refusal = REVOKED) -> Resource:
@@ -60,14 +71,19 @@ def local_replies(limits: Limits, max_body: int, refusal: Refusal = REVOKED) -> 
     length = all_of(has_header(too_large(max_body)), {"response_flag_filter": {"flags": ["LH"]}})
     refused = {"filter": "refused", "path": [{"key": "type"}], "value": {"present_match": True}}
     message, kind = "%DYNAMIC_METADATA(refused:message)%", "%DYNAMIC_METADATA(refused:type)%"
+    claim = {"filter": "envoy.filters.http.jwt_authn", "path": [{"key": "token"}, {"key": ONLY_V1}]}
+    limited = {"matcher": {**claim, "value": {"bool_match": True}}, "match_if_key_not_found": False}
+    elsewhere = all_of({"metadata_filter": limited}, has_status(403), has_header({**_V1, "invert_match": True}))
     mappers = [
         {"filter": all_of(ping, has_status(200)), **_body({"status": "Healthy"})},
         {"filter": all_of(ping, has_status(503)), **_body({"status": "Unhealthy"})},
+        {"filter": all_of(elsewhere, _GRPC), **_text(LIMITED.message)},
+        {"filter": elsewhere, **_body(_failure(LIMITED.kind, LIMITED.message))},
         {
             "filter": {"metadata_filter": {"matcher": refused, "match_if_key_not_found": False}},
             **_body(_failure(kind, message)),
         },
-        {"filter": length, "status_code": 413, **_body(_failure("TooLarge", larger))},
+        *_both(length, "TooLarge", larger, status_code=413),
         {
             "filter": all_of(upgrade, has_status(403)),
             "status_code": 501,
@@ -78,22 +94,32 @@ def local_replies(limits: Limits, max_body: int, refusal: Refusal = REVOKED) -> 
     ]
     # What http1_server_abort_dispatch refuses is 500, and nothing else of Envoy's own is, but for an answer too large.
     later = [overwrite("retry-after", "1")]
-    failed = _failure("Overloaded", f"The front door could not pass this request on; try later ({why}).")
-    mappers.append({"filter": has_status(500), "status_code": 503, "headers_to_add": later, **_body(failed)})
-    grpc = has_header({"name": "content-type", "string_match": {"prefix": "application/grpc"}})
+    failed = f"The front door could not pass this request on; try later ({why})."
+    mappers += _both(has_status(500), "Overloaded", failed, status_code=503, headers_to_add=later)
     for code, (kind, message) in sentences.items():
         headers = later if code == 503 else []  # noqa: PLR2004 (429 has its own)
         as_grpc = [overwrite("grpc-status", GRPC_STATUS[code])] if code in GRPC_STATUS else []
-        as_text = {"body_format_override": {"text_format_source": {"inline_string": message}}}
-        mappers.append({"filter": all_of(has_status(code), grpc), "headers_to_add": [*headers, *as_grpc], **as_text})
+        grpc = all_of(has_status(code), _GRPC)
+        mappers.append({"filter": grpc, "headers_to_add": [*headers, *as_grpc], **_text(message)})
         status = {"status_code": refusal.status} if code == 403 else {}  # noqa: PLR2004
-        failure = _failure(kind, message) | ({"code": refusal.status} if status else {})
-        mappers.append({"filter": has_status(code), "headers_to_add": headers, **status, **_body(failure)})
+        mappers += _both(has_status(code), kind, message, headers_to_add=headers, **status)
     return {"mappers": mappers}
 
 
-def _failure(kind: str, message: str) -> Resource:
-    return {"code": "%RESPONSE_CODE%", "type": kind, "message": message, "request_id": REQUEST_ID}
+def _both(when: Resource, kind: str, message: str, **more: Any) -> list[Resource]:
+    """The mapper for OpenAI's API, whose errors have another form, and that for all else over REST."""
+    v1 = all_of(when, has_header(_V1))
+    code = more.get("status_code", "%RESPONSE_CODE%")
+    as_v1 = {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+    return [{"filter": v1, **more, **_body(as_v1)}, {"filter": when, **more, **_body(_failure(kind, message, code))}]
+
+
+def _failure(kind: str, message: str, code: int | str = "%RESPONSE_CODE%") -> Resource:
+    return {"code": code, "type": kind, "message": message, "request_id": REQUEST_ID}
+
+
+def _text(message: str) -> Resource:
+    return {"body_format_override": {"text_format_source": {"inline_string": message}}}
 
 
 def _body(fields: Resource) -> Resource:

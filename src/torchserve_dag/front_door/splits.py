@@ -22,6 +22,8 @@ class ServedVersion:
     """Whether this package built the archive: its workers understand the request id and the trace context."""
     streams: bool = False
     """Whether answers may be streamed in chunks."""
+    language: tuple[str, ...] = ()
+    """What OpenAI's API at `/v1` may ask of it: `chat`, `completion`, `embedding`."""
 
     @property
     def name(self) -> str:
@@ -30,7 +32,8 @@ class ServedVersion:
     @classmethod
     def of(cls, model: str, version: str, timeout_s: float, archive: Path) -> ServedVersion:
         """A version as its host and the archive that it serves it from describe it."""
-        return cls(model, version, float(timeout_s), mar.is_ours(archive), mar.is_asynchronous(archive))
+        ours, streams = mar.is_ours(archive), mar.is_asynchronous(archive)
+        return cls(model, version, float(timeout_s), ours, streams, mar.language(archive))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ ISSUER = "torchserve-dag"
 ALGORITHM = "HS256"
 NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 """A token's name, which is also the name of its record's file, and is logged with every request."""
+ONLY_V1 = "only_v1"
+"""The claim that says whether a token calls models at `/v1` only."""
 OWN = "command-line"
 """The name of the token that this project's commands use."""
 
@@ -36,6 +39,15 @@ class Token:
     expires: int
     """In seconds since 1970."""
     requests_per_second: int | None = None
+    tokens_per_minute: int | None = None
+    """How many tokens of language models it may use in a minute."""
+    models: tuple[str, ...] = ()
+    """The language models that it may call, by name; empty for all."""
+
+    @property
+    def only_v1(self) -> bool:
+        """Whether it calls models at `/v1` only, where its limits are known."""
+        return bool(self.tokens_per_minute or self.models)
 
     @property
     def expired(self) -> bool:
@@ -58,10 +70,25 @@ class TokenStore:
         found = (_read(path) for path in sorted(self._folder.glob("*.json")))
         return [token for token in found if token and not token.expired]
 
-    def issue(self, name: str, lives_s: float, requests_per_second: int | None = None) -> str:
+    def find(self, name: str) -> Token | None:
+        """The token of a name, unless it was revoked or has expired."""
+        token = _read(self._folder / f"{name}.json") if NAME.fullmatch(name) else None
+        return token if token and not token.expired else None
+
+    def issue(
+        self,
+        name: str,
+        lives_s: float,
+        requests_per_second: int | None = None,
+        tokens_per_minute: int | None = None,
+        models: Collection[str] = (),
+    ) -> str:
         """Issue a token. Raises ServerError if the name is taken."""
         path, key = self._record(name), self._key()
-        token = Token(name, secrets.token_hex(16), int(time.time() + lives_s), requests_per_second)
+        expires = int(time.time() + lives_s)
+        token = Token(
+            name, secrets.token_hex(16), expires, requests_per_second, tokens_per_minute, tuple(sorted(models))
+        )
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic.part_of(path) as part:
             part.touch(mode=0o600)
@@ -74,7 +101,7 @@ class TokenStore:
                     taken = f'There is a token "{name}" already: revoke it, or choose another name.'
                     raise ServerError(taken) from None
                 part.replace(path)
-        claims = {"iss": ISSUER, "sub": name, "jti": token.id, "exp": token.expires}
+        claims = {"iss": ISSUER, "sub": name, "jti": token.id, "exp": token.expires, ONLY_V1: token.only_v1}
         return jwt.encode(claims, key, ALGORITHM)
 
     def revoke(self, name: str) -> None:

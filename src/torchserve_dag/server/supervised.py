@@ -14,9 +14,9 @@ from torchserve_dag.runtime.data import plain
 from torchserve_dag.server import processes
 from torchserve_dag.server.state import State
 
-Role = Literal["watcher", "keeper", "Envoy", "TorchServe"]
-ROLES: tuple[Role, ...] = ("watcher", "keeper", "Envoy", "TorchServe")
-WATCHED_BY: dict[Role, Role] = {"watcher": "keeper", "keeper": "watcher", "Envoy": "keeper", "TorchServe": "keeper"}
+Role = Literal["watcher", "keeper", "Envoy", "gateway", "TorchServe"]
+ROLES: tuple[Role, ...] = ("watcher", "keeper", "Envoy", "gateway", "TorchServe")
+WATCHED_BY: dict[Role, Role] = {role: "watcher" if role == "keeper" else "keeper" for role in ROLES}
 AGAIN = "torchserve-dag up starts what is missing, and leaves alone what runs"
 
 
@@ -81,7 +81,7 @@ class Supervised:
         serving = self.state.serving()
         if serving is None:
             return []
-        absent = {"TorchServe"} if serving.host == "direct" else set() if serving.envoy else {"Envoy"}
+        absent = {"TorchServe"} if serving.host == "direct" else set() if serving.envoy else {"Envoy", "gateway"}
         return [self._status(role) for role in ROLES if role not in absent]
 
     def problem(self, role: Role) -> str:

@@ -1,5 +1,5 @@
-"""The keeper: it starts Envoy, TorchServe and its own watcher again if they end, ejects versions that keep failing for
-a while, and runs rollouts without a terminal. Of the direct host it has the workers and the management API.
+"""The keeper: it starts Envoy, the gateway, TorchServe and its own watcher again if they end, ejects versions that keep
+failing for a while, and runs rollouts without a terminal. Of the direct host it has the workers and the management API.
 
 None of these processes is its own: another keeper finds them by their records. On SIGTERM, or when nothing is to be
 served any more (`down`), it drains the front door, and then ends Envoy and TorchServe: no accepted request is lost.
@@ -25,6 +25,7 @@ from torchserve_dag.clients import ServingError
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.front_door.envoy import Envoy
 from torchserve_dag.front_door.envoy_config import GUARDED, PROTOCOLS, cluster_name
+from torchserve_dag.gateway.process import Gateway
 from torchserve_dag.releases.rollout import Rollouts
 from torchserve_dag.server import processes
 from torchserve_dag.server.errors import ServerError
@@ -72,6 +73,7 @@ class Keeper:
         self._watches = {
             "watcher": Watch(self.supervised, "watcher", lambda: supervise.start_watcher(self.state)),
             "Envoy": Watch(self.supervised, "Envoy", self.envoy.start),
+            "gateway": Watch(self.supervised, "gateway", Gateway(self.state).start),
             "TorchServe": Watch(self.supervised, "TorchServe", self._start_torchserve, self._why_torchserve_ended),
         }
 
@@ -118,6 +120,7 @@ class Keeper:
         attempt(self._watches["watcher"].look)
         if serving.envoy:
             attempt(self._watches["Envoy"].look)
+            attempt(self._watches["gateway"].look)
         if serving.host == "torchserve" and (self._starting is None or not self._starting.is_alive()):
             attempt(self._watches["TorchServe"].look)
         if not serving.envoy or not self.envoy.running() or not self.envoy.listens() or turn % EVERY:

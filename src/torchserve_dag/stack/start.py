@@ -17,6 +17,7 @@ from torchserve_dag.front_door.envoy import END_S as ENVOY_END_S
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor
 from torchserve_dag.front_door.splits import ServedVersion
+from torchserve_dag.gateway.process import Gateway
 from torchserve_dag.runtime.data.loopback import is_loopback
 from torchserve_dag.server import defaults, java, launch, processes, properties, releases_file, torchserve
 from torchserve_dag.server.connect import management_client
@@ -135,6 +136,7 @@ def _begin_torchserve(this: _Start) -> tuple[launch.Started, FrontDoorRecord | N
     door = None
     if this.serving.front_door:
         max_body = properties.max_body(planned.properties)
+        Gateway(this.state).start()
         door = front_door.start(this.state.root, this.door_settings, planned.where, max_body)
     # Versions come and go while TorchServe runs: with its management token, on this machine.
     inside = is_loopback(host_and_port(planned.where.management)[0])
@@ -148,6 +150,8 @@ def _begin_torchserve(this: _Start) -> tuple[launch.Started, FrontDoorRecord | N
         changes=changes,
         shares=_shares(this.routes),
     )
+    if door:
+        Gateway(this.state).wait()
     return started, door
 
 
@@ -161,10 +165,12 @@ def _begin_direct(this: _Start) -> tuple[launch.Started, FrontDoorRecord | None]
     max_body = properties.max_body(planned.properties)
     own = direct_host.ports(state, planned, access_log=this.options.access_log)
     state.save_serving(replace(this.serving, opened=False))
+    Gateway(state).start()
     door = front_door.start(state.root, this.door_settings, planned.where, max_body, own, tls=this.serving.front_door)
     record = direct_host.prepare(state, planned, archives)
     supervise.start(state)
     started = direct_host.wait(state, record, archives, this.options, this.progress, _shares(this.routes))
+    Gateway(state).wait()
     return replace(started, failed=refused | started.failed), door
 
 
@@ -244,6 +250,7 @@ def end(state: State, besides: Collection[int] = ()) -> bool:
     """Drain the front door, and end every process of the server but those of these pids. Returns whether any ran."""
     record = state.record()
     drained = front_door.stop(state)
+    Gateway(state).end()
     host = direct_host if record and record.host == "direct" else torchserve
     return host.end(state, besides) or drained
 

@@ -56,7 +56,9 @@ class Watcher:
         while True:
             _reap()
             if self.supervised.process("keeper") is None:
-                left = any(self.supervised.process(role) for role in ROLES if role in {"Envoy", "TorchServe"})
+                left = any(
+                    self.supervised.process(role) for role in ROLES if role in {"Envoy", "gateway", "TorchServe"}
+                )
                 if not (left or processes.workers_run(self.state)) or tries == END_TRIES:
                     return
                 tries += 1
