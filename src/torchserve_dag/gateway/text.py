@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -32,8 +32,11 @@ class TextAnswer:
         await check(self._answer)
         if self._answer.headers.get("content-type", "").startswith(JSON_LINES):
             async for lines in _lines(self._answer):
-                if chunks := [chunk for line in lines if (chunk := self._read(line))]:
+                chunks, failure = self._read(lines)
+                if chunks:
                     yield chunks
+                if failure:
+                    raise failure
             if self.usage is None:  # which a stream ends with: TorchServe ends that of a killed worker in good order
                 raise BrokenAnswerError
             return
@@ -41,15 +44,21 @@ class TextAnswer:
         yield [_chunk(one) for one in (said if isinstance(said, list) else [said])]
         self.usage = read_usage(self._answer)
 
-    def _read(self, line: bytes) -> TextChunk | None:
-        said = read_json(line)
-        if isinstance(said, dict) and "text" not in said:
-            if "usage" in said:
-                self.usage = _usage(said["usage"])
-                return None
-            if failure := codec.failure_in(line):
-                raise ApiError.of(failure)
-        return _chunk(said)
+    def _read(self, lines: Sequence[bytes]) -> tuple[list[TextChunk], ApiError | None]:
+        """The chunks in some lines, as far as they go; and the failure that ends them."""
+        chunks: list[TextChunk] = []
+        for line in lines:
+            try:
+                said = read_json(line)
+                if isinstance(said, dict) and "usage" in said and "text" not in said:
+                    self.usage = _usage(said["usage"])
+                elif failure := codec.failure_in(line):
+                    return chunks, ApiError.of(failure)
+                else:
+                    chunks.append(_chunk(said))
+            except ApiError as error:
+                return chunks, error
+        return chunks, None
 
 
 async def check(answer: ModelAnswer) -> None:
