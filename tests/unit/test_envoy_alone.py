@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import re
+import stat
 import subprocess
 import threading
 import time
@@ -18,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from loadtests.hostile import Http2
 from tests.unit.envoy_alone import WITHIN_S, Alone, Answer, Upstream, alone
 from torchserve_dag.front_door import access_logs, http_filters, overload
+from torchserve_dag.front_door.backend import MODELS
+from torchserve_dag.front_door.local_replies import LIMITED
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.runtime.protos.inference_pb2 import PredictionsRequest
+from torchserve_dag.server.sockets import SocketTransport
 
 SERVED = (
     ServedVersion("echo", "1.0", 30.0, ours=True),
@@ -120,6 +125,38 @@ class TestTokens:
 
         assert found.status_code == 200
         assert door.upstream.received[0].headers["authorization"] != f"{scheme} {door.token}"
+
+    def test_a_token_with_limits_has_openais_api_only(self, door: Alone) -> None:
+        limited = door.door.issue_token("bob", 60, tokens_per_minute=5)
+        with door.http(limited) as http:
+            v1, elsewhere = http.get("/v1/models"), http.post("/predictions/echo", content=b"hi")
+            door.door.revoke_token("bob")
+            revoked = http.get("/v1/models")
+        other = door.door.issue_token("carol", 60, models=["m"])
+        with door.grpc() as grpc_stub, pytest.raises(grpc.RpcError) as call:
+            grpc_stub.Predictions(request(), metadata=[("authorization", f"Bearer {other}")], timeout=WITHIN_S)
+
+        assert v1.status_code == 503, "there is no gateway behind this door"
+        assert v1.json()["error"]["code"] == "Overloaded"
+        assert v1.headers["retry-after"] == "1"
+        assert (elsewhere.status_code, elsewhere.json()["message"]) == (403, LIMITED.message)
+        assert call.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert call.value.details() == LIMITED.message
+        assert "revoked" in revoked.json()["error"]["message"]
+        assert not door.upstream.received
+
+    def test_the_gateway_alone_may_say_whose_request_it_is(self, door: Alone) -> None:
+        said = {"x-door-token": "bob"}
+        with door.http() as http:
+            http.post("/predictions/echo", content=b"hi", headers=said)
+        transport = SocketTransport(door.door.folder / MODELS)
+        with httpx.Client(transport=transport, base_url="http://models", timeout=WITHIN_S) as gateway:
+            answer = gateway.post("/predictions/echo", content=b"hi", headers=said)
+
+        assert answer.status_code == 200
+        assert answer.headers["x-model-version"] == "1.0"
+        assert [one.headers["x-door-token"] for one in door.upstream.received] == ["alice", "bob"]
+        assert stat.S_IMODE((door.door.folder / MODELS).stat().st_mode) == 0o600
 
     def test_a_token_is_taken_from_the_header_only(self, door: Alone) -> None:
         with door.http(None) as http:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from torchserve_dag.archives.signature import signature
 from torchserve_dag.direct import http as direct_http
 from torchserve_dag.front_door.backend import MODELS
 from torchserve_dag.front_door.door import Door, Traffic
@@ -23,7 +25,9 @@ from torchserve_dag.gateway.errors import ApiError
 from torchserve_dag.gateway.limits import Spending
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.options import TOKEN
+from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.messages import Chat, Prompt, Text
+from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.server.state import State
 
 SERVED = (
@@ -256,6 +260,33 @@ class TestLimits:
         (tmp_path / "used").write_bytes(b"no database, but long enough to look like one" * 100)
 
         assert Spending(tmp_path / "used").used("id", 600) == 0
+
+
+@pytest.mark.parametrize(
+    ("takes", "gives", "language"),
+    [
+        ("Chat", "Iterator[TextChunk]", ["chat"]),
+        ("Chat | Prompt", "Iterator[Text]", ["chat", "completion"]),
+        ("Prompt", "str", ["completion"]),
+        ("Chat", "list[TextChunk]", ["chat"]),
+        ("Chat", "Labels", []),
+        ("Text", "Iterator[Text]", []),
+        ("Text", "Embedding", ["embedding"]),
+        ("Chat", "Embedding", []),
+    ],
+)
+def test_an_archive_says_what_it_may_be_asked(tmp_path: Path, takes: str, gives: str, language: list[str]) -> None:
+    (tmp_path / "workflows").mkdir()
+    names = "Chat, Embedding, Labels, Prompt, Text, TextChunk"
+    code = f"from collections.abc import Iterator\nfrom torchserve_dag import {names}\n"
+    (tmp_path / "workflows/a.py").write_text(f"{code}def run(asked: {takes}) -> {gives}:\n    {_BODY[gives[:8]]}\n")
+    text = 'name: a\nversion: "1"\ndoes: It.\nnodes: {run: {function: run}}\noutput: run\n'
+    (tmp_path / "workflows/a.yaml").write_text(text)
+
+    assert signature(read_graph(Project(tmp_path), tmp_path / "workflows/a.yaml"))["language"] == language
+
+
+_BODY = defaultdict(lambda: "raise NotImplementedError", {"Iterator": "yield from ()"})
 
 
 class TestRequests:

@@ -11,14 +11,22 @@ from dataclasses import replace
 from torchserve_dag.gateway.call import ModelAnswer, ModelsSocket
 from torchserve_dag.gateway.errors import ApiError
 from torchserve_dag.gateway.models import ModelName
-from torchserve_dag.gateway.text import USAGE
 from torchserve_dag.runtime.data import plain
-from torchserve_dag.runtime.data.options import ARRIVED, CANCEL, CANCEL_KEY, OUTPUTS, PIECES, REQUEST_ID, TOKEN
+from torchserve_dag.runtime.data.options import (
+    ARRIVED,
+    CANCEL,
+    CANCEL_KEY,
+    OUTPUTS,
+    PIECES,
+    REQUEST_ID,
+    TOKEN,
+    WITH_USAGE,
+)
 from torchserve_dag.runtime.messages import Chat, Prompt, Text
 
 _OWN = frozenset({"host", "connection", "keep-alive", "te", "trailer", "upgrade", "expect", "authorization"})
 _OF_BODY = frozenset({"content-length", "content-type", "content-encoding", "transfer-encoding", "accept-encoding"})
-_OPTIONS = frozenset({OUTPUTS, PIECES, CANCEL, CANCEL_KEY, ARRIVED, USAGE})
+_OPTIONS = frozenset({OUTPUTS, PIECES, CANCEL, CANCEL_KEY, ARRIVED, WITH_USAGE})
 _PREFIXES = ("x-door-", "x-envoy-", "x-forwarded-", "x-stainless-", "proxy-")
 _cancelling: set[asyncio.Task[None]] = set()
 
@@ -41,7 +49,7 @@ class ModelCalls:
         self.answered_by = model.name
         """The model with the version that answered."""
         self._socket, self._model, self._cancels = socket, model, cancels
-        self._headers = passed_on(headers) | {REQUEST_ID: self.request_id, USAGE: "true"}
+        self._headers = passed_on(headers) | {REQUEST_ID: self.request_id, WITH_USAGE: "true"}
 
     @asynccontextmanager
     async def call(self, message: Chat | Prompt | Text) -> AsyncIterator[ModelAnswer]:

@@ -87,7 +87,7 @@ class ResponseForm:
         self._text: list[str] = []
         self._reason = "stop"
 
-    def begin(self, head: Head) -> bytes:
+    def _begin(self, head: Head) -> bytes:
         response = self._response(head, "in_progress", [])
         item = {**_message_item(head, "", "in_progress"), "content": []}
         part = _text_part("")
@@ -101,7 +101,7 @@ class ResponseForm:
         )
 
     def chunks(self, head: Head, chunks: Sequence[TextChunk]) -> bytes:
-        events = []
+        events = [] if self._number else [self._begin(head)]
         for chunk in chunks:
             self._reason = chunk.finish_reason or self._reason
             if chunk.text:

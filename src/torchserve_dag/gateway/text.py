@@ -10,10 +10,9 @@ from typing import Any
 from torchserve_dag.gateway.call import BrokenAnswerError, ModelAnswer
 from torchserve_dag.gateway.errors import ApiError
 from torchserve_dag.runtime.data import codec, plain
+from torchserve_dag.runtime.data.options import WITH_USAGE
 from torchserve_dag.runtime.messages import Failure, TextChunk, Usage
 
-USAGE = "x-usage"
-"""Asks a model for what its answer has cost; of an answer that is no stream, the header that says it."""
 JSON_LINES = "application/x-ndjson"
 MAX_LINE = 8 * 2**20
 """In bytes; an answer has at most 6.5 MB."""
@@ -84,7 +83,7 @@ async def _lines(answer: ModelAnswer) -> AsyncIterator[list[bytes]]:
 
 def read_usage(answer: ModelAnswer) -> Usage | None:
     """What an answer that is no stream has cost; None if the model does not say. Raises ApiError."""
-    said = answer.headers.get(USAGE)
+    said = answer.headers.get(WITH_USAGE)
     return _usage(read_json(said.encode())) if said else None
 
 
