@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement
 
 
+CHARACTERS_A_TOKEN = 64
+"""More than the tokens of any text have on average. A longer text is not even tokenized, which would take seconds."""
+
+
 class LanguageModel:
     """A loaded language model, whichever engine computes it."""
 
@@ -42,6 +46,7 @@ class LanguageModel:
     def start(self, request: Chat | Prompt, reply: Reply[TextChunk]) -> Cancel:
         """Start an answer; see ContinuousHandler.start."""
         check_supported(request, self.engine.supports, self._settings.engine)
+        self._check_length(request)
         prompt = self.engine.count(request)
         answers = request.n or 1
         left = self.engine.context - prompt
@@ -63,6 +68,15 @@ class LanguageModel:
             release()
 
         return cancel_and_release
+
+    def _check_length(self, request: Chat | Prompt) -> None:
+        """Raises InputError for a text that need not be tokenized to be known as too long."""
+        texts = [request.prompt] if isinstance(request, Prompt) else [message.text for message in request.messages]
+        characters, most = sum(map(len, texts)), CHARACTERS_A_TOKEN * self.engine.context
+        if characters > most:
+            message = f"The prompt has {characters:,} characters; the model's context of {self.engine.context:,} tokens"
+            message += f" holds at most {most:,}: shorten it."
+            raise InputError(message, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
     def load_now(self) -> EngineLoad:
         return self.engine.load_now()

@@ -39,6 +39,12 @@ JOIN_S = 10.0
 ANY_OBJECT = '{"type": "object"}'
 
 
+SUPPORTS = frozenset(
+    {"n", "presence_penalty", "frequency_penalty", "response_format", "logprobs", "echo", "tools", "tool_choice",
+     "parallel_tool_calls"}
+)  # fmt: skip
+
+
 def load(folder: Path, settings: LanguageSettings, placement: Placement) -> OpenVinoEngine:  # noqa: ARG001 (a CPU's engine)
     """Raises ValueError for a model that is not there, or cannot be read."""
     return OpenVinoEngine(folder, settings)
@@ -62,16 +68,12 @@ class _Answer:
 class OpenVinoEngine:
     """See LanguageEngine."""
 
-    supports = frozenset(
-        {"n", "presence_penalty", "frequency_penalty", "response_format", "logprobs", "echo", "adapter", "tools",
-         "tool_choice", "parallel_tool_calls"}
-    )  # fmt: skip
-
     def __init__(self, folder: Path, settings: LanguageSettings) -> None:
         self._path, self._settings = folder / settings.model, settings
         if not self._path.exists():
             raise ValueError(f"there is no {settings.model} in {folder}")
         self._adapters = _adapters(folder, settings)
+        self.supports = SUPPORTS | {"adapter"} if self._adapters else SUPPORTS
         self._folder = folder
         self.room = settings.room
         self._load()
@@ -92,6 +94,8 @@ class OpenVinoEngine:
         self._starting: list[_Start] = []
         self._running: list[_Answer] = []
         self._requests = 0
+        self.steps = 0
+        """Steps so far: each computes a token of every answer, and a part of the prompts that wait."""
         self._closed = False
         self._stepped = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="openvino-steps", daemon=True)
@@ -233,6 +237,7 @@ class OpenVinoEngine:
         prefix cache (2026.4.1) would give it the block that the answer is being written into, and both would be wrong.
         """
         if start.cancelled:
+            start.answers.fail(_CANCELLED)
             return True
         prompt = start.ids.data.tobytes()
         written = (answer.prompt for answer in self._running if not answer.cancelled)
@@ -257,7 +262,9 @@ class OpenVinoEngine:
     def _step(self) -> None:
         for answer in [answer for answer in self._running if answer.cancelled]:
             self._leave(answer)
+            answer.answers.fail(_CANCELLED)
         self._pipeline.step()
+        self.steps += 1
         self._stepped = time.monotonic()
         self._cache_usage = self._pipeline.get_metrics().cache_usage
         for answer in list(self._running):
@@ -375,5 +382,6 @@ def _last_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
 
 
+_CANCELLED = InputError("The request was cancelled.", 499)
 _PLAIN_CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 """For a model without a template of its own."""
