@@ -58,7 +58,6 @@ class TestOpenVino(EngineContract):
         assert steps[0] >= 4
         assert steps[1] == 1
 
-
     def test_tokens_come_with_their_probabilities(self, engine: OpenVinoEngine) -> None:  # type: ignore[override]
         """Those of the chosen tokens; OpenVINO does not give the others."""
         written = start(engine, Chat.of("Fox?", temperature=0, logprobs=True), 6).wait()

@@ -116,6 +116,8 @@ def test_a_prefix_is_computed_once(model: LanguageModel) -> None:
 
     assert first.usage.cached_tokens < 32
     assert second.usage.cached_tokens > 0.8 * second.usage.prompt_tokens
+    several = ask(model, greedy(text + "Where?", 2, n=3))
+    assert several.usage.cached_tokens <= several.usage.prompt_tokens
 
 
 def test_cancelling_frees_the_place(model: LanguageModel) -> None:

@@ -57,4 +57,5 @@ class AnswerTokens:
     def _finish(self, reason: FinishReason) -> None:
         self.ended = True
         self._answers.write(self._index, self._detokenizer.rest())
-        self._answers.finish(self._index, reason, self.count, self.cached_tokens)
+        cached = 0 if self._index else self.cached_tokens  # the prompt counts once, however many answers it gets
+        self._answers.finish(self._index, reason, self.count, cached)
