@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from torchserve_dag.runtime.messages import FinishReason
 from torchserve_dag.runtime.models.language.sampler import Sampler
-from torchserve_dag.runtime.models.language.writer import Answers, Detokenizer
+from torchserve_dag.runtime.models.language.writer import AnswerWriter, Detokenizer
 
 
 class AnswerTokens:
@@ -14,7 +14,7 @@ class AnswerTokens:
 
     def __init__(
         self,
-        answers: Answers,
+        answers: AnswerWriter,
         index: int,
         sampler: Sampler,
         decode: Callable[[Sequence[int]], str],

@@ -25,7 +25,7 @@ from torchserve_dag.runtime.models.language.engine import Cancel
 from torchserve_dag.runtime.models.language.json_schema import check_schema
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 from torchserve_dag.runtime.models.language.vocabulary import ByteDetokenizer, Vocabulary, detokenizers
-from torchserve_dag.runtime.models.language.writer import Answers, Detokenizer
+from torchserve_dag.runtime.models.language.writer import AnswerWriter, Detokenizer
 
 if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement
@@ -57,7 +57,7 @@ class _Answer:
     handle: Any
     prompt: bytes
     """Its tokens."""
-    answers: Answers
+    answers: AnswerWriter
     index: int
     detokenizer: ByteDetokenizer | Detokenizer
     wants_logprobs: bool
@@ -112,7 +112,7 @@ class OpenVinoEngine:
             self.count(request)
         ids, self._latest.request = self._latest.ids, None
         config = self._config(request, most_tokens)
-        answers = Answers(reply, request, int(ids.shape[1]), self._served_by)
+        answers = AnswerWriter(reply, request, int(ids.shape[1]), self._served_by)
         start = _Start(request, ids, config, answers, request.n or 1)
         with self._changed:
             if self._closed:
@@ -332,7 +332,7 @@ class _Start:
     request: Chat | Prompt
     ids: Any
     config: Any
-    answers: Answers
+    answers: AnswerWriter
     count: int
     running: list[_Answer] = field(default_factory=list)
     cancelled: bool = False

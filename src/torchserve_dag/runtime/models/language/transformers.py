@@ -24,7 +24,7 @@ from torchserve_dag.runtime.models.language.settings import LanguageSettings
 from torchserve_dag.runtime.models.language.transformers_batch import ContinuousBatch, SettingError
 from torchserve_dag.runtime.models.language.transformers_generate import GenerateThreads
 from torchserve_dag.runtime.models.language.transformers_model import HubModel, ModelInputs
-from torchserve_dag.runtime.models.language.writer import Answers
+from torchserve_dag.runtime.models.language.writer import AnswerWriter
 
 if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement
@@ -106,7 +106,7 @@ class TransformersEngine:
         inputs = counted[1] if counted and counted[0] is request else self._model.inputs(request)
         tools = isinstance(request, Chat) and bool(request.tools)
         decode = self._model.decode_with_marks if tools else self._model.decode
-        answers = Answers(reply, request, len(inputs.tokens), self._served_by)
+        answers = AnswerWriter(reply, request, len(inputs.tokens), self._served_by)
         writers = []
         for index in range(request.n or 1):
             sampler = Sampler(request, index, self._model.sampling, self._model.vocabulary)

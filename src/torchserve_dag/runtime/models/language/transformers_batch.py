@@ -1,4 +1,4 @@
-"""Answers in transformers' own continuous batch."""
+"""AnswerWriter in transformers' own continuous batch."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Detokenizer:
         return now[len(before) :]
 
 
-class Answers:
+class AnswerWriter:
     """Writes the answers to one request: its `n` texts, each up to its first stop string, and the usage at the end.
 
     Methods for one answer are called by one thread at a time.

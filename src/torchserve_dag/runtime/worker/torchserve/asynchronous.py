@@ -116,7 +116,7 @@ def _happens(side: socket.socket, event: int, within_s: float) -> bool:
 
 
 class AsynchronousLoop:
-    """Answers the requests from a socket with a service."""
+    """AnswerWriter the requests from a socket with a service."""
 
     def __init__(self, service: Service, link: socket.socket) -> None:
         self._service = service

@@ -86,7 +86,7 @@ def _start(folder: Path, context: Context) -> BatchedLoop:
 
 
 class BatchedLoop:
-    """Answers batches with a service, one after the other."""
+    """AnswerWriter batches with a service, one after the other."""
 
     def __init__(self, service: Service, *, controls: bool = True) -> None:
         """`controls`: whether requests may cancel others and ask for a description; false in a `.war`."""
@@ -167,7 +167,7 @@ class _SocketReader:
     """Replaces the function with which TorchServe's worker reads its socket. It never returns to the worker's loop."""
 
     serve: Callable[[socket.socket], None] | None = None
-    """Answers on a connection until it is closed."""
+    """AnswerWriter on a connection until it is closed."""
 
     @classmethod
     def take_over(cls) -> _SocketReader | None:
