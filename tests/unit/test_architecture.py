@@ -13,11 +13,17 @@ PROTOS = "runtime/protos"
 
 NEEDED = {"PIL", "torch", "yaml"}
 """The packages that a worker needs."""
-<<<<<<< HEAD
-OPTIONAL = {"grpc", "httpx", "jinja2", "opentelemetry", "openvino", "packaging", "peft", "transformers"}
-=======
-OPTIONAL = {"grpc", "jinja2", "openvino", "openvino_genai", "opentelemetry", "packaging", "peft", "transformers"}
->>>>>>> 1c379b3 (Cached tokens of a prompt count once, however many answers it gets)
+OPTIONAL = {
+    "grpc",
+    "httpx",
+    "jinja2",
+    "opentelemetry",
+    "openvino",
+    "openvino_genai",
+    "packaging",
+    "peft",
+    "transformers",
+}
 """The packages that the runtime imports only where an archive asks for what they do."""
 
 
