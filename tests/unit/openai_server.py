@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.engines.contract import until
+from tests.engines.written import until
 
 KEY = "sk-secret-of-the-tests"
 WORDS = ["Paris", " is", " the", " capital", "."]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from torchserve_dag import Chat, Prompt, TextChunk
+from torchserve_dag import Chat, InputError, Prompt, TextChunk
 from torchserve_dag.runtime.data import plain
-from torchserve_dag.runtime.messages import FunctionCall, TokenLogprob, ToolCall, Usage
+from torchserve_dag.runtime.messages import FunctionCall, JsonSchema, ResponseFormat, TokenLogprob, ToolCall, Usage
 from torchserve_dag.runtime.models.language.openai_json import (
     DONE,
     ChunkReader,
@@ -67,6 +67,16 @@ def test_a_request_has_no_key_for_what_was_not_said() -> None:
     assert body["max_tokens"] == 7
     assert body_of(Prompt(prompt="a"), MODEL, 7, "max_completion_tokens")["max_completion_tokens"] == 7
     assert (path_of(chat), path_of(Prompt(prompt="a"))) == ("chat/completions", "completions")
+
+
+def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(5_000):
+        schema = {"items": schema}
+    form = ResponseFormat("json_schema", JsonSchema("deep", schema))
+
+    with pytest.raises(InputError, match="nested too deeply"):
+        body_of(Chat.of("Hello", response_format=form), MODEL, 7)
 
 
 def test_the_last_chunk_has_finish_reason_usage_and_who_served() -> None:

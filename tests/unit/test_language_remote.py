@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.contract import Written, start, until
+from tests.engines.written import Written, start, until
 from tests.unit.openai_server import KEY, USAGE, WORDS, OpenAiServer
 from torchserve_dag import Chat, InputError, Prompt
 from torchserve_dag.runtime.data import plain

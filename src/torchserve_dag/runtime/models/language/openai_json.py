@@ -57,9 +57,13 @@ def path_of(request: Chat | Prompt) -> str:
 
 def body_of(request: Chat | Prompt, model: str, most_tokens: int, limit: str = "max_tokens") -> dict[str, Any]:
     """A request as JSON data, with an answer of at most `most_tokens` tokens, as events. `limit`: what the server calls
-    that limit. A LoRA adapter is part of the model's name in OpenAI's API, so its field is left out.
+    that limit. A LoRA adapter is part of the model's name in OpenAI's API, so its field is left out. Raises InputError
+    if a schema of the request is nested too deeply.
     """
-    body: dict[str, Any] = plain.flatten(request)
+    try:
+        body: dict[str, Any] = plain.flatten(request)
+    except RecursionError:
+        raise InputError("The request is nested too deeply.") from None
     for name in ("adapter", "max_tokens", "max_completion_tokens"):
         body.pop(name, None)
     return body | {
