@@ -93,7 +93,9 @@ def test_its_commands_exist(page: Path) -> None:
 def test_the_options_that_it_names_exist(page: Path) -> None:
     named = set(re.findall(r"`(x-[a-z-]+)[`:]", page.read_text("utf-8")))
 
-    assert named <= set(HEADERS) | {"x-model-version", "x-user-id", "x-tester", FAILURE_TRAILER}
+    others = {"x-model-version", "x-user-id", "x-tester", FAILURE_TRAILER, "x-should-retry"}  # the last is OpenAI's
+    limits = {f"x-ratelimit-{name}-tokens" for name in ("limit", "remaining", "reset")}
+    assert named <= set(HEADERS) | others | limits
 
 
 def test_the_front_page_leads_to_every_page() -> None:
