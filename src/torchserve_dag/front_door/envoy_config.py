@@ -335,18 +335,17 @@ def _feedback() -> Resource:
 
 def accepted_tokens(tokens: Sequence[Token]) -> Resource:
     """The filter that admits tokens that were issued and not revoked; `jwt_authn` has checked signature and expiry."""
-    anywhere = {"permissions": [{"any": True}], "principals": _holders([one for one in tokens if not one.only_v1])}
-    paths: list[Resource] = [{"prefix": f"{V1}/"}, {"exact": FEEDBACK}]
-    only_v1 = {
-        "permissions": [{"url_path": {"path": path}} for path in paths],
-        "principals": _holders([one for one in tokens if one.only_v1]),
-    }
-    rules = {"action": "ALLOW", "policies": {"tokens": anywhere, "only_v1": only_v1}}
+    anywhere = [{"any": True}]
+    v1: list[Resource] = [{"url_path": {"path": path}} for path in ({"prefix": f"{V1}/"}, {"exact": FEEDBACK})]
+    policies = {"tokens": {"permissions": anywhere, "principals": _holders(one for one in tokens if not one.only_v1)}}
+    if limited := [one for one in tokens if one.only_v1]:
+        policies["only_v1"] = {"permissions": v1, "principals": _holders(limited)}
+    rules = {"action": "ALLOW", "policies": policies}
     config = {"@type": f"{TYPES}{TOKENS_KIND}", "rules": rules}
     return {"@type": f"{TYPES}config.core.v3.TypedExtensionConfig", "name": TOKENS_FILTER, "typed_config": config}
 
 
-def _holders(tokens: Sequence[Token]) -> list[Resource]:
+def _holders(tokens: Iterable[Token]) -> list[Resource]:
     """Whoever has one of these tokens."""
     ids: list[Resource] = [
         {
