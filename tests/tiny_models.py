@@ -20,7 +20,7 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
-from torchserve_dag.archives.weights import sha256
+from torchserve_dag.runtime.project.weight_files import sha256
 
 ROOT = Path(__file__).parents[1]
 SPREAD = 0.3

@@ -18,9 +18,10 @@ import yaml
 
 import torchserve_dag
 from tests.unit.conftest import Write
-from torchserve_dag.archives import contents, mar, protocol, stamp, war, weights
+from torchserve_dag.archives import contents, mar, protocol, stamp, war
 from torchserve_dag.archives.build import Report, build
 from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.project.weight_files import sha256
 
 WEIGHTS = b"0.5\n"
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
@@ -387,7 +388,7 @@ def test_a_folder_of_weights_has_the_digest_of_its_sha256sum_lines(tmp_path: Pat
     by_hand = "cd model && find * -type f | xargs sha256sum | LC_ALL=C sort | sha256sum"
     shown = subprocess.run(["bash", "-c", by_hand], cwd=tmp_path, check=True, capture_output=True, text=True).stdout  # noqa: S607
 
-    assert weights.sha256(tmp_path / "model") == shown.split()[0]
+    assert sha256(tmp_path / "model") == shown.split()[0]
 
 
 def test_a_workflow_is_exported_with_an_archive_for_each_of_its_models(project: Path, write) -> None:

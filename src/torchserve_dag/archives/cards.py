@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from torchserve_dag.archives import atomic
-from torchserve_dag.archives.weights import sha256
 from torchserve_dag.runtime.data.source import CheckError, Problem, Source
 from torchserve_dag.runtime.project.folders import Project, is_below
 from torchserve_dag.runtime.project.handler_file import HandlerFile
+from torchserve_dag.runtime.project.weight_files import sha256
+from torchserve_dag.runtime.project.weight_sources import local_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ def update(project: Project, handlers: Iterable[Source[HandlerFile]]) -> list[Up
     for source in {source.path: source for source in handlers}.values():  # several nodes may run one handler
         for i, weights in enumerate(source.value.card.weights):
             path = project.weights / weights.file
+            if weights.fetch_from and not path.exists():
+                path = local_path(weights.fetch_from) or path
             if not is_below(weights.file) or not path.exists():
                 continue  # `build` will refuse it, with the reason
             digest = sha256(path)

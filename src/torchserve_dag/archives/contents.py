@@ -23,7 +23,8 @@ from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
 from torchserve_dag.runtime.project.folders import Project
-from torchserve_dag.runtime.project.handler_file import HandlerFile, Mode
+from torchserve_dag.runtime.project.handler_file import Card, HandlerFile, Mode
+from torchserve_dag.runtime.project.weight_files import files
 from torchserve_dag.runtime.worker.protocol import PROTOCOL
 
 _ENTRY = '''"""What TorchServe's worker imports."""
@@ -42,7 +43,7 @@ class Contents:
     large: dict[str, Path]
     """Weights, and archives that a workflow's nodes run: copied from disk, never held in memory."""
     weights: dict[str, str]
-    """The SHA-256 of each file or folder of weights."""
+    """The SHA-256 of each file or folder of weights, those that workers fetch among them."""
 
     def origin(self) -> Origin:
         """What of the project is in it."""
@@ -67,7 +68,8 @@ def contents(project: Project, graph: Graph) -> Contents:
     mode: Mode = graph.serve.mode or ("asynchronous" if graph.streams else "batched")
     small |= served_as(mode, graph)
     small[BUILD] = to_json(_description(project, graph, handlers, digests, modules))
-    return Contents(small, packed_weights(project, digests) | _archives(project, graph), digests)
+    packed = packed_weights(project, [file.value.card for file in handlers])
+    return Contents(small, packed | _archives(project, graph), digests)
 
 
 def _check_request(graph: Graph) -> None:
@@ -100,11 +102,14 @@ def runtime() -> dict[str, bytes]:
     return {f"{package.name}/{path.relative_to(package).as_posix()}": path.read_bytes() for path in paths}
 
 
-def packed_weights(project: Project, names: Iterable[str]) -> dict[str, Path]:
+def packed_weights(project: Project, cards: Iterable[Card]) -> dict[str, Path]:
+    """The weights of some cards, without those that workers fetch."""
     return {
         f"weights/{path.relative_to(project.weights).as_posix()}": path
-        for name in names
-        for path in weights.files(project.weights / name)
+        for card in cards
+        for one in card.weights
+        if not one.fetch_from
+        for path in files(project.weights / one.file)
     }
 
 

@@ -87,7 +87,7 @@ def _part_of(project: Project, whole: Contents, segment: Segment) -> Contents:
         **served_as("batched", segment.graph),
         BUILD: build,
     }  # TorchServe's engine has only batched mode
-    return Contents(small, packed_weights(project, [weights.file for weights in card.weights]), whole.weights)
+    return Contents(small, packed_weights(project, [card]), whole.weights)
 
 
 def _spec(graph: Graph, all_segments: dict[str, Segment]) -> dict[str, Any]:

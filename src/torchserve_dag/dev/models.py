@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection
 
-from torchserve_dag.archives import weights
 from torchserve_dag.archives.imports import digests, own_modules
 from torchserve_dag.runtime.data.source import Source
 from torchserve_dag.runtime.handler import types_of
@@ -14,6 +13,7 @@ from torchserve_dag.runtime.models.load import LoadedHandler
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile
 from torchserve_dag.runtime.project.modules import PREFIX
+from torchserve_dag.runtime.project.weight_files import files
 
 
 class LoadedHandlers:
@@ -46,7 +46,7 @@ class LoadedHandlers:
         """The same while nothing that the handler consists of has changed."""
         project, code = self._project, file.path.parent / file.value.code_file
         modules = digests(own_modules(project.root, [code]))
-        paths = [path for one in file.value.card.weights for path in weights.files(project.weights / one.file)]
+        paths = [path for one in file.value.card.weights for path in files(project.weights / one.file)]
         about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
         return hashlib.sha256(repr((file.path, file.path.read_bytes(), modules, about)).encode()).hexdigest()
 

@@ -27,6 +27,7 @@ from torchserve_dag.runtime.models.served import ServedModel
 from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.handler_file import HandlerFile
+from torchserve_dag.runtime.project.weight_cache import link_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,7 @@ def load_handler(
     run = file.value.run
     kind = project.handler_class(file)
     settings = project.settings(file, kind)
+    link_weights(project, file)
     device_here = find_device(device or run.device, gpu)
     placement = Placement(device_here, run.precision, run.channels_last, run.runtime, lanes)
     handler = kind()

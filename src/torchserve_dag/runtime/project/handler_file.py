@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from torchserve_dag.runtime.compute import Precision, Runtime
 from torchserve_dag.runtime.data.photos import MAX_PIXELS, MOST_PIXELS
@@ -14,6 +15,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 CODE = re.compile(r"[A-Za-z0-9_]+\.py\Z")
 DEVICE = re.compile(r"(auto|cpu|cuda(:[0-9]+)?)\Z")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*\Z")
+DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 Mode = Literal["batched", "asynchronous"]
 """How requests reach a worker: in batches, whose answers are sent together, or each request by itself."""
@@ -34,6 +36,21 @@ class Weights:
     without a SHA-256."""
     get: str = ""
     """The command that downloads the weights."""
+    fetch_from: str = ""
+    """Where a worker fetches the weights: an absolute path, or an address like `https://…`, `s3://…` or `hf://…`. Then
+    the archive holds this address and the SHA-256 in place of the weights."""
+
+    def __post_init__(self) -> None:
+        if not self.fetch_from:
+            return
+        if "://" not in self.fetch_from and not self.fetch_from.startswith("/"):
+            what = f'"{self.fetch_from}" is neither an absolute path nor an address like https://…'
+            raise WrongFieldError(what, "fetch_from")
+        if "@" in urlsplit(self.fetch_from).netloc:
+            what = "an address in a file has no password; give it to the workers in their environment"
+            raise WrongFieldError(what, "fetch_from")
+        if self.sha256 and not DIGEST.match(self.sha256):
+            raise WrongFieldError("a sha256 has 64 digits, of 0 to 9 and a to f", "sha256")
 
 
 @dataclass(frozen=True, slots=True)
