@@ -18,6 +18,7 @@ from torchserve_dag.commands.add import add
 from torchserve_dag.commands.bench import bench
 from torchserve_dag.commands.build import build
 from torchserve_dag.commands.call import call
+from torchserve_dag.commands.chat import chat
 from torchserve_dag.commands.check import check
 from torchserve_dag.commands.common import fail
 from torchserve_dag.commands.dev import dev
@@ -64,8 +65,8 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    new, check, graph, dev, tune, build, up, serve_version, status, logs, call, default, restart, down, routes, rollout,
-    promote, rollback, retire, experiment, bench,
+    new, check, graph, dev, tune, build, up, serve_version, status, logs, call, chat, default, restart, down, routes,
+    rollout, promote, rollback, retire, experiment, bench,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
