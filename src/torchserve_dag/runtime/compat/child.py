@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Serve the worker's socket, whose descriptor is this program's argument, until the worker closes it."""
-    _end_with_worker()
+    end_with_worker()
     with socket.socket(fileno=int(sys.argv.pop())) as link, contextlib.suppress(ConnectionError):
         _serve(link)
 
@@ -75,7 +75,7 @@ def _serve(link: socket.socket) -> None:
         send(link, ANSWER, answer(settings["name"], handle, context, requests))
 
 
-def _end_with_worker() -> None:
+def end_with_worker() -> None:
     """End with the thread that started this process, however its process ends."""
     with contextlib.suppress(AttributeError, OSError):  # only Linux has it; elsewhere the closed socket ends the loop
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The process of an unedited handler, from the worker's side: started, loaded, asked, ended."""
+"""A process of a worker's, from the worker's side: started, loaded, asked, ended. An unedited handler has one."""
 
 from __future__ import annotations
 
@@ -57,17 +57,21 @@ class Messages:
 
 
 class Process:
-    """A process that lives in `folder` as a TorchServe worker does. It ends with the thread that makes this object."""
+    """A process of a program of this package. It ends with the thread that makes this object."""
 
-    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        """`settings` are what child.py reads. Raises OSError where no process can be started."""
+    def __init__(self, name: str, folder: Path | None, settings: Mapping[str, Any], program: str = PROGRAM) -> None:
+        """`settings` are what the program reads first; child.py lives in `folder` as a TorchServe worker does.
+
+        Raises OSError where no process can be started.
+        """
         self.name = name
         self._link, theirs = socket.socketpair()
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        path = [str(_ROOT), str(folder), *(one for one in inherited if one and Path(one).absolute() != _ROOT)]
+        own = [str(folder)] if folder else []
+        path = [str(_ROOT), *own, *(one for one in inherited if one and Path(one).absolute() != _ROOT)]
         with theirs:
             self._program = subprocess.Popen(  # noqa: S603 (this program)
-                [sys.executable, "-m", PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-m", program, str(theirs.fileno())],
                 cwd=_ROOT,  # not yet `folder`: its files must not be found before this program's
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
                 pass_fds=[theirs.fileno()],
@@ -90,15 +94,19 @@ class Process:
 
     def loaded(self, within_s: float) -> bytes:
         """Wait until its handler is loaded. Raises ProcessError."""
-        kind, message = self._receive(within_s, f"it was not loaded within {within_s:g} s")
+        kind, message = self.receive(within_s, f"it was not loaded within {within_s:g} s")
         if kind == link.LOADED:
             return bytes(message)
         raise ProcessError(message.decode("utf-8", "replace"))
 
     def ask(self, requests: Sequence[WireRequest], within_s: float) -> None:
         """Send a batch. Raises ProcessError."""
+        self.send(link.BATCH, write_requests(requests), within_s)
+
+    def send(self, kind: bytes, message: bytes, within_s: float) -> None:
+        """Send a message. Raises ProcessError."""
         try:
-            link.send(self._link, link.BATCH, write_requests(requests), within_s)
+            link.send(self._link, kind, message, within_s)
         except TimeoutError:
             raise self._too_slow(f"it did not read its batch within {within_s:g} s") from None
         except OSError:
@@ -106,7 +114,7 @@ class Process:
 
     def answer(self, within_s: float, limit_s: float) -> Messages:
         """The next message about the batch, within what is left of its limit. Raises ProcessError."""
-        kind, message = self._receive(within_s, f"it took longer than {limit_s:g} s")
+        kind, message = self.receive(within_s, f"it took longer than {limit_s:g} s")
         try:
             return Messages(kind, *read_responses(message))
         except (NotAllThereError, ProtocolError):
@@ -115,7 +123,7 @@ class Process:
 
     def idle(self) -> None:
         """Read what the process sends while it has no batch: nothing that anybody waits for. Raises ProcessError."""
-        self._receive(_END_S, "it sent half a message")
+        self.receive(_END_S, "it sent half a message")
 
     def end(self) -> None:
         """End the process, and those that it started; let it end by itself first."""
@@ -135,7 +143,8 @@ class Process:
         with contextlib.suppress(OSError):
             self._link.shutdown(socket.SHUT_RDWR)
 
-    def _receive(self, within_s: float, too_slow: str) -> tuple[bytes, bytearray]:
+    def receive(self, within_s: float, too_slow: str) -> tuple[bytes, bytearray]:
+        """The next message and its kind; `too_slow` says what did not come in time. Raises ProcessError."""
         try:
             received = link.receive(self._link, within_s)
         except TimeoutError:

@@ -1,0 +1,29 @@
+"""A model's folder as hubs have it: where it is, and how long a text it was trained with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torchserve_dag.runtime.models.language.settings import LanguageSettings
+
+LONGEST = 8_192
+"""The longest context without a setting, in tokens."""
+
+
+def hub_folder(folder: Path, settings: LanguageSettings) -> Path:
+    """The folder of the model that the settings name, below `folder`. Raises ValueError."""
+    model = folder / settings.model
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{settings.model}: there is no such folder with a model's config.json below the weights")
+    return model
+
+
+def hub_context(model: Path, settings: LanguageSettings) -> int:
+    """The most tokens of a prompt and its answer. Raises ValueError."""
+    trained: int | None = json.loads((model / "config.json").read_text("utf-8")).get("max_position_embeddings")
+    if settings.context and trained and settings.context > trained:
+        raise ValueError(
+            f"context: {settings.model} was trained with {trained:,} tokens, fewer than {settings.context:,}"
+        )
+    return settings.context or min(trained or LONGEST, LONGEST)
