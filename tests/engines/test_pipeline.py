@@ -17,9 +17,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from tests.engines.talk import Written, load, wait_until, write
 from tests.tiny_llama import chat_prompt, greedy_text, make_llama
 from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt
+from torchserve_dag.runtime.models.language.answer import WAITING
 from torchserve_dag.runtime.models.language.model import LanguageModel
 from torchserve_dag.runtime.models.language.pipeline import KINDS, check, cut
-from torchserve_dag.runtime.models.language.ranks import WAITING
 
 PROMPT = "What is the capital of France? " * 5
 
@@ -208,7 +208,8 @@ def test_a_closed_model_has_no_process_and_fails_what_was_in_progress(folder: Pa
     ("settings", "what"),
     [
         ({"options": {"ranks": 5}}, "4 layers: they cannot be cut over 5 ranks"),
-        ({"options": {"ranks": 1}}, "2 to 64"),
+        ({"options": {"ranks": 1}}, "4 layers: they cannot be cut over 1 ranks"),
+        ({"options": {"ranks": 0}}, "1 to 64"),
         ({"options": {"rank": 2}}, "knows ranks, token_s and start_s"),
         ({"adapters": {"a": "b"}}, "adapters"),
         ({"draft": "llama"}, "draft"),

@@ -23,6 +23,7 @@ from torchserve_dag.commands.check import check
 from torchserve_dag.commands.common import fail
 from torchserve_dag.commands.dev import dev
 from torchserve_dag.commands.experiment import experiment
+from torchserve_dag.commands.export import export
 from torchserve_dag.commands.graph import graph
 from torchserve_dag.commands.logs import logs
 from torchserve_dag.commands.new import new
@@ -65,7 +66,8 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    new, check, graph, dev, tune, build, up, serve_version, status, logs, call, chat, default, restart, down, routes,
+    new, check, graph, dev, tune, export, build, up, serve_version, status, logs, call, chat, default, restart, down,
+    routes,
     rollout, promote, rollback, retire, experiment, bench,
 )  # fmt: skip
 for command in COMMANDS:

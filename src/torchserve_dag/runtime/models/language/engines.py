@@ -36,6 +36,8 @@ ENGINES = {
     "transformers": EngineEntry("transformers", "transformers", "pip install 'torchserve-dag[serve]'"),
     "llama.cpp": EngineEntry("llama_cpp", "xllamacpp", "pip install xllamacpp==2026.10.11549"),
     "remote": EngineEntry("remote", "httpx", "pip install 'httpx>=0.27,<1'"),
+    "deepspeed": EngineEntry("deepspeed", "deepspeed", "pip install --no-build-isolation 'torchserve-dag[deepspeed]'"),
+    "onnxruntime": EngineEntry("onnxruntime", "onnxruntime_genai", "pip install 'torchserve-dag[onnxruntime]'"),
     "pipeline": EngineEntry("pipeline", "transformers", "pip install 'torchserve-dag[serve]'"),
 }
 

@@ -27,3 +27,10 @@ def hub_context(model: Path, settings: LanguageSettings) -> int:
             f"context: {settings.model} was trained with {trained:,} tokens, fewer than {settings.context:,}"
         )
     return settings.context or min(trained or LONGEST, LONGEST)
+
+
+def refuse_settings(settings: LanguageSettings, *names: str) -> None:
+    """Raises ValueError for a setting that is given, and that the engine has not."""
+    for name in names:
+        if getattr(settings, name):
+            raise ValueError(f"{name}: the engine {settings.engine} has none")

@@ -32,7 +32,7 @@ their embedding and the first layer, or behind the head, which parts would do tw
 
 def load(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:
     """The model below `folder`, cut over `options: {ranks: N}` processes. Raises ValueError, RuntimeError."""
-    from torchserve_dag.runtime.models.language.ranks import load_ranks  # noqa: PLC0415 (a rank needs none of it)
+    from torchserve_dag.runtime.models.language.ranked_engine import load_ranks  # noqa: PLC0415 (a rank needs none of it)
 
     return load_ranks(__name__, folder, settings, placement, check)
 
@@ -43,7 +43,7 @@ def check(model: Path, ranks: int) -> None:
     kind, layers = config["model_type"], config.get("num_hidden_layers", 0)
     if kind not in KINDS:
         raise ValueError(f"{model.name} is a {kind}; what can be cut is {', '.join(KINDS)}")
-    if ranks > layers:
+    if not 2 <= ranks <= layers:  # noqa: PLR2004
         raise ValueError(f"{model.name} has {layers} layers: they cannot be cut over {ranks} ranks")
     _files(model)
 

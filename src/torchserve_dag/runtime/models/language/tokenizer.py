@@ -1,33 +1,48 @@
-"""A model's own tokenizer and chat template, by transformers: for engines that take tokens."""
+"""A model's own tokenizer and chat template, for engines that take tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from torchserve_dag.runtime.messages import Chat, ChatMessage, InputError, Prompt
+from torchserve_dag.runtime.messages import Chat, InputError, Prompt
+from torchserve_dag.runtime.models.language.chat_template import ChatTemplate
+
+MOST_CHARACTERS_A_TOKEN = 100
+"""A text with more for each token of the context is refused before it is split into tokens."""
 
 
 class Tokenizer:
     """Requests as tokens, and tokens as text. Its methods may be called from any thread."""
 
-    def __init__(self, folder: Path, template: Path | None = None) -> None:
+    def __init__(self, folder: Path, context: int, template: Path | None = None) -> None:
         """The tokenizer of the model in `folder`; `template` is another chat template. Raises OSError, ValueError."""
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        if template:
-            self._tokenizer.chat_template = template.read_text("utf-8")
+        self._tokenizer("settles its settings: changing them while other threads read fails")
+        self._longest = context * MOST_CHARACTERS_A_TOKEN
+        source = template.read_text("utf-8") if template else self._tokenizer.chat_template
+        begin, end = self._tokenizer.bos_token, self._tokenizer.eos_token
+        self._template = ChatTemplate(source, bos_token=begin, eos_token=end) if source else None
+        self._last: tuple[Chat | Prompt, list[int]] | None = None
 
     def __call__(self, request: Chat | Prompt) -> list[int]:
         """The prompt's tokens; at least one. Raises InputError."""
-        if isinstance(request, Prompt):
-            tokens: list[int] = self._tokenizer(request.prompt)["input_ids"]
-        else:
-            tokens = self._tokenizer(self._text(request), add_special_tokens=False)["input_ids"]
+        last = self._last
+        if last and last[0] is request:  # it was counted before it is started
+            return last[1]
+        text = self._chat(request) if isinstance(request, Chat) else request.prompt
+        if len(text) > self._longest:
+            what = f"The prompt has {len(text):,} characters, too many for the model's context: shorten it."
+            raise InputError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        special = isinstance(request, Prompt)  # of a chat, the template writes them
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         if not tokens:
             raise InputError("The prompt is empty; send at least one word.")
+        self._last = request, tokens
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -35,18 +50,7 @@ class Tokenizer:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    def _text(self, chat: Chat) -> str:
-        """A chat as the model was trained to read it, with the beginning of the assistant's answer."""
-        if not self._tokenizer.chat_template:
+    def _chat(self, chat: Chat) -> str:
+        if self._template is None:
             raise InputError("messages: this model has no chat template; send a prompt.")
-        messages = [_message(message) for message in chat.messages]
-        try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises whatever it likes, at roles that it does not know for example
-            raise InputError(f"messages: the model's chat template refuses them: {error}.") from error
-        return text
-
-
-def _message(message: ChatMessage) -> dict[str, str]:
-    """A message as templates know it: they know no developers."""
-    return {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        return self._template(chat)

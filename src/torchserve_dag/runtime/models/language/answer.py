@@ -1,0 +1,45 @@
+"""One answer in an engine that gives tokens, and in the queue before it."""
+
+from __future__ import annotations
+
+from torchserve_dag.runtime.handler import Reply
+from torchserve_dag.runtime.messages import Chat, FinishReason, InputError, Prompt, TextChunk
+from torchserve_dag.runtime.models.language.tokenizer import Tokenizer
+from torchserve_dag.runtime.models.language.writer import Answers, Detokenizer
+
+WAITING = 16
+"""The most answers that wait in an engine for a place; the worker's own queue is before this one."""
+BY_WRITER = frozenset({"echo", "tools", "tool_choice", "parallel_tool_calls"})
+"""Fields that need the chat template and the writer only, not the engine."""
+
+
+class Answer:
+    """The tokens of a request's answer, written as text. Its methods are called by the engine's thread."""
+
+    def __init__(
+        self, request: Chat | Prompt, most: int, reply: Reply[TextChunk], tokenizer: Tokenizer, served_by: str
+    ) -> None:
+        """`most`: the limit of its tokens. Raises InputError."""
+        if isinstance(request, Chat) and request.tool_choice not in {None, "auto", "none"}:
+            raise InputError(f'tool_choice: {served_by} knows "auto" and "none".')
+        self.request, self.most = request, most
+        self.prompt = tokenizer(request)
+        self.cancelled = False
+        """Whether nobody waits for the rest: it was cancelled, or has come to a stop string."""
+        self._writer = Answers(reply, request, len(self.prompt), served_by)
+        self._text = Detokenizer(tokenizer.decode)
+        self._tokens = 0
+
+    def add(self, token: int) -> None:
+        """Write the next token."""
+        self._tokens += 1
+        if not self.cancelled:
+            self.cancelled = not self._writer.write(0, self._text.add([token]))
+
+    def finish(self, reason: FinishReason) -> None:
+        """There are no more."""
+        self._writer.write(0, self._text.rest())
+        self._writer.finish(0, "stop" if self.cancelled else reason, self._tokens)
+
+    def fail(self, error: BaseException) -> None:
+        self._writer.fail(error)
