@@ -13,7 +13,22 @@ PROTOS = "runtime/protos"
 
 NEEDED = {"PIL", "torch", "yaml"}
 """The packages that a worker needs."""
-OPTIONAL = {"deepspeed", "fsspec", "grpc", "httpx", "jinja2", "onnxruntime_genai", "opentelemetry", "openvino", "openvino_genai", "packaging", "peft", "safetensors", "transformers", "xllamacpp"}
+OPTIONAL = {
+    "deepspeed",
+    "fsspec",
+    "grpc",
+    "httpx",
+    "jinja2",
+    "onnxruntime_genai",
+    "opentelemetry",
+    "openvino",
+    "openvino_genai",
+    "packaging",
+    "peft",
+    "safetensors",
+    "transformers",
+    "xllamacpp",
+}
 """The packages that the runtime imports only where an archive asks for what they do."""
 
 

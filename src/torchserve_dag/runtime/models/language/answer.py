@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchserve_dag.runtime.handler import Reply
 from torchserve_dag.runtime.messages import Chat, FinishReason, InputError, Prompt, TextChunk
 from torchserve_dag.runtime.models.language.tokenizer import Tokenizer
-from torchserve_dag.runtime.models.language.writer import Answers, Detokenizer
+from torchserve_dag.runtime.models.language.writer import AnswerWriter, Detokenizer
 
 WAITING = 16
 """The most answers that wait in an engine for a place; the worker's own queue is before this one."""
@@ -26,7 +26,7 @@ class Answer:
         self.prompt = tokenizer(request)
         self.cancelled = False
         """Whether nobody waits for the rest: it was cancelled, or has come to a stop string."""
-        self._writer = Answers(reply, request, len(self.prompt), served_by)
+        self._writer = AnswerWriter(reply, request, len(self.prompt), served_by)
         self._text = Detokenizer(tokenizer.decode)
         self._tokens = 0
 
