@@ -1,21 +1,23 @@
-"""`torchserve-dag add`: a ready handler, copied into the project."""
+"""`torchserve-dag add`: a ready handler, copied into the project, or the environment of an engine."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from torchserve_dag.commands.common import ProjectOption, fail, failures, out, project_root
+from torchserve_dag.commands.common import ProjectOption, err, fail, failures, out, project_root
 
-add = typer.Typer(help="Copy ready parts into the project.", no_args_is_help=True)
+add = typer.Typer(
+    help="Copy ready parts into the project, or install an engine of language models.", no_args_is_help=True
+)
 
 
 @add.callback()
 def _group() -> None:
-    """Copy ready parts into the project."""
+    """Copy ready parts into the project, or install an engine of language models."""
 
 
 @add.command("handler")
@@ -44,6 +46,32 @@ def handler(
         root = project_root(project)
         copy_handler(name, root)
     out.print(f"[green]added[/] handlers/{name}.py and handlers/{name}.yaml")
+
+
+@add.command("engine")
+def engine(
+    name: Annotated[Literal["vllm"], typer.Argument(help="The engine.")],
+    *,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="What it is to compute on; auto: a GPU where there is one."),
+    ] = "auto",
+    again: Annotated[bool, typer.Option("--again", help="Install it again, even if it is there.")] = False,
+) -> None:
+    """Install an engine that needs an environment of its own: other packages than this one, in other versions."""
+    from torchserve_dag.runtime.compute.placement import find_device
+    from torchserve_dag.runtime.models.language import vllm_environment
+    from torchserve_dag.server import vllm_installation
+
+    kind = find_device(device).type if device == "auto" else device
+    folder = vllm_environment.environment(kind)
+    with failures():
+        if not again and (folder / vllm_environment.DONE).is_file():
+            out.print(f"{name} is there already: {folder}", soft_wrap=True)
+            return
+        with err.status(f"installing {vllm_environment.PACKAGES[kind]}", spinner="line") as shown:
+            vllm_installation.install(folder, kind, shown.update)
+    out.print(f"[green]added[/] {vllm_environment.PACKAGES[kind]} in {folder}", soft_wrap=True)
 
 
 def copy_handler(name: str, root: Path) -> None:

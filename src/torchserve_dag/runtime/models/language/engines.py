@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchserve_dag.runtime.models.language import vllm_environment
 from torchserve_dag.runtime.models.language.engine import LanguageEngine
 from torchserve_dag.runtime.models.language.settings import EngineName, LanguageSettings
 
@@ -25,10 +26,10 @@ class EngineEntry:
 
     module: str
     """The module of this folder with its `load`."""
-    package: str
-    """The top-level module of the package that it needs."""
+    package: str | None
+    """The top-level module of the package that it needs; None where its own module looks for what it needs."""
     install: str
-    """What to run where that package is missing."""
+    """What to run where that is missing."""
 
 
 ENGINES = {
@@ -39,6 +40,7 @@ ENGINES = {
     "deepspeed": EngineEntry("deepspeed", "deepspeed", "pip install --no-build-isolation 'torchserve-dag[deepspeed]'"),
     "onnxruntime": EngineEntry("onnxruntime", "onnxruntime_genai", "pip install 'torchserve-dag[onnxruntime]'"),
     "pipeline": EngineEntry("pipeline", "transformers", "pip install 'torchserve-dag[serve]'"),
+    "vllm": EngineEntry("vllm", None, vllm_environment.INSTALL),
 }
 
 
@@ -54,7 +56,8 @@ def load_engine(folder: Path, settings: LanguageSettings, placement: Placement) 
     name = settings.engine
     entry = ENGINES[name]
     try:
-        import_module(entry.package)
+        if entry.package:
+            import_module(entry.package)
     except ImportError as error:
         what = f"the engine {name} needs the package {entry.package} ({error}): run {entry.install}"
         raise ImportError(what) from None
