@@ -104,7 +104,7 @@ def _defaults(model: Path, settings: LanguageSettings, device: str) -> dict[str,
     if device == "cpu":
         options["block_size"] = CPU_BLOCK
     if settings.options.get("tool_call_parser"):
-        options["enable_auto_tool_choice"] = True
+        options |= {"enable_auto_tool_choice": True, "tool_strict_level": "parameter"}  # arguments fit their schema
     return options
 
 
@@ -165,6 +165,9 @@ def _environment(python: Path, settings: LanguageSettings, placement: Placement)
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "PYTHONUNBUFFERED": "1",
     }
+    folder = python.parent.parent
+    if os.access(folder, os.W_OK):  # else what torch compiles for it is lost with its folder of temporary files
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torchinductor")
     if placement.device.type == "cuda":
         if tensor_parallel(settings) == 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(placement.device.index or 0)
@@ -173,7 +176,7 @@ def _environment(python: Path, settings: LanguageSettings, placement: Placement)
         threads = settings.threads or len(os.sched_getaffinity(0))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(max(1, threads // tensor_parallel(settings)))
-        openmp = python.parent.parent / "lib" / "libiomp5.so"
+        openmp = folder / "lib" / "libiomp5.so"
         if openmp.is_file():
             # Its idle threads sleep after 5 ms; those of GNU's OpenMP take the cores from everybody else.
             environment |= {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "5"}

@@ -18,15 +18,17 @@ from typing import IO
 
 from torchserve_dag.runtime.models.handler_process import PAUSES_S
 from torchserve_dag.runtime.models.language import program_group
-from torchserve_dag.runtime.models.language.unix_http import is_ready
+from torchserve_dag.runtime.models.language.unix_http import ask, is_ready
 from torchserve_dag.runtime.models.language.vllm_arguments import Command
 
 logger = logging.getLogger(__name__)
 
 STARTUP_S = 1800.0
 """How long loading a model may take."""
-LOOK_S = 0.2
-"""Between two looks whether it is loaded."""
+LOOK_S, WATCH_S = 0.2, 1.0
+"""Between two looks whether it is loaded, and whether it still runs; the end of its log is seen at once."""
+WARM_UP_S = 300.0
+"""vLLM compiles where a request first asks for log-probabilities: for up to a minute, in which nobody is served."""
 LONGEST_LINE = 1 << 13
 LONGEST_FOLDER = 60
 """The path of a Unix socket has at most 107 bytes, of which vLLM's own names have some 40."""
@@ -132,6 +134,7 @@ class VllmServer:
         limit = time.monotonic() + STARTUP_S
         while not self._closed and program.poll() is None:
             if self._socket is None and is_ready(socket):
+                _warm_up(socket, self._name)
                 with self._changed:
                     self._socket = socket
                     self._changed.notify_all()
@@ -139,7 +142,9 @@ class VllmServer:
                 self._why = f"it was not loaded within {STARTUP_S:g} s"
                 return False
             with self._changed:
-                self._changed.wait_for(lambda: self._closed, LOOK_S if self._socket is None else 1.0)
+                self._changed.wait_for(
+                    lambda: self._closed or program.poll() is not None, LOOK_S if self._socket is None else WATCH_S
+                )
         return self._socket is not None
 
     def _end(self, program: subprocess.Popen[bytes]) -> None:
@@ -161,6 +166,13 @@ class VllmServer:
                         self._why = reason(part, self._why)
                     sys.stderr.write(f"{self._name} vllm: {part}\n")
                 sys.stderr.flush()
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _warm_up(socket: Path, name: str) -> None:
+    with contextlib.suppress(OSError):
+        ask(socket, "/v1/completions", {"model": name, "prompt": "a", "max_tokens": 1, "logprobs": 1}, WARM_UP_S)
 
 
 def reason(line: str, before: str) -> str:
