@@ -201,6 +201,20 @@ def test_the_processes_of_a_layer_share_the_threads(weights: Path) -> None:
     assert command(weights, settings, CPU).environment["OMP_NUM_THREADS"] == "3"
 
 
+@pytest.mark.parametrize(("seen", "given"), [(None, "1,2"), ("4,5,6,7", "5,6")])
+def test_it_sees_the_gpus_of_its_handler_and_no_other(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, seen: str | None, given: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    settings = LanguageSettings("llama", engine="vllm", options={"tensor_parallel_size": 2})
+    environment = command(weights, settings, Placement(torch.device("cuda", 1))).environment
+
+    assert environment["CUDA_VISIBLE_DEVICES"] == given
+    assert "OMP_NUM_THREADS" not in environment.keys() - os.environ.keys()
+
+
 def test_without_its_environment_the_engine_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(vllm_environment.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -130,12 +130,12 @@ class VllmEngine:
         if request.adapter is None:
             return self._settings.model
         if request.adapter not in adapters:
-            known = f"{plain.did_you_mean(request.adapter, list(adapters))}" if adapters else "it has none"
-            raise InputError(f'adapter: the model has no adapter "{request.adapter}"; {known}.', HTTPStatus.NOT_FOUND)
+            known = plain.did_you_mean(request.adapter, list(adapters)) or "it has none"
+            raise InputError(f'adapter: the model has no adapter "{request.adapter}"; {known}', HTTPStatus.NOT_FOUND)
         return request.adapter
 
     def _check_tools(self, request: Chat | Prompt) -> None:
-        """VLLM calls no tool, not even a prescribed one, without a parser of the model's own form of calls."""
+        """Without a parser of the model's own form of calls, vLLM calls no tool, not even a prescribed one."""
         asked = isinstance(request, Chat) and request.tools and request.tool_choice != "none"
         if asked and not self._settings.options.get("tool_call_parser"):
             raise InputError(

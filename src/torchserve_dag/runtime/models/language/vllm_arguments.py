@@ -81,7 +81,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _below(folder: Path, name: str, setting: str) -> Path:
-    path = folder / name
+    path = (folder / name).absolute()  # it is read in another working directory
     if not path.exists():
         raise ValueError(f"{setting}: there is no {name} in {folder}")
     return path
@@ -158,8 +158,8 @@ def _words(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _environment(python: Path, settings: LanguageSettings, placement: Placement) -> dict[str, str]:
-    """This process's environment, with what vLLM is to know; what is set there holds."""
-    environment = {
+    """What vLLM is to know, and this process's environment: what is set there, and in no setting, holds."""
+    defaults = {
         "VLLM_NO_USAGE_STATS": "1",  # it would tell its makers
         "HF_HUB_OFFLINE": "1",  # the weights are there: nothing is fetched
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -167,18 +167,25 @@ def _environment(python: Path, settings: LanguageSettings, placement: Placement)
     }
     folder = python.parent.parent
     if os.access(folder, os.W_OK):  # else what torch compiles for it is lost with its folder of temporary files
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torchinductor")
+        defaults["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torchinductor")
+    given = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
     if placement.device.type == "cuda":
-        if tensor_parallel(settings) == 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(placement.device.index or 0)
-    else:
-        # Not bound to cores: several workers would be bound to the same ones.
-        threads = settings.threads or len(os.sched_getaffinity(0))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        environment["OMP_NUM_THREADS"] = str(max(1, threads // tensor_parallel(settings)))
-        openmp = folder / "lib" / "libiomp5.so"
-        if openmp.is_file():
-            # Its idle threads sleep after 5 ms; those of GNU's OpenMP take the cores from everybody else.
-            environment |= {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "5"}
-    left = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
-    return {**environment, **left}
+        return {**defaults, **given, **_gpus(settings, placement.device.index or 0)}
+    # Not bound to cores: several workers would be bound to the same ones.
+    cores = settings.threads or len(os.sched_getaffinity(0))
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // tensor_parallel(settings)))}
+    defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **threads}
+    openmp = folder / "lib" / "libiomp5.so"
+    if openmp.is_file():
+        # Its idle threads sleep after 5 ms; those of GNU's OpenMP take the cores from everybody else.
+        defaults |= {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "5"}
+    return {**defaults, **given, **(threads if settings.threads else {})}
+
+
+def _gpus(settings: LanguageSettings, first: int) -> dict[str, str]:
+    """The GPU of the handler, among those that this process sees; with tensor parallel, also those after it."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = range(first, first + tensor_parallel(settings))
+    if seen is None:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, wanted))}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(seen.split(",")[first : first + len(wanted)])}

