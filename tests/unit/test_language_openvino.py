@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.contract import EngineContract, Written, greedy, start
+from tests.engines.contract import EngineContract, greedy
+from tests.engines.written import Written, start
 from tests.tiny_llama import greedy_text, make_gguf, make_llama
 from torchserve_dag import Chat, InputError, JsonSchema, Prompt, ResponseFormat
 from torchserve_dag.runtime.models.language.json_schema import check_schema
