@@ -58,7 +58,7 @@ class LanguageSettings:
     engine: EngineName = "auto"
     """What computes it."""
     room: int = 16
-    """AnswerWriter that the engine computes at the same time. More wait."""
+    """Answers that the engine computes at the same time. More wait."""
     context: int | None = None
     """The most tokens of a prompt and its answer together; without it, as many as the model was trained with, at most
     8,192; for `remote`, 131,072: its server refuses what is too long."""
