@@ -93,6 +93,7 @@ def main() -> None:
         message = link.receive(worker)
         if message is None:
             return
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of progress in the log
         logging.basicConfig(stream=sys.stdout, level=logging.WARNING)
         logging.getLogger().handlers[0].setFormatter(logs.Formatter())
         spec = json.loads(message[1])
