@@ -29,6 +29,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs th
 from torchserve_dag.commands import app
 app()
 """
+REFUSALS = {
+    "refused": (400, "top_p: it is 2"),
+    "full": (429, "Too many tokens."),
+    "none": (404, "There is no such model.", "model_not_found"),
+}
 USAGE = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}
 
 
@@ -54,8 +59,8 @@ class _Model(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.asked.append(body)
         self.server.tokens.append(self.headers.get("authorization"))
-        if self.path != "/v1/chat/completions" or body["model"] in {"refused", "full"}:
-            self.refuse(*((400, "top_p: it is 2") if body["model"] == "refused" else (429, "Too many tokens.")))
+        if self.path != "/v1/chat/completions" or body["model"] in REFUSALS:
+            self.refuse(*REFUSALS[body["model"]])
             return
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
@@ -63,8 +68,8 @@ class _Model(BaseHTTPRequestHandler):
         self.wfile.write(b": a comment, as servers send to keep a connection\n\n")
         getattr(self, body["model"])()
 
-    def refuse(self, status: int, message: str) -> None:
-        error = json.dumps({"error": {"message": message, "type": "", "param": None, "code": None}}).encode()
+    def refuse(self, status: int, message: str, code: str | None = None) -> None:
+        error = json.dumps({"error": {"message": message, "type": "", "param": None, "code": code}}).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(error)))
         self.send_header("x-request-id", "abc")
@@ -173,6 +178,7 @@ def test_as_json_an_answer_has_its_reason_and_its_tokens(server: ChatServer) -> 
     [
         ("refused", "error: top_p: it is 2 (400 RequestRefused, request abc)"),
         ("full", "error: Too many tokens. (429 Overloaded, request abc)"),
+        ("none", "error: There is no such model. (404 ModelNotFoundException, request abc)"),
         ("failing", "error: The worker ended. (500 ServerFailed)"),
         ("broken", "closed the connection before it answered: the answer has no end. (502 ConnectionLost)"),
         ("odd", "sent no chat: Expecting value: line 1 column 2 (char 1). (502 UnexpectedAnswer)"),

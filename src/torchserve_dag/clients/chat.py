@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from torchserve_dag.clients.errors import (
+    NO_MODEL,
     ServingError,
     connection_lost,
     deadline_exceeded,
@@ -123,4 +124,5 @@ def _error(response: httpx.Response, body: bytes) -> ServingError:
 
 
 def _in_openai_form(error: dict[str, Any], status: int, request_id: str | None) -> ServingError:
-    return error_of(status, "", str(error["message"]), request_id=request_id)
+    kind = NO_MODEL if error.get("code") == "model_not_found" else ""
+    return error_of(status, kind, str(error["message"]), request_id=request_id)

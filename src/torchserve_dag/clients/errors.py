@@ -28,6 +28,8 @@ from torchserve_dag.runtime.data import codec
 
 NO_WORKER = "ServiceUnavailableException"
 """TorchServe's type for a request that it never queued: no worker, or a full queue."""
+NO_MODEL = "ModelNotFoundException"
+"""TorchServe's type for a model that it does not serve."""
 RAISED = "InternalServerException"
 """TorchServe's type, beside a 503, for a handler that raised."""
 
@@ -188,7 +190,7 @@ def error_of(
     front_doors = status == HTTPStatus.FORBIDDEN and not kind  # the front door's 403; TorchServe's has a type
     if kind == "InvalidKeyException" or status == HTTPStatus.UNAUTHORIZED or front_doors:
         chosen, status = Unauthorized, HTTPStatus.UNAUTHORIZED
-    elif kind in {"ModelNotFoundException", "ModelVersionNotFoundException"}:
+    elif kind in {NO_MODEL, "ModelVersionNotFoundException"}:
         chosen, status = ModelNotFound, HTTPStatus.NOT_FOUND
     elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         chosen = TooLarge
