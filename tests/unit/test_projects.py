@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from torchserve_dag.commands import app
 from torchserve_dag.server import properties
-from torchserve_dag.server.shipped import hub_handlers, shipped
+from torchserve_dag.server.shipped import ready_handlers, shipped
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,20 +89,20 @@ def test_every_ready_handler_is_listed_and_copied_with_its_card(project: Path) -
     code, listed = run("add", "handler")
 
     assert code == 0
-    for name in hub_handlers():
+    for name in ready_handlers():
         assert f"{name} {yaml.safe_load((ROOT / 'handlers' / f'{name}.yaml').read_text())['card']['does']}" in listed
         assert run("add", "handler", name, "--project", str(project))[0] == 0
         for suffix in (".py", ".yaml"):
             copied = project / "handlers" / f"{name}{suffix}"
             assert copied.read_text() == (ROOT / "handlers" / f"{name}{suffix}").read_text()
-    assert "exists already" in run("add", "handler", hub_handlers()[0], "--project", str(project))[1]
+    assert "exists already" in run("add", "handler", ready_handlers()[0], "--project", str(project))[1]
     assert 'did you mean "text_classifier"' in run("add", "handler", "text_clasifier", "--project", str(project))[1]
 
 
 def test_the_wheel_carries_every_file_that_is_shipped() -> None:
     listed = (ROOT / "pyproject.toml").read_text("utf-8")
     files = ["config.properties", "log4j2.xml"]
-    files += [f"handlers/{name}{suffix}" for name in hub_handlers() for suffix in (".py", ".yaml")]
+    files += [f"handlers/{name}{suffix}" for name in ready_handlers() for suffix in (".py", ".yaml")]
 
     for file in files:
         assert f'"{file}" = "torchserve_dag/shipped/{file}"' in listed

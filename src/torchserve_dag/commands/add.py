@@ -28,13 +28,13 @@ def handler(
     *,
     project: ProjectOption = None,
 ) -> None:
-    """Copy a handler for models of the Hugging Face hub into handlers/, with its card."""
+    """Copy a handler for published models into handlers/, with its card: photos, texts, language models."""
     import yaml
 
     from torchserve_dag.runtime.data import plain
-    from torchserve_dag.server.shipped import hub_handlers, shipped
+    from torchserve_dag.server.shipped import ready_handlers, shipped
 
-    known = hub_handlers()
+    known = ready_handlers()
     if name is None:
         for ready in known:
             card = yaml.safe_load((shipped("handlers") / f"{ready}.yaml").read_text("utf-8"))["card"]

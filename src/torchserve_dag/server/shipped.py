@@ -1,4 +1,4 @@
-"""Files of the repository that the wheel carries too: `config.properties`, `log4j2.xml`, handlers for hub models.
+"""Files of the repository that the wheel carries too: `config.properties`, `log4j2.xml`, ready handlers.
 
 They have one source, the repository; `pyproject.toml` lists those that the build copies into the wheel.
 """
@@ -16,6 +16,6 @@ def shipped(path: str) -> Path:
     return (in_wheel if in_wheel.is_dir() else _PACKAGE.parents[1]) / path
 
 
-def hub_handlers() -> list[str]:
-    """The names of the handlers that serve models of the Hugging Face hub."""
-    return ["text_classifier", "transformers_classifier", "transformers_detector"]
+def ready_handlers() -> list[str]:
+    """The names of the handlers that serve published models, whichever their settings name."""
+    return ["text_classifier", "text_embedding", "text_generation", "transformers_classifier", "transformers_detector"]
