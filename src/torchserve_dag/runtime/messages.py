@@ -205,6 +205,7 @@ class JsonSchema:
     strict: bool | None = None
     """Taken as true: an engine that cannot hold to a schema refuses it."""
     description: str | None = None
+    """What it is for, in the words of the client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,7 @@ class ResponseFormat:
     leaves_out_none: ClassVar[bool] = True
 
     type: Literal["text", "json_object", "json_schema"] = "text"
+    """Any text, any JSON object, or JSON that fits a schema."""
     json_schema: JsonSchema | None = None
     """For the type `json_schema`."""
 
@@ -306,9 +308,11 @@ class ToolCall:
     leaves_out_none: ClassVar[bool] = True
 
     function: FunctionCall
+    """The function, with its arguments."""
     id: str | None = None
     """What the tool's answer refers to."""
     type: Literal["function"] | None = None
+    """There is no other kind of tool."""
     index: int | None = None
     """In a chunk: which of the answer's calls it belongs to."""
 
@@ -322,6 +326,7 @@ class ImageUrl:
     url: str
     """The photo itself, as a data URL: `data:image/jpeg;base64,…`. Nothing is fetched from another address."""
     detail: str | None = None
+    """How closely the model is to look at it; engines decide that themselves."""
 
     def __post_init__(self) -> None:
         if not self.url.startswith("data:image/"):
@@ -335,8 +340,11 @@ class ContentPart:
     leaves_out_none: ClassVar[bool] = True
 
     type: Literal["text", "image_url"]
+    """Which of the two it is."""
     text: str | None = None
+    """Of a text: the text."""
     image_url: ImageUrl | None = None
+    """Of a photo: the photo."""
 
     def __post_init__(self) -> None:
         if getattr(self, self.type) is None:
@@ -350,8 +358,11 @@ class ChatMessage:
     leaves_out_none: ClassVar[bool] = True
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who says it."""
     content: str | list[ContentPart] | None = None
+    """What is said: a text, or texts and photos."""
     name: str | None = None
+    """The name of who says it, for chats of several."""
     tool_calls: list[ToolCall] | None = None
     """What the assistant wanted to have called."""
     tool_call_id: str | None = None
@@ -372,10 +383,13 @@ class FunctionTool:
     leaves_out_none: ClassVar[bool] = True
 
     name: str
+    """The name of the function."""
     description: str | None = None
+    """What it does: by this the model decides when to call it."""
     parameters: dict[str, Any] | None = None
     """A JSON Schema of the arguments."""
     strict: bool | None = None
+    """Whether arguments must fit the schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +397,9 @@ class Tool:
     """A tool that a model may have called."""
 
     function: FunctionTool
+    """The function."""
     type: Literal["function"] = "function"
+    """There is no other kind of tool."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,6 +413,7 @@ class Chat(Sampling):
     tool_choice: str | dict[str, Any] | None = None
     """`auto`, `none`, `required`, or the tool that must be called."""
     parallel_tool_calls: bool | None = None
+    """Whether an answer may have several calls."""
     logprobs: bool | None = None
     """Whether each token comes with its log-probability …"""
     top_logprobs: int | None = None
@@ -434,6 +451,8 @@ class Prompt(Sampling):
 
 @dataclass(frozen=True, slots=True)
 class PromptTokensDetails:
+    """More about the tokens of a prompt."""
+
     cached_tokens: int = 0
     """Tokens of the prompt that were computed for an earlier request."""
 
@@ -443,9 +462,13 @@ class Usage:
     """What an answer has cost, in tokens."""
 
     prompt_tokens: int = 0
+    """Tokens of the prompt."""
     completion_tokens: int = 0
+    """Tokens of the answers."""
     total_tokens: int = 0
+    """Their sum."""
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    """More about the tokens of the prompt."""
 
     @classmethod
     def of(cls, prompt: int, completion: int = 0, cached: int = 0) -> Usage:
@@ -470,7 +493,9 @@ class TokenLogprob:
     leaves_out_none: ClassVar[bool] = True
 
     token: str
+    """The text of the token."""
     logprob: float
+    """The natural logarithm of its probability."""
     top_logprobs: list[TokenLogprob] | None = None
     """The most probable tokens in its place."""
 
@@ -482,6 +507,7 @@ class TextChunk:
     leaves_out_none: ClassVar[bool] = True
 
     text: str = ""
+    """What is added to the answer; whole characters."""
     index: int = 0
     """Which of the answers, where `n` asked for several."""
     finish_reason: FinishReason | None = None
@@ -489,7 +515,9 @@ class TextChunk:
     usage: Usage | None = None
     """Of all answers together, with the very last chunk."""
     tool_calls: list[ToolCall] | None = None
+    """The calls of tools that it adds."""
     logprobs: list[TokenLogprob] | None = None
+    """Of its tokens, where they were asked for."""
     served_by: str | None = None
     """Who wrote it, with the last chunk: the engine, and the model that it served."""
 
@@ -499,4 +527,6 @@ class Embedding:
     """A text as a vector."""
 
     embedding: list[float]
+    """The vector: of length 1, as many numbers as the model has dimensions."""
     usage: Usage | None = None
+    """What it has cost."""
