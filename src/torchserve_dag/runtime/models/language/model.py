@@ -46,6 +46,7 @@ class LanguageModel:
     def start(self, request: Chat | Prompt, reply: Reply[TextChunk]) -> Cancel:
         """Start an answer; see ContinuousHandler.start."""
         check_supported(request, self.engine.supports, self._settings.engine)
+        request = self._with_defaults(request)
         self._check_length(request)
         prompt = self.engine.count(request)
         answers = request.n or 1
@@ -68,6 +69,12 @@ class LanguageModel:
             release()
 
         return cancel_and_release
+
+    def _with_defaults(self, request: Chat | Prompt) -> Chat | Prompt:
+        """The request, with the settings' temperature and top_p where it has none."""
+        own = {"temperature": self._settings.temperature, "top_p": self._settings.top_p}
+        missing = {name: value for name, value in own.items() if value is not None and getattr(request, name) is None}
+        return replace(request, **missing) if missing else request
 
     def _check_length(self, request: Chat | Prompt) -> None:
         """Raises InputError for a text that need not be tokenized to be known as too long."""

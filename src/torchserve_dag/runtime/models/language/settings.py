@@ -64,6 +64,11 @@ class LanguageSettings:
     8,192; for `remote`, 131,072: its server refuses what is too long."""
     max_tokens: int = 1024
     """The limit of an answer whose client gives none, in tokens."""
+    temperature: float | None = None
+    """The temperature where the client gives none; without it, that of the engine or of the model's own files. Small
+    models write nonsense at 1, the default of OpenAI's API."""
+    top_p: float | None = None
+    """Likewise, of the most probable tokens that are considered."""
     tokens_in_flight: int | None = None
     """The most tokens of all requests in progress: their prompts, and the limits of their answers. One more is refused
     with 429. Without it, `room` times `context`."""
