@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, Prompt, TextChunk
@@ -73,7 +73,9 @@ class LanguageModel:
     def _with_defaults(self, request: Chat | Prompt) -> Chat | Prompt:
         """The request, with the settings' temperature and top_p where it has none."""
         own = {"temperature": self._settings.temperature, "top_p": self._settings.top_p}
-        missing = {name: value for name, value in own.items() if value is not None and getattr(request, name) is None}
+        missing: dict[str, Any] = {
+            name: value for name, value in own.items() if value is not None and getattr(request, name) is None
+        }
         return replace(request, **missing) if missing else request
 
     def _check_length(self, request: Chat | Prompt) -> None:
