@@ -30,10 +30,10 @@ def load(folder: Path, settings: LanguageSettings, placement: Placement) -> Lang
 
 
 def check(model: Path, ranks: int) -> None:
-    """Raises ValueError for a model whose heads cannot be shared by so many ranks."""
+    """Raises ValueError for a model with fewer heads than ranks; an uneven number of them can be shared."""
     config = json.loads((model / "config.json").read_text("utf-8"))
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads", ranks)
-    if heads % ranks:
+    if heads < ranks:
         raise ValueError(f"{model.name} has {heads} heads of keys and values: they cannot be shared by {ranks} ranks")
 
 
