@@ -16,10 +16,11 @@ import yaml
 from PIL import Image, ImageOps
 
 from torchserve_dag.runtime.data import codec, plain
-from torchserve_dag.runtime.messages import Failure, Labels, Objects, Photo, Text
+from torchserve_dag.runtime.messages import Chat, Failure, Labels, Objects, Photo, Text
 from torchserve_dag.runtime.models.load import load_handler
 from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.workflow import Workflow
 
 HANDLERS = [
     "yolo_detector",
@@ -30,6 +31,8 @@ HANDLERS = [
     "text_classifier",
 ]
 OF_PHOTOS = HANDLERS[:-1]
+ELSEWHERE = ["text_embedding/1.0", "text_generation/1.0"]
+"""Tested in unit/test_text_embedding.py, and in engines/ and below."""
 
 Load = Callable[[str], Stages]
 Read = Callable[[str], Photo]
@@ -40,8 +43,18 @@ def test_every_handler_of_the_project_is_tested_here(project: Project) -> None:
     files = [project.read_handler(path).value for path in project.files("handlers")]
 
     assert sorted(f"{f.name}/{f.version}" for f in files) == sorted(
-        name if "/" in name else f"{name}/1.0" for name in HANDLERS
+        [*ELSEWHERE, *(name if "/" in name else f"{name}/1.0" for name in HANDLERS)]
     )
+
+
+def test_the_language_model_of_the_demo_answers_its_question(project: Project) -> None:
+    """Of its quantised weights, with the default engine."""
+    question = Chat.of("What is the capital of France?", max_tokens=16, temperature=0)
+    with Workflow.load(project.root / "handlers/text_generation.yaml") as model:
+        (chunks,) = model([question])
+
+    assert "".join(chunk.text for chunk in chunks) == "The capital of France is Paris."
+    assert chunks[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("name", HANDLERS)
