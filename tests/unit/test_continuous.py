@@ -117,7 +117,7 @@ def model(tmp_path: Path):
 
 
 def speller(workflow: Workflow):
-    (loaded,) = [one.starter for one in workflow._loaded.values() if one.room]
+    (loaded,) = [one.starter for one in workflow._loaded.values() if one.own_engine]
     return type(loaded.handler)
 
 
@@ -177,8 +177,19 @@ def test_its_tokens_are_counted(model: Workflow) -> None:
     model([Text("abcd"), Text("ab")])
 
     counts = model.counts()["speller"]
-    assert counts.usage == Usage.of(6, 6, 2)
-    assert (counts.first_chunk_s.count, counts.token_s.count, counts.items) == (2, 2, 2)
+    language = counts.language["text_completion"]
+    assert (counts.items, counts.usage) == (2, Usage.of(6, 6, 2))
+    assert (language.prompt_tokens.sum, language.answer_tokens.sum, language.cached_tokens) == (6, 6, 2)
+    assert (language.first_token_s.count, language.token_s.count, language.answer_s.count) == (2, 2, 2)
+    assert counts.language["chat"].first_token_s.count == 0
+
+
+def test_an_answer_that_fails_has_no_duration(model: Workflow) -> None:
+    """Its first token came, and is counted."""
+    model([Text("late"), Text("fail")])
+
+    language = model.counts()["speller"].language["text_completion"]
+    assert (language.first_token_s.count, language.answer_s.count) == (1, 0)
 
 
 def test_followers_run_while_it_goes_on(tmp_path: Path) -> None:

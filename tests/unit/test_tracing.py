@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.span import Span
-from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.messages import Chat, Failure
 from torchserve_dag.runtime.telemetry import tracing
 from torchserve_dag.runtime.workflow import Workflow
 
@@ -262,3 +262,43 @@ def test_where_opentelemetry_is_missing_a_worker_says_so_and_serves(
     assert tracing.observer() is None
     (message,) = caplog.messages
     assert message.endswith("opentelemetry.sdk.resources is missing (pip install 'torchserve-dag[tracing]')")
+
+
+SPEAKER = """
+class Speaker(ContinuousHandler[Chat | Prompt, TextChunk]):
+    def load(self, folder, settings, placement): pass
+    def example(self) -> Chat: return Chat.of("Hello")
+    def start(self, item: Chat | Prompt, reply: Reply[TextChunk]):
+        reply.chunk(TextChunk("secret answer"))
+        reply.chunk(TextChunk(finish_reason="stop", usage=Usage.of(7, 2, 4)))
+        reply.end()
+        return lambda: None
+    def load_now(self) -> EngineLoad: return EngineLoad(engine="spoken")
+"""
+
+
+def test_the_span_of_a_language_model_has_numbers_and_no_text(tmp_path: Path) -> None:
+    (tmp_path / "handlers").mkdir()
+    names = "Chat, ContinuousHandler, EngineLoad, Prompt, Reply, TextChunk, Usage"
+    (tmp_path / "handlers" / "speaker.py").write_text(f"from torchserve_dag import {names}\n{SPEAKER}")
+    card = "card: {does: It speaks., input: A chat., output: Text., limits: None., weights: []}"
+    (tmp_path / "handlers" / "speaker.yaml").write_text(f'name: speaker\nversion: "1.0"\n{card}\n')
+    kept: list[Span] = []
+    with Workflow.load(tmp_path / "handlers" / "speaker.yaml") as model:
+        model.engine._observer = kept.extend
+        model([Chat.of("secret question", adapter="pirate")])
+
+    (span,) = [span for span in made(kept) if span.name == "speaker" and span.kind is SpanKind.INTERNAL]
+    assert span.attributes is not None
+    found = {name: value for name, value in span.attributes.items() if name.startswith("gen_ai.")}
+    assert found.pop("gen_ai.response.time_to_first_chunk") >= 0
+    assert found == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "spoken",
+        "gen_ai.request.model": "speaker:pirate",
+        "gen_ai.response.finish_reasons": ("stop",),
+        "gen_ai.usage.input_tokens": 7,
+        "gen_ai.usage.output_tokens": 2,
+        "gen_ai.usage.cache_read.input_tokens": 4,
+    }
+    assert "secret" not in str(kept)

@@ -113,6 +113,8 @@ class EngineLoad:
     """Items that it has accepted and does not compute yet."""
     cache_usage: float | None = None
     """The part of its cache that is in use, 0 to 1; None if it cannot tell."""
+    engine: str = "custom"
+    """The engine's name, which stays the same."""
 
 
 class ContinuousHandler(Generic[Item, AnswerChunkT]):

@@ -54,7 +54,9 @@ class Workflow:
         self._loaded = Loader(project, device, gpu, lanes * workers, reuse).load_graph(graph)
         share_cores(lanes * workers)  # functions may have imported torch
         devices = {name: loaded.device for name, loaded in self._loaded.items() if loaded.runner}
-        at_once = [code.batch for code in graph.codes.values()] + [one.room for one in self._loaded.values()]
+        self.own_engines = {name: one.own_engine for name, one in self._loaded.items() if one.own_engine}
+        """By the names in `graph.codes`, of the nodes whose models have engines of their own."""
+        at_once = [code.batch for code in graph.codes.values()] + [own.room for own in self.own_engines.values()]
         self._most_at_once = lanes + max(at_once)
         self.engine = Engine(
             graph,
@@ -68,7 +70,7 @@ class Workflow:
             batch_starters={
                 name: loaded.batch_starter for name, loaded in self._loaded.items() if loaded.batch_starter
             },
-            rooms={name: loaded.room for name, loaded in self._loaded.items() if loaded.room},
+            own_engines=self.own_engines,
             observer=tracing.observer(),
             set_alone=set_alone,
         )

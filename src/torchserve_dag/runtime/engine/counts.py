@@ -8,13 +8,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torchserve_dag.runtime.messages import Usage
+from torchserve_dag.runtime.messages import Chat, TextChunk, Usage
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets of durations; the last bucket has none."""
-TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-"""Likewise, of the time for a token."""
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+
+# As OpenTelemetry's conventions for generative AI say: github.com/open-telemetry/semantic-conventions-genai.
+FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+ANSWER_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+TOKENS = tuple(float(4**power) for power in range(14))
+
+OPERATIONS = ("chat", "text_completion")
+"""What a model with an engine of its own is asked for, in OpenTelemetry's words."""
 
 
 @dataclass
@@ -40,11 +47,71 @@ class Histogram:
         return Histogram(self.bounds, list(self.counts), self.sum)
 
 
-class Chunked(Protocol):
+@dataclass(slots=True)
+class Written:
+    """What is known of an answer whose chunks come by themselves."""
+
+    first_token: float
+    """When its first chunk came, on time.monotonic()'s clock."""
+    usage: Usage | None = None
+    finish_reasons: list[str] = field(default_factory=list)
+
+
+class Writing(Protocol):
     """An item whose chunks come by themselves."""
 
+    value: Any
     since: float
-    first_chunk: float
+    written: Written | None
+
+
+def operation_of(value: Any) -> str:
+    """What an item's value asks a language model for: one of OPERATIONS."""
+    return "chat" if isinstance(value, Chat) else "text_completion"
+
+
+@dataclass
+class LanguageCounts:
+    """The answers of a model with an engine of its own, to one operation."""
+
+    first_token_s: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_S))
+    """For each answer: seconds until its first chunk, its wait included."""
+    token_s: Histogram = field(default_factory=lambda: Histogram(TOKEN_S))
+    """For each answer: seconds for a token after the first, on average."""
+    answer_s: Histogram = field(default_factory=lambda: Histogram(ANSWER_S))
+    """For each answer that did not fail: seconds until its end, its wait included."""
+    prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
+    answer_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
+    cached_tokens: int = 0
+
+    def record_chunk(self, item: Writing, chunk: Any) -> None:
+        now = time.monotonic()
+        if item.written is None:
+            item.written = Written(now)
+            self.first_token_s.observe(now - item.since)
+        if not isinstance(chunk, TextChunk):
+            return
+        if chunk.finish_reason:
+            item.written.finish_reasons.append(chunk.finish_reason)
+        if chunk.usage:
+            item.written.usage = chunk.usage
+            self.prompt_tokens.observe(chunk.usage.prompt_tokens)
+            self.answer_tokens.observe(chunk.usage.completion_tokens)
+            self.cached_tokens += chunk.usage.cached_tokens
+            at_once = max(1, len(item.written.finish_reasons))  # several answers to one request grow side by side
+            tokens = chunk.usage.completion_tokens / at_once
+            if tokens > 1:
+                self.token_s.observe((now - item.written.first_token) / (tokens - 1))
+
+    def copy(self) -> LanguageCounts:
+        return LanguageCounts(
+            self.first_token_s.copy(),
+            self.token_s.copy(),
+            self.answer_s.copy(),
+            self.prompt_tokens.copy(),
+            self.answer_tokens.copy(),
+            self.cached_tokens,
+        )
 
 
 @dataclass
@@ -55,10 +122,8 @@ class NodeCounts:
     """For each batch: seconds of its run."""
     batch: Histogram = field(default_factory=lambda: Histogram(SIZES))
     """For each batch: its number of items."""
-    first_chunk_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    """Of a model with an engine of its own, for each answer: seconds until its first chunk, its wait included."""
-    token_s: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
-    """Likewise: seconds for each token after the first."""
+    language: dict[str, LanguageCounts] = field(default_factory=dict)
+    """Of a model with an engine of its own: its answers, by operation."""
     usage: Usage = field(default_factory=Usage)
     """The tokens that a model's answers have named."""
     failures: int = 0
@@ -84,15 +149,13 @@ class NodeCounts:
         self.batch.observe(size)
         self.failures += failures
 
-    def record_chunk(self, item: Chunked, chunk: Any) -> None:
+    def record_chunk(self, item: Writing, chunk: Any) -> None:
         """An item's chunk has come by itself; the last says how many tokens there were."""
-        now = time.monotonic()
-        if not item.first_chunk:
-            item.first_chunk = now
-            self.first_chunk_s.observe(now - item.since)
-        usage = getattr(chunk, "usage", None)
-        if isinstance(usage, Usage) and usage.completion_tokens > 1:
-            self.token_s.observe((now - item.first_chunk) / (usage.completion_tokens - 1))
+        self.language[operation_of(item.value)].record_chunk(item, chunk)
+
+    def record_end(self, item: Writing) -> None:
+        """An item whose chunks come by themselves has got the last."""
+        self.language[operation_of(item.value)].answer_s.observe(time.monotonic() - item.since)
 
     def copy(self) -> NodeCounts:
         return replace(
@@ -100,6 +163,5 @@ class NodeCounts:
             queue_s=self.queue_s.copy(),
             run_s=self.run_s.copy(),
             batch=self.batch.copy(),
-            first_chunk_s=self.first_chunk_s.copy(),
-            token_s=self.token_s.copy(),
+            language={operation: counts.copy() for operation, counts in self.language.items()},
         )

@@ -38,12 +38,22 @@ from torchserve_dag.runtime.engine.admission import CLOSING, Admission
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.elsewhere import Elsewhere
 from torchserve_dag.runtime.engine.gather import PENDING
+from torchserve_dag.runtime.engine.item_span import add_span
 from torchserve_dag.runtime.engine.lanes import Lanes, SetAlone
 from torchserve_dag.runtime.engine.node_start import make_items, read_inputs, start_node
 from torchserve_dag.runtime.engine.outcome import Changes, record_answer, record_result
 from torchserve_dag.runtime.engine.plan import ANSWER, Plan, Plans, make_plan
 from torchserve_dag.runtime.engine.request import Item, Request
-from torchserve_dag.runtime.engine.runner import BatchStarter, Chunk, Runner, Starter, Stream, internal_error
+from torchserve_dag.runtime.engine.runner import (
+    END,
+    BatchStarter,
+    Chunk,
+    OwnEngine,
+    Runner,
+    Starter,
+    Stream,
+    internal_error,
+)
 from torchserve_dag.runtime.engine.span import Observer, Span
 from torchserve_dag.runtime.engine.station import CPU, ELSEWHERE, Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream, SendChunk
@@ -71,18 +81,18 @@ class Engine:
         devices: Mapping[str, str] | None = None,
         starters: Mapping[str, Starter] | None = None,
         batch_starters: Mapping[str, BatchStarter] | None = None,
-        rooms: Mapping[str, int] | None = None,
+        own_engines: Mapping[str, OwnEngine] | None = None,
         observer: Observer | None = None,
         set_alone: SetAlone = lambda _: None,
     ) -> None:
         """`lanes`: the number of worker threads of each device; `devices`: where each code runs, `cpu` by default;
-        `rooms`: of each code that is `continuous`, how many items it has room for.
+        `own_engines`: of each code that is `continuous`.
         """
         self.graph = graph
         self._observer = observer
         self._lock = threading.Lock()
         self._runners, self._devices = runners, devices or {}
-        self._starters, self._batch_starters, self._rooms = starters or {}, batch_starters or {}, rooms or {}
+        self._starters, self._batch_starters, self._own = starters or {}, batch_starters or {}, own_engines or {}
         self._dropped: list[Item] = []
         """Obsolete items that were taken from the queues; cleared without the lock: see FairQueue."""
         self._entering = _Entering()
@@ -123,15 +133,17 @@ class Engine:
             start = partial(self._elsewhere.start_batch, self._batch_starters[name])
         elif code.kind.elsewhere:
             start = partial(self._elsewhere.start_served, self._starters[name])
+        own = self._own.get(name)
         station = Station(
             name,
-            batch=min(code.batch or self._rooms[name], self._rooms[name]) if code.kind.continuous else code.batch,
+            batch=min(code.batch or own.room, own.room) if own else code.batch,
             bundle=code.kind.one_by_one,
             depth=depth,
             runner=self._runners.get(name),
             device=self._devices.get(name, CPU),
             start=start,
             one_at_a_time=code.kind.one_at_a_time,
+            own_engine=own,
             dropped=self._dropped,
         )
         self._stations[name] = station
@@ -301,8 +313,10 @@ class Engine:
             failures = sum(isinstance(answer, Failure) for answer in answers)
             station.counts.record_batch((began - item.since for item in items), now - began, failures)
             for item, answer in zip(items, answers, strict=True):
+                if item.written and answer is END:
+                    station.counts.record_end(item)
                 if self._observer:
-                    _add_span(item, answer, began, now, len(items))
+                    add_span(item, answer, began, now, len(items))
                 if not item.obsolete:
                     record_answer(item, answer, changes)
             for item, held in zip(items, pixels, strict=bool(pixels)):
@@ -468,13 +482,3 @@ def _set_answer(future: Future[Any], answer: Any) -> None:
             future.set_result(answer)
     except BaseException as error:  # noqa: BLE001 (a future's callback must not end a lane)
         logs.report(logger, error, "a callback that waited for an answer raised")
-
-
-def _add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> None:
-    """Keep the span of an attempt of an item."""
-    end = time.time_ns()
-    root = item.request.root
-    attributes = {"queue_s": began - item.since, "batch": batch, "tries": item.failed_attempts}
-    failure = answer if isinstance(answer, Failure) else None
-    start_ns = end - int((now - began) * 1e9)
-    root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))

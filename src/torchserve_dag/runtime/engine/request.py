@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.engine.counts import Written
 from torchserve_dag.runtime.engine.gather import Gather
 from torchserve_dag.runtime.engine.plan import Plan
 from torchserve_dag.runtime.engine.runner import Cancel
@@ -106,8 +107,8 @@ class Item(_WeaklyReferenceable):
     failed_attempts: int = 0
     since: float = field(default_factory=time.monotonic)
     """When the item was queued, on time.monotonic()'s clock."""
-    first_chunk: float = 0.0
-    """When its first chunk came by itself, on time.monotonic()'s clock."""
+    written: Written | None = None
+    """What is known of its answer, once its first chunk has come by itself."""
     settled: bool = False
     """Whether this attempt is over: it has its last answer, or another attempt or the fallback replaces it."""
 

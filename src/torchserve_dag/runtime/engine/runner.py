@@ -11,6 +11,7 @@ from typing import Any, Final
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.handler import EngineLoad
 from torchserve_dag.runtime.messages import Failure, InputError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,18 @@ class Stream:
     """The value of a streaming node's item, once its first chunk is there."""
 
     chunks: Iterator[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnEngine:
+    """The engine of a model that batches by itself."""
+
+    name: str
+    model: str
+    """The name of its model's handler."""
+    room: int
+    """How many items may be in progress."""
+    load_now: Callable[[], EngineLoad]
 
 
 END: Final = object()

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torchserve_dag.runtime.messages import Failure
 
+Attribute = str | int | float | tuple[str, ...]
+"""The value of an attribute. Names that begin with `gen_ai.` are OpenTelemetry's, the others this package's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -18,7 +21,7 @@ class Span:
     start_ns: int
     """As time.time_ns()."""
     end_ns: int
-    attributes: Mapping[str, str | int | float]
+    attributes: Mapping[str, Attribute]
     failure: Failure | None
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic
 
 from torchserve_dag.runtime.data.options import Priority
-from torchserve_dag.runtime.engine.counts import NodeCounts
+from torchserve_dag.runtime.engine.counts import OPERATIONS, LanguageCounts, NodeCounts
 from torchserve_dag.runtime.engine.queue import FairQueue, ItemT
-from torchserve_dag.runtime.engine.runner import Runner
+from torchserve_dag.runtime.engine.runner import OwnEngine, Runner
 
 CPU, ELSEWHERE = "cpu", "elsewhere"
 
@@ -40,6 +40,7 @@ class Station(Generic[ItemT]):
         device: str = CPU,
         start: Callable[[Sequence[ItemT]], None] | None = None,
         one_at_a_time: bool = False,
+        own_engine: OwnEngine | None = None,
         dropped: list[ItemT],
     ) -> None:
         """A station has a `runner`, which lanes call with batches, or `start`, which starts an item elsewhere.
@@ -69,7 +70,8 @@ class Station(Generic[ItemT]):
         self._interactive: FairQueue[ItemT] = FairQueue(dropped)
         self._bulk: FairQueue[ItemT] = FairQueue(dropped)
         self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": self._interactive, "bulk": self._bulk}
-        self.counts = NodeCounts()
+        self.own_engine = own_engine
+        self.counts = NodeCounts(language={name: LanguageCounts() for name in OPERATIONS} if own_engine else {})
 
     @property
     def max_items(self) -> int:

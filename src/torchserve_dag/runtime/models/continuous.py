@@ -11,7 +11,7 @@ from typing import Any
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.data.options import Options
-from torchserve_dag.runtime.engine.runner import END, Cancel, Chunk, Done
+from torchserve_dag.runtime.engine.runner import END, Cancel, Chunk, Done, OwnEngine
 from torchserve_dag.runtime.handler import ContinuousHandler
 from torchserve_dag.runtime.messages import Failure, InputError
 
@@ -36,6 +36,10 @@ class ContinuousModel:
     def room(self) -> int:
         """How many items may be in progress."""
         return self.handler.room
+
+    @property
+    def own_engine(self) -> OwnEngine:
+        return OwnEngine(self.handler.load_now().engine, self.name, self.room, self.handler.load_now)
 
     @property
     def hangs(self) -> bool:

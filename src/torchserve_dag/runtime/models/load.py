@@ -15,7 +15,14 @@ from torchserve_dag.runtime.compute.cores import share_cores
 from torchserve_dag.runtime.data.declared import as_declared
 from torchserve_dag.runtime.data.parts import Body, Parts, read
 from torchserve_dag.runtime.data.source import Source
-from torchserve_dag.runtime.engine.runner import BatchStarter, Runner, Starter, function_runner, stream_runner
+from torchserve_dag.runtime.engine.runner import (
+    BatchStarter,
+    OwnEngine,
+    Runner,
+    Starter,
+    function_runner,
+    stream_runner,
+)
 from torchserve_dag.runtime.graph.graph import Code, Graph
 from torchserve_dag.runtime.graph.kinds import FunctionCode, HandlerCode, ServedCode
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode, RowsFunctionCode
@@ -37,8 +44,8 @@ class Loaded:
     runner: Runner | None = None
     starter: Starter | None = None
     batch_starter: BatchStarter | None = None
-    room: int = 0
-    """Of code that gives chunks of many items as they come: how many it has room for."""
+    own_engine: OwnEngine | None = None
+    """Of code that gives chunks of many items as they come."""
     wait: Callable[[], None] = lambda: None
     """Waits until the code is loaded. Raises RuntimeError if it cannot be."""
     device: str = "cpu"
@@ -99,7 +106,8 @@ class Loader:
                 handler = self._handler(file, self._device or device, code.batch)
                 close = _do_nothing if self._reuse else handler.close
                 if isinstance(handler, ContinuousModel):
-                    return Loaded(starter=handler, room=handler.room, hangs=lambda: handler.hangs, close=close)
+                    own = handler.own_engine
+                    return Loaded(starter=handler, own_engine=own, hangs=lambda: handler.hangs, close=close)
                 runner = stream_runner(name, handler.stream) if code.yields else handler
                 return Loaded(runner, device=str(handler.placement.device), hangs=lambda: handler.hangs, close=close)
             case FunctionCode(function):

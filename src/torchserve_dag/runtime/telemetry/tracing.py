@@ -14,7 +14,7 @@ from http import HTTPStatus
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from torchserve_dag.runtime.engine.span import Observer, Span
+from torchserve_dag.runtime.engine.span import Attribute, Observer, Span
 
 if TYPE_CHECKING:
     from opentelemetry import trace
@@ -28,6 +28,9 @@ SERVICE = "torchserve-dag"
 """The default of `OTEL_SERVICE_NAME`."""
 PREFIX = "torchserve_dag."
 """Prefix of the attributes that have no name in OpenTelemetry's semantic conventions."""
+
+LANGUAGE = "gen_ai."
+"""Prefix of the conventions' own attributes of language models."""
 
 _PROTOCOLS = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
@@ -77,8 +80,10 @@ def span_maker(provider: TracerProvider) -> Observer:
     return observe
 
 
-def _attributes(span: Span) -> dict[str, str | int | float]:
-    attributes = {f"{PREFIX}{name}": value for name, value in span.attributes.items()}
+def _attributes(span: Span) -> dict[str, Attribute]:
+    attributes = {
+        name if name.startswith(LANGUAGE) else f"{PREFIX}{name}": value for name, value in span.attributes.items()
+    }
     if span.failure:
         attributes["error.type"] = span.failure.type
         attributes[f"{PREFIX}status"] = span.failure.status

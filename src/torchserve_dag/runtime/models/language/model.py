@@ -88,7 +88,7 @@ class LanguageModel:
             raise InputError(message, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
     def load_now(self) -> EngineLoad:
-        return self.engine.load_now()
+        return replace(self.engine.load_now(), engine=self._settings.engine)
 
     def hangs(self) -> bool:
         return self.engine.hangs()

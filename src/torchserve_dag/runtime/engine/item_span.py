@@ -1,0 +1,47 @@
+"""The span of an attempt of an item; of a language model's with OpenTelemetry's attributes for generative AI."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torchserve_dag.runtime.engine.counts import operation_of
+from torchserve_dag.runtime.engine.request import Item
+from torchserve_dag.runtime.engine.runner import OwnEngine
+from torchserve_dag.runtime.engine.span import Attribute, Span
+from torchserve_dag.runtime.messages import Chat, Failure, Prompt
+
+
+def add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> None:
+    """Keep the span of an attempt that has ended, or of a chunk that was asked for."""
+    end = time.time_ns()
+    root = item.request.root
+    attributes: dict[str, Attribute] = {
+        "queue_s": began - item.since,
+        "batch": batch,
+        "tries": item.failed_attempts,
+        **(_of_language(item, own) if (own := item.station.own_engine) else {}),
+    }
+    failure = answer if isinstance(answer, Failure) else None
+    start_ns = end - int((now - began) * 1e9)
+    root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))
+
+
+def _of_language(item: Item, own: OwnEngine) -> Mapping[str, Attribute]:
+    """Numbers and names only: prompts and answers are in no span."""
+    adapter = item.value.adapter if isinstance(item.value, Chat | Prompt) else None
+    attributes: dict[str, Attribute] = {
+        "gen_ai.operation.name": operation_of(item.value),
+        "gen_ai.provider.name": own.name,
+        "gen_ai.request.model": f"{own.model}:{adapter}" if adapter else own.model,
+    }
+    if written := item.written:
+        attributes["gen_ai.response.time_to_first_chunk"] = written.first_token - item.since
+        if written.finish_reasons:
+            attributes["gen_ai.response.finish_reasons"] = tuple(written.finish_reasons)
+        if written.usage:
+            attributes["gen_ai.usage.input_tokens"] = written.usage.prompt_tokens
+            attributes["gen_ai.usage.output_tokens"] = written.usage.completion_tokens
+            attributes["gen_ai.usage.cache_read.input_tokens"] = written.usage.cached_tokens
+    return attributes
