@@ -315,7 +315,7 @@ def test_a_time_limit_counts_from_the_arrival_at_the_front_door(
     """TorchServe's queue may hold a request for long: work that nobody waits for is not begun."""
     arrived = str(round((time.time() - waited_s) * 1000))
     response = talking.submit(ServiceRequest("id-1", b"one", options={"x-arrived-ms": arrived, **asked})).result(WAIT_S)
-    begun = talking.metrics()["request", "items_total", None]
+    begun = talking.metrics()["request", "torchserve_dag_node_items_total", ()]
 
     assert (response.status, begun) == (status, 1 if status == 200 else 0)
     assert message is None or json.loads(response.body)["message"] == message
@@ -336,9 +336,10 @@ def test_what_crosses_the_line_is_plain(talking: Service) -> None:
     talking.submit(ServiceRequest("id-1", b"a")).result(WAIT_S)
     metrics = talking.metrics()
 
-    assert metrics["request", "items_total", None] == 1
-    assert metrics["request", "batch_size_bucket", "1.0"] == 1
-    assert {type(part) for series in metrics for part in series} <= {str, type(None)}
+    assert metrics["request", "torchserve_dag_node_items_total", ()] == 1
+    assert metrics["request", "torchserve_dag_node_batch_size_bucket", (("le", "1.0"),)] == 1
+    assert {type(part) for series in metrics for part in series} == {str, tuple}
+    assert talking.gauges() == {}
     assert talking.describe() == {"file": "workflows/flow.yaml", "name": "flow"}
     assert (talking.name, talking.version, talking.hangs()) == ("flow", "1.0", False)
     assert talking.timeout_s == 30

@@ -25,6 +25,7 @@ from torchserve_dag.direct.torchserve_archive.service import ForeignService
 from torchserve_dag.direct.torchserve_archive.settings import ArchiveSettings, read_settings
 from torchserve_dag.runtime.compat.context import Context
 from torchserve_dag.runtime.data import unzip
+from torchserve_dag.runtime.telemetry.series import PREFIX
 from torchserve_dag.runtime.worker.protocol import PendingResponse, ServiceRequest, ServiceResponse
 
 
@@ -711,7 +712,8 @@ def test_its_metrics_are_those_of_a_workflow_with_one_node(start: Start) -> None
         one.result(WITHIN_S)
 
     def numbers() -> Mapping[str, float]:
-        return {metric: number for (node, metric, bound), number in model.service.metrics().items() if bound is None}
+        series = model.service.metrics().items()
+        return {name.removeprefix(PREFIX): number for (_, name, labels), number in series if not labels}
 
     until(lambda: numbers()["items_total"] == 2)
     assert {node for node, _, _ in model.service.metrics()} == {"m"}

@@ -83,6 +83,14 @@ def _serve_beside(service: Service, listening: socket.socket, max_body: int) -> 
         network.join(http.DRAIN_S)
 
 
+def metrics_of(service: Service) -> dict[str, list[list[Any]]]:
+    """What a worker says to the keeper, who makes a page of it (stack/metrics_page.py)."""
+    return {
+        kind: [[*series, value] for series, value in read().items()]
+        for kind, read in (("metrics", service.metrics), ("gauges", service.gauges))
+    }
+
+
 async def _serve(
     service: Service,
     listening: socket.socket,
@@ -103,7 +111,7 @@ async def _serve(
         if what == "state":
             found = {"inside": entrance.inside, "hangs": service.hangs()}
         elif what == "metrics":
-            found = [[*series, value] for series, value in service.metrics().items()]
+            found = metrics_of(service)
         else:
             return None
         return ServiceResponse(json.dumps(found).encode())

@@ -51,6 +51,7 @@ class Serving:
     host: Host = "torchserve"
     opened: bool = True
     """Whether `up` has ended, which opens the door: the direct host's keeper runs before."""
+    vllm_metrics: bool = False
 
     @property
     def envoy(self) -> bool:

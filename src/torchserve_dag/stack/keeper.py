@@ -82,7 +82,7 @@ class Keeper:
         serving = self.state.serving()
         if serving:
             self._adopt()
-            direct = self._begin_direct() if serving.host == "direct" else None
+            direct = self._begin_direct(serving) if serving.host == "direct" else None
             for turn in itertools.count():
                 if self._ending.wait(supervise.POLL_S) or self.state.serving() is None:
                     break
@@ -106,13 +106,13 @@ class Keeper:
         if record and record.problem and java:
             processes.kill([java])
 
-    def _begin_direct(self) -> Workers:
+    def _begin_direct(self, serving: Serving) -> Workers:
         """Serve the management API, whose calls change which workers there are to be."""
         workers = Workers(self.state)
         attempt(workers.look)  # they load while this process imports the rest
         from torchserve_dag.stack import management_app  # noqa: PLC0415 (half of all that the keeper imports)
 
-        page = MetricsPage(self.door, workers)
+        page = MetricsPage(self.door, workers, vllm_names_of_all=serving.vllm_metrics)
         management_app.serve(self.state, Management(self.state, workers), page.text)
         return workers
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import socket
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,23 +19,26 @@ from prometheus_client.metrics_core import Metric
 from torchserve_dag.archives.archive import ModelVersion
 from torchserve_dag.front_door.door import Door
 from torchserve_dag.releases import version_metrics
-from torchserve_dag.runtime.worker.protocol import Metrics
+from torchserve_dag.runtime.telemetry.series import MODEL, PROVIDER, Series, vllm_names
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.stack.workers import Workers
 
-NODE = "torchserve_dag_node_"
+Numbers = dict[Series, float]
 _MB = 2**20
 
 
 class MetricsPage:
     """What `/metrics` shows."""
 
-    def __init__(self, door: Door, workers: Workers) -> None:
-        self._door, self._workers = door, workers
+    def __init__(self, door: Door, workers: Workers, *, vllm_names_of_all: bool = False) -> None:
+        """`vllm_names_of_all`: whether language models of all engines are there under vLLM's names, too."""
+        self._door, self._workers, self._all_as_vllm = door, workers, vllm_names_of_all
         self._host = socket.gethostname()
-        self._said: dict[tuple[ModelVersion, str], Metrics] = {}
+        self._said: dict[tuple[ModelVersion, str], Numbers] = {}
         """The latest metrics of each worker, by its version and id."""
-        self._ended: dict[ModelVersion, dict[tuple[str, str, str | None], float]] = {}
+        self._gauges: dict[tuple[ModelVersion, str], Numbers] = {}
+        """Likewise, of those that answer now."""
+        self._ended: dict[ModelVersion, Numbers] = {}
         """Those of all workers that have ended, by version."""
         self._lock = threading.Lock()
         self._registry = CollectorRegistry()
@@ -94,37 +98,57 @@ class MetricsPage:
             yield family
 
     def _nodes(self) -> Iterator[Metric]:
-        totals = self._totals()
-        families: dict[str, UntypedMetricFamily] = {}
-        for (model, version), series in sorted(totals.items()):
-            for (node, metric, bound), value in series.items():
-                name = NODE + metric
-                labels = ["workflow", "version", "node", "Hostname", *(["le"] if bound else [])]
-                family = families.get(name)
-                if family is None:
-                    family = families[name] = UntypedMetricFamily(name, "See docs/metrics.md.", labels=labels)
-                family.add_metric([model, version, node, self._host, *([bound] if bound else [])], value)
+        families: dict[str, Metric] = {}
+        for (model, version), total in sorted(self._totals().items()):
+            for series, value in total.items():
+                self._add(families, UntypedMetricFamily, (model, version), series, value)
+        for ((model, version), worker), gauges in sorted(self._gauges.items()):
+            for (node, name, labels), value in gauges.items():
+                series = (node, name, (*labels, ("worker", worker)))
+                self._add(families, GaugeMetricFamily, (model, version), series, value)
         yield from families.values()
 
-    def _totals(self) -> dict[ModelVersion, dict[tuple[str, str, str | None], float]]:
+    def _add(
+        self,
+        families: dict[str, Metric],
+        kind: type[UntypedMetricFamily | GaugeMetricFamily],
+        version: ModelVersion,
+        series: Series,
+        value: float,
+    ) -> None:
+        node, name, more = series
+        labels = {"workflow": version[0], "version": version[1], "node": node, "Hostname": self._host, **dict(more)}
+        names = [(name, labels)]
+        if MODEL in labels and (self._all_as_vllm or labels[PROVIDER] == "vllm"):
+            names += [(one, {"model_name": labels[MODEL], **labels}) for one in vllm_names(name, more)]
+        for one, its_labels in names:
+            family = families.setdefault(one, kind(one, "See docs/metrics.md."))
+            family.add_sample(one, its_labels, value)
+
+    def _totals(self) -> dict[ModelVersion, Numbers]:
         states = self._workers.states()
         versions = {one.hosted.key for one in states}
         there = {(one.hosted.key, worker.id) for one in states for worker in one.workers}
+        self._gauges = {}
         for key in versions:
             for worker in self._workers.ready(key):
                 said = worker.ask("metrics")
                 if said is not None:
-                    series = {(node, metric, bound): value for node, metric, bound, value in said}
-                    self._said[key, worker.record.id] = series
+                    self._said[key, worker.record.id] = _numbers(said["metrics"])
+                    self._gauges[key, worker.record.id] = _numbers(said["gauges"])
         for of in self._said.keys() - there:
             total = self._ended.setdefault(of[0], defaultdict(float))
             for one, value in self._said.pop(of).items():
                 total[one] += value
         self._ended = {key: total for key, total in self._ended.items() if key in versions}
-        totals: dict[ModelVersion, dict[tuple[str, str, str | None], float]]
-        totals = {key: defaultdict(float, total) for key, total in self._ended.items()}
+        totals: dict[ModelVersion, Numbers] = {key: defaultdict(float, total) for key, total in self._ended.items()}
         for (key, _), said in self._said.items():
             total = totals.setdefault(key, defaultdict(float))
             for one, value in said.items():
                 total[one] += value
         return totals
+
+
+def _numbers(said: Iterable[Sequence[Any]]) -> Numbers:
+    """What a worker's JSON says."""
+    return {(node, name, tuple((key, text) for key, text in labels)): value for node, name, labels, value in said}

@@ -29,6 +29,8 @@ class ProjectSettings:
 
     host: Host = "torchserve"
     """What the models' workers belong to: `torchserve`, or `direct`, with no server between them and Envoy."""
+    vllm_metrics: bool = False
+    """Have the metrics of every language model under vLLM's names, too, on the direct host's page."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,13 @@ def start(
         archives, failed = launch.copy_all(state, selection.archives)
         remarks += [Remark("failed", " ".join(version), why) for version, why in failed.items()]
         _check_enough(archives, remarks, strict=strict)
-        to_serve = Serving(with_front_door, options.access_log, options.timeout_s, chosen)
+        to_serve = Serving(
+            with_front_door,
+            options.access_log,
+            options.timeout_s,
+            host=chosen,
+            vllm_metrics=serving_settings.project.vllm_metrics,
+        )
         begin = _begin_direct if chosen == "direct" else _begin_torchserve
         try:
             started, door = begin(_Start(state, planned, archives, options, progress, door_settings, routes, to_serve))

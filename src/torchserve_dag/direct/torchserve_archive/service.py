@@ -19,7 +19,7 @@ from torchserve_dag.runtime.data.options import NOTHING_ASKED, read_options
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.timers import Timers
 from torchserve_dag.runtime.messages import Failure, InputError
-from torchserve_dag.runtime.telemetry.metrics import series_of
+from torchserve_dag.runtime.telemetry.series import series_of
 from torchserve_dag.runtime.worker.protocol import Metrics, OnChunk, PendingResponse, ServiceRequest
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,10 @@ class ForeignService:
         """Those of a workflow with one node, which is called like the model."""
         with self._changed:
             counts = self._counts.copy()
-        return series_of({self.name: counts})
+        return series_of({self.name: counts}, {})
+
+    def gauges(self) -> Metrics:
+        return {}
 
     def hangs(self) -> bool:
         """Whether the batch that runs has taken longer than `responseTimeout`, or its last chunk is so long ago."""

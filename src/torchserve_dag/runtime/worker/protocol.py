@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-PROTOCOL = 3
+PROTOCOL = 4
 
-Metrics = Mapping[tuple[str, str, str | None], float]
-"""By node, metric, and the upper bound of a histogram's bucket (None for other metrics): a number that only grows."""
+Metrics = Mapping[tuple[str, str, tuple[tuple[str, str], ...]], float]
+"""Numbers by node, name on a page of metrics, and labels beside the node's; a histogram's bucket has `le` last."""
 
 OnChunk = Callable[[bytes, str, Callable[[], None]], None]
 """Receives each chunk of an answer, its content type, and what the host calls once the client has taken the chunk.
@@ -125,7 +125,11 @@ class Service(Protocol):
     def cancel(self, key: str) -> bool:
         """Cancel the request with this `x-cancel-key`. Returns whether there was one."""
 
-    def metrics(self) -> Metrics: ...
+    def metrics(self) -> Metrics:
+        """Numbers that only grow, so that those of several processes add up."""
+
+    def gauges(self) -> Metrics:
+        """Numbers that rise and fall, of this process now."""
 
     def hangs(self) -> bool:
         """Whether a model hangs. Its thread can be ended only with the process."""

@@ -32,7 +32,7 @@ from torchserve_dag.runtime.models.load import Reuse
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.requirements import differences
 from torchserve_dag.runtime.telemetry import scores
-from torchserve_dag.runtime.telemetry.metrics import series_of
+from torchserve_dag.runtime.telemetry.series import gauges_of, series_of
 from torchserve_dag.runtime.worker.protocol import (
     Metrics,
     OnChunk,
@@ -132,7 +132,10 @@ class WorkflowService:
         return self._workflow.engine.cancel(key)
 
     def metrics(self) -> Metrics:
-        return series_of(self._workflow.counts())
+        return series_of(self._workflow.counts(), self._workflow.own_engines)
+
+    def gauges(self) -> Metrics:
+        return gauges_of(self._workflow.own_engines)
 
     def hangs(self) -> bool:
         return self._workflow.hangs()

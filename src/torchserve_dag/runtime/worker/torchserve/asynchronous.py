@@ -24,12 +24,11 @@ from typing import Any, NoReturn
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.compat.wire import READ_BYTES, WireReader, WireRequest, read_requests
 from torchserve_dag.runtime.messages import Failure
-from torchserve_dag.runtime.telemetry import metrics
 from torchserve_dag.runtime.worker import output
 from torchserve_dag.runtime.worker.protocol import Service, ServiceResponse
 from torchserve_dag.runtime.worker.service import load
 from torchserve_dag.runtime.worker.torchserve import batched
-from torchserve_dag.runtime.worker.torchserve.batched import EXIT_HANGS, PUBLISH_S, Context, hangs_before
+from torchserve_dag.runtime.worker.torchserve.batched import EXIT_HANGS, Context, hangs_before
 from torchserve_dag.runtime.worker.torchserve.exchange import Exchange
 from torchserve_dag.runtime.worker.torchserve.guard import DIED, HOLD, LOADED, Guard
 from torchserve_dag.runtime.worker.torchserve.rows import control, over_rest, read_request
@@ -87,7 +86,7 @@ def _serve(folder: Path, gpu: int | None, link: socket.socket) -> NoReturn:
     loaded.set()
     link.sendall(LOADED)
     output.command(f"[PID]{os.getpid()}\n")  # TorchServe reads this line for the pid that it reports
-    metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics, output.command)
+    batched.publish(service)
     _, (connection, *_), *_ = socket.recv_fds(link, 1, 1)
     loop = AsynchronousLoop(service, link)
     threading.Thread(target=loop.end_when_it_hangs, name="end when it hangs", daemon=True).start()

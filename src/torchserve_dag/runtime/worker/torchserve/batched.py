@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -80,9 +81,19 @@ def _start(folder: Path, context: Context) -> BatchedLoop:
     loop = _loops[folder] = BatchedLoop(service, controls=not is_segment)
     if socket_reader:
         socket_reader.serve = loop.run
-    metrics.publish_every(PUBLISH_S, service.name, service.version, service.metrics, output.command)
+    publish(service)
     threading.Thread(target=loop.end_when_it_hangs, name="end when it hangs", daemon=True).start()
     return loop
+
+
+def publish(service: Service) -> None:
+    """Print the service's metrics every second. Its gauges are told from other workers' by the number of its socket,
+    which a worker that is started again has, too.
+    """
+    number = re.search(r"--(?:sock[-_]name|port)[= ]\S*?(\d+)(?: |$)", " ".join(sys.argv))
+    worker = number[1] if number else str(os.getpid())
+    read = service.metrics, output.command, service.gauges
+    metrics.publish_every(PUBLISH_S, service.name, service.version, *read, worker)
 
 
 class BatchedLoop:
