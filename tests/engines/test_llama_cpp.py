@@ -23,7 +23,7 @@ from torchserve_dag.runtime.messages import (
     Tool,
     ToolCall,
 )
-from torchserve_dag.runtime.models.language.llama_cpp import LlamaCppEngine
+from torchserve_dag.runtime.models.language.llama_cpp.engine import LlamaCppEngine
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
 pytest.importorskip("xllamacpp", reason="pip install xllamacpp==2026.10.11549")

@@ -16,9 +16,9 @@ from tests.tiny_llama import chat_prompt, greedy_text, make_llama
 from torchserve_dag.commands import app
 from torchserve_dag.runtime.compute.placement import Placement
 from torchserve_dag.runtime.messages import Chat, InputError, JsonSchema, OverloadedError, Prompt, ResponseFormat
-from torchserve_dag.runtime.models.language import onnxruntime
 from torchserve_dag.runtime.models.language.answer import WAITING
 from torchserve_dag.runtime.models.language.model import LanguageModel
+from torchserve_dag.runtime.models.language.onnxruntime import engine as onnxruntime
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
 for package in ("onnxruntime_genai", "onnxscript"):
@@ -226,7 +226,7 @@ def test_an_export_that_writes_other_tokens_is_not_kept(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Here the graph of another model, whose weights differ."""
-    from torchserve_dag.runtime.models.language import onnx_export
+    from torchserve_dag.runtime.models.language.onnxruntime import export as onnx_export
 
     def wrong(_model: object, file: Path) -> None:
         for name in ("model.onnx", "model.onnx.data"):

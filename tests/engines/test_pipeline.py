@@ -19,7 +19,7 @@ from tests.tiny_llama import chat_prompt, greedy_text, make_llama
 from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt
 from torchserve_dag.runtime.models.language.answer import WAITING
 from torchserve_dag.runtime.models.language.model import LanguageModel
-from torchserve_dag.runtime.models.language.pipeline import KINDS, check, cut
+from torchserve_dag.runtime.models.language.ranks.pipeline import KINDS, check, cut
 
 PROMPT = "What is the capital of France? " * 5
 

@@ -25,8 +25,9 @@ from torchserve_dag.runtime.messages import (
     ResponseFormat,
     Tool,
 )
-from torchserve_dag.runtime.models.language import unix_http, vllm_environment
-from torchserve_dag.runtime.models.language.vllm import VllmEngine
+from torchserve_dag.runtime.models.language.vllm import environment as vllm_environment
+from torchserve_dag.runtime.models.language.vllm import unix_http
+from torchserve_dag.runtime.models.language.vllm.engine import VllmEngine
 
 START_S = 900.0
 """For a start of vLLM on the slowest machine."""

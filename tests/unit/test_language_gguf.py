@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from torchserve_dag.runtime.models.language.gguf import (
+from torchserve_dag.runtime.models.language.llama_cpp.gguf import (
     cache_bytes,
     context_of,
     file_of,

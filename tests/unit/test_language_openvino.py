@@ -15,7 +15,7 @@ from tests.tiny_llama import greedy_text, make_gguf, make_llama
 from torchserve_dag import Chat, InputError, JsonSchema, Prompt, ResponseFormat
 from torchserve_dag.runtime.models.language.json_schema import check_schema
 from torchserve_dag.runtime.models.language.model import LanguageModel
-from torchserve_dag.runtime.models.language.openvino import OpenVinoEngine
+from torchserve_dag.runtime.models.language.openvino.engine import OpenVinoEngine
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
 FOX = "The quick brown fox jumps over the lazy dog. " * 6
@@ -131,7 +131,7 @@ def test_an_engine_that_raises_starts_again(weights: Path, llama: Path, monkeypa
     engine = load(weights)
     running = start(engine, greedy("It goes on "), 500)
     running.wait_for(lambda: bool(running.chunks))
-    monkeypatch.setattr("torchserve_dag.runtime.models.language.openvino.check_schema", lambda _: None)
+    monkeypatch.setattr("torchserve_dag.runtime.models.language.openvino.engine.check_schema", lambda _: None)
     wrong = ResponseFormat("json_schema", JsonSchema("it", {"type": "objecty"}))
     bad = start(engine, Chat.of("Fill it in.", response_format=wrong))
 

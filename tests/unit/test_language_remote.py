@@ -14,9 +14,9 @@ from tests.unit.openai_server import KEY, USAGE, WORDS, OpenAiServer
 from torchserve_dag import Chat, InputError, Prompt
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.messages import Usage
-from torchserve_dag.runtime.models.language.allowance import Allowance
 from torchserve_dag.runtime.models.language.model import LanguageModel
-from torchserve_dag.runtime.models.language.remote import RemoteEngine
+from torchserve_dag.runtime.models.language.remote.allowance import Allowance
+from torchserve_dag.runtime.models.language.remote.engine import RemoteEngine
 from torchserve_dag.runtime.models.language.settings import LanguageSettings, Remote
 
 ANSWER = "".join(WORDS)
@@ -318,7 +318,7 @@ def test_what_is_in_progress_fails_when_the_engine_is_closed(load: Load) -> None
 
 
 def test_waiting_requests_have_a_bound(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchserve_dag.runtime.models.language.remote.MOST_WAITING", 2)
+    monkeypatch.setattr("torchserve_dag.runtime.models.language.remote.engine.MOST_WAITING", 2)
     engine = load(room=1)
     streams = [start(engine, Chat.of("without end")) for _ in range(3)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchserve_dag import Chat, InputError, Prompt
-from torchserve_dag.runtime.models.language.sampler import DefaultSampling, Sampler
+from torchserve_dag.runtime.models.language.transformers.sampler import DefaultSampling, Sampler
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
 PROBABILITIES = LOGITS.softmax(-1).tolist()

@@ -30,8 +30,8 @@ from torchserve_dag import (
     ResponseFormat,
     Tool,
 )  # fmt: skip
-from torchserve_dag.runtime.models.language.transformers_batch import ContinuousBatch
-from torchserve_dag.runtime.models.language.transformers_generate import GenerateThreads
+from torchserve_dag.runtime.models.language.transformers.batch import ContinuousBatch
+from torchserve_dag.runtime.models.language.transformers.generate import GenerateThreads
 
 QUESTION = "What is the capital of France?"
 
@@ -278,7 +278,7 @@ def test_a_model_that_cannot_be_batched_continuously_is_answered_one_by_one(
     def cannot(*_: object) -> None:
         raise ValueError("this attention cannot be paged")
 
-    monkeypatch.setattr("torchserve_dag.runtime.models.language.transformers.ContinuousBatch", cannot)
+    monkeypatch.setattr("torchserve_dag.runtime.models.language.transformers.engine.ContinuousBatch", cannot)
     model = loaded(weights)
     replies = [KeptReply() for _ in range(4)]
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from torchserve_dag.commands import app
-from torchserve_dag.runtime.models.language import vllm_environment
+from torchserve_dag.runtime.models.language.vllm import environment as vllm_environment
 from torchserve_dag.server import vllm_installation
 from torchserve_dag.server.errors import ServerError
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from torchserve_dag import LanguageSettings, Placement
-from torchserve_dag.runtime.models.language import vllm_environment
 from torchserve_dag.runtime.models.language.engines import load_engine
-from torchserve_dag.runtime.models.language.vllm import counters
-from torchserve_dag.runtime.models.language.vllm_arguments import Command, command
-from torchserve_dag.runtime.models.language.vllm_server import VllmServer, reason
+from torchserve_dag.runtime.models.language.vllm import environment as vllm_environment
+from torchserve_dag.runtime.models.language.vllm.arguments import Command, command
+from torchserve_dag.runtime.models.language.vllm.engine import counters
+from torchserve_dag.runtime.models.language.vllm.server import VllmServer, reason
 
 CPU = Placement(torch.device("cpu"))
 SERVER = """

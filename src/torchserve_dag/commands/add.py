@@ -60,7 +60,7 @@ def engine(
 ) -> None:
     """Install an engine that needs an environment of its own: other packages than this one, in other versions."""
     from torchserve_dag.runtime.compute.placement import find_device
-    from torchserve_dag.runtime.models.language import vllm_environment
+    from torchserve_dag.runtime.models.language.vllm import environment as vllm_environment
     from torchserve_dag.server import vllm_installation
 
     kind = find_device(device).type if device == "auto" else device

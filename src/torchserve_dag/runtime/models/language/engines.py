@@ -8,9 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchserve_dag.runtime.models.language import vllm_environment
 from torchserve_dag.runtime.models.language.engine import LanguageEngine
 from torchserve_dag.runtime.models.language.settings import EngineName, LanguageSettings
+from torchserve_dag.runtime.models.language.vllm import environment as vllm_environment
 
 if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement
@@ -33,14 +33,16 @@ class EngineEntry:
 
 
 ENGINES = {
-    "openvino": EngineEntry("openvino", "openvino_genai", "pip install 'torchserve-dag[language]'"),
-    "transformers": EngineEntry("transformers", "transformers", "pip install 'torchserve-dag[serve]'"),
-    "llama.cpp": EngineEntry("llama_cpp", "xllamacpp", "pip install xllamacpp==2026.10.11549"),
-    "remote": EngineEntry("remote", "httpx", "pip install 'httpx>=0.27,<1'"),
-    "deepspeed": EngineEntry("deepspeed", "deepspeed", "pip install --no-build-isolation 'torchserve-dag[deepspeed]'"),
-    "onnxruntime": EngineEntry("onnxruntime", "onnxruntime_genai", "pip install 'torchserve-dag[onnxruntime]'"),
-    "pipeline": EngineEntry("pipeline", "transformers", "pip install 'torchserve-dag[serve]'"),
-    "vllm": EngineEntry("vllm", None, vllm_environment.INSTALL),
+    "openvino": EngineEntry("openvino.engine", "openvino_genai", "pip install 'torchserve-dag[language]'"),
+    "transformers": EngineEntry("transformers.engine", "transformers", "pip install 'torchserve-dag[serve]'"),
+    "llama.cpp": EngineEntry("llama_cpp.engine", "xllamacpp", "pip install xllamacpp==2026.10.11549"),
+    "remote": EngineEntry("remote.engine", "httpx", "pip install 'httpx>=0.27,<1'"),
+    "deepspeed": EngineEntry(
+        "ranks.deepspeed", "deepspeed", "pip install --no-build-isolation 'torchserve-dag[deepspeed]'"
+    ),
+    "onnxruntime": EngineEntry("onnxruntime.engine", "onnxruntime_genai", "pip install 'torchserve-dag[onnxruntime]'"),
+    "pipeline": EngineEntry("ranks.pipeline", "transformers", "pip install 'torchserve-dag[serve]'"),
+    "vllm": EngineEntry("vllm.engine", None, vllm_environment.INSTALL),
 }
 
 

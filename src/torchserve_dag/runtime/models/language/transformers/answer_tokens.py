@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from torchserve_dag.runtime.messages import FinishReason
-from torchserve_dag.runtime.models.language.sampler import Sampler
+from torchserve_dag.runtime.models.language.transformers.sampler import Sampler
 from torchserve_dag.runtime.models.language.writer import AnswerWriter, Detokenizer
 
 

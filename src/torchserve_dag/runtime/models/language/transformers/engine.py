@@ -17,13 +17,13 @@ import torch
 
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, Prompt, TextChunk
-from torchserve_dag.runtime.models.language.answer_tokens import AnswerTokens
 from torchserve_dag.runtime.models.language.engine import Cancel
-from torchserve_dag.runtime.models.language.sampler import Sampler
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
-from torchserve_dag.runtime.models.language.transformers_batch import ContinuousBatch, SettingError
-from torchserve_dag.runtime.models.language.transformers_generate import GenerateThreads
-from torchserve_dag.runtime.models.language.transformers_model import HubModel, ModelInputs
+from torchserve_dag.runtime.models.language.transformers.answer_tokens import AnswerTokens
+from torchserve_dag.runtime.models.language.transformers.batch import ContinuousBatch, SettingError
+from torchserve_dag.runtime.models.language.transformers.generate import GenerateThreads
+from torchserve_dag.runtime.models.language.transformers.model import HubModel, ModelInputs
+from torchserve_dag.runtime.models.language.transformers.sampler import Sampler
 from torchserve_dag.runtime.models.language.writer import AnswerWriter
 
 if TYPE_CHECKING:  # it imports torch

@@ -20,8 +20,8 @@ from torchserve_dag.runtime.compute.placement import Placement
 from torchserve_dag.runtime.data import photos
 from torchserve_dag.runtime.messages import Chat, InputError, Prompt
 from torchserve_dag.runtime.models.language.chat_template import ChatTemplate
-from torchserve_dag.runtime.models.language.sampler import DefaultSampling
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
+from torchserve_dag.runtime.models.language.transformers.sampler import DefaultSampling
 
 LONGEST_CONTEXT = 8192
 """The context where the settings name none, and the model was trained with a longer one."""

@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt, TextChunk, Usage
-from torchserve_dag.runtime.models.language.address import address_of, client_of, key_of
-from torchserve_dag.runtime.models.language.allowance import Allowance, Settle
 from torchserve_dag.runtime.models.language.engine import Cancel
 from torchserve_dag.runtime.models.language.openai_json import (
     DONE,
@@ -33,6 +31,8 @@ from torchserve_dag.runtime.models.language.openai_json import (
     parse,
     path_of,
 )
+from torchserve_dag.runtime.models.language.remote.address import address_of, client_of, key_of
+from torchserve_dag.runtime.models.language.remote.allowance import Allowance, Settle
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from torch import distributed, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.microbatch import TensorChunkSpec
 
-from torchserve_dag.runtime.models.language import rank as ranks_program
-from torchserve_dag.runtime.models.language.rank import Job, OnToken, RankSpec
+from torchserve_dag.runtime.models.language.ranks import rank as ranks_program
+from torchserve_dag.runtime.models.language.ranks.rank import Job, OnToken, RankSpec
 
 if TYPE_CHECKING:
     from torchserve_dag.runtime.compute.placement import Placement
@@ -32,7 +32,7 @@ their embedding and the first layer, or behind the head, which parts would do tw
 
 def load(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:
     """The model below `folder`, cut over `options: {ranks: N}` processes. Raises ValueError, RuntimeError."""
-    from torchserve_dag.runtime.models.language.ranked_engine import load_ranks  # noqa: PLC0415 (a rank needs none of it)
+    from torchserve_dag.runtime.models.language.ranks.engine import load_ranks  # noqa: PLC0415 (a rank needs none of it)
 
     return load_ranks(__name__, folder, settings, placement, check)
 

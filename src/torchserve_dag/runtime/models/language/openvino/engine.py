@@ -23,8 +23,8 @@ from torchserve_dag.runtime.messages import Chat, FinishReason, InputError, Prom
 from torchserve_dag.runtime.models.language.chat_template import ChatTemplate
 from torchserve_dag.runtime.models.language.engine import Cancel
 from torchserve_dag.runtime.models.language.json_schema import check_schema
+from torchserve_dag.runtime.models.language.openvino.vocabulary import ByteDetokenizer, Vocabulary, detokenizers
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
-from torchserve_dag.runtime.models.language.vocabulary import ByteDetokenizer, Vocabulary, detokenizers
 from torchserve_dag.runtime.models.language.writer import AnswerWriter, Detokenizer
 
 if TYPE_CHECKING:  # it imports torch

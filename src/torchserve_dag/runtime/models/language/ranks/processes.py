@@ -13,9 +13,9 @@ from typing import Any
 
 from torchserve_dag.runtime.compat import link
 from torchserve_dag.runtime.compat.process import Process, ProcessError, ProcessTooSlowError
-from torchserve_dag.runtime.models.language.rank import CANCEL, Job, RankSpec
+from torchserve_dag.runtime.models.language.ranks.rank import CANCEL, Job, RankSpec
 
-PROGRAM = "torchserve_dag.runtime.models.language.rank"
+PROGRAM = "torchserve_dag.runtime.models.language.ranks.rank"
 _ASK_S = 5.0
 """How long a rank may take to read a request: it waits for one."""
 

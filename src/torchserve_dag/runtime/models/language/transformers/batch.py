@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from torchserve_dag.runtime.handler import EngineLoad
-from torchserve_dag.runtime.models.language.answer_tokens import AnswerTokens
 from torchserve_dag.runtime.models.language.engine import Cancel
-from torchserve_dag.runtime.models.language.sampler import Sampler
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
-from torchserve_dag.runtime.models.language.transformers_model import greedy
+from torchserve_dag.runtime.models.language.transformers.answer_tokens import AnswerTokens
+from torchserve_dag.runtime.models.language.transformers.model import greedy
+from torchserve_dag.runtime.models.language.transformers.sampler import Sampler
 
 PAGE = 16
 """Tokens of a page of the cache. Prompts share whole pages."""

@@ -19,7 +19,7 @@ from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, P
 from torchserve_dag.runtime.models.language.answer import BY_WRITER, WAITING, Answer
 from torchserve_dag.runtime.models.language.engine import Cancel
 from torchserve_dag.runtime.models.language.hub_folder import hub_context, hub_folder, refuse_settings
-from torchserve_dag.runtime.models.language.onnx_export import CONFIG
+from torchserve_dag.runtime.models.language.onnxruntime.export import CONFIG
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 from torchserve_dag.runtime.models.language.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
-from torchserve_dag.runtime.models.language import rank as ranks_program
-from torchserve_dag.runtime.models.language.rank import Job, OnToken, RankSpec
+from torchserve_dag.runtime.models.language.ranks import rank as ranks_program
+from torchserve_dag.runtime.models.language.ranks.rank import Job, OnToken, RankSpec
 
 if TYPE_CHECKING:
     from torchserve_dag.runtime.compute.placement import Placement
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def load(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:
     """The model below `folder`, in `options: {ranks: N}` processes; 1 is enough. Raises ValueError."""
-    from torchserve_dag.runtime.models.language.ranked_engine import load_ranks  # noqa: PLC0415 (no rank needs it)
+    from torchserve_dag.runtime.models.language.ranks.engine import load_ranks  # noqa: PLC0415 (no rank needs it)
 
     return load_ranks(__name__, folder, settings, placement, check)
 

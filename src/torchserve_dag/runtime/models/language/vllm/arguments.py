@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
-from torchserve_dag.runtime.models.language.vllm_environment import interpreter
+from torchserve_dag.runtime.models.language.vllm.environment import interpreter
 
 if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt, TextChunk
-from torchserve_dag.runtime.models.language import unix_http
 from torchserve_dag.runtime.models.language.answer_loop import AnswerLoop
 from torchserve_dag.runtime.models.language.engine import Cancel
 from torchserve_dag.runtime.models.language.openai_json import (
@@ -25,8 +24,9 @@ from torchserve_dag.runtime.models.language.openai_json import (
     path_of,
 )
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
-from torchserve_dag.runtime.models.language.vllm_arguments import command
-from torchserve_dag.runtime.models.language.vllm_server import VllmServer
+from torchserve_dag.runtime.models.language.vllm import unix_http
+from torchserve_dag.runtime.models.language.vllm.arguments import command
+from torchserve_dag.runtime.models.language.vllm.server import VllmServer
 
 if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from torchserve_dag.runtime.handler import EngineLoad
-from torchserve_dag.runtime.models.language.answer_tokens import AnswerTokens
 from torchserve_dag.runtime.models.language.engine import Cancel
-from torchserve_dag.runtime.models.language.transformers_model import ModelInputs, greedy
+from torchserve_dag.runtime.models.language.transformers.answer_tokens import AnswerTokens
+from torchserve_dag.runtime.models.language.transformers.model import ModelInputs, greedy
 
 MOST_THREADS = 4
 """Each answer has a thread of its own; more take each other's time."""

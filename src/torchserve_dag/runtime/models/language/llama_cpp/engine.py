@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt, TextChunk, Usage
 from torchserve_dag.runtime.models.language.engine import Cancel
-from torchserve_dag.runtime.models.language.gguf import context_of, file_of, read_metadata
+from torchserve_dag.runtime.models.language.llama_cpp.gguf import context_of, file_of, read_metadata
 from torchserve_dag.runtime.models.language.openai_json import ChunkReader, UpstreamError, body_of, failure_of
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 

@@ -29,8 +29,8 @@ from torchserve_dag.runtime.models.handler_process import PAUSES_S, REFUSE_AFTER
 from torchserve_dag.runtime.models.language.answer import BY_WRITER, WAITING, Answer
 from torchserve_dag.runtime.models.language.engine import Cancel
 from torchserve_dag.runtime.models.language.hub_folder import hub_context, hub_folder, refuse_settings
-from torchserve_dag.runtime.models.language.rank import Job, RankSpec
-from torchserve_dag.runtime.models.language.ranks import Ranks
+from torchserve_dag.runtime.models.language.ranks.processes import Ranks
+from torchserve_dag.runtime.models.language.ranks.rank import Job, RankSpec
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 from torchserve_dag.runtime.models.language.tokenizer import Tokenizer
 

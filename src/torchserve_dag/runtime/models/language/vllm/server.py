@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from torchserve_dag.runtime.models.handler_process import PAUSES_S
-from torchserve_dag.runtime.models.language import program_group
-from torchserve_dag.runtime.models.language.unix_http import ask, is_ready
-from torchserve_dag.runtime.models.language.vllm_arguments import Command
+from torchserve_dag.runtime.models.language.vllm import program_group
+from torchserve_dag.runtime.models.language.vllm.arguments import Command
+from torchserve_dag.runtime.models.language.vllm.unix_http import ask, is_ready
 
 logger = logging.getLogger(__name__)
 

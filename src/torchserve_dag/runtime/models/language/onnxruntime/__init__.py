@@ -1,0 +1,1 @@
+"""ONNX Runtime GenAI, and the export of models for it."""

@@ -1,0 +1,1 @@
+"""OpenVINO GenAI: language models on a CPU."""

@@ -1,0 +1,1 @@
+"""Transformers' own continuous batching, and its `generate`."""
