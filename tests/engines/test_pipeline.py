@@ -8,174 +8,143 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
-from tests.engines.talk import Written, load, wait_until, write
-from tests.tiny_llama import chat_prompt, greedy_text, make_llama
-from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt
+from tests.engines.contract import PROMPT, EngineContract, greedy
+from tests.engines.loaded import loaded
+from tests.engines.written import Written, start, until
+from tests.tiny_llama import make_llama
+from torchserve_dag import InputError, Prompt
+from torchserve_dag.runtime.messages import OverloadedError
 from torchserve_dag.runtime.models.language.answer import WAITING
-from torchserve_dag.runtime.models.language.model import LanguageModel
+from torchserve_dag.runtime.models.language.ranks.engine import RankedEngine
 from torchserve_dag.runtime.models.language.ranks.pipeline import KINDS, check, cut
 
-PROMPT = "What is the capital of France? " * 5
+LONG = 1_900
+"""Tokens of an answer that does not end during a test."""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    make_llama(folder / "llama")
-    return folder
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights")
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Iterator[LanguageModel]:
-    model = load(folder, "llama", "pipeline", prefill_tokens=8)
-    yield model
-    model.close()
+def llama(weights: Path) -> Path:
+    return make_llama(weights / "llama")
 
 
-def prompt(text: str = PROMPT, most: int = 32, **sampling: object) -> Prompt:
-    return Prompt(prompt=text, max_tokens=most, **{"temperature": 0, **sampling})  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def engine(weights: Path, llama: Path) -> Iterator[RankedEngine]:
+    with loaded(weights, llama.name, "pipeline", prefill_tokens=8) as engine:
+        assert isinstance(engine, RankedEngine)
+        yield engine
 
 
-def pids(model: LanguageModel) -> list[int]:
-    return model.engine._ranks.pids  # type: ignore[attr-defined]
+def pids(engine: RankedEngine) -> list[int]:
+    assert engine._ranks
+    return engine._ranks.pids
 
 
-def test_it_writes_the_tokens_that_the_whole_model_writes(model: LanguageModel, folder: Path) -> None:
-    """The prompt goes through the stages in five pieces and a rest."""
-    written = write(model, prompt())
-
-    assert written.text == greedy_text(folder / "llama", PROMPT)
-    assert written.last.finish_reason == "length"
-    assert written.last.usage is not None
-    assert written.last.usage.completion_tokens == 32
-    assert written.last.served_by == "pipeline/llama"
+def failure(written: Written) -> InputError:
+    with pytest.raises(InputError) as caught:
+        written.wait()
+    return caught.value
 
 
-def test_each_token_comes_as_a_chunk(model: LanguageModel) -> None:
-    assert len(write(model, prompt()).chunks) == 32 + 1
+class TestPipeline(EngineContract):
+    """The prompts go through the stages in pieces of 8 tokens and a rest."""
+
+    test_a_prompt_that_was_computed_before_is_cached = None  # it keeps none
 
 
-def test_a_chat_is_written_by_the_models_template(model: LanguageModel, folder: Path) -> None:
-    written = write(model, Chat.of("Hello there", max_tokens=16, temperature=0))
+def test_an_answer_that_waits_can_be_cancelled(engine: RankedEngine) -> None:
+    long = start(engine, greedy(PROMPT), LONG)
+    waiting = start(engine, greedy(PROMPT), 2)
+    waiting.cancel()
 
-    assert written.text == greedy_text(folder / "llama", chat_prompt(folder / "llama", "Hello there"), 16)
-
-
-def test_a_stop_string_ends_the_answer_before_it(model: LanguageModel, folder: Path) -> None:
-    text = greedy_text(folder / "llama", PROMPT)
-    written = write(model, prompt(stop=text[20:24], most=1000))
-
-    assert written.text == text[: text.index(text[20:24])]
-    assert written.last.finish_reason == "stop"
-    assert written.last.usage is not None
-    assert written.last.usage.completion_tokens < 40
-
-
-def test_the_same_seed_gives_the_same_answer(model: LanguageModel, folder: Path) -> None:
-    one, same, other = (write(model, prompt(temperature=1.5, seed=seed)).text for seed in (1, 1, 2))
-
-    assert one == same
-    assert one != other
-    assert one != greedy_text(folder / "llama", PROMPT)
-
-
-def test_a_cancelled_answer_gives_its_place_to_the_next(model: LanguageModel) -> None:
-    long = Written()
-    cancel = model.start(prompt(most=1900), long)
-    wait_until(lambda: len(long.chunks) > 3)
-    cancel()
-    next_one = write(model, prompt(most=2))
-
-    assert long.ended.is_set()
-    assert long.last.usage is not None
-    assert long.last.usage.completion_tokens < 1900
-    assert next_one.last.finish_reason == "length"
-
-
-def test_an_answer_that_waits_can_be_cancelled(model: LanguageModel) -> None:
-    long, waiting = Written(), Written()
-    cancel_long = model.start(prompt(most=1900), long)
-    cancel = model.start(prompt(most=2), waiting)
-    cancel()
-
-    assert not long.ended.is_set()
-    assert waiting.wait().text == ""
-    cancel_long()
-    cancel_long()
+    assert waiting.wait().text() == ""
+    assert not long.ends
+    long.cancel()
     long.wait()
 
 
-def test_so_many_answers_wait_and_one_more_is_refused(folder: Path, model: LanguageModel) -> None:
-    long = Written()
-    engine = model.engine
-    cancels = [engine.start(prompt(most=1900), 1900, long)]
-    wait_until(lambda: long.chunks)
-    cancels += [engine.start(prompt(most=1), 1, Written()) for _ in range(WAITING)]
+def test_so_many_answers_wait_and_one_more_is_refused(engine: RankedEngine) -> None:
+    long = start(engine, greedy(PROMPT), LONG)
+    long.wait_for(lambda: bool(long.chunks))
+    waiting = [start(engine, greedy(PROMPT), 1) for _ in range(WAITING)]
 
     assert (engine.load_now().running, engine.load_now().waiting) == (1, WAITING)
     with pytest.raises(OverloadedError):
-        engine.start(prompt(most=1), 1, Written())
-    for cancel in reversed(cancels):
-        cancel()
+        start(engine, greedy(PROMPT), 1)
+    for written in (*waiting, long):
+        written.cancel()
     long.wait()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_answer_fails_when_a_rank_is_killed_and_the_next_one_does_not(model: LanguageModel, rank: int) -> None:
-    before = pids(model)
-    written = Written()
-    model.start(prompt(most=1900), written)
-    wait_until(lambda: written.chunks)
-    os.kill(before[rank], signal.SIGKILL)
-    error = written.wait().error
+def test_what_a_client_sends_does_not_end_the_ranks(engine: RankedEngine) -> None:
+    before = pids(engine)
+    for extreme in ({"temperature": 1e-30}, {"temperature": 1}, {"temperature": 2, "top_p": 1e-30}, {"seed": -(2**80)}):
+        start(engine, Prompt(prompt=PROMPT, **extreme), 2).wait()
+    for id_ in ("384", "9" * 30):
+        with pytest.raises(InputError, match="logit_bias: the model has no token"):
+            start(engine, greedy(PROMPT, logit_bias={id_: 1.0}), 2)
+    with pytest.raises(InputError, match="too many"):
+        engine.count(greedy("x" * 1_000_000))
 
-    assert isinstance(error, InputError)
-    assert error.status == 507
+    assert pids(engine) == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_answer_fails_when_a_rank_is_killed_and_the_next_one_does_not(engine: RankedEngine, rank: int) -> None:
+    before = pids(engine)
+    written = start(engine, greedy(PROMPT), LONG)
+    written.wait_for(lambda: bool(written.chunks))
+    following = start(engine, greedy(PROMPT), 3)
+    os.kill(before[rank], signal.SIGKILL)
+    error = failure(written)
+
+    assert (error.status, error.type) == (507, "WorkerDied")
     assert "ended while it wrote this answer" in error.message
-    assert write(model, prompt(most=3)).error is None
-    assert not set(before) & set(pids(model))
+    assert following.wait().reasons() == {0: "length"}
+    assert not set(before) & set(pids(engine))
     assert not any(psutil.pid_exists(pid) for pid in before)
 
 
-def test_a_rank_that_ends_between_two_answers_is_started_again(model: LanguageModel) -> None:
-    before = pids(model)
+def test_a_rank_that_ends_between_two_answers_is_started_again(engine: RankedEngine) -> None:
+    before = pids(engine)
     os.kill(before[1], signal.SIGKILL)
-    wait_until(lambda: pids(model) != before)
+    until(lambda: pids(engine) != before)
 
-    assert write(model, prompt(most=3)).error is None
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_answer_fails_within_its_limit_when_a_rank_hangs(folder: Path, rank: int) -> None:
-    model = load(folder, "llama", "pipeline", options={"token_s": 20})
-    try:
-        before = pids(model)
-        written = Written()
-        model.start(prompt(most=1900), written)
-        wait_until(lambda: written.chunks)
-        os.kill(before[rank], signal.SIGSTOP)
-        error = written.wait().error
-
-        assert isinstance(error, InputError)
-        assert error.status == 504
-        assert "no token within 20 s" in error.message
-        assert write(model, prompt(most=3)).error is None
-        assert not any(psutil.pid_exists(pid) for pid in before)
-    finally:
-        model.close()
+    start(engine, greedy(PROMPT), 3).wait()
 
 
-def test_the_ranks_end_with_a_worker_that_is_killed(folder: Path) -> None:
+def test_an_answer_fails_within_its_limit_when_a_rank_hangs(weights: Path, llama: Path) -> None:
+    with loaded(weights, llama.name, "pipeline", options={"token_s": 20}) as engine:
+        assert isinstance(engine, RankedEngine)
+        for rank in (0, 1):
+            before = pids(engine)
+            written = start(engine, greedy(PROMPT), LONG)
+            written.wait_for(lambda written=written: bool(written.chunks))  # type: ignore[misc]
+            os.kill(before[rank], signal.SIGSTOP)
+            error = failure(written)
+
+            assert (error.status, error.type) == (504, "Timeout")
+            assert "no token within 20 s" in error.message
+            start(engine, greedy(PROMPT), 3).wait()
+            assert not any(psutil.pid_exists(pid) for pid in before)
+
+
+def test_the_ranks_end_with_a_worker_that_is_killed(weights: Path, llama: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tests.engines.talk import load\n"
-        f"model = load(Path({str(folder)!r}), 'llama', 'pipeline')\n"
-        "print(*model.engine._ranks.pids, flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from tests.engines.loaded import loaded\n"
+        f"with loaded(Path({str(weights)!r}), {llama.name!r}, 'pipeline') as engine:\n"
+        "    print(*engine._ranks.pids, flush=True); sys.stdin.read()"
     )
     worker = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert worker.stdin
@@ -186,22 +155,19 @@ def test_the_ranks_end_with_a_worker_that_is_killed(folder: Path) -> None:
         worker.wait()
 
     assert len(started) == 2
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in started))
+    until(lambda: not any(psutil.pid_exists(pid) for pid in started))
 
 
-def test_a_closed_model_has_no_process_and_fails_what_was_in_progress(folder: Path) -> None:
-    model = load(folder, "llama", "pipeline")
-    started = pids(model)
-    written, waiting = Written(), Written()
-    model.start(prompt(most=1000), written)
-    model.start(prompt(most=1), waiting)
-    model.close()
+def test_a_closed_engine_has_no_process_and_fails_what_was_in_progress(weights: Path, llama: Path) -> None:
+    with loaded(weights, llama.name, "pipeline") as engine:
+        assert isinstance(engine, RankedEngine)
+        started = pids(engine)
+        answers = [start(engine, greedy(PROMPT), LONG) for _ in range(2)]
 
-    assert isinstance(written.wait().error, OverloadedError)
-    assert isinstance(waiting.wait().error, OverloadedError)
+    assert [failure(answer).status for answer in answers] == [503, 503]
     assert not any(psutil.pid_exists(pid) for pid in started)
     with pytest.raises(OverloadedError):
-        model.start(prompt(), Written())
+        start(engine, greedy(PROMPT))
 
 
 @pytest.mark.parametrize(
@@ -216,15 +182,11 @@ def test_a_closed_model_has_no_process_and_fails_what_was_in_progress(folder: Pa
         ({"context": 4096}, "trained with 2,048 tokens"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_with_a_sentence(folder: Path, settings: dict, what: str) -> None:
-    with pytest.raises(ValueError, match=what):
-        load(folder, "llama", "pipeline", **settings)
-
-
-def test_what_it_cannot_do_is_refused_by_the_fields_name(model: LanguageModel) -> None:
-    for field, value in (("n", 2), ("presence_penalty", 1.0), ("logprobs", 3), ("adapter", "a")):
-        with pytest.raises(InputError, match=field):
-            model.start(prompt(**{field: value}), Written())
+def test_settings_that_do_not_fit_are_refused_with_a_sentence(
+    weights: Path, llama: Path, settings: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(ValueError, match=what), loaded(weights, llama.name, "pipeline", **settings):
+        pass
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -257,4 +219,11 @@ def test_a_model_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
 
     with pytest.raises(ValueError, match="is a gpt2; what can be cut is llama"):
+        check(tmp_path, 2)
+
+
+def test_a_file_of_another_kind_than_safetensors_is_refused(tmp_path: Path, llama: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
         check(tmp_path, 2)

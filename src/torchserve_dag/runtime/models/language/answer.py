@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torchserve_dag.runtime.handler import Reply
 from torchserve_dag.runtime.messages import Chat, FinishReason, InputError, Prompt, TextChunk
 from torchserve_dag.runtime.models.language.tokenizer import Tokenizer
@@ -12,8 +14,21 @@ WAITING = 16
 BY_WRITER = frozenset({"echo", "tools", "tool_choice", "parallel_tool_calls"})
 """Fields that need the chat template and the writer only, not the engine."""
 
+COLDEST = 1e-4
+"""A lower temperature draws the most probable token, and its quotients overflow."""
 
-class Answer:
+
+def drawing(request: Chat | Prompt) -> dict[str, Any]:
+    """How to draw tokens, in the words of transformers and onnxruntime-genai; the rest is left to the model."""
+    temperature, top_p = request.temperature, request.top_p
+    if top_p == 0 or (temperature is not None and temperature < COLDEST):
+        return {"do_sample": False}
+    asked = {"temperature": temperature, "top_p": top_p}
+    given = {name: float(value) for name, value in asked.items() if value is not None}
+    return {"do_sample": True, **given} if given else {}
+
+
+class EngineAnswer:
     """The tokens of a request's answer, written as text. Its methods are called by the engine's thread."""
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
@@ -21,12 +22,15 @@ def hub_folder(folder: Path, settings: LanguageSettings) -> Path:
 
 def hub_context(model: Path, settings: LanguageSettings) -> int:
     """The most tokens of a prompt and its answer. Raises ValueError."""
-    trained: int | None = json.loads((model / "config.json").read_text("utf-8")).get("max_position_embeddings")
+    trained: int | None = hub_config(model).get("max_position_embeddings")
     if settings.context and trained and settings.context > trained:
-        raise ValueError(
-            f"context: {settings.model} was trained with {trained:,} tokens, fewer than {settings.context:,}"
-        )
+        raise ValueError(f"context is {settings.context:,}: {settings.model} was trained with {trained:,} tokens")
     return settings.context or min(trained or LONGEST, LONGEST)
+
+
+def hub_config(model: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model / "config.json").read_text("utf-8"))
+    return config
 
 
 def refuse_settings(settings: LanguageSettings, *names: str) -> None:

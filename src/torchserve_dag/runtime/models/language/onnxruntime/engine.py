@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt, TextChunk
-from torchserve_dag.runtime.models.language.answer import BY_WRITER, WAITING, Answer
+from torchserve_dag.runtime.models.language.answer import BY_WRITER, WAITING, EngineAnswer, drawing
 from torchserve_dag.runtime.models.language.engine import Cancel
 from torchserve_dag.runtime.models.language.hub_folder import hub_context, hub_folder, refuse_settings
 from torchserve_dag.runtime.models.language.onnxruntime.export import CONFIG
@@ -67,7 +67,7 @@ class OnnxEngine:
         self._ends: list[int] = ends if isinstance(ends, list) else [ends]
         self._name = f"onnxruntime/{settings.model}"
         self._changed = threading.Condition()
-        self._waiting: deque[Answer] = deque()
+        self._waiting: deque[EngineAnswer] = deque()
         self._running: deque[_Turns] = deque()
         self._closed = False
         self._progress = time.monotonic()
@@ -79,7 +79,7 @@ class OnnxEngine:
         return len(self._tokenizer(request))
 
     def start(self, request: Chat | Prompt, most_tokens: int, reply: Reply[TextChunk]) -> Cancel:
-        answer = Answer(request, most_tokens, reply, self._tokenizer, self._name)
+        answer = EngineAnswer(request, most_tokens, reply, self._tokenizer, self._name)
         with self._changed:
             if self._closed:
                 raise OverloadedError("The model is closed.")
@@ -156,16 +156,10 @@ class OnnxEngine:
             answer.fail(error)
         return False
 
-    def _generator(self, answer: Answer) -> Any:
+    def _generator(self, answer: EngineAnswer) -> Any:
         request = answer.request
         params = self._genai.GeneratorParams(self._model)
-        chosen: dict[str, Any] = {"max_length": len(answer.prompt) + answer.most}
-        if request.temperature == 0 or request.top_p == 0:
-            chosen["do_sample"] = False
-        elif request.temperature is not None or request.top_p is not None:
-            chosen["do_sample"] = True
-            asked = {"temperature": request.temperature, "top_p": request.top_p}
-            chosen |= {name: value for name, value in asked.items() if value is not None}
+        chosen = drawing(request) | {"max_length": len(answer.prompt) + answer.most}
         if request.seed is not None:
             chosen["random_seed"] = request.seed % SEEDS
         params.set_search_options(**chosen)
@@ -183,7 +177,7 @@ class OnnxEngine:
 class _Turns:
     """An answer in progress."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: EngineAnswer) -> None:
         self.answer = answer
         self.generator: Any = None
         self.read = 0

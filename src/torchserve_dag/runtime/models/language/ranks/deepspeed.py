@@ -5,7 +5,6 @@ DeepSpeed's own kernels are not used: none is for CPUs.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
+from torchserve_dag.runtime.models.language.hub_folder import hub_config
 from torchserve_dag.runtime.models.language.ranks import rank as ranks_program
 from torchserve_dag.runtime.models.language.ranks.rank import Job, OnToken, RankSpec
 
@@ -31,7 +31,7 @@ def load(folder: Path, settings: LanguageSettings, placement: Placement) -> Lang
 
 def check(model: Path, ranks: int) -> None:
     """Raises ValueError for a model with fewer heads than ranks; an uneven number of them can be shared."""
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    config = hub_config(model)
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads", ranks)
     if heads < ranks:
         raise ValueError(f"{model.name} has {heads} heads of keys and values: they cannot be shared by {ranks} ranks")

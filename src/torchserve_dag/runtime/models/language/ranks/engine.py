@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,9 +26,9 @@ from torchserve_dag.runtime.compute.cores import cores
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt, TextChunk
 from torchserve_dag.runtime.models.handler_process import PAUSES_S, REFUSE_AFTER
-from torchserve_dag.runtime.models.language.answer import BY_WRITER, WAITING, Answer
+from torchserve_dag.runtime.models.language.answer import BY_WRITER, WAITING, EngineAnswer, drawing
 from torchserve_dag.runtime.models.language.engine import Cancel
-from torchserve_dag.runtime.models.language.hub_folder import hub_context, hub_folder, refuse_settings
+from torchserve_dag.runtime.models.language.hub_folder import hub_config, hub_context, hub_folder, refuse_settings
 from torchserve_dag.runtime.models.language.ranks.processes import Ranks
 from torchserve_dag.runtime.models.language.ranks.rank import Job, RankSpec
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
@@ -114,9 +114,10 @@ class RankedEngine:
         self.context = context
         self._spec, self._options, self._tokenizer = spec, options, tokenizer
         self._name = f"{name}/{Path(spec.model).name}"
+        self._vocabulary: int = hub_config(Path(spec.model))["vocab_size"]
         self._changed = threading.Condition()
-        self._queue: deque[Answer] = deque()
-        self._now: Answer | None = None
+        self._queue: deque[EngineAnswer] = deque()
+        self._now: EngineAnswer | None = None
         self._ranks: Ranks | None = None
         self._refusal: str | None = None
         """Why no answers are accepted."""
@@ -139,7 +140,10 @@ class RankedEngine:
         return len(self._tokenizer(request))
 
     def start(self, request: Chat | Prompt, most_tokens: int, reply: Reply[TextChunk]) -> Cancel:
-        answer = Answer(request, most_tokens, reply, self._tokenizer, self._name)
+        last = max(map(int, request.logit_bias or {}), default=0)
+        if last >= self._vocabulary:  # it would end a rank
+            raise InputError(f"logit_bias: the model has no token {last}; its last is {self._vocabulary - 1}.")
+        answer = EngineAnswer(request, most_tokens, reply, self._tokenizer, self._name)
         with self._changed:
             if self._refusal or len(self._queue) >= WAITING:
                 raise OverloadedError(self._refusal or f"{len(self._queue)} answers wait already; try again later.")
@@ -164,7 +168,7 @@ class RankedEngine:
         if self._thread is not threading.current_thread():
             self._thread.join(10)
 
-    def _cancel(self, answer: Answer) -> None:
+    def _cancel(self, answer: EngineAnswer) -> None:
         answer.cancelled = True
         with self._changed:
             waits = answer in self._queue
@@ -257,7 +261,7 @@ class RankedEngine:
             ranks.idle(self._woken)
         return False
 
-    def _write(self, ranks: Ranks, answer: Answer) -> None:
+    def _write(self, ranks: Ranks, answer: EngineAnswer) -> None:
         ranks.ask(_job(answer))
         asked = False
         end = time.monotonic() + self._options.token_s
@@ -276,17 +280,10 @@ class RankedEngine:
                 raise ProcessError("it is closed")
 
 
-def _job(answer: Answer) -> Job:
-    """An answer as the ranks get it: its sampling, as arguments of transformers' `generate`; what the request leaves
-    open is the model's generation_config.
-    """
+def _job(answer: EngineAnswer) -> Job:
+    """An answer as the ranks get it: its sampling, as arguments of transformers' `generate`."""
     request = answer.request
-    chosen: dict[str, Any] = {}
-    if request.temperature == 0 or request.top_p == 0:
-        chosen["do_sample"] = False
-    elif request.temperature is not None or request.top_p is not None:
-        chosen["do_sample"] = True
-        chosen |= {name: value for name in ("temperature", "top_p") if (value := getattr(request, name)) is not None}
+    chosen = drawing(request)
     if request.logit_bias:
         chosen["sequence_bias"] = [[[int(token)], bias] for token, bias in request.logit_bias.items()]
     seed = secrets.randbits(63) if request.seed is None else request.seed % SEEDS

@@ -16,6 +16,7 @@ from torch import distributed, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.microbatch import TensorChunkSpec
 
+from torchserve_dag.runtime.models.language.hub_folder import hub_config
 from torchserve_dag.runtime.models.language.ranks import rank as ranks_program
 from torchserve_dag.runtime.models.language.ranks.rank import Job, OnToken, RankSpec
 
@@ -39,7 +40,7 @@ def load(folder: Path, settings: LanguageSettings, placement: Placement) -> Lang
 
 def check(model: Path, ranks: int) -> None:
     """Raises ValueError for a model that cannot be cut into so many parts."""
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    config = hub_config(model)
     kind, layers = config["model_type"], config.get("num_hidden_layers", 0)
     if kind not in KINDS:
         raise ValueError(f"{model.name} is a {kind}; what can be cut is {', '.join(KINDS)}")
