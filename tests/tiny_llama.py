@@ -124,6 +124,41 @@ def make_gguf(folder: Path, llama: Path, *, half: bool = False) -> Path:
     return file
 
 
+def make_ir(folder: Path, llama: Path) -> Path:
+    """The same Llama as a folder of OpenVINO IR, with its tokenizer.
+
+    OpenVINO converts a GGUF file, and then writes numbers of the model's own in 16 bits too: the frequencies of the
+    rotary embedding are set right. Its layers get the names that they have where `optimum` exports a model.
+    """
+    import numpy as np
+    import openvino
+    import openvino_genai
+    from openvino_tokenizers import convert_tokenizer
+
+    gguf_file = make_gguf(folder / "converted", llama, half=True)
+    openvino_genai.LLMPipeline(gguf_file, "CPU", enable_save_ov_model=True)
+    model = openvino.Core().read_model(gguf_file.parent / "openvino_model.xml")
+    config = AutoModelForCausalLM.from_pretrained(llama).config
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequencies = np.float32(1.0) / np.float32(config.rope_parameters["rope_theta"]) ** exponents
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "MatMul":
+            weight = node.input_value(1).get_node()
+            if weight.get_type_name() == "Convert":
+                name = weight.input_value(0).get_node().get_friendly_name()
+                node.set_friendly_name(name.removesuffix(".weight").replace("[", ".").replace("]", ""))
+        elif list(node.get_output_partial_shape(0)) == [1, config.head_dim // 2, 1] and not node.inputs():
+            (converted,) = (target.get_node() for target in node.output(0).get_target_inputs())
+            exact = openvino.opset13.constant(frequencies[None, :, None])
+            converted.output(0).replace(exact.output(0))
+    openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
+    for kind, made in zip(
+        ("tokenizer", "detokenizer"), convert_tokenizer(_tokenizer(), with_detokenizer=True), strict=True
+    ):
+        openvino.save_model(made, folder / f"openvino_{kind}.xml")
+    return folder
+
+
 def make_vision_llama(folder: Path) -> Path:
     """A LLaVA: a vision transformer of two layers that sees 56 by 56 pixels, and a Llama of two layers."""
     torch.manual_seed(16)
@@ -148,17 +183,24 @@ def make_vision_llama(folder: Path) -> Path:
     return folder
 
 
-def greedy_tokens(llama: Path, prompt: str, n: int = 32) -> list[int]:
-    """The tokens that transformers' own `generate` writes after a prompt: the reference for every engine."""
-    tokenizer, model = _loaded(llama)
+def greedy_tokens(llama: Path, prompt: str, n: int = 32, adapter: Path | None = None) -> list[int]:
+    """The tokens that transformers' own `generate` writes after a prompt: the reference for every engine.
+
+    With an adapter, those of peft.
+    """
+    tokenizer, model = _loaded(llama, adapter)
     prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    with torch.inference_mode():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model takes ten times as long on two cores that others use too
+    try:
         ids = model.generate(**prompt_ids, max_new_tokens=n, do_sample=False)
+    finally:
+        torch.set_num_threads(threads)
     return [int(token) for token in ids[0, prompt_ids["input_ids"].shape[1] :]]
 
 
-def greedy_text(llama: Path, prompt: str, n: int = 32) -> str:
-    return str(_loaded(llama)[0].decode(greedy_tokens(llama, prompt, n)))
+def greedy_text(llama: Path, prompt: str, n: int = 32, adapter: Path | None = None) -> str:
+    return str(_loaded(llama)[0].decode(greedy_tokens(llama, prompt, n, adapter)))
 
 
 def chat_prompt(llama: Path, text: str) -> str:
@@ -168,8 +210,13 @@ def chat_prompt(llama: Path, text: str) -> str:
 
 
 @functools.cache
-def _loaded(llama: Path):
-    return AutoTokenizer.from_pretrained(llama), AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+def _loaded(llama: Path, adapter: Path | None = None):
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    return AutoTokenizer.from_pretrained(llama), model.eval()
 
 
 def _config(layers: int) -> LlamaConfig:

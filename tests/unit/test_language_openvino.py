@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.engines.contract import EngineContract, greedy
+from tests.engines.contract import PROMPT, PROMPTS, EngineContract, greedy
 from tests.engines.written import Written, start
-from tests.tiny_llama import greedy_text, make_gguf, make_llama
+from tests.tiny_llama import chat_prompt, greedy_text, make_adapter, make_draft, make_gguf, make_ir, make_llama
 from torchserve_dag import Chat, InputError, JsonSchema, Prompt, ResponseFormat
+from torchserve_dag.runtime.compute.placement import Placement
 from torchserve_dag.runtime.models.language.json_schema import check_schema
 from torchserve_dag.runtime.models.language.model import LanguageModel
 from torchserve_dag.runtime.models.language.openvino.engine import OpenVinoEngine
+from torchserve_dag.runtime.models.language.openvino.lora import read_adapter
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
 FOX = "The quick brown fox jumps over the lazy dog. " * 6
+CPU = Placement(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +171,108 @@ def test_a_prompt_is_no_longer_than_the_context(engine: OpenVinoEngine) -> None:
 def test_a_model_that_is_not_there_is_named(weights: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no none\.gguf"):
         load(weights, model="none.gguf")
+
+
+@pytest.fixture(scope="module")
+def ir(weights: Path, llama: Path) -> str:
+    """The Llama as OpenVINO IR, beside its draft, and beside two adapters."""
+    make_ir(weights / "ir", llama)
+    make_ir(weights / "draft_ir", make_draft(weights / "draft", llama))
+    for seed, name in enumerate(("pirate", "poet"), 1):
+        make_adapter(weights / name, llama, seed=seed)
+    return "ir"
+
+
+@pytest.fixture(scope="module")
+def drafted(weights: Path, ir: str) -> Iterator[OpenVinoEngine]:
+    engine = load(weights, model=ir, draft="draft_ir", draft_tokens=3, threads=1)
+    yield engine
+    engine.close()
+
+
+def test_an_ir_folder_gives_transformers_text(weights: Path, llama: Path, ir: str) -> None:
+    engine = load(weights, model=ir)
+    chat = start(engine, Chat.of(PROMPT, temperature=0), 32)
+    texts = [start(engine, greedy(prompt), 32).wait().text() for prompt in PROMPTS[:2]]
+    engine.close()
+
+    assert texts == [greedy_text(llama, prompt, 32) for prompt in PROMPTS[:2]]
+    assert chat.wait().text() == greedy_text(llama, chat_prompt(llama, PROMPT), 32)
+
+
+def test_a_draft_model_changes_no_token(drafted: OpenVinoEngine, llama: Path) -> None:
+    """Of several answers at once, some of which are drawn, some cancelled; in fewer steps than there are tokens."""
+    before = drafted.steps
+    start(drafted, greedy(PROMPT), 32).wait()
+    steps = drafted.steps - before
+    drawn = start(drafted, Prompt(prompt=PROMPT, temperature=1.5), 32)
+    cancelled = start(drafted, greedy(PROMPT), 500)
+    texts = [start(drafted, greedy(prompt), 32) for prompt in PROMPTS[:4]]
+    cancelled.cancel()
+
+    assert [text.wait().text() for text in texts] == [greedy_text(llama, prompt, 32) for prompt in PROMPTS[:4]]
+    assert drawn.wait().text()
+    assert steps < 32
+
+
+def test_a_seed_is_refused_where_a_draft_model_would_make_it_void(drafted: OpenVinoEngine) -> None:
+    with pytest.raises(InputError, match=r"^seed: with a draft model"):
+        start(drafted, Prompt(prompt=PROMPT, temperature=1.5, seed=3))
+    assert start(drafted, greedy(PROMPT, seed=3)).wait().text()
+
+
+def test_an_adapter_changes_its_own_answers_and_no_others(weights: Path, llama: Path, ir: str) -> None:
+    """Side by side, twice, so that nothing of an adapter is left in what another answer is computed with."""
+    settings = {"model": ir, "engine": "openvino", "exact": True, "context": 2048, "threads": 1}
+    adapters = {"pirate": "pirate", "poet": "poet"}
+    model = LanguageModel.load(weights, LanguageSettings(**settings, adapters=adapters), CPU)
+    names = [None, "pirate", "poet"] * 2
+    answers = []
+    for name in names:
+        answers.append(Written())
+        model.start(greedy(PROMPT, adapter=name, max_tokens=32), answers[-1])
+    texts = [answer.wait().text() for answer in answers]
+    with pytest.raises(InputError, match=r"there is no adapter parrot; known: pirate, poet\.") as raised:
+        model.start(greedy(PROMPT, adapter="parrot"), Written())
+    model.close()
+
+    assert texts == [greedy_text(llama, PROMPT, 32, weights / name if name else None) for name in names]
+    assert len(set(texts)) == 3
+    assert raised.value.status == 404
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"draft": "whole"},
+            "reads a draft model as a folder of OpenVINO IR, with its tokenizer: there is no openvino_model",
+        ),
+        ({"adapters": {"a": "none"}}, "there is no none/adapter_model.safetensors in .*, for the adapter a"),
+        ({"adapters": {"a": "pirate"}, "model": "whole/llama.gguf"}, "to OpenVINO IR only, and llama.gguf is none"),
+        (
+            {"adapters": {"a": "pirate"}, "model": "draft_ir"},
+            "a does not fit the model: it has no place for .*layers.2",
+        ),
+    ],
+)
+def test_what_openvino_would_leave_out_is_refused(
+    weights: Path, ir: str, settings: dict[str, Any], sentence: str
+) -> None:
+    """It loads an adapter that does not fit, and computes without it."""
+    whole = {"model": ir, "engine": "openvino"} | settings
+
+    with pytest.raises(ValueError, match=sentence):
+        LanguageModel.load(weights, LanguageSettings(**whole), CPU)
+
+
+@pytest.mark.parametrize("key", ["use_dora", "alpha_pattern"])
+def test_an_adapter_of_more_than_two_matrices_is_refused(weights: Path, ir: str, tmp_path: Path, key: str) -> None:
+    config = json.loads((weights / "pirate" / "adapter_config.json").read_text())
+    (tmp_path / "ir").symlink_to(weights / ir)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "adapter_model.safetensors").symlink_to(weights / "pirate" / "adapter_model.safetensors")
+    (tmp_path / "odd" / "adapter_config.json").write_text(json.dumps(config | {key: {"v_proj": 4}}))
+
+    with pytest.raises(ValueError, match=f"the adapter odd has {key}, which"):
+        read_adapter(tmp_path, LanguageSettings("ir", adapters={"odd": "odd"}), "odd")

@@ -86,9 +86,11 @@ class LanguageSettings:
     chat_template: str | None = None
     """A file below `weights/` with the chat template, in Jinja; without it, the model's own."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """LoRA adapters: a name, and its folder below `weights/`."""
+    """LoRA adapters: a name, and its folder below `weights/`. In the engine `openvino` each has weights and a cache of
+    its own beside the model's."""
     draft: str | None = None
-    """A small model of the same vocabulary, below `weights/`, which drafts tokens for this one to confirm."""
+    """A small model of the same vocabulary, below `weights/`, which drafts tokens for this one to confirm. For
+    the engine `openvino` a folder of OpenVINO IR; there is no prefix cache then."""
     draft_tokens: int = 4
     """Tokens that the draft model drafts at a time."""
     remote: Remote | None = None

@@ -21,8 +21,10 @@ from torchserve_dag.runtime.compute.cores import cores
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, FinishReason, InputError, Prompt, TextChunk, TokenLogprob
 from torchserve_dag.runtime.models.language.chat_template import ChatTemplate
-from torchserve_dag.runtime.models.language.engine import Cancel
+from torchserve_dag.runtime.models.language.engine import Cancel, LanguageEngine
 from torchserve_dag.runtime.models.language.json_schema import check_schema
+from torchserve_dag.runtime.models.language.openvino.by_adapter import EngineByAdapter
+from torchserve_dag.runtime.models.language.openvino.lora import read_adapter
 from torchserve_dag.runtime.models.language.openvino.vocabulary import ByteDetokenizer, Vocabulary, detokenizers
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 from torchserve_dag.runtime.models.language.writer import AnswerWriter, Detokenizer
@@ -45,9 +47,11 @@ SUPPORTS = frozenset(
 )  # fmt: skip
 
 
-def load(folder: Path, settings: LanguageSettings, placement: Placement) -> OpenVinoEngine:  # noqa: ARG001 (a CPU's engine)
+def load(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:  # noqa: ARG001 (a CPU's engine)
     """Raises ValueError for a model that is not there, or cannot be read."""
-    return OpenVinoEngine(folder, settings)
+    if not settings.adapters:
+        return OpenVinoEngine(folder, settings)
+    return EngineByAdapter(lambda name: OpenVinoEngine(folder, settings, name), settings.adapters)
 
 
 @dataclass(eq=False, slots=True)
@@ -68,13 +72,17 @@ class _Answer:
 class OpenVinoEngine:
     """See LanguageEngine."""
 
-    def __init__(self, folder: Path, settings: LanguageSettings) -> None:
+    supports = SUPPORTS
+
+    def __init__(self, folder: Path, settings: LanguageSettings, adapter: str | None = None) -> None:
+        """`adapter`: the name of the LoRA adapter that all its answers are written with."""
         self._path, self._settings = folder / settings.model, settings
         if not self._path.exists():
             raise ValueError(f"there is no {settings.model} in {folder}")
-        self._adapters = _adapters(folder, settings)
-        self.supports = SUPPORTS | {"adapter"} if self._adapters else SUPPORTS
-        self._folder = folder
+        self._adapter = None if adapter is None else read_adapter(folder, settings, adapter)
+        self._draft = None if settings.draft is None else _draft(folder, settings.draft)
+        # With both, 2026.4.1 raises in a step: it looks for tokens that were drafted and not confirmed.
+        self._prefix_cache = settings.prefix_cache and self._draft is None
         self.room = settings.room
         self._load()
         template = (folder / settings.chat_template).read_text("utf-8") if settings.chat_template else None
@@ -145,7 +153,7 @@ class OpenVinoEngine:
         settings = self._settings
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = max(1, round(settings.cache_gb))
-        scheduler.enable_prefix_caching = settings.prefix_cache
+        scheduler.enable_prefix_caching = self._prefix_cache
         scheduler.max_num_seqs = settings.room
         scheduler.dynamic_split_fuse = True
         scheduler.max_num_batched_tokens = max(settings.prefill_tokens, settings.room)
@@ -156,11 +164,11 @@ class OpenVinoEngine:
                 "INFERENCE_PRECISION_HINT": "f32",
                 "KV_CACHE_PRECISION": "f32",
             }
-        if self._adapters:
-            properties["adapters"] = openvino_genai.AdapterConfig(list(self._adapters.values()))
-        if settings.draft:
-            properties["draft_model"] = openvino_genai.draft_model(self._folder / settings.draft, "CPU")
         try:
+            if self._draft is not None:
+                properties["draft_model"] = openvino_genai.draft_model(self._draft, "CPU", **properties)
+            if self._adapter is not None:
+                properties["adapters"] = self._adapter
             self._pipeline = openvino_genai.ContinuousBatchingPipeline(self._path, scheduler, "CPU", properties)
         except RuntimeError as error:
             raise ValueError(f"OpenVINO cannot read {settings.model}: {_last_line(error)}") from None
@@ -186,15 +194,11 @@ class OpenVinoEngine:
             raise InputError("logprobs: the engine openvino gives those of the chosen tokens only; write 1.")
         if isinstance(request, Chat) and request.tool_choice not in {None, "auto", "none"}:
             raise InputError('tool_choice: the engine openvino can do "auto" and "none".')
-        if self._settings.draft:
+        if self._draft:
+            if config.do_sample and request.seed is not None:
+                what = "with a draft model, the engine openvino does not draw the same tokens again"
+                raise InputError(f"seed: {what}; leave it out, or write temperature 0.")
             config.num_assistant_tokens = self._settings.draft_tokens
-        if request.adapter is not None:
-            if request.adapter not in self._adapters:
-                known = ", ".join(self._adapters) or "none"
-                raise InputError(f"adapter: there is no adapter {request.adapter[:40]}; known: {known}.", 404)
-            config.adapters = openvino_genai.AdapterConfig(self._adapters[request.adapter])
-        elif self._adapters:
-            config.adapters = openvino_genai.AdapterConfig()
         schema = _schema(request)
         if schema:
             config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=schema)
@@ -241,7 +245,7 @@ class OpenVinoEngine:
             return True
         prompt = start.ids.data.tobytes()
         written = (answer.prompt for answer in self._running if not answer.cancelled)
-        if self._settings.prefix_cache and any(prompt.startswith(each) and each != prompt for each in written):
+        if self._prefix_cache and any(prompt.startswith(each) and each != prompt for each in written):
             return False
         for index in range(start.count):
             seed = start.request.seed
@@ -354,18 +358,13 @@ def _vocabulary(tokenizer: Any) -> Vocabulary:
     return Vocabulary(found)
 
 
-def _adapters(folder: Path, settings: LanguageSettings) -> dict[str, Any]:
-    if not settings.adapters:
-        return {}
-    import openvino_genai  # noqa: PLC0415
-
-    found = {}
-    for name, path in settings.adapters.items():
-        file = folder / path / "adapter_model.safetensors" if (folder / path).is_dir() else folder / path
-        if not file.is_file():
-            raise ValueError(f"there is no {file.relative_to(folder)} in {folder}, for the adapter {name}")
-        found[name] = openvino_genai.Adapter(file)
-    return found
+def _draft(folder: Path, name: str) -> Path:
+    """The folder of a draft model. Raises ValueError."""
+    for file in ("openvino_model.xml", "openvino_tokenizer.xml"):
+        if not (folder / name / file).is_file():
+            what = "the engine openvino reads a draft model as a folder of OpenVINO IR, with its tokenizer"
+            raise ValueError(f"{what}: there is no {file} in {folder / name}")
+    return folder / name
 
 
 def _schema(request: Chat | Prompt) -> str:
