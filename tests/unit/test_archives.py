@@ -334,7 +334,7 @@ COUNT_WORDS = Path(__file__).parents[1] / "data" / "count_words-1.0.mar"
 def test_an_archive_that_speaks_no_protocol_is_refused_by_a_host() -> None:
     assert protocol.why_not_hosted(COUNT_WORDS) == (
         "count_words 1.0 speaks no protocol (it was built before there were protocols), and a host of this torchserve-dag "
-        "needs protocol 3: build it again under a new version, or let TorchServe serve it as it is."
+        "needs protocol 4: build it again under a new version, or let TorchServe serve it as it is."
     )
 
 

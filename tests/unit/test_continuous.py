@@ -13,6 +13,7 @@ import pytest
 from torchserve_dag import FailedError, Failure, Text, Usage, Workflow
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.telemetry.series import gauges_of
 from torchserve_dag.runtime.worker.protocol import ServiceRequest
 from torchserve_dag.runtime.worker.service import WorkflowService
 
@@ -182,6 +183,22 @@ def test_its_tokens_are_counted(model: Workflow) -> None:
     assert (language.prompt_tokens.sum, language.answer_tokens.sum, language.cached_tokens) == (6, 6, 2)
     assert (language.first_token_s.count, language.token_s.count, language.answer_s.count) == (2, 2, 2)
     assert counts.language["chat"].first_token_s.count == 0
+
+
+def test_whom_there_is_no_room_for_waits(model: Workflow) -> None:
+    """Two are inside; the engine does not know of the third, which gateways and autoscalers have to see."""
+
+    def waiting() -> float:
+        gauges = gauges_of(model.own_engines, model.engine.queued())
+        return {name: value for (_, name, _), value in gauges.items()}["torchserve_dag_node_waiting"]
+
+    requests = [model.submit(Text("wait")) for _ in range(3)]
+    deadline = time.monotonic() + 20
+    while waiting() != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for request in requests:
+        request.cancel()
 
 
 def test_an_answer_that_fails_has_no_duration(model: Workflow) -> None:

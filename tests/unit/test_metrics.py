@@ -261,7 +261,7 @@ def test_a_gauge_falls_again_and_is_each_workers_own() -> None:
     load, server = [EngineLoad(2, 1, 0.5)], TorchServe()
 
     def gauges() -> Mapping[Series, float]:
-        return gauges_of({"write": own_engine(load[0])})
+        return gauges_of({"write": own_engine(load[0])}, {"write": 0})
 
     first, second = (Publisher("flow", "1.0", dict, print, gauges, worker) for worker in ("9000", "9001"))
     told(first, server)
@@ -311,7 +311,10 @@ class TestTheDirectHostsPage:
         return metrics_of(
             cast(
                 "Service",
-                SimpleNamespace(metrics=lambda: series_of({"write": counts}, own), gauges=lambda: gauges_of(own)),
+                SimpleNamespace(
+                    metrics=lambda: series_of({"write": counts}, own),
+                    gauges=lambda: gauges_of(own, dict.fromkeys(own, 0)),
+                ),
             )
         )
 
@@ -370,7 +373,7 @@ class TestTheDirectHostsPage:
 def published() -> set[str]:
     """The names of all series."""
     own = {"a": own_engine(EngineLoad(cache_usage=0))}
-    return {name for _, name, _ in (*series_of({"a": language_counts()}, own), *gauges_of(own))}
+    return {name for _, name, _ in (*series_of({"a": language_counts()}, own), *gauges_of(own, dict.fromkeys(own, 0)))}
 
 
 def test_the_pages_name_what_is_published_and_nothing_else() -> None:

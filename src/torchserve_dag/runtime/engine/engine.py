@@ -437,6 +437,11 @@ class Engine:
         with self._lock:
             return {name: station.counts.copy() for name, station in self._stations.items()}
 
+    def queued(self) -> dict[str, int]:
+        """How many items wait for each code, by its name."""
+        with self._lock:
+            return {name: len(station) for name, station in self._stations.items()}
+
     def hangs(self) -> bool:
         """Whether a lane hangs: in one batch for half of the time limit, when nobody waits for its items any more."""
         now = time.monotonic()

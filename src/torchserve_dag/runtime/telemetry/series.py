@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Generic, TypeVar
 
@@ -141,7 +141,7 @@ GAUGES: tuple[Metric[EngineLoad], ...] = (
     Metric(
         f"{PREFIX}waiting",
         "items",
-        "Items that the engine has accepted and does not compute yet.",
+        "Items that have come and that the engine does not compute yet.",
         lambda load: load.waiting,
         ("vllm:num_requests_waiting",),
     ),
@@ -176,12 +176,14 @@ def series_of(counts: Mapping[str, NodeCounts], own: Mapping[str, OwnEngine]) ->
     return found
 
 
-def gauges_of(own: Mapping[str, OwnEngine]) -> dict[Series, float]:
-    """What the engines have to do now."""
+def gauges_of(own: Mapping[str, OwnEngine], queued: Mapping[str, int]) -> dict[Series, float]:
+    """What the engines have to do now; `queued`: the items of each node for which they have no room yet."""
+    loads = {node: engine.load_now() for node, engine in own.items()}
+    loads = {node: replace(load, waiting=load.waiting + queued[node]) for node, load in loads.items()}
     return {
         (node, name, labels): value
-        for node, engine in own.items()
-        for name, labels, value in _series(GAUGES, engine.load_now(), _labels(engine))
+        for node, load in loads.items()
+        for name, labels, value in _series(GAUGES, load, _labels(own[node]))
     }
 
 

@@ -135,7 +135,7 @@ class WorkflowService:
         return series_of(self._workflow.counts(), self._workflow.own_engines)
 
     def gauges(self) -> Metrics:
-        return gauges_of(self._workflow.own_engines)
+        return gauges_of(self._workflow.own_engines, self._workflow.engine.queued())
 
     def hangs(self) -> bool:
         return self._workflow.hangs()
