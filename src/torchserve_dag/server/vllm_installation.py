@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import venv
@@ -39,9 +40,9 @@ def install(folder: Path, device: str, tell: Tell) -> None:
     venv.create(folder, with_pip=True, symlinks=True)
     if device == "cpu":
         _install_torch(folder, tell)
-        _pip(folder, tell, "install", "--no-deps", "--requirement", str(LOCKED))
+        _pip(folder, tell, "install", "--no-compile", "--no-deps", "--requirement", str(LOCKED))
     else:
-        _pip(folder, tell, "install", PACKAGES[device])
+        _pip(folder, tell, "install", "--no-compile", PACKAGES[device])
     tell("importing it")
     _check(folder)
     (folder / DONE).write_text(f"{PACKAGES[device]}\n", "utf-8")
@@ -50,9 +51,9 @@ def install(folder: Path, device: str, tell: Tell) -> None:
 def _install_torch(folder: Path, tell: Tell) -> None:
     """From the indexes that pip is set to use or, where these have none for CPUs, from PyTorch's own."""
     try:
-        _pip(folder, tell, "install", "--no-deps", CPU_TORCH)
+        _pip(folder, tell, "install", "--no-compile", "--no-deps", CPU_TORCH)
     except ServerError:
-        _pip(folder, tell, "install", "--no-deps", CPU_TORCH, "--index-url", CPU_INDEX)
+        _pip(folder, tell, "install", "--no-compile", "--no-deps", CPU_TORCH, "--index-url", CPU_INDEX)
 
 
 def _pip(folder: Path, tell: Tell, *words: str) -> None:
@@ -78,10 +79,11 @@ def _pip(folder: Path, tell: Tell, *words: str) -> None:
 
 
 def _check(folder: Path) -> None:
-    """Import what a server imports, which also compiles it: minutes that its first start would take."""
+    """Import what a server imports, which also compiles it, as pip was not to: it would compile what nobody uses."""
     code = "import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.gpu_worker"
+    writes = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     found = subprocess.run(  # noqa: S603
-        [str(folder / "bin" / "python"), "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+        [str(folder / "bin" / "python"), "-c", code], env=writes, capture_output=True, text=True, check=False
     )
     if found.returncode:
         last = (found.stderr.strip().splitlines() or [f"status {found.returncode}"])[-1]
