@@ -6,13 +6,15 @@ import json
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from torchserve_dag import FailedError, Failure, Text, Usage, Workflow
+from torchserve_dag import ContinuousHandler, FailedError, Failure, Reply, Text, Usage, Workflow
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.models.continuous import ContinuousModel
 from torchserve_dag.runtime.telemetry.series import gauges_of
 from torchserve_dag.runtime.worker.protocol import ServiceRequest
 from torchserve_dag.runtime.worker.service import WorkflowService
@@ -308,3 +310,35 @@ def test_a_client_is_told_the_usage_if_it_asks(tmp_path: Path, nodes: str, outpu
     else:
         assert json.loads(response.body) == {"text": "abc"}
         assert json.loads(response.headers["x-usage"]) == usage
+
+
+class SlowToStart(ContinuousHandler[str, str]):
+    """Starts an item once `go` is set."""
+
+    def __init__(self) -> None:
+        self.go, self.begun = threading.Event(), threading.Event()
+        self.started: list[str] = []
+        self.cancelled: list[str] = []
+
+    def start(self, item: str, reply: Reply[str]) -> Callable[[], None]:
+        self.started.append(item)
+        self.begun.set()
+        self.go.wait(30)
+        return lambda: self.cancelled.append(item)
+
+
+def test_to_cancel_is_to_wait_for_no_start() -> None:
+    """What is being started is cancelled once it has been; what waits to be started never is."""
+    handler = SlowToStart()
+    model = ContinuousModel("slow", handler, "cpu")
+    answers: list[Failure] = []
+    cancels = [model(item, Options(), answers.append) for item in "abc"]
+    assert handler.begun.wait(30)
+    for cancel in cancels:
+        cancel()
+    before = [answer.status for answer in answers]
+    handler.go.set()
+    model._starting.shutdown(wait=True)
+
+    assert before == [499, 499, 499]
+    assert handler.started == handler.cancelled == ["a"]

@@ -39,7 +39,17 @@ MAX_FAILURE = 4_000
 """The most bytes of a failure that go into a header as a whole, and of its sentence: Envoy gives up an answer whose
 headers have more than 60 KB."""
 OPTIONS = frozenset(
-    {"x-outputs", "x-timeout-ms", "x-priority", "traceparent", "x-request-id", "x-cancel-key", "x-cancel", "x-pieces"}
+    {
+        "x-outputs",
+        "x-timeout-ms",
+        "x-priority",
+        "traceparent",
+        "x-request-id",
+        "x-cancel-key",
+        "x-cancel",
+        "x-pieces",
+        "x-usage",
+    }
 )
 """Entries of a call's map that are options of the request."""
 OWN = frozenset({"x-door-token", "x-arrived-ms"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
@@ -31,6 +32,9 @@ class ContinuousModel:
         """`as_declared` looks at each chunk; one of another type fails its item."""
         self.name, self.handler, self.device = name, handler, device
         self._as_declared = as_declared or (lambda chunk: chunk)
+        # To start an item is to split its prompt into tokens. The threads that find a place free must not wait for
+        # that: they step the engine, or tell that clients have left, often many at once.
+        self._starting = ThreadPoolExecutor(1, thread_name_prefix=f"{name} start")
 
     @property
     def room(self) -> int:
@@ -46,14 +50,18 @@ class ContinuousModel:
         return self.handler.hangs()
 
     def __call__(self, value: Any, options: Options, done: Done) -> Cancel:  # noqa: ARG002 (a Starter)
-        """Start one item. `done` gets its Chunks, and then END or a Failure."""
+        """Start one item, soon. `done` gets its Chunks, and then END or a Failure."""
         reply = ItemReply(self.name, self._as_declared, done)
+        self._starting.submit(self._start, value, reply)
+        return reply.cancel
+
+    def _start(self, value: Any, reply: ItemReply) -> None:
+        if reply.ended:  # it was cancelled while it waited
+            return
         try:
-            cancel = self.handler.start(value, reply)
+            reply.cancelled_by(self.handler.start(value, reply))
         except BaseException as error:  # noqa: BLE001 (libraries raise SystemExit, and Rust's panics are no Exception)
             reply.fail(error)
-            return reply.cancel
-        return reply.cancelled_by(cancel)
 
     def warm_up(self) -> None:
         """Run the handler's own example. Raises RuntimeError if it fails."""
@@ -72,6 +80,7 @@ class ContinuousModel:
             raise RuntimeError(f"{self.name} failed on its own example: {last[0].message}")  # noqa: TRY004 (a value)
 
     def close(self) -> None:
+        self._starting.shutdown(wait=False)
         self.handler.close()
 
 
@@ -80,17 +89,17 @@ class ItemReply:
 
     def __init__(self, name: str, as_declared: As, done: Done) -> None:
         self._name, self._as_declared, self._done = name, as_declared, done
-        self._ended = False
+        self.ended = self._cancelled = False
         self._lock = threading.Lock()
         self._cancel: Callable[[], None] = _nothing
 
     def chunk(self, chunk: Any) -> None:
-        if self._ended:
+        if self.ended:
             return
         try:
             value = self._as_declared(chunk)
         except WrongTypeError as error:
-            self._cancel()
+            self._cancel_in_engine()
             self._end(Failure(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), "WrongType"))
         else:
             self._done(Chunk(value))
@@ -106,20 +115,28 @@ class ItemReply:
         message = f"{self._name} failed."
         self._end(Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "HandlerError", fault=fault))
 
-    def cancelled_by(self, cancel: Callable[[], None]) -> Cancel:
-        """What cancels the item, given what cancels it in the engine."""
-        self._cancel = cancel
-        return self.cancel
+    def cancelled_by(self, cancel: Callable[[], None]) -> None:
+        """What cancels the item in the engine. It is called at once if the item was cancelled while it was started."""
+        with self._lock:
+            self._cancel = cancel
+            cancelled = self._cancelled
+        if cancelled:
+            cancel()
 
     def cancel(self) -> None:
-        self._cancel()
+        self._cancel_in_engine()
         self._end(_CANCELLED)
+
+    def _cancel_in_engine(self) -> None:
+        with self._lock:
+            self._cancelled = True
+        self._cancel()
 
     def _end(self, answer: Any) -> None:
         with self._lock:
-            if self._ended:
+            if self.ended:
                 return
-            self._ended = True
+            self.ended = True
         self._done(answer)
 
 
