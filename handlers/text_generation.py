@@ -24,6 +24,7 @@ class TextGeneration(ContinuousHandler[Chat | Prompt, TextChunk]):
     def load(self, folder: Path, settings: LanguageSettings, placement: Placement) -> None:
         self.model = LanguageModel.load(folder, settings, placement)
         self.room = self.model.room
+        self.warms_up = settings.engine != "remote"  # it costs money, and may be away while a fallback stands in
 
     def example(self) -> Chat:
         return Chat.of("What is the capital of France?", max_tokens=16, temperature=0)

@@ -141,6 +141,9 @@ class ContinuousHandler(Generic[Item, AnswerChunkT]):
 
     room: int = 16
     """How many items may be in progress; `load` may set it."""
+    warms_up: bool = True
+    """Whether the example is run at the start. `load` may set it to False, for a model that costs money or may be away.
+    """
 
     def load(self, folder: Path, settings: Any, placement: Placement) -> None:
         """Make the model ready. `folder` holds the weights."""

@@ -182,7 +182,8 @@ def load_handler(
     check = as_declared(types_of(kind)[1], file.value.name, also=(Failure,))
     if isinstance(handler, ContinuousHandler):
         model = ContinuousModel(file.value.name, handler, str(device_here), check)
-        model.warm_up()
+        if handler.warms_up:
+            model.warm_up()
         return model
     stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s, check)
     stages.warm_up(batch or run.batch)
