@@ -26,7 +26,7 @@ from torchserve_dag.runtime.models.language.settings import LanguageSettings
 from torchserve_dag.server import processes
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOM, CONTEXT, PREFILL = 16, 2048, 128
+ROOM, CONTEXT, PREFILL = 18, 2048, 128
 IN_FLIGHT = 256 * CONTEXT
 """The limit of tokens: no request is refused."""
 ANSWER_S = 600.0

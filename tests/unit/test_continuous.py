@@ -142,6 +142,19 @@ def test_no_more_are_inside_than_there_is_room_for(model: Workflow) -> None:
     assert speller(model).most == 2
 
 
+def test_one_token_leaves_room_for_others(model: Workflow) -> None:
+    """Of two places it has one, and in the queue tokens take turns."""
+    ours = [model.submit(Text("wait"), options=Options(token="busy"), on_chunk=lambda _: None) for _ in range(20)]  # noqa: S106
+
+    for name in ("other", "third"):
+        other = model.submit(Text("ab"), options=Options(token=name), on_chunk=lambda _: None)
+        assert other.future.result(20) == []
+    assert speller(model).most == 2
+    assert len(speller(model).inside) == 1
+    for request in ours:
+        request.cancel()
+
+
 def test_who_leaves_the_loop_frees_its_place(model: Workflow) -> None:
     for _ in range(5):
         for chunk in model.stream(Text("wait")):

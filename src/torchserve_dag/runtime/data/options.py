@@ -71,6 +71,8 @@ class Options:
     request_id: str | None = None
     """The request's id in logs and failures, and in feedback on its answer; generated where the client sends none."""
 
+    token: str | None = None
+    """The name of the client's token, if it came through the front door."""
     waited_s: float = 0.0
     """How long the request has been on its way from the front door: its time limit began there."""
 
@@ -118,6 +120,7 @@ def read_options(headers: Mapping[str, str]) -> Options:
         get(TRACE),
         get(CANCEL_KEY),
         get(REQUEST_ID),
+        get(TOKEN),
         _waited_s(get(ARRIVED)),
     )
 

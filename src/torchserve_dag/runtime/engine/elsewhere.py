@@ -141,7 +141,7 @@ class Elsewhere:
         with self._lock:
             for item, answer in zip(items, answers, strict=True):
                 if not isinstance(answer, Chunk):
-                    station.in_flight -= 1
+                    station.leave(item)
                     item.request.elsewhere.pop(item, None)
         self._deliver(station, items, answers, began)
         self.start_items(station)

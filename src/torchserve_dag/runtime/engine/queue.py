@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 from torchserve_dag.runtime.data.options import Options
@@ -51,21 +51,23 @@ class FairQueue(Generic[ItemT]):
     in line at the latest. (Start-time fair queueing, Goyal et al., 1997, with every item the same length.)
     """
 
-    def __init__(self, dropped: list[ItemT]) -> None:
+    def __init__(self, dropped: list[ItemT], *, by_token: bool = False) -> None:
         """Obsolete items go to `dropped`, which the caller clears without the lock.
 
-        Dropping the last reference to a stream runs the `finally` of a user's generator.
+        Dropping the last reference to a stream runs the `finally` of a user's generator. `by_token`: tokens of the
+        front door take turns, instead of requests.
         """
         self._dropped = dropped
+        self._by_token = by_token
         self.heap: list[tuple[int, int, ItemT]] = []
         """The queued items, by rank."""
         self._order = itertools.count()
-        self._ranks: dict[ClientRequest, int] = {}
-        """For each request with items in the queue: the rank of its last item."""
+        self._ranks: dict[ClientRequest | str, int] = {}
+        """For each request, or token, with items in the queue: the rank of its last item."""
         self._now = 0
 
     def push(self, item: ItemT) -> None:
-        client = item.request.root
+        client = self._client(item)
         rank = max(self._ranks.get(client, 0), self._now) + 1
         self._ranks[client] = rank
         heapq.heappush(self.heap, (rank, next(self._order), item))
@@ -76,12 +78,19 @@ class FairQueue(Generic[ItemT]):
             self._dropped.append(self._pop())
         return self.heap[0][2] if self.heap else None
 
-    def take(self, most: int) -> list[ItemT]:
-        """Take up to `most` items."""
+    def take(self, most: int, fits: Callable[[ItemT], bool] = lambda _: True) -> list[ItemT]:
+        """Take up to `most` items. One that does not fit stays; `fits` is called once for each that might be taken."""
         items: list[ItemT] = []
+        staying: list[tuple[int, int, ItemT]] = []
         while self.heap and len(items) < most:
-            item = self._pop()
-            (self._dropped if item.obsolete else items).append(item)
+            if self.heap[0][2].obsolete:
+                self._dropped.append(self._pop())
+            elif fits(self.heap[0][2]):
+                items.append(self._pop())
+            else:
+                staying.append(heapq.heappop(self.heap))
+        for entry in staying:
+            heapq.heappush(self.heap, entry)
         return items
 
     def drop_obsolete(self) -> None:
@@ -94,10 +103,14 @@ class FairQueue(Generic[ItemT]):
             else:
                 self.push(item)
 
+    def _client(self, item: ItemT) -> ClientRequest | str:
+        root = item.request.root
+        return (self._by_token and root.options.token) or root
+
     def _pop(self) -> ItemT:
         rank, _, item = heapq.heappop(self.heap)
         self._now = rank
-        client = item.request.root
+        client = self._client(item)
         if self._ranks.get(client) == rank:  # no other item of this request waits
             del self._ranks[client]
         return item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic
 
@@ -18,8 +19,15 @@ takes as many items at once as should run in this time, going by recent run time
 
 MAX_BUNDLE = 64
 
+SHARE = 7 / 8
+"""The part of an own engine's room that the items of one token may take, so that there is room for others."""
+
 EMA_WEIGHT = 0.2
 """Weight of the newest batch in the moving average of an item's run time."""
+
+
+def _always(_: Any) -> bool:
+    return True
 
 
 def _not_used(_: Any) -> Any:
@@ -67,10 +75,14 @@ class Station(Generic[ItemT]):
         """In lanes: the device's turn that took this station's last batch. Elsewhere: this station's turns."""
         self.item_s = 0.0
         """Moving average of the run time of one item; 0 before the first."""
-        self._interactive: FairQueue[ItemT] = FairQueue(dropped)
-        self._bulk: FairQueue[ItemT] = FairQueue(dropped)
+        by_token = own_engine is not None  # its items take long: no token's may keep those of others waiting
+        self._interactive: FairQueue[ItemT] = FairQueue(dropped, by_token=by_token)
+        self._bulk: FairQueue[ItemT] = FairQueue(dropped, by_token=by_token)
         self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": self._interactive, "bulk": self._bulk}
         self.own_engine = own_engine
+        self._share = max(1, int(SHARE * batch))
+        self._of_token: Counter[str] = Counter()
+        """Of an own engine's items in flight: how many belong to each token."""
         self.counts = NodeCounts(language={name: LanguageCounts() for name in OPERATIONS} if own_engine else {})
 
     @property
@@ -105,8 +117,25 @@ class Station(Generic[ItemT]):
     def take(self, most: int, first: Priority = "interactive") -> list[ItemT]:
         """Take up to `most` items: those of priority `first`, then those of the other priority."""
         other: Priority = "bulk" if first == "interactive" else "interactive"
-        items = self.queues[first].take(most)
-        return items + self.queues[other].take(most - len(items)) if len(items) < most else items
+        fits = self._fits if self.own_engine else _always
+        items = self.queues[first].take(most, fits)
+        return items + self.queues[other].take(most - len(items), fits) if len(items) < most else items
+
+    def leave(self, item: ItemT) -> None:
+        """An item that ran elsewhere is answered."""
+        self.in_flight -= 1
+        token = item.request.root.options.token
+        if self.own_engine and token:
+            self._of_token[token] -= 1
+
+    def _fits(self, item: ItemT) -> bool:
+        """Whether its token may have one more item in flight, which is counted then."""
+        token = item.request.root.options.token
+        if token and self._of_token[token] >= self._share:
+            return False
+        if token:
+            self._of_token[token] += 1
+        return True
 
     def drop_obsolete(self) -> None:
         for queue in self.queues.values():
