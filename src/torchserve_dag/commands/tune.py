@@ -13,8 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from torchserve_dag.commands.common import JsonOption, ProjectOption, err, fail, failures, out, print_json, project_root
+from torchserve_dag.commands.tune_language import tune_language
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from torchserve_dag.runtime.data.source import Source
+    from torchserve_dag.runtime.project.folders import Project
+    from torchserve_dag.runtime.project.handler_file import HandlerFile
     from torchserve_dag.tuning.search import Trial
 
 TUNED = ("runtime", "precision", "channels_last", "batch")
@@ -34,6 +38,12 @@ def tune(
         ),
     ] = 0.005,
     seconds: Annotated[float, typer.Option(help="Duration of a measurement; a trial has two.", min=0.1)] = 3.0,
+    pause: Annotated[
+        float,
+        typer.Option(
+            help="Of a language model: the longest pause, in ms, of an answer while a long prompt enters.", min=1.0
+        ),
+    ] = 200.0,
     compiled: Annotated[bool, typer.Option("--compiled", help="Also try torch.compile, which takes minutes.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the table, but do not change the handler's file.")
@@ -43,7 +53,8 @@ def tune(
 ) -> None:
     """Measure a handler under each runtime, precision and batch size, and write the fastest into its YAML.
 
-    Only settings that give the same answers as plain torch are chosen.
+    Only settings that give the same answers as plain torch are chosen. Of a language model it measures
+    `prefill_tokens`, `threads`, `room` and the cache, with up to 32 clients.
     """
     from torchserve_dag.runtime.compute.cores import cores
     from torchserve_dag.runtime.project.folders import Project
@@ -53,9 +64,14 @@ def tune(
 
     with failures():
         root = project_root(project)
-        file = Project(root).handler(node)
+        opened = Project(root)
+        file = opened.handler(node)
+        language = _is_language_model(opened, file)
         if not dry_run:
-            check_writable(file.path)
+            check_writable(file.path, "settings" if language else "run")
+        if language:
+            tune_language(root, file, seconds, pause, dry_run=dry_run, json=json)
+            return
         task = Task(str(root.resolve()), str(file.path.resolve()), file.value.run, _files(item or []), seconds)
         trials: list[Trial] = []
         with err.status(f"measuring {node} in plain torch"):
@@ -79,6 +95,19 @@ def tune(
         out.print(f"[green]{file.path}[/]: {escape(line.strip())}", soft_wrap=True)
     if not changed:
         out.print(f"{file.path} is unchanged.", soft_wrap=True)
+
+
+def _is_language_model(project: Project, file: Source[HandlerFile]) -> bool:
+    """Ends the command for another model with an engine of its own."""
+    from torchserve_dag.runtime.handler import ContinuousHandler
+    from torchserve_dag.runtime.models.language.settings import LanguageSettings
+
+    kind = project.handler_class(file)
+    if not issubclass(kind, ContinuousHandler):
+        return False
+    if not isinstance(project.settings(file, kind), LanguageSettings):
+        fail(f"{file.value.name} has an engine of its own, whose settings only its author knows: tune cannot try them.")
+    return True
 
 
 def _files(named: list[Path]) -> list[str]:
