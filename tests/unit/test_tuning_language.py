@@ -19,7 +19,7 @@ from torchserve_dag.tuning.language_trial import LanguageMeasured, LanguageTask,
 from torchserve_dag.tuning.search import TrialError
 
 HANDLERS = Path(__file__).parents[2] / "handlers"
-TASK = LanguageTask("", "", {"model": "m"}, 1.0)
+TASK = LanguageTask("", "", {"model": "m", "room": 16}, 1.0)
 CARD = "card: {does: It writes., input: A chat., output: Text., limits: It is small., weights: []}\n"
 OTHER = """
 from torchserve_dag import ContinuousHandler, Reply, Text
