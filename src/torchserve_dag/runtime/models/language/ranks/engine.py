@@ -95,7 +95,7 @@ def load_ranks(
         raise ValueError(f"options: ranks is {options.ranks}, and there are {torch.cuda.device_count()} GPUs")
     dtype = "float32" if settings.exact else "bfloat16" if placement.precision == "bfloat16" else None
     threads = settings.threads or max(1, cores() // options.ranks)
-    limit = options.token_s
+    limit = 2 * max(options.token_s, options.start_s)
     base = RankSpec(program, str(model), 0, options.ranks, "", device, dtype, threads, settings.prefill_tokens, limit)
     template = folder / settings.chat_template if settings.chat_template else None
     context = hub_context(model, settings)

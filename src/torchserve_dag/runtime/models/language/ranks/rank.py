@@ -51,7 +51,7 @@ class RankSpec:
     threads: int
     prefill_tokens: int
     limit_s: float
-    """How long one rank waits for another."""
+    """How long one rank waits for another: longer than the worker waits for them, which knows better what failed."""
 
     @property
     def torch_device(self) -> torch.device:
