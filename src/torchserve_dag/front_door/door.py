@@ -154,7 +154,7 @@ class Door:
 
     def begin(self, where: Addresses, *, direct: bool = False) -> None:
         """Reset the traffic configuration, closed, and write the files that Envoy reads at start-up."""
-        (self.folder / MODELS).parent.resolve().mkdir(mode=0o700, exist_ok=True)
+        (self.folder / MODELS).parent.resolve().mkdir(mode=0o700, parents=True, exist_ok=True)
         traffic = Traffic(where, sockets={} if direct else None, closed=True)
         self._save_traffic(traffic)
         self._write_all(self._files(traffic))
