@@ -673,7 +673,7 @@ def test_up_starts_the_keeper_and_the_watcher_where_both_were_killed(served: Ser
     run_tool(served.root, "up")
 
     after = {one.name: one.pid for one in supervised.report()}
-    assert {name for name in after if after[name] == before[name]} == {"Envoy", "TorchServe"}
+    assert {name for name in after if after[name] == before[name]} == {"Envoy", "TorchServe", "gateway"}
     assert not any(one.problem for one in supervised.report())
 
 

@@ -22,7 +22,7 @@ from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.server import properties
 
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-SCRIPTS = "./scripts/demo\n./scripts/test\n"
+SCRIPTS, LANGUAGE = "./scripts/demo\n./scripts/test\n", "./scripts/demo language\n"
 
 
 def blocks(kind: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_the_graph_is_drawn_from_its_file(text: str) -> None:
 
 def test_the_demo_prints_what_the_readme_shows(serving: Demo, run: Run) -> None:
     """But for the milliseconds; and run again, it goes on with the server that it started."""
-    (shown,) = blocks("text")
+    shown, _ = blocks("text")
     first, again = serving.printed, run("./scripts/demo")
 
     for line in shown.splitlines():
@@ -82,7 +82,17 @@ def test_the_demo_stops_what_it_started(serving: Demo, run: Run) -> None:
     assert run("./scripts/demo --stop") == "stopped\n"
 
 
-@pytest.mark.parametrize("text", blocks("sh")[1:])
+def test_the_language_models_demo_prints_what_the_readme_shows(run: Run) -> None:
+    _, shown = blocks("text")
+    printed = run(f"{LANGUAGE.strip()} --free-ports").splitlines()
+    run("./scripts/demo --stop")
+
+    answers = [line for line in shown.splitlines() if line and not line.startswith("$")]
+    assert len(answers) == 2
+    assert [line for line in answers if line not in printed] == []
+
+
+@pytest.mark.parametrize("text", [text for text in blocks("sh")[1:] if text != LANGUAGE])
 def test_the_commands_run(run: Run, copy: Path, text: str) -> None:
     """Each line in the shell that the last one left; where TorchServe starts by itself, it comes to serve."""
     before: list[str] = []
