@@ -84,7 +84,7 @@ def test_the_demo_stops_what_it_started(serving: Demo, run: Run) -> None:
 
 def test_the_language_models_demo_prints_what_the_readme_shows(run: Run) -> None:
     _, shown = blocks("text")
-    printed = run(f"{LANGUAGE.strip()} --free-ports").splitlines()
+    printed = run(LANGUAGE.strip()).splitlines()
     run("./scripts/demo --stop")
 
     answers = [line for line in shown.splitlines() if line and not line.startswith("$")]
