@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from torchserve_dag import ContinuousHandler, FailedError, Failure, Reply, Text, Usage, Workflow
+from torchserve_dag import ContinuousHandler, EngineLoad, FailedError, Failure, Reply, Text, Usage, Workflow
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.engine.runner import OwnEngine
+from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.models.continuous import ContinuousModel
 from torchserve_dag.runtime.telemetry.series import gauges_of
 from torchserve_dag.runtime.worker.protocol import ServiceRequest
@@ -99,6 +102,18 @@ def one_by_one(text: Text) -> Iterator[TextChunk]:
 """
 
 
+MANY = """
+
+made = 0
+
+
+def many(text: Text) -> Iterator[Text]:
+    global made
+    for made in range(5_000):
+        yield Text(str(made))
+"""
+
+
 def project(folder: Path, nodes: str, output: str) -> Path:
     for name in ("handlers", "workflows"):
         (folder / name).mkdir()
@@ -153,6 +168,34 @@ def test_one_token_leaves_room_for_others(model: Workflow) -> None:
     assert len(speller(model).inside) == 1
     for request in ours:
         request.cancel()
+
+
+@pytest.mark.parametrize(("room", "share"), [(18, 16), (16, 14), (8, 7), (2, 1), (1, 1)])
+def test_of_eight_places_one_token_leaves_one(room: int, share: int) -> None:
+    own = OwnEngine("engine", "model", room, EngineLoad)
+    station: Station = Station("n", batch=room, depth=(), start=lambda _: None, own_engine=own, dropped=[])
+    busy, other = (SimpleNamespace(root=SimpleNamespace(options=Options(token=name))) for name in ("busy", "other"))
+    station.push([SimpleNamespace(request=busy, obsolete=False)] * 40)
+
+    taken = station.take(room)
+    assert len(taken) == share
+    station.push([SimpleNamespace(request=other, obsolete=False)] * 40)
+    assert [item.request for item in station.take(room - share)] == [other] * (room - share)
+    station.leave(taken[0])
+    assert len(station.take(1)) == 1
+
+
+def test_a_generator_is_never_far_ahead_of_a_loop(tmp_path: Path) -> None:
+    """Who reads slowly keeps few chunks in memory, and no thread waiting."""
+    path = project(tmp_path, "many: {function: many}", "many")
+    (tmp_path / "workflows" / "spell.py").write_text(FUNCTIONS + MANY)
+
+    with Workflow.load(path) as workflow:
+        stream = workflow.stream(Text("a"))
+        next(stream)
+        time.sleep(0.3)
+        assert 1 < workflow.graph.nodes["many"].code.kind.function.__globals__["made"] < 40  # type: ignore[attr-defined]
+        stream.close()
 
 
 def test_who_leaves_the_loop_frees_its_place(model: Workflow) -> None:

@@ -50,10 +50,13 @@ def project(folder: Path, url: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workflow(server: OpenAiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workflow]:
-    folder = project(tmp_path_factory.mktemp("project"), server.url)
+def folder(server: OpenAiServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return project(tmp_path_factory.mktemp("project"), server.url)
+
+
+@pytest.fixture(scope="module")
+def workflow(folder: Path) -> Iterator[Workflow]:
     with Workflow.load(folder / "workflows" / "ask.yaml") as workflow:
-        workflow.llama = folder / "llama"  # type: ignore[attr-defined]
         yield workflow
 
 
@@ -68,9 +71,12 @@ def test_the_hosted_model_answers_while_it_can(workflow: Workflow) -> None:
 
 
 @pytest.mark.parametrize("fault", ["busy for long", "always broken", "no answer"])
-def test_where_the_hosted_model_fails_the_own_one_answers_and_says_so(workflow: Workflow, fault: str) -> None:
+def test_where_the_hosted_model_fails_the_own_one_answers_and_says_so(
+    workflow: Workflow, folder: Path, fault: str
+) -> None:
     """After 429, 500 and a time-out."""
-    own = greedy_text(workflow.llama, chat_prompt(workflow.llama, fault), 16)  # type: ignore[attr-defined]
+    llama = folder / "llama"
+    own = greedy_text(llama, chat_prompt(llama, fault), 16)
 
     assert answer(workflow, fault) == (own, "openvino llama")
 

@@ -135,7 +135,9 @@ def test_an_engine_that_raises_starts_again(weights: Path, llama: Path, monkeypa
     engine = load(weights)
     running = start(engine, greedy("It goes on "), 500)
     running.wait_for(lambda: bool(running.chunks))
-    monkeypatch.setattr("torchserve_dag.runtime.models.language.openvino.engine.check_schema", lambda _: None)
+    monkeypatch.setattr(
+        "torchserve_dag.runtime.models.language.openvino.generation_config.check_schema", lambda _: None
+    )
     wrong = ResponseFormat("json_schema", JsonSchema("it", {"type": "objecty"}))
     bad = start(engine, Chat.of("Fill it in.", response_format=wrong))
 
@@ -144,6 +146,24 @@ def test_an_engine_that_raises_starts_again(weights: Path, llama: Path, monkeypa
             one.wait()
     assert start(engine, greedy("The fox")).wait().text() == greedy_text(llama, "The fox", 16)
     engine.close()
+
+
+def test_an_engine_that_cannot_start_again_says_so(weights: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's process is ended then, and another started."""
+    engine = load(weights)
+    assert not engine.hangs()
+
+    def gone() -> None:
+        raise ValueError("the file is gone")
+
+    monkeypatch.setattr(engine, "_load", gone)
+    monkeypatch.setattr(engine, "_step", gone)
+    with pytest.raises(RuntimeError, match="starts again"):
+        start(engine, greedy("The fox")).wait()
+    engine._thread.join(30)
+    assert engine.hangs()
+    with pytest.raises(InputError, match="closing"):
+        start(engine, greedy("The fox"))
 
 
 def test_tokens_in_progress_are_bounded(engine: OpenVinoEngine) -> None:

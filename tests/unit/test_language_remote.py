@@ -54,7 +54,7 @@ def load(server: OpenAiServer) -> Iterator[Load]:
     yield load_engine
     for engine in engines:
         engine.close()
-        assert not engine._thread.is_alive()
+        assert not engine._in_progress._thread.is_alive()
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from typing import Any
 from torchserve_dag.archives import atomic
 from torchserve_dag.clients import KeyFile
 from torchserve_dag.front_door import clusters, envoy_config
+from torchserve_dag.front_door.accepted_tokens import accepted_tokens
 from torchserve_dag.front_door.access_logs import sampling
 from torchserve_dag.front_door.admin import Admin
 from torchserve_dag.front_door.backend import MODELS, Backend, Resource
 from torchserve_dag.front_door.dynamic_files import ACCEPTED, CERTIFICATE, CLUSTERS, ROUTES, SAMPLING
-from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES, accepted_tokens
+from torchserve_dag.front_door.envoy_config import TOKENS_FILTER, TYPES
 from torchserve_dag.front_door.routes_file import RouteFile
 from torchserve_dag.front_door.settings import FrontDoor, Limits
 from torchserve_dag.front_door.splits import RolloutShare, ServedVersion, Split, splits

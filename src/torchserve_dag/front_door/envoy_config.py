@@ -1,4 +1,4 @@
-"""Envoy's routes, and whom it admits; the words that its configuration has in common. The clusters: clusters.py."""
+"""Envoy's routes, with the limits of tokens; words that its configuration has in common. The clusters: clusters.py."""
 
 from __future__ import annotations
 
@@ -331,35 +331,6 @@ def _feedback() -> Resource:
         "direct_response": {"status": 405},
         "typed_per_filter_config": {"envoy.filters.http.json_to_metadata": _enabled()},
     }
-
-
-def accepted_tokens(tokens: Sequence[Token]) -> Resource:
-    """The filter that admits tokens that were issued and not revoked; `jwt_authn` has checked signature and expiry."""
-    anywhere = [{"any": True}]
-    v1: list[Resource] = [{"url_path": {"path": path}} for path in ({"prefix": f"{V1}/"}, {"exact": FEEDBACK})]
-    policies = {"tokens": {"permissions": anywhere, "principals": _holders(one for one in tokens if not one.only_v1)}}
-    if limited := [one for one in tokens if one.only_v1]:
-        policies["only_v1"] = {"permissions": v1, "principals": _holders(limited)}
-    rules = {"action": "ALLOW", "policies": policies}
-    config = {"@type": f"{TYPES}{TOKENS_KIND}", "rules": rules}
-    return {"@type": f"{TYPES}config.core.v3.TypedExtensionConfig", "name": TOKENS_FILTER, "typed_config": config}
-
-
-def _holders(tokens: Iterable[Token]) -> list[Resource]:
-    """Whoever has one of these tokens."""
-    ids: list[Resource] = [
-        {
-            "sourced_metadata": {
-                "metadata_matcher": {
-                    "filter": "envoy.filters.http.jwt_authn",
-                    "path": [{"key": "token"}, {"key": "jti"}],
-                    "value": {"string_match": {"exact": token.id}},
-                }
-            }
-        }
-        for token in tokens
-    ]
-    return [{"or_ids": {"ids": ids}}] if ids else [{"not_id": {"any": True}}]
 
 
 def _rate_limits(tokens: Sequence[Token], requests_per_second: int) -> Resource:

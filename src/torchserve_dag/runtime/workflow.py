@@ -100,12 +100,19 @@ class Workflow:
 
         Raises FailedError for a request that fails. A workflow that does not stream has its answer as the only chunk.
         """
-        chunks: SimpleQueue[Any] = SimpleQueue()
-        request = self.submit(item, parameters, on_chunk=lambda chunk: chunks.put((chunk,)))
+        chunks: SimpleQueue[tuple[Any, Callable[[], None]] | None] = SimpleQueue()
+
+        def send(chunk: Any, taken: Callable[[], None]) -> int:
+            chunks.put((chunk, taken))
+            return 0
+
+        request = self.engine.submit(item, parameters, on_chunk=send)
         request.future.add_done_callback(lambda _: chunks.put(None))
         try:
-            while chunk := chunks.get():
-                yield chunk[0]
+            while arrived := chunks.get():
+                chunk, taken = arrived
+                taken()  # a node that yields is never far ahead of this loop
+                yield chunk
         finally:
             request.cancel()
         answer = request.future.result()

@@ -19,8 +19,8 @@ takes as many items at once as should run in this time, going by recent run time
 
 MAX_BUNDLE = 64
 
-SHARE = 7 / 8
-"""The part of an own engine's room that the items of one token may take, so that there is room for others."""
+OF_OTHERS = 8
+"""The items of one token leave a place of so many to others, of an own engine's room, and one at least."""
 
 EMA_WEIGHT = 0.2
 """Weight of the newest batch in the moving average of an item's run time."""
@@ -80,7 +80,7 @@ class Station(Generic[ItemT]):
         self._bulk: FairQueue[ItemT] = FairQueue(dropped, by_token=by_token)
         self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": self._interactive, "bulk": self._bulk}
         self.own_engine = own_engine
-        self._share = max(1, int(SHARE * batch))
+        self._share = max(1, batch - max(1, batch // OF_OTHERS))
         self._of_token: Counter[str] = Counter()
         """Of an own engine's items in flight: how many belong to each token."""
         self.counts = NodeCounts(language={name: LanguageCounts() for name in OPERATIONS} if own_engine else {})

@@ -59,7 +59,7 @@ class HandlerSpec:
 
 
 class HandlerProcess:
-    """AnswerWriter batches, one at a time, in a process that is kept alive until `close`; a BatchStarter."""
+    """Answers batches, one at a time, in a process that is kept alive until `close`; a BatchStarter."""
 
     def __init__(self, spec: HandlerSpec, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
         """Start the process, and return at once: `wait` waits for the handler. `folder` is deleted with the process."""

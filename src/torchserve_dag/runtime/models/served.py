@@ -48,7 +48,7 @@ _TOO_LARGE = ("error code 8", "maximum size", "larger than max")
 class ServedModel:
     """Calls one model of a server; a Starter. Nothing is sent before the first call: the server may start later.
 
-    AnswerWriter are decoded, and `done` is called, on one thread for each address: `done` must return quickly.
+    Answers are decoded, and `done` is called, on one thread for each address: `done` must return quickly.
     After `close`, and for a call that is cancelled, `done` gets a Failure.
     """
 

@@ -1,4 +1,4 @@
-"""AnswerWriter as a worker's responses: a body, a status and headers."""
+"""Answers as a worker's responses: a body, a status and headers."""
 
 from __future__ import annotations
 

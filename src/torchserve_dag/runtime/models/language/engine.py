@@ -43,7 +43,7 @@ class LanguageEngine(Protocol):
         """Whether it has answers in progress, and has made no progress for a minute."""
 
     def close(self) -> None:
-        """End it. AnswerWriter in progress fail."""
+        """End it. Answers in progress fail."""
 
 
 ALWAYS = frozenset(

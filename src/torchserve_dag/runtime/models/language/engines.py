@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,11 +58,7 @@ def load_engine(folder: Path, settings: LanguageSettings, placement: Placement) 
     """The engine that the settings name, with its model loaded. Raises ValueError, ImportError."""
     name = settings.engine
     entry = ENGINES[name]
-    try:
-        if entry.package:
-            import_module(entry.package)
-    except ImportError as error:
-        what = f"the engine {name} needs the package {entry.package} ({error}): run {entry.install}"
-        raise ImportError(what) from None
+    if entry.package and not find_spec(entry.package):
+        raise ImportError(f"the engine {name} needs the package {entry.package}: run {entry.install}")
     load: LoadEngine = import_module(f"{__package__}.{entry.module}").load
     return load(folder, settings, placement)

@@ -58,8 +58,8 @@ class LanguageSettings:
     engine: EngineName = "auto"
     """What computes it."""
     room: int = 18
-    """Answers that the engine computes at the same time; those of one token of the front door have at most seven
-    eighths. More wait, and tokens take turns."""
+    """Answers that the engine computes at the same time; those of one token of the front door leave one place of
+    eight to others. More wait, and tokens take turns."""
     context: int | None = None
     """The most tokens of a prompt and its answer together; without it, as many as the model was trained with, at most
     8,192; for `remote`, 131,072: its server refuses what is too long."""

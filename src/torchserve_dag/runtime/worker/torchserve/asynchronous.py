@@ -115,7 +115,7 @@ def _happens(side: socket.socket, event: int, within_s: float) -> bool:
 
 
 class AsynchronousLoop:
-    """AnswerWriter the requests from a socket with a service."""
+    """Answers the requests from a socket with a service."""
 
     def __init__(self, service: Service, link: socket.socket) -> None:
         self._service = service

@@ -97,7 +97,7 @@ def publish(service: Service) -> None:
 
 
 class BatchedLoop:
-    """AnswerWriter batches with a service, one after the other."""
+    """Answers batches with a service, one after the other."""
 
     def __init__(self, service: Service, *, controls: bool = True) -> None:
         """`controls`: whether requests may cancel others and ask for a description; false in a `.war`."""
@@ -178,7 +178,7 @@ class _SocketReader:
     """Replaces the function with which TorchServe's worker reads its socket. It never returns to the worker's loop."""
 
     serve: Callable[[socket.socket], None] | None = None
-    """AnswerWriter on a connection until it is closed."""
+    """Answers on a connection until it is closed."""
 
     @classmethod
     def take_over(cls) -> _SocketReader | None:

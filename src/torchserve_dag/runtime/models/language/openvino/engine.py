@@ -5,7 +5,6 @@ Its pipeline is stepped by one thread. Others add requests and cancel them; the 
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import threading
@@ -22,8 +21,8 @@ from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, FinishReason, InputError, Prompt, TextChunk, TokenLogprob
 from torchserve_dag.runtime.models.language.chat_template import ChatTemplate
 from torchserve_dag.runtime.models.language.engine import Cancel, LanguageEngine
-from torchserve_dag.runtime.models.language.json_schema import check_schema
 from torchserve_dag.runtime.models.language.openvino.by_adapter import EngineByAdapter
+from torchserve_dag.runtime.models.language.openvino.generation_config import SUPPORTS, configure
 from torchserve_dag.runtime.models.language.openvino.lora import read_adapter
 from torchserve_dag.runtime.models.language.openvino.vocabulary import ByteDetokenizer, Vocabulary, detokenizers
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
@@ -38,13 +37,6 @@ MOST_CONTEXT = 8192
 """The default limit of a context, in tokens."""
 HANGS_S = 60.0
 JOIN_S = 10.0
-ANY_OBJECT = '{"type": "object"}'
-
-
-SUPPORTS = frozenset(
-    {"n", "presence_penalty", "frequency_penalty", "response_format", "logprobs", "echo", "tools", "tool_choice",
-     "parallel_tool_calls"}
-)  # fmt: skip
 
 
 def load(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:  # noqa: ARG001 (a CPU's engine)
@@ -92,7 +84,7 @@ class OpenVinoEngine:
             bos_token=tokenizer.get_bos_token(),
             eos_token=tokenizer.get_eos_token(),
         )
-        self._detokenizer = detokenizers(_vocabulary(tokenizer), self._encoded, tokenizer.decode)
+        self._detokenizer = detokenizers(Vocabulary.of(tokenizer), self._encoded, tokenizer.decode)
         cut = len(self._encoded("a b " * MOST_CONTEXT))  # a tokenizer cuts what is longer than its model's context
         self.context = min(settings.context or MOST_CONTEXT, cut)
         self._served_by = f"openvino {Path(settings.model).stem}"
@@ -104,7 +96,8 @@ class OpenVinoEngine:
         self._requests = 0
         self.steps = 0
         """Steps so far: each computes a token of every answer, and a part of the prompts that wait."""
-        self._closed = False
+        self._closed = self._lost = False
+        """`_lost`: its pipeline raised, and could not be made anew: only another process helps."""
         self._stepped = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="openvino-steps", daemon=True)
         self._thread.start()
@@ -119,7 +112,8 @@ class OpenVinoEngine:
         if getattr(self._latest, "request", None) is not request:
             self.count(request)
         ids, self._latest.request = self._latest.ids, None
-        config = self._config(request, most_tokens)
+        config = self._pipeline.get_config()
+        configure(config, request, most_tokens, self._settings.draft_tokens if self._draft else None)
         answers = AnswerWriter(reply, request, int(ids.shape[1]), self._served_by)
         start = _Start(request, ids, config, answers, request.n or 1)
         with self._changed:
@@ -135,7 +129,7 @@ class OpenVinoEngine:
         return EngineLoad(min(running, self.room), waiting + max(0, running - self.room), self._cache_usage / 100)
 
     def hangs(self) -> bool:
-        return bool(self._running) and time.monotonic() - self._stepped > HANGS_S
+        return self._lost or (bool(self._running) and time.monotonic() - self._stepped > HANGS_S)
 
     def close(self) -> None:
         with self._changed:
@@ -174,35 +168,6 @@ class OpenVinoEngine:
             raise ValueError(f"OpenVINO cannot read {settings.model}: {_last_line(error)}") from None
         self._tokenizer = self._pipeline.get_tokenizer()
         self._cache_usage = 0.0
-
-    def _config(self, request: Chat | Prompt, most_tokens: int) -> Any:
-        """OpenVINO's configuration of a request. Raises InputError."""
-        import openvino_genai  # noqa: PLC0415
-
-        config = self._pipeline.get_config()
-        config.apply_chat_template = False
-        config.max_new_tokens = most_tokens
-        temperature = 1.0 if request.temperature is None else request.temperature
-        config.do_sample = temperature > 0
-        if config.do_sample:
-            config.temperature = temperature
-            config.top_p = 1.0 if request.top_p is None else max(request.top_p, 1e-6)
-        config.presence_penalty = request.presence_penalty or 0.0
-        config.frequency_penalty = request.frequency_penalty or 0.0
-        config.logprobs = 1 if request.logprobs else 0
-        if isinstance(request, Prompt) and (request.logprobs or 0) > 1:
-            raise InputError("logprobs: the engine openvino gives those of the chosen tokens only; write 1.")
-        if isinstance(request, Chat) and request.tool_choice not in {None, "auto", "none"}:
-            raise InputError('tool_choice: the engine openvino can do "auto" and "none".')
-        if self._draft:
-            if config.do_sample and request.seed is not None:
-                what = "with a draft model, the engine openvino does not draw the same tokens again"
-                raise InputError(f"seed: {what}; leave it out, or write temperature 0.")
-            config.num_assistant_tokens = self._settings.draft_tokens
-        schema = _schema(request)
-        if schema:
-            config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=schema)
-        return config
 
     def _encoded(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False).input_ids.data[0]]
@@ -267,6 +232,8 @@ class OpenVinoEngine:
         for answer in [answer for answer in self._running if answer.cancelled]:
             self._leave(answer)
             answer.answers.fail(_CANCELLED)
+        if not self._pipeline.has_non_finished_requests():
+            return  # all that came was cancelled before it was added
         self._pipeline.step()
         self.steps += 1
         self._stepped = time.monotonic()
@@ -326,7 +293,7 @@ class OpenVinoEngine:
         except ValueError as error:
             logs.report(logger, error, "the model cannot be loaded again")
             with self._changed:
-                self._closed = True
+                self._closed = self._lost = True
 
 
 @dataclass(eq=False, slots=True)
@@ -348,16 +315,6 @@ class _Start:
             answer.cancelled = True
 
 
-def _vocabulary(tokenizer: Any) -> Vocabulary:
-    """The bytes of the tokens, without the special ones, which the tokenizer itself leaves out of a text."""
-    found: dict[int, bytes] = {int(token): text for text, token in tokenizer.get_vocab().items()}
-    marked = [token for token, text in found.items() if text[:1] in {b"<", b"["} and text[-1:] in {b">", b"]"}]
-    for token, text in zip(marked, tokenizer.decode([[token] for token in marked]) if marked else [], strict=True):
-        if not text:
-            del found[token]
-    return Vocabulary(found)
-
-
 def _draft(folder: Path, name: str) -> Path:
     """The folder of a draft model. Raises ValueError."""
     for file in ("openvino_model.xml", "openvino_tokenizer.xml"):
@@ -365,16 +322,6 @@ def _draft(folder: Path, name: str) -> Path:
             what = "the engine openvino reads a draft model as a folder of OpenVINO IR, with its tokenizer"
             raise ValueError(f"{what}: there is no {file} in {folder / name}")
     return folder / name
-
-
-def _schema(request: Chat | Prompt) -> str:
-    wanted = request.response_format
-    if wanted is None or wanted.type == "text":
-        return ""
-    if wanted.json_schema is None:
-        return ANY_OBJECT
-    check_schema(wanted.json_schema.schema)
-    return json.dumps(wanted.json_schema.schema)
 
 
 def _last_line(error: BaseException) -> str:

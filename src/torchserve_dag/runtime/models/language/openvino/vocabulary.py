@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torchserve_dag.runtime.models.language.writer import Detokenizer
 
@@ -16,6 +17,16 @@ class Vocabulary:
 
     def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
         self._bytes = token_bytes
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Vocabulary:
+        """The bytes of the tokens, without the special ones, which the tokenizer itself leaves out of a text."""
+        found: dict[int, bytes] = {int(token): text for text, token in tokenizer.get_vocab().items()}
+        marked = [token for token, text in found.items() if text[:1] in {b"<", b"["} and text[-1:] in {b">", b"]"}]
+        for token, text in zip(marked, tokenizer.decode([[token] for token in marked]) if marked else [], strict=True):
+            if not text:
+                del found[token]
+        return cls(found)
 
     def join(self, tokens: Sequence[int]) -> bytes:
         return b"".join(self._bytes.get(token, b"") for token in tokens)

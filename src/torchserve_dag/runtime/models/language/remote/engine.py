@@ -6,10 +6,8 @@ import asyncio
 import dataclasses
 import json
 import random
-import threading
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -18,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.handler import EngineLoad, Reply
-from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, Prompt, TextChunk, Usage
+from torchserve_dag.runtime.messages import Chat, OverloadedError, Prompt, TextChunk, Usage
+from torchserve_dag.runtime.models.language.answer_loop import AnswerLoop
 from torchserve_dag.runtime.models.language.engine import Cancel
 from torchserve_dag.runtime.models.language.openai_json import (
     DONE,
@@ -32,7 +31,7 @@ from torchserve_dag.runtime.models.language.openai_json import (
     path_of,
 )
 from torchserve_dag.runtime.models.language.remote.address import address_of, client_of, key_of
-from torchserve_dag.runtime.models.language.remote.allowance import Allowance, Settle
+from torchserve_dag.runtime.models.language.remote.allowance import Allowance
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
 if TYPE_CHECKING:
@@ -50,9 +49,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 """Between two attempts; each pause is twice the one before, and by chance up to a half shorter or longer."""
 DRAIN_S = 0.1
 """How long the end of a stream may follow its last event, for its connection to be used again."""
-CLOSE_S = 5.0
-CLIENT_CLOSED = 499
-"""What servers write into their logs for a client that has left."""
 
 
 class RemoteEngine:
@@ -71,14 +67,9 @@ class RemoteEngine:
         self.room = settings.room
         self.context = settings.context or CONTEXT
         self._allowance = Allowance(self._remote)
-        self._open: set[Future[None]] = set()
-        self._lock = threading.Lock()
-        self._closed = False
         self._client = client_of(self._remote, self._key, self.room)
         self._places = asyncio.Semaphore(self.room)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="remote-engine", daemon=True)
-        self._thread.start()
+        self._in_progress = AnswerLoop("remote-engine")
 
     def count(self, request: Chat | Prompt) -> int:
         """An estimate, for the tokenizer is the server's: a token for four bytes of text."""
@@ -96,56 +87,25 @@ class RemoteEngine:
         name = f"{self._settings.model}:{request.adapter}" if request.adapter else self._settings.model
         body = json.dumps(self._settings.options | body_of(request, name, most_tokens, self._remote.limit))
         answers, prompt = request.n or 1, self.count(request)
-        with self._lock:
-            if self._closed or len(self._open) >= self.room + MOST_WAITING:
-                raise OverloadedError("The model has too many requests waiting for it; try again in a few seconds.")
-            settle = self._allowance.reserve(prompt, answers * most_tokens)
-            asked = _Asked(f"{self._url}/{path_of(request)}", body, prompt, answers, reply, settle)
-            future = asyncio.run_coroutine_threadsafe(self._answer(asked), self._loop)
-            self._open.add(future)
-        future.add_done_callback(lambda future: self._done(asked, future))
-        return lambda: _cancel(future)
+        settle = self._allowance.reserve(prompt, answers * most_tokens)
+        asked = _Asked(f"{self._url}/{path_of(request)}", body, prompt, answers, reply)
+        try:
+            most = self.room + MOST_WAITING
+            return self._in_progress.start(self._answer(asked), reply, most, lambda: settle(asked.cost()))
+        except OverloadedError:
+            settle(Usage())
+            raise
 
     def load_now(self) -> EngineLoad:
-        there = len(self._open)
+        there = len(self._in_progress)
         return EngineLoad(running=min(there, self.room), waiting=max(there - self.room, 0))
 
     def hangs(self) -> bool:
         """Each wait for the server has its own limit, so only the loop itself could."""
-        return not self._closed and not self._thread.is_alive()
+        return not self._in_progress.runs
 
     def close(self) -> None:
-        with self._lock:
-            closed, self._closed = self._closed, True
-            still_open = list(self._open)
-        if closed:
-            return
-        for future in still_open:
-            future.cancel()
-        with suppress(TimeoutError, asyncio.TimeoutError):
-            asyncio.run_coroutine_threadsafe(self._end_tasks(), self._loop).result(CLOSE_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_S)
-        if not self._thread.is_alive():
-            self._loop.close()
-
-    async def _end_tasks(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._client.aclose()
-
-    def _done(self, asked: _Asked, future: Future[None]) -> None:
-        """Runs once for each request, however it ends: settles what it has cost, and fails what has not been ended."""
-        asked.settle(asked.cost())
-        with self._lock:
-            self._open.discard(future)
-        if future.cancelled():
-            closed = OverloadedError("The model is being closed; try again in a few seconds.")
-            asked.reply.fail(closed if self._closed else InputError("The request was cancelled.", CLIENT_CLOSED))
-        elif error := future.exception():
-            asked.reply.fail(error)
-        else:
-            asked.reply.end()
+        self._in_progress.close(self._client.aclose)
 
     async def _answer(self, asked: _Asked) -> None:
         """Ask, and ask again as long as that may help and nothing of an answer has been given."""
@@ -234,10 +194,6 @@ class RemoteEngine:
         return UpstreamError(message, HTTPStatus.BAD_GATEWAY if fault else error.status)
 
 
-def _cancel(future: Future[None]) -> None:
-    future.cancel()
-
-
 @dataclasses.dataclass(slots=True)
 class _Asked:
     """A request that has been accepted."""
@@ -248,7 +204,6 @@ class _Asked:
     """An estimate of the prompt's tokens."""
     answers: int
     reply: Reply[TextChunk]
-    settle: Settle
     reader: ChunkReader = dataclasses.field(init=False)
     """Of the attempt in progress."""
     accepted: bool = False

@@ -1,4 +1,4 @@
-"""AnswerWriter in transformers' own continuous batch."""
+"""Answers in transformers' own continuous batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AnswerWriter one by one, by transformers' `generate`: for models that its continuous batch does not take."""
+"""Answers one by one, by transformers' `generate`: for models that its continuous batch does not take."""
 
 from __future__ import annotations
 
