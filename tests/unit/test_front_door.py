@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from torchserve_dag.archives import atomic
 from torchserve_dag.commands import app
 from torchserve_dag.front_door import bootstrap, certificate, clusters, envoy_config, routes_file, settings
+from torchserve_dag.front_door.accepted_tokens import accepted_tokens
 from torchserve_dag.front_door.backend import Backend
 from torchserve_dag.front_door.door import Door, Traffic, set_rollout
 from torchserve_dag.front_door.routes_file import RouteFile
@@ -285,7 +286,7 @@ class TestTokens:
             tokens.revoke("alice")
 
     def test_no_token_at_all_lets_nobody_in(self) -> None:
-        text = json.dumps(envoy_config.accepted_tokens([]))
+        text = json.dumps(accepted_tokens([]))
 
         assert '"not_id": {"any": true}' in text
 

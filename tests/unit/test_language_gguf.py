@@ -76,7 +76,7 @@ def test_a_folder_has_one_file(tmp_path: Path) -> None:
     [
         ({}, 4096),
         ({"context": 100}, 100),
-        ({"cache_gb": 0.01}, int(0.01e9 / 2048 / 16)),
+        ({"cache_gb": 0.01, "room": 16}, int(0.01e9 / 2048 / 16)),
         ({"cache_gb": 0.01, "room": 4}, int(0.01e9 / 2048 / 4)),
     ],
 )
@@ -87,5 +87,5 @@ def test_the_context_is_what_the_cache_holds(settings: dict[str, Any], context: 
 
 def test_a_context_that_the_cache_does_not_hold_is_refused() -> None:
     with pytest.raises(ValueError, match=r"16 answers of 4,000 tokens need cache_gb: 0.13; it is 0.1"):
-        context_of(LanguageSettings("a", "llama.cpp", context=4000, cache_gb=0.1), LLAMA, 2, 8192)
+        context_of(LanguageSettings("a", "llama.cpp", context=4000, cache_gb=0.1, room=16), LLAMA, 2, 8192)
     assert context_of(LanguageSettings("a", "llama.cpp"), {}, 2, 8192) == 8192
