@@ -29,6 +29,9 @@ class TextGeneration(ContinuousHandler[Chat | Prompt, TextChunk]):
     def example(self) -> Chat:
         return Chat.of("What is the capital of France?", max_tokens=16, temperature=0)
 
+    def reserve(self, item: Chat | Prompt) -> Callable[[], None]:
+        return self.model.reserve(item)
+
     def start(self, item: Chat | Prompt, reply: Reply[TextChunk]) -> Callable[[], None]:
         return self.model.start(item, reply)
 

@@ -36,14 +36,22 @@ class Speller(ContinuousHandler[Text, TextChunk]):
 
     room = 2
     inside: set = set()
+    reserved: list = []
     most = 0
     tries = 0
 
     def load(self, folder: Path, settings: NoSettings, placement: Placement) -> None:
-        type(self).inside, type(self).most, type(self).tries = set(), 0, 0
+        type(self).inside, type(self).most, type(self).tries, type(self).reserved = set(), 0, 0, []
 
     def example(self) -> Text:
         return Text("ab")
+
+    def reserve(self, item: Text) -> Callable[[], None]:
+        if len(self.reserved) == 20:
+            raise OverloadedError("20 are in flight.")
+        place = object()
+        self.reserved.append(place)
+        return lambda: self.reserved.remove(place) if place in self.reserved else None
 
     def start(self, item: Text, reply: Reply[TextChunk]) -> Callable[[], None]:
         if item.text == "refuse":
@@ -257,6 +265,21 @@ def test_whom_there_is_no_room_for_waits(model: Workflow) -> None:
         time.sleep(0.01)
     for request in requests:
         request.cancel()
+
+
+def test_what_is_too_much_is_refused_before_it_waits(model: Workflow) -> None:
+    """Two are inside, 18 wait, and one more is told so at once. What they had reserved is free after them."""
+    requests = [model.submit(Text("wait")) for _ in range(20)]
+
+    refused = model.submit(Text("ab")).future.result(10)
+
+    assert isinstance(refused, Failure)
+    assert (refused.status, refused.message) == (503, "20 are in flight.")
+    for request in requests:
+        request.cancel()
+    assert [texts(answer) for answer in model([Text("ab"), Text("cd")])] == ["ab", "cd"]
+    assert isinstance(model([Text("fail")])[0], Failure)
+    assert speller(model).reserved == []
 
 
 def test_an_answer_that_fails_has_no_duration(model: Workflow) -> None:

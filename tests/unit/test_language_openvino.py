@@ -167,16 +167,17 @@ def test_an_engine_that_cannot_start_again_says_so(weights: Path, llama: Path, m
 
 
 def test_tokens_in_progress_are_bounded(engine: OpenVinoEngine) -> None:
-    """One request more than fits is refused at once; what a cancelled one had reserved is free again."""
+    """One request more than fits is refused at once; what another had reserved is free again after it."""
     model = LanguageModel(engine, LanguageSettings("whole/llama.gguf", engine="openvino", tokens_in_flight=700))
     prompt = Prompt(prompt="It goes on ", max_tokens=600, temperature=0)
-    cancel = model.start(prompt, Written())
+    release = model.reserve(prompt)
 
     with pytest.raises(InputError) as raised:
-        model.start(prompt, Written())
+        model.reserve(prompt)
     assert (raised.value.status, raised.value.type) == (429, "Overloaded")
-    cancel()
-    model.start(prompt, Written())()
+    release()
+    release()
+    model.reserve(prompt)()
 
 
 def test_a_prompt_is_no_longer_than_the_context(engine: OpenVinoEngine) -> None:

@@ -153,6 +153,14 @@ class ContinuousHandler(Generic[Item, AnswerChunkT]):
         """A typical item. It warms the model up, and serves as a test and as documentation."""
         raise NotImplementedError
 
+    def reserve(self, item: Item) -> Callable[[], None]:  # noqa: ARG002 (for those that count)
+        """Reserve what an item will need, before it waits for a place, and return what gives that back.
+
+        Raises InputError to refuse the item at once; OverloadedError, or the status 429, says that it may come again.
+        What is returned is called when the item has ended, whether it was started or not; it may be called twice.
+        """
+        return _nothing
+
     def start(self, item: Item, reply: Reply[AnswerChunkT]) -> Callable[[], None]:
         """Start an item without waiting for its answer, and return what cancels it.
 
@@ -171,6 +179,10 @@ class ContinuousHandler(Generic[Item, AnswerChunkT]):
 
     def close(self) -> None:
         """End the engine, with the threads and processes that it started."""
+
+
+def _nothing() -> None:
+    """Nothing was reserved."""
 
 
 AnyHandler = Handler[Any, Any, Any, Any] | ContinuousHandler[Any, Any]

@@ -87,7 +87,8 @@ def cache_gb(trial: LanguageTrial, memory_gb: float | None = None) -> int | None
         memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     tokens_per_gb: float = trial.measured.cache_tokens / max(1, round(trial.setting("cache_gb")))
     context = trial.setting("context") or MOST_CONTEXT
-    in_progress: int = trial.setting("tokens_in_flight") or trial.setting("room") * context
+    fits: int = trial.setting("room") * context
+    in_progress = min(fits, trial.setting("tokens_in_flight") or fits)
     needed = math.ceil(in_progress / tokens_per_gb)
     return max(1, min(needed, int(memory_gb / 2)))
 

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torchserve_dag.runtime import logs
@@ -17,9 +18,18 @@ from torchserve_dag.runtime.data.options import SHORTEST_S, Options, Priority
 from torchserve_dag.runtime.engine.lanes import BULK_EVERY
 from torchserve_dag.runtime.engine.plan import Plan
 from torchserve_dag.runtime.engine.request import Item, Request
-from torchserve_dag.runtime.engine.runner import BatchStarter, Cancel, Chunk, Starter, internal_error
+from torchserve_dag.runtime.engine.runner import (
+    BatchStarter,
+    Cancel,
+    Chunk,
+    OwnEngine,
+    Release,
+    Starter,
+    internal_error,
+)
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.graph.graph import REQUEST
+from torchserve_dag.runtime.messages import Failure
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +60,29 @@ class Elsewhere:
         self._deliver, self._deliver_chunk = deliver, deliver_chunk
         self._begin = begin
         self._starting = _Starting()
+
+    def reserve(self, station: Station[Item], own: OwnEngine, items: Sequence[Item]) -> None:
+        """Queue items for a model with an engine of its own, once that has reserved what they need."""
+        for item in items:
+            try:
+                own.reserve(item.value, partial(self._reserved, station, item))
+            except BaseException as error:  # noqa: BLE001 (as below: it is closing)
+                fault = logs.report(logger, error, f"{station.name} reserves nothing any more", line=False)
+                self._reserved(station, item, internal_error(station.name, fault))
+
+    def _reserved(self, station: Station[Item], item: Item, reserved: Release | Failure) -> None:
+        if isinstance(reserved, Failure):
+            self._deliver(station, [item], [reserved], time.monotonic())
+            return
+        with self._lock:
+            obsolete = item.obsolete
+            if not obsolete:
+                item.reserved = item.request.elsewhere[item] = reserved
+                station.push([item])
+        if obsolete:
+            reserved()
+        else:
+            self.start_items(station)
 
     def start_items(self, station: Station[Item]) -> None:
         """Start a station's queued items, up to its limit of items in flight."""
@@ -132,7 +165,7 @@ class Elsewhere:
         with self._lock:
             obsolete = item.obsolete
             if not obsolete:
-                item.request.elsewhere[item] = cancel
+                item.request.elsewhere[item] = partial(_both, cancel, item.reserved) if item.reserved else cancel
         if obsolete:
             cancel()
 
@@ -143,8 +176,16 @@ class Elsewhere:
                 if not isinstance(answer, Chunk):
                     station.leave(item)
                     item.request.elsewhere.pop(item, None)
+        for item, answer in zip(items, answers, strict=True):
+            if item.reserved and not isinstance(answer, Chunk):
+                item.reserved()
         self._deliver(station, items, answers, began)
         self.start_items(station)
+
+
+def _both(cancel: Cancel, release: Release) -> None:
+    cancel()
+    release()
 
 
 class _Starting(threading.local):

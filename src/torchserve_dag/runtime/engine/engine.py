@@ -258,12 +258,16 @@ class Engine:
                 if limit and not isinstance(item.value, Stream):  # the limit holds for all chunks together
                     self._timers.schedule(item.since + limit, item, partial(self._time_out, limit))
             for station, items in queued.items():
-                if station.device == ELSEWHERE:
+                if station.own_engine:
+                    pass  # they reserve what they need first, without the lock
+                elif station.device == ELSEWHERE:
                     station.push(items)
                 else:
                     self._lanes[station.device].push(station, items, only=len(queued) == 1)
-        for station in queued:
-            if station.device == ELSEWHERE:
+        for station, items in queued.items():
+            if station.own_engine:
+                self._elsewhere.reserve(station, station.own_engine, items)
+            elif station.device == ELSEWHERE:
                 self._elsewhere.start_items(station)
 
     def _queue(self, item: Item) -> None:

@@ -12,7 +12,7 @@ from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.counts import Written
 from torchserve_dag.runtime.engine.gather import Gather
 from torchserve_dag.runtime.engine.plan import Plan
-from torchserve_dag.runtime.engine.runner import Cancel
+from torchserve_dag.runtime.engine.runner import Cancel, Release
 from torchserve_dag.runtime.engine.span import Span
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream
@@ -107,6 +107,8 @@ class Item(_WeaklyReferenceable):
     failed_attempts: int = 0
     since: float = field(default_factory=time.monotonic)
     """When the item was queued, on time.monotonic()'s clock."""
+    reserved: Release | None = None
+    """Gives back what the engine of its model has reserved for it."""
     written: Written | None = None
     """What is known of its answer, once its first chunk has come by itself."""
     settled: bool = False

@@ -26,6 +26,9 @@ Done = Callable[[Any], None]
 Cancel = Callable[[], None]
 """Cancels an item that runs elsewhere. It may be called after the item has been answered."""
 
+Release = Callable[[], None]
+"""Gives back what was reserved for an item. It may be called twice."""
+
 Starter = Callable[[Any, Options, Done], Cancel]
 """Starts one item elsewhere: its value, the options of its call, which always have a time limit, and the callback for
 its answer. Does not block."""
@@ -55,6 +58,10 @@ class Stream:
     chunks: Iterator[Any]
 
 
+def _nothing() -> None:
+    """Nothing was reserved."""
+
+
 @dataclass(frozen=True, slots=True)
 class OwnEngine:
     """The engine of a model that batches by itself."""
@@ -65,6 +72,8 @@ class OwnEngine:
     room: int
     """How many items may be in progress."""
     load_now: Callable[[], EngineLoad]
+    reserve: Callable[[Any, Callable[[Release | Failure], None]], None] = lambda _, done: done(_nothing)
+    """Reserves what an item needs, before it waits for a place; calls back, from any thread, or at once."""
 
 
 END: Final = object()

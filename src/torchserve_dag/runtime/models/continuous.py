@@ -12,7 +12,7 @@ from typing import Any
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.data.options import Options
-from torchserve_dag.runtime.engine.runner import END, Cancel, Chunk, Done, OwnEngine
+from torchserve_dag.runtime.engine.runner import END, Cancel, Chunk, Done, OwnEngine, Release
 from torchserve_dag.runtime.handler import ContinuousHandler
 from torchserve_dag.runtime.messages import Failure, InputError
 
@@ -43,7 +43,7 @@ class ContinuousModel:
 
     @property
     def own_engine(self) -> OwnEngine:
-        return OwnEngine(self.handler.load_now().engine, self.name, self.room, self.handler.load_now)
+        return OwnEngine(self.handler.load_now().engine, self.name, self.room, self.handler.load_now, self.reserve)
 
     @property
     def hangs(self) -> bool:
@@ -62,6 +62,18 @@ class ContinuousModel:
             reply.cancelled_by(self.handler.start(value, reply))
         except BaseException as error:  # noqa: BLE001 (libraries raise SystemExit, and Rust's panics are no Exception)
             reply.fail(error)
+
+    def reserve(self, value: Any, done: Callable[[Release | Failure], None]) -> None:
+        """Reserve what an item needs, soon; `done` gets what gives it back, or the Failure of a refused item."""
+        self._starting.submit(self._reserve, value, done)
+
+    def _reserve(self, value: Any, done: Callable[[Release | Failure], None]) -> None:
+        reserved: Release | Failure
+        try:
+            reserved = self.handler.reserve(value)
+        except BaseException as error:  # noqa: BLE001 (as above)
+            reserved = failure_of(error, self.name)
+        done(reserved)
 
     def warm_up(self) -> None:
         """Run the handler's own example. Raises RuntimeError if it fails."""
@@ -108,12 +120,7 @@ class ItemReply:
         self._end(END)
 
     def fail(self, error: BaseException) -> None:
-        if isinstance(error, InputError):
-            self._end(Failure(error.status, error.message, error.type))
-            return
-        fault = logs.report(logger, error, f"{self._name}: the engine raised", line=False)
-        message = f"{self._name} failed."
-        self._end(Failure(HTTPStatus.INTERNAL_SERVER_ERROR, message, "HandlerError", fault=fault))
+        self._end(failure_of(error, self._name))
 
     def cancelled_by(self, cancel: Callable[[], None]) -> None:
         """What cancels the item in the engine. It is called at once if the item was cancelled while it was started."""
@@ -138,6 +145,14 @@ class ItemReply:
                 return
             self.ended = True
         self._done(answer)
+
+
+def failure_of(error: BaseException, name: str) -> Failure:
+    """The failure of an item, from what the handler `name` raised."""
+    if isinstance(error, InputError):
+        return Failure(error.status, error.message, error.type)
+    fault = logs.report(logger, error, f"{name}: the engine raised", line=False)
+    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name} failed.", "HandlerError", fault=fault)
 
 
 def _nothing() -> None:

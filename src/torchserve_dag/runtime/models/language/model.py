@@ -1,4 +1,4 @@
-"""A language model as a handler has it: what its engine cannot do is refused, and tokens bound what is in progress."""
+"""A language model as a handler has it: what its engine cannot do is refused, and tokens bound what is in flight."""
 
 from __future__ import annotations
 
@@ -24,13 +24,19 @@ CHARACTERS_A_TOKEN = 64
 """More than the tokens of any text have on average. A longer text is not even tokenized, which would take seconds."""
 
 
+IN_FLIGHT = 4
+"""By default, so many times the tokens that fit into the engine may be in flight: in it, or waiting for a place."""
+
+
 class LanguageModel:
     """A loaded language model, whichever engine computes it."""
 
     def __init__(self, engine: LanguageEngine, settings: LanguageSettings) -> None:
         self.engine = engine
         self._settings = settings
-        self._budget = TokenBudget(settings.tokens_in_flight or engine.room * engine.context)
+        self._budget = TokenBudget(settings.tokens_in_flight or IN_FLIGHT * engine.room * engine.context)
+        self._prompts: dict[int, int] = {}
+        """Of each request that has reserved its tokens, by its id: those of its prompt."""
 
     @classmethod
     def load(cls, folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageModel:
@@ -43,32 +49,40 @@ class LanguageModel:
         """How many answers may be in progress."""
         return self.engine.room
 
+    def reserve(self, request: Chat | Prompt) -> Callable[[], None]:
+        """Count a request's tokens, until what is returned is called; see ContinuousHandler.reserve.
+
+        Raises InputError for a request that the model cannot serve, and, with 429, where too many are in flight.
+        """
+        prompt, most = self._measured(request)
+        release = self._budget.reserve(prompt + (request.n or 1) * most)
+        self._prompts[id(request)] = prompt
+
+        def forget_and_release() -> None:
+            self._prompts.pop(id(request), None)
+            release()
+
+        return forget_and_release
+
     def start(self, request: Chat | Prompt, reply: Reply[TextChunk]) -> Cancel:
         """Start an answer; see ContinuousHandler.start."""
-        check_supported(request, self.engine.supports, self._settings.engine)
-        request = self._with_defaults(request)
-        self._check_length(request)
-        prompt = self.engine.count(request)
-        answers = request.n or 1
+        _, most = self._measured(request)
+        return self.engine.start(self._with_defaults(request), most, reply)
+
+    def _measured(self, request: Chat | Prompt) -> tuple[int, int]:
+        """The tokens of a request's prompt, and the limit of its answer. Raises InputError; 413 for one too long."""
+        prompt = self._prompts.get(id(request))
+        if prompt is None:
+            check_supported(request, self.engine.supports, self._settings.engine)
+            self._check_length(request)
+            prompt = self.engine.count(request)
         left = self.engine.context - prompt
         if left < 1:
             message = (
                 f"The prompt has {prompt:,} tokens; the model's context holds {self.engine.context:,}: shorten it."
             )
             raise InputError(message, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-        most = min(left, request.most_tokens or self._settings.max_tokens)
-        release = self._budget.reserve(prompt + answers * most)
-        try:
-            cancel = self.engine.start(request, most, _Counted(reply, release))
-        except BaseException:
-            release()
-            raise
-
-        def cancel_and_release() -> None:
-            cancel()
-            release()
-
-        return cancel_and_release
+        return prompt, min(left, request.most_tokens or self._settings.max_tokens)
 
     def _with_defaults(self, request: Chat | Prompt) -> Chat | Prompt:
         """The request, with the settings' temperature and top_p where it has none."""
@@ -127,7 +141,7 @@ NEUTRAL: dict[str, object] = {"n": 1, "presence_penalty": 0, "frequency_penalty"
 
 
 class TokenBudget:
-    """The tokens of the requests in progress: of each, its prompt and the limit of its answer."""
+    """The tokens of the requests in flight: of each, its prompt and the limit of its answer."""
 
     def __init__(self, most: int) -> None:
         self._most, self._used = most, 0
@@ -138,7 +152,7 @@ class TokenBudget:
         with self._lock:
             if self._used + tokens > self._most and self._used:
                 message = (
-                    f"{self._used:,} of {self._most:,} tokens are in progress, and this request needs {tokens:,}; "
+                    f"{self._used:,} of {self._most:,} tokens are in flight, and this request needs {tokens:,}; "
                     "try again in a second, or ask for a shorter answer with max_tokens."
                 )
                 raise BusyError(message)
@@ -153,25 +167,9 @@ class TokenBudget:
 
 
 class BusyError(InputError):
-    """There are as many tokens in progress as there may be: 429."""
+    """There are as many tokens in flight as there may be: 429."""
 
     type = "Overloaded"
 
     def __init__(self, message: str) -> None:
         super().__init__(message, HTTPStatus.TOO_MANY_REQUESTS)
-
-
-class _Counted:
-    """A reply that gives back its tokens at its end."""
-
-    def __init__(self, reply: Reply[TextChunk], release: Callable[[], None]) -> None:
-        self._reply, self._release = reply, release
-        self.chunk = reply.chunk
-
-    def end(self) -> None:
-        self._release()
-        self._reply.end()
-
-    def fail(self, error: BaseException) -> None:
-        self._release()
-        self._reply.fail(error)

@@ -71,8 +71,8 @@ class LanguageSettings:
     top_p: float | None = None
     """Likewise, of the most probable tokens that are considered."""
     tokens_in_flight: int | None = None
-    """The most tokens of all requests in progress: their prompts, and the limits of their answers. One more is refused
-    with 429. Without it, `room` times `context`."""
+    """The most tokens of all requests in flight, whether they are computed or wait: their prompts, and the limits of
+    their answers. A request that needs more is refused with 429. Without it, four times `room` times `context`."""
     cache_gb: float = 1.0
     """Memory for the cache of keys and values, in GB."""
     prefix_cache: bool = True
