@@ -1,10 +1,9 @@
-"""Which tests stay in one process where several run them, and how what the processes measured is kept."""
+"""Which tests stay in one process where several run them: a file's, and those of a folder that shares a server."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import coverage
 import pytest
 
 
@@ -25,14 +24,3 @@ def whole(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
     parts = file.split("/")
     return "/".join(parts[:3]) if parts[:2] == ["tests", "live"] and len(parts) > 3 else file
-
-
-def pytest_sessionfinish() -> None:
-    """Keeps what a process measured before it exits: xdist kills one that takes more than 10 s to exit.
-
-    Libraries with threads of their own take their time, and coverage would save last of all.
-    """
-    measured = coverage.Coverage.current()
-    if measured is not None:
-        measured.stop()
-        measured.save()
