@@ -29,8 +29,8 @@ class TextGeneration(ContinuousHandler[Chat | Prompt, TextChunk]):
     def example(self) -> Chat:
         return Chat.of("What is the capital of France?", max_tokens=16, temperature=0)
 
-    def reserve(self, item: Chat | Prompt) -> Callable[[], None]:
-        return self.model.reserve(item)
+    def reserve(self, item: Chat | Prompt, client: str | None) -> Callable[[], None]:
+        return self.model.reserve(item, client)
 
     def start(self, item: Chat | Prompt, reply: Reply[TextChunk]) -> Callable[[], None]:
         return self.model.start(item, reply)

@@ -46,9 +46,9 @@ class Speller(ContinuousHandler[Text, TextChunk]):
     def example(self) -> Text:
         return Text("ab")
 
-    def reserve(self, item: Text) -> Callable[[], None]:
-        if len(self.reserved) == 20:
-            raise OverloadedError("20 are in flight.")
+    def reserve(self, item: Text, client: str | None) -> Callable[[], None]:
+        if len(self.reserved) == 24:
+            raise OverloadedError("24 are in flight.")
         place = object()
         self.reserved.append(place)
         return lambda: self.reserved.remove(place) if place in self.reserved else None
@@ -268,13 +268,13 @@ def test_whom_there_is_no_room_for_waits(model: Workflow) -> None:
 
 
 def test_what_is_too_much_is_refused_before_it_waits(model: Workflow) -> None:
-    """Two are inside, 18 wait, and one more is told so at once. What they had reserved is free after them."""
-    requests = [model.submit(Text("wait")) for _ in range(20)]
+    """Two are inside, 22 wait, and one more is told so at once. What they had reserved is free after them."""
+    requests = [model.submit(Text("wait")) for _ in range(24)]
 
     refused = model.submit(Text("ab")).future.result(10)
 
     assert isinstance(refused, Failure)
-    assert (refused.status, refused.message) == (503, "20 are in flight.")
+    assert (refused.status, refused.message) == (503, "24 are in flight.")
     for request in requests:
         request.cancel()
     assert [texts(answer) for answer in model([Text("ab"), Text("cd")])] == ["ab", "cd"]

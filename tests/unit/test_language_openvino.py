@@ -16,7 +16,7 @@ from tests.tiny_llama import chat_prompt, greedy_text, make_adapter, make_draft,
 from torchserve_dag import Chat, InputError, JsonSchema, Prompt, ResponseFormat
 from torchserve_dag.runtime.compute.placement import Placement
 from torchserve_dag.runtime.models.language.json_schema import check_schema
-from torchserve_dag.runtime.models.language.model import LanguageModel
+from torchserve_dag.runtime.models.language.model import LanguageModel, TokenBudget
 from torchserve_dag.runtime.models.language.openvino.engine import OpenVinoEngine
 from torchserve_dag.runtime.models.language.openvino.lora import read_adapter
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
@@ -178,6 +178,22 @@ def test_tokens_in_progress_are_bounded(engine: OpenVinoEngine) -> None:
     release()
     release()
     model.reserve(prompt)()
+
+
+def test_one_client_leaves_an_eighth_of_the_tokens_to_others() -> None:
+    budget = TokenBudget(800)
+    releases = [budget.reserve(100, "busy") for _ in range(7)]
+
+    with pytest.raises(InputError, match="700 of the 700 tokens that one client may have") as raised:
+        budget.reserve(1, "busy")
+    assert raised.value.status == 429
+    budget.reserve(100, "other")
+    with pytest.raises(InputError, match="800 of 800 tokens are in flight"):
+        budget.reserve(1, "third")
+    for release in releases:
+        release()
+    budget.reserve(100, "busy")
+    assert TokenBudget(10).reserve(50, "alone")
 
 
 def test_a_prompt_is_no_longer_than_the_context(engine: OpenVinoEngine) -> None:

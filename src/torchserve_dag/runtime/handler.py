@@ -153,8 +153,10 @@ class ContinuousHandler(Generic[Item, AnswerChunkT]):
         """A typical item. It warms the model up, and serves as a test and as documentation."""
         raise NotImplementedError
 
-    def reserve(self, item: Item) -> Callable[[], None]:  # noqa: ARG002 (for those that count)
+    def reserve(self, item: Item, client: str | None) -> Callable[[], None]:  # noqa: ARG002 (for those that count)
         """Reserve what an item will need, before it waits for a place, and return what gives that back.
+
+        `client` is the name of the front door's token with which the item came, so that one client cannot have it all.
 
         Raises InputError to refuse the item at once; OverloadedError, or the status 429, says that it may come again.
         What is returned is called when the item has ended, whether it was started or not; it may be called twice.

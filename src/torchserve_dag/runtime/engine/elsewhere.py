@@ -65,7 +65,7 @@ class Elsewhere:
         """Queue items for a model with an engine of its own, once that has reserved what they need."""
         for item in items:
             try:
-                own.reserve(item.value, partial(self._reserved, station, item))
+                own.reserve(item.value, item.request.root.options.token, partial(self._reserved, station, item))
             except BaseException as error:  # noqa: BLE001 (as below: it is closing)
                 fault = logs.report(logger, error, f"{station.name} reserves nothing any more", line=False)
                 self._reserved(station, item, internal_error(station.name, fault))
@@ -113,8 +113,8 @@ class Elsewhere:
         (item,) = items
         request, began = item.request, time.monotonic()
         limit = request.root.deadline
-        if item.node.policy.timeout_s:
-            limit = min(limit, item.since + item.node.policy.timeout_s)
+        if item.code.attempts.timeout_s:
+            limit = min(limit, item.since + item.code.attempts.timeout_s)
 
         def done(answer: Any) -> None:
             if isinstance(answer, Chunk):

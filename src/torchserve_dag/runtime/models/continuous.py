@@ -12,7 +12,7 @@ from typing import Any
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
 from torchserve_dag.runtime.data.options import Options
-from torchserve_dag.runtime.engine.runner import END, Cancel, Chunk, Done, OwnEngine, Release
+from torchserve_dag.runtime.engine.runner import END, Cancel, Chunk, Done, OwnEngine, Release, Reserved
 from torchserve_dag.runtime.handler import ContinuousHandler
 from torchserve_dag.runtime.messages import Failure, InputError
 
@@ -63,14 +63,14 @@ class ContinuousModel:
         except BaseException as error:  # noqa: BLE001 (libraries raise SystemExit, and Rust's panics are no Exception)
             reply.fail(error)
 
-    def reserve(self, value: Any, done: Callable[[Release | Failure], None]) -> None:
+    def reserve(self, value: Any, client: str | None, done: Reserved) -> None:
         """Reserve what an item needs, soon; `done` gets what gives it back, or the Failure of a refused item."""
-        self._starting.submit(self._reserve, value, done)
+        self._starting.submit(self._reserve, value, client, done)
 
-    def _reserve(self, value: Any, done: Callable[[Release | Failure], None]) -> None:
+    def _reserve(self, value: Any, client: str | None, done: Reserved) -> None:
         reserved: Release | Failure
         try:
-            reserved = self.handler.reserve(value)
+            reserved = self.handler.reserve(value, client)
         except BaseException as error:  # noqa: BLE001 (as above)
             reserved = failure_of(error, self.name)
         done(reserved)

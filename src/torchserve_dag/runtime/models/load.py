@@ -20,6 +20,7 @@ from torchserve_dag.runtime.engine.runner import (
     OwnEngine,
     Runner,
     Starter,
+    feed_runner,
     function_runner,
     stream_runner,
 )
@@ -111,7 +112,7 @@ class Loader:
                 runner = stream_runner(name, handler.stream) if code.yields else handler
                 return Loaded(runner, device=str(handler.placement.device), hangs=lambda: handler.hangs, close=close)
             case FunctionCode(function):
-                make = stream_runner if code.yields else function_runner
+                make = feed_runner if code.feeds else stream_runner if code.yields else function_runner
                 check = as_declared(code.gives, name, also=(Failure,))
                 return Loaded(make(function.__name__, partial(_by_name, function), check))
             case ArchiveCode() | RowsFunctionCode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from http import HTTPStatus
@@ -19,6 +20,9 @@ from torchserve_dag.runtime.models.language.settings import LanguageSettings
 if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement
 
+
+OF_OTHERS = 8
+"""One client leaves one in so many of the tokens in flight to others."""
 
 CHARACTERS_A_TOKEN = 64
 """More than the tokens of any text have on average. A longer text is not even tokenized, which would take seconds."""
@@ -49,13 +53,13 @@ class LanguageModel:
         """How many answers may be in progress."""
         return self.engine.room
 
-    def reserve(self, request: Chat | Prompt) -> Callable[[], None]:
+    def reserve(self, request: Chat | Prompt, client: str | None = None) -> Callable[[], None]:
         """Count a request's tokens, until what is returned is called; see ContinuousHandler.reserve.
 
         Raises InputError for a request that the model cannot serve, and, with 429, where too many are in flight.
         """
         prompt, most = self._measured(request)
-        release = self._budget.reserve(prompt + (request.n or 1) * most)
+        release = self._budget.reserve(prompt + (request.n or 1) * most, client)
         self._prompts[id(request)] = prompt
 
         def forget_and_release() -> None:
@@ -141,29 +145,46 @@ NEUTRAL: dict[str, object] = {"n": 1, "presence_penalty": 0, "frequency_penalty"
 
 
 class TokenBudget:
-    """The tokens of the requests in flight: of each, its prompt and the limit of its answer."""
+    """The tokens of the requests in flight: of each, its prompt and the limit of its answer.
+
+    One client leaves an eighth of them to others.
+    """
 
     def __init__(self, most: int) -> None:
         self._most, self._used = most, 0
+        self._of_client: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def reserve(self, tokens: int) -> Callable[[], None]:
-        """Count tokens until what is returned is called. Raises InputError, with 429, if there are too many."""
+    def reserve(self, tokens: int, client: str | None = None) -> Callable[[], None]:
+        """Count tokens until what is returned is called. Raises BusyError if there are too many, unless none are."""
+        share = self._most - self._most // OF_OTHERS
         with self._lock:
             if self._used + tokens > self._most and self._used:
-                message = (
-                    f"{self._used:,} of {self._most:,} tokens are in flight, and this request needs {tokens:,}; "
-                    "try again in a second, or ask for a shorter answer with max_tokens."
-                )
-                raise BusyError(message)
-            self._used += tokens
+                raise BusyError(_too_many(f"{self._used:,} of {self._most:,} tokens are in flight", tokens))
+            used = self._of_client[client] if client else 0
+            if used + tokens > share and used:
+                in_flight = f"{used:,} of the {share:,} tokens that one client may have are in flight"
+                raise BusyError(_too_many(in_flight, tokens))
+            self._count(tokens, client)
         reserved = [tokens]
 
         def release() -> None:
             with self._lock:
-                self._used -= reserved.pop() if reserved else 0
+                self._count(-reserved.pop() if reserved else 0, client)
 
         return release
+
+    def _count(self, tokens: int, client: str | None) -> None:
+        self._used += tokens
+        if client:
+            self._of_client[client] += tokens
+            if not self._of_client[client]:
+                del self._of_client[client]
+
+
+def _too_many(in_flight: str, tokens: int) -> str:
+    needed = f"{in_flight}, and this request needs {tokens:,}"
+    return f"{needed}; try again in a second, or ask for a shorter answer with max_tokens."
 
 
 class BusyError(InputError):
