@@ -17,7 +17,7 @@ from tests.unit.conftest import Mar
 from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.data.parts import Body
 from torchserve_dag.runtime.data.source import CheckError, Problem
-from torchserve_dag.runtime.graph.graph import Policy
+from torchserve_dag.runtime.graph.graph import Attempts
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
 from torchserve_dag.runtime.graph.torchserve.spec import check_torchserve_file, is_torchserve_file
 from torchserve_dag.runtime.messages import Failure
@@ -141,7 +141,7 @@ def test_the_sequence_of_the_documentation_is_read_with_its_settings(put: Put, m
     assert list(graph.nodes) == ["pre_processing", "m1", "m2", "postprocessing"]
     assert (graph.name, graph.output.needs, graph.answer) == ("flow", {"postprocessing"}, bytes)
     assert [node.code.batch for node in graph.nodes.values()] == [1, 4, 3, 1]
-    assert {node.policy for node in graph.nodes.values()} == {Policy(timeout_s=5.0, retries=3)}
+    assert {node.code.attempts for node in graph.nodes.values()} == {Attempts(timeout_s=5.0, retries=3)}
     assert [node.depth for node in graph.nodes.values()] == [1, 2, 3, 4]
     assert graph.serve.timeout_s == 4 * 5 * (1 + 3)  # when each node answers at its last try
 
@@ -152,7 +152,7 @@ def test_torchserves_defaults_hold(put: Put, mar: Mar) -> None:
 
     graph = check_torchserve_file(Project(path.parent.parent), path)
 
-    assert {node.policy for node in graph.nodes.values()} == {Policy(timeout_s=10.0, retries=1)}
+    assert {node.code.attempts for node in graph.nodes.values()} == {Attempts(timeout_s=10.0, retries=1)}
     assert {node.code.batch for node in graph.nodes.values()} == {1}
 
 
@@ -173,7 +173,7 @@ def test_a_common_setting_holds_for_the_models_below_it_and_the_last_for_functio
 
     nodes = check_torchserve_file(Project(path.parent.parent), path).nodes
 
-    assert {name: (node.code.batch, node.policy.retries) for name, node in nodes.items()} == {
+    assert {name: (node.code.batch, node.code.attempts.retries) for name, node in nodes.items()} == {
         "pre_processing": (1, 4),
         "m1": (1, 1),
         "m2": (7, 4),

@@ -40,11 +40,11 @@ def _node(node: Node, rates: LiveRates | None, within: str) -> dict[str, Any]:
             {"when": branch.when.text if branch.when else None, **_code(branch.code, rates, within)}
             for branch in node.branches
         ],
-        "timeout_s": node.policy.timeout_s,
-        "retries": node.policy.retries,
+        "repeat": {"until": node.repeat.until.text, "most": node.repeat.most} if node.repeat else None,
+        "stops": {name: condition.text for name, condition in node.stops.items()},
         "on_error": node.policy.on_error,
         "default": plain.flatten(node.policy.default),
-        "fallback": _code(node.policy.fallback, rates, within) if node.policy.fallback else None,
+        "fallbacks": [_code(code, rates, within) for code in node.policy.fallbacks],
     }
 
 
@@ -58,5 +58,8 @@ def _code(code: Code, rates: LiveRates | None, within: str) -> dict[str, Any]:
         "batch": code.batch,
         "device": kind.device,
         "streams": code.yields,
+        "timeout_s": code.attempts.timeout_s,
+        "retries": code.attempts.retries,
+        "circuit": plain.flatten(code.attempts.circuit),
     }
     return data | ({"live": rates.get(name)} if rates else {})

@@ -130,17 +130,30 @@ def _rows(node: Node, live: LiveRates | None, within: str) -> Iterable[TextRow]:
         if len(node.branches) > 1:
             yield TextRow("when", f"when {branch.when.text}" if branch.when else "else")
         yield from _code_rows(branch.code, node, live, within)
+    yield from _attempts_rows(node.code)
+    if node.repeat:
+        yield TextRow("policy", f"repeat until {node.repeat.until.text}, at most {node.repeat.most}")
+    for target, condition in node.stops.items():
+        yield TextRow("policy", f"ends {target} when {condition.text}")
     policy = node.policy
-    if policy.timeout_s is not None or policy.retries:
-        limits = [f"timeout {policy.timeout_s:g} s"] if policy.timeout_s is not None else []
-        yield TextRow("policy", ", ".join([*limits, *([f"retry {policy.retries}"] if policy.retries else [])]))
-    if policy.fallback:
+    for code in policy.fallbacks:
         yield TextRow("when", "on error")
-        yield from _code_rows(policy.fallback, node, live, within)
-    elif policy.on_error != "fail":
+        yield from _code_rows(code, node, live, within)
+        yield from _attempts_rows(code)
+    if policy.on_error in {"skip", "default"}:
         text = json.dumps(plain.flatten(policy.default), ensure_ascii=False, default=str)
         text = text if len(text) <= _LONGEST_DEFAULT else f"{text[:_LONGEST_DEFAULT]}…"
         yield TextRow("when", "on error skip" if policy.on_error == "skip" else f"on error {text}")
+
+
+def _attempts_rows(code: Code) -> Iterable[TextRow]:
+    attempts = code.attempts
+    limits = [f"timeout {attempts.timeout_s:g} s"] if attempts.timeout_s is not None else []
+    limits += [f"retry {attempts.retries}"] if attempts.retries else []
+    if circuit := attempts.circuit:
+        limits.append(f"not tried for {circuit.open_s:g} s after {circuit.failures} failures")
+    if limits:
+        yield TextRow("policy", ", ".join(limits))
 
 
 def _code_rows(code: Code, node: Node, live: LiveRates | None, within: str) -> Iterable[TextRow]:
@@ -194,9 +207,14 @@ def _arrow(need: str, node: Node) -> Arrow:
             read.add(level.name)
             element = _element(level.list.type)
             says.append(("each " if level.name == "item" else f"each {level.name} in ") + level.list.text)
-    if says and node.follows == need:
+    if need in node.needs - node.waits_for:
         says.append("as it comes")
-    taken = [value.type for code in node.codes for value in code.takes.values() if need in value.names]
+    taken = [
+        _element(value.type) if code.feeds.get(parameter) == need else value.type
+        for code in node.codes
+        for parameter, value in code.takes.items()
+        if need in value.names
+    ]
     types = dict.fromkeys(plain.name_of(kind) for kind in [element, *taken] if kind not in {None, Any})
     kind: Literal["value", "each", "when"] = "each" if says else "value" if taken else "when"
     conditions = [node.when, *(branch.when for branch in node.branches)]

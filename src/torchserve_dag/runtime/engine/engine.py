@@ -10,7 +10,10 @@
     station.py     the queue of one code, with what runs it
     lanes.py       the threads of a device, and which batch each takes next
     elsewhere.py   items that take no lane: in served models, handlers' processes and sub-workflows; cancelling them
+    conditions.py  what an answer decides: another round of its node, nodes that end early
     outcome.py     what an answer changes: results, retries, fallbacks, failures, nodes that are ready next
+    feed.py        the chunks of a node, for a function that takes them as they come
+    circuit.py     code that has failed again and again is not tried for a while
     streaming.py   the chunks of an answer, to the client
     timers.py      deadlines, and the pauses before retries
 
@@ -35,6 +38,7 @@ from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.photos import pixels_in
 from torchserve_dag.runtime.engine.admission import CLOSING, Admission
+from torchserve_dag.runtime.engine.conditions import NOTHING, decide, decide_all
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.elsewhere import Elsewhere
 from torchserve_dag.runtime.engine.gather import PENDING
@@ -52,6 +56,7 @@ from torchserve_dag.runtime.engine.runner import (
     Runner,
     Starter,
     Stream,
+    Waits,
     internal_error,
 )
 from torchserve_dag.runtime.engine.span import Observer, Span
@@ -144,6 +149,7 @@ class Engine:
             start=start,
             one_at_a_time=code.kind.one_at_a_time,
             own_engine=own,
+            circuit=code.attempts.circuit,
             dropped=self._dropped,
         )
         self._stations[name] = station
@@ -247,16 +253,11 @@ class Engine:
                 start_node(request, node, made, chunk_count, changes)
 
     def _enqueue(self, changes: Changes) -> None:
-        queued: dict[Station[Item], list[Item]] = {}
         now = time.monotonic()
         with self._lock:
             for pause, item in changes.retries:
                 self._timers.schedule(now + pause, item.request, partial(self._retry, item))
-            for item in changes.queued:
-                queued.setdefault(item.station, []).append(item)
-                limit = item.node.policy.timeout_s
-                if limit and not isinstance(item.value, Stream):  # the limit holds for all chunks together
-                    self._timers.schedule(item.since + limit, item, partial(self._time_out, limit))
+            queued, refused = self._by_station(changes.queued, now)
             for station, items in queued.items():
                 if station.own_engine:
                     pass  # they reserve what they need first, without the lock
@@ -269,6 +270,25 @@ class Engine:
                 self._elsewhere.reserve(station, station.own_engine, items)
             elif station.device == ELSEWHERE:
                 self._elsewhere.start_items(station)
+        for item, failure in refused:
+            self._give_up(item, failure)
+
+    def _by_station(
+        self, items: Sequence[Item], now: float
+    ) -> tuple[dict[Station[Item], list[Item]], list[tuple[Item, Failure]]]:
+        """Items to queue, with their time limits; and those that are not tried. Under the lock."""
+        queued: dict[Station[Item], list[Item]] = {}
+        refused: list[tuple[Item, Failure]] = []
+        for item in items:
+            station, goes_on = item.station, isinstance(item.value, Stream)
+            if station.breaker and not goes_on and not station.breaker.admits(now):
+                refused.append((item, station.breaker.refusal(station.name, now)))
+                continue
+            queued.setdefault(station, []).append(item)
+            limit = item.code.attempts.timeout_s
+            if limit and not goes_on:  # the limit holds for all chunks together
+                self._timers.schedule(item.since + limit, item, partial(self._time_out, limit))
+        return queued, refused
 
     def _queue(self, item: Item) -> None:
         self._enqueue(Changes(queued=[item]))
@@ -280,13 +300,20 @@ class Engine:
     def _time_out(self, limit: float, item: Item) -> None:
         """Fail an attempt that has reached its node's own time limit; its late answer will be dropped."""
         failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, f"{item.station.name} took longer than {limit:g} s.", "Timeout")
+        self._give_up(item, failure)
+
+    def _give_up(self, item: Item, failure: Failure) -> None:
+        """Fail an attempt that nobody waits for any longer, or that is not made."""
         changes = Changes()
+        then = decide(item, failure) if item.node.decides else NOTHING
         with self._lock:
             if item.obsolete:
                 return
             cancel = item.request.elsewhere.get(item)
             item.station.counts.failures += 1
-            record_answer(item, failure, changes)
+            if item.station.breaker:
+                item.station.breaker.record(failure, time.monotonic())
+            record_answer(item, failure, changes, then)
         if cancel:
             cancel()
         self._apply(changes)
@@ -312,40 +339,43 @@ class Engine:
         now = time.monotonic()
         changes = Changes()
         pixels = [pixels_in(answer) for answer in answers] if station is self._decoding else ()
+        consequences = decide_all(items, answers)
         with self._lock:
             station.record_run(len(items), now - began)
             failures = sum(isinstance(answer, Failure) for answer in answers)
             station.counts.record_batch((began - item.since for item in items), now - began, failures)
-            for item, answer in zip(items, answers, strict=True):
+            for item, answer, then in zip(items, answers, consequences, strict=True):
                 if item.written and answer is END:
                     station.counts.record_end(item)
-                if self._observer:
+                if self._observer and not isinstance(answer, Waits):
                     add_span(item, answer, began, now, len(items))
+                if station.breaker and not isinstance(answer, Waits):
+                    station.breaker.record(answer if isinstance(answer, Failure) else None, now)
                 if not item.obsolete:
-                    record_answer(item, answer, changes)
+                    record_answer(item, answer, changes, then)
             for item, held in zip(items, pixels, strict=bool(pixels)):
                 if not item.request.obsolete:
                     self._admission.hold(item.request, held)
                     station.paused = self._admission.full_of_pixels
         if failures:
-            for item, answer in zip(items, answers, strict=True):
-                if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                    fault = f" (fault {answer.fault})" if answer.fault else ""
-                    logger.error("request %s: %s: %s%s", item.request.id, station.name, answer.message, fault)
+            _log_failures(station.name, items, answers)
         self._apply(changes)
 
     def _deliver_chunk(self, item: Item, chunk: Chunk) -> None:
         """A chunk that came by itself: it is counted with the whole answer of its item."""
         changes = Changes()
+        then = decide(item, chunk) if item.node.decides else NOTHING
         with self._lock:
             if item.obsolete:
                 return
             item.station.counts.record_chunk(item, chunk.value)
-            record_answer(item, chunk, changes)
+            record_answer(item, chunk, changes, then)
         self._apply(changes)
 
     def _apply(self, changes: Changes) -> None:
         """Carry out changes, and those that follow from them, until only items to queue are left."""
+        for cancel in changes.cancels:
+            cancel()
         while changes.failed or changes.streamed or changes.ended:
             failed, changes.failed = changes.failed, []
             for request, failure in failed:
@@ -357,7 +387,11 @@ class Engine:
                 if request.stream and (item := request.stream.send(request)):
                     changes.queued.append(item)
             with self._lock:
-                after = [(r, name) for r, node, value in changes.take_ended() for name in record_result(r, node, value)]
+                after = [
+                    (r, name)
+                    for r, node, value in changes.take_ended()
+                    for name in record_result(r, node, value, changes)
+                ]
             ready += [(request, request.plan.nodes[name]) for request, name in after if name != ANSWER]
             for request, name in after:
                 if name == ANSWER:
@@ -389,9 +423,10 @@ class Engine:
                 return
             request.answered = True
             cancels = list(request.elsewhere.values())
-            released = (request.values, request.gathers, request.elsewhere)  # deleted below, without the lock
+            # Deleted below, without the lock.
+            released = (request.values, request.gathers, request.elsewhere, request.waiting)
             # A caller may keep the request, but not its images.
-            request.values, request.gathers, request.elsewhere = {}, {}, {}
+            request.values, request.gathers, request.elsewhere, request.waiting = {}, {}, {}, {}
             self._admission.remove(request)
             if self._decoding.paused and not self._admission.full_of_pixels:
                 self._decoding.paused = False
@@ -483,6 +518,13 @@ _DECODE = Code(REQUEST, {}, frozenset(), Any, DecodeCode())
 _DECODING = Node(
     name=REQUEST, branches=(Branch(None, _DECODE),), each=(), when=None, result=Any, needs=frozenset(), depth=0
 )
+
+
+def _log_failures(name: str, items: Sequence[Item], answers: Sequence[Any]) -> None:
+    for item, answer in zip(items, answers, strict=True):
+        if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            fault = f" (fault {answer.fault})" if answer.fault else ""
+            logger.error("request %s: %s: %s%s", item.request.id, name, answer.message, fault)
 
 
 def _set_answer(future: Future[Any], answer: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from torchserve_dag.runtime.engine.feed import Feed
 from torchserve_dag.runtime.engine.gather import PENDING, Gather
 from torchserve_dag.runtime.engine.request import Item, Request
 from torchserve_dag.runtime.graph.graph import Code, Node
@@ -122,18 +123,20 @@ def _make_item(
 ) -> Item | Skipped:
     for branch in node.branches:
         if branch.when is None or branch.when.evaluate(scope):
-            value = _input_of(branch.code, scope)
+            value = _input_of(branch.code, request, scope)
             if isinstance(value, Skipped):
                 return value
-            fallback = node.policy.fallback
-            fallback_value = _input_of(fallback, scope) if fallback else None
-            return Item(request, node, branch.code, value, answers, index, fallback_value)
+            fallback_values = [_input_of(code, request, scope) for code in node.policy.fallbacks]
+            return Item(request, node, branch.code, value, answers, index, fallback_values)
     return Skipped(node.name)
 
 
-def _input_of(code: Code, scope: Mapping[str, Any]) -> Any:
+def _input_of(code: Code, request: Request, scope: Mapping[str, Any]) -> Any:
     """The input of a code for one item, or Skipped."""
-    inputs = {parameter: expression.evaluate(scope) for parameter, expression in code.takes.items()}
+    inputs = {
+        parameter: Feed(request, code.feeds[parameter]) if parameter in code.feeds else expression.evaluate(scope)
+        for parameter, expression in code.takes.items()
+    }
     for parameter, value in inputs.items():
         if isinstance(value, Skipped) and parameter not in code.sees_skipped:
             return value

@@ -21,6 +21,7 @@ def add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> N
         "queue_s": began - item.since,
         "batch": batch,
         "tries": item.failed_attempts,
+        **({"round": item.round} if item.node.repeat else {}),
         **(_of_language(item, own) if (own := item.station.own_engine) else {}),
     }
     failure = answer if isinstance(answer, Failure) else None

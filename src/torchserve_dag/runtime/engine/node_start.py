@@ -11,7 +11,7 @@ from typing import Any
 
 from torchserve_dag.runtime.engine.fan_out import fan_out, follow
 from torchserve_dag.runtime.engine.gather import PENDING, Gather
-from torchserve_dag.runtime.engine.outcome import Changes, end_if_complete
+from torchserve_dag.runtime.engine.outcome import Changes, end_early, end_if_complete
 from torchserve_dag.runtime.engine.request import Item, Request
 from torchserve_dag.runtime.graph.graph import Node
 from torchserve_dag.runtime.messages import Skipped
@@ -27,7 +27,7 @@ def read_inputs(request: Request, node: Node) -> tuple[Mapping[str, Any], list[t
     gather = request.gathers.setdefault(node.name, Gather([], open=True))
     _stream_to_client(request, node, gather)
     source = request.gathers.get(node.follows)
-    chunks = source.ready_from(gather.consumed) if source else []
+    chunks = source.ready_from(gather.consumed) if source and not gather.ended else []
     gather.consumed += len(chunks)
     gather.answers += [PENDING] * len(chunks)
     gather.pending += len(chunks)
@@ -67,6 +67,9 @@ def start_node(request: Request, node: Node, made: Made, chunks: int, changes: C
         counts.skipped += gather.skipped
         request.gathers[node.name] = gather
         _stream_to_client(request, node, gather)
+    if node.name in request.stopped:
+        end_early(request, node, gather, changes)
+        return
     changes.queued += items
     end_if_complete(request, node, gather, changes)
 

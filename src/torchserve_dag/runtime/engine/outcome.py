@@ -7,13 +7,16 @@ the engine carries out.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torchserve_dag.runtime.engine.circuit import OPEN
+from torchserve_dag.runtime.engine.conditions import NOTHING, Consequence
 from torchserve_dag.runtime.engine.fan_out import MAX_ELEMENTS, too_many
-from torchserve_dag.runtime.engine.gather import Gather
+from torchserve_dag.runtime.engine.gather import PENDING, Gather
 from torchserve_dag.runtime.engine.request import Item, Request
-from torchserve_dag.runtime.engine.runner import END, Chunk
+from torchserve_dag.runtime.engine.runner import END, Cancel, Chunk, Waits
 from torchserve_dag.runtime.graph.graph import REQUEST, Node
 from torchserve_dag.runtime.messages import Failure, Skipped, Usage
 
@@ -24,8 +27,8 @@ LONGEST_PAUSE_S = 1.0
 WORTH_RETRYING = frozenset({429, 500, 502, 503, 504, 507})
 """Statuses of failures that may be transient. A 4xx would fail again: the sender has to mend the request."""
 
-FINAL = frozenset({"ModelNotFound", "Unauthorized", "WrongType"})
-"""Types of failures that are not transient, whatever their status: two of served models, one of code here."""
+FINAL = frozenset({OPEN, "ModelNotFound", "Unauthorized", "WrongType"})
+"""Types of failures that are not transient, whatever their status."""
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Changes:
     """Items to queue after a pause, in seconds."""
     streamed: list[tuple[Request, Node]] = field(default_factory=list)
     """Streaming nodes with new chunks, or at their end."""
+    cancels: list[Cancel] = field(default_factory=list)
+    """What ends items that run elsewhere."""
 
     def take_ended(self) -> list[tuple[Request, str, Any]]:
         ended, self.ended = self.ended, []
@@ -55,8 +60,14 @@ class Changes:
 # Under the engine's lock.
 
 
-def record_answer(item: Item, answer: Any, changes: Changes) -> None:
-    """Record an item's answer, its next chunk, or its Failure."""
+def record_answer(item: Item, answer: Any, changes: Changes, then: Consequence | Failure = NOTHING) -> None:
+    """Record an item's answer, its next chunk, or its Failure, and what it decides."""
+    if isinstance(then, Failure):
+        _fail(item, then, changes)
+        return
+    if isinstance(answer, Waits):
+        _wait(item, answer, changes)
+        return
     if item.node.streams:
         changes.streamed.append((item.request, item.node))
         if item.request.idle_s:
@@ -64,18 +75,27 @@ def record_answer(item: Item, answer: Any, changes: Changes) -> None:
     if item.code.kind.is_model:
         _count_usage(item, answer.value if isinstance(answer, Chunk) else answer)
     if isinstance(answer, Failure):
-        _failed(item, answer, changes)
+        _failed(item, answer, changes, then)
     elif isinstance(answer, Chunk):
         _add_chunk(item, answer, changes)
+        _stop(item.request, then.stops, changes)
+    elif then.again:
+        item.settled = True
+        changes.queued.append(item.again(answer))
+        _stop(item.request, then.stops, changes)
     else:
         _answered(item, answer, changes)
+        _stop(item.request, then.stops, changes)
+    if item.node.streams:
+        _wake_readers(item.request, item.node.name, changes)
 
 
-def record_result(request: Request, name: str, value: Any) -> list[str]:
+def record_result(request: Request, name: str, value: Any, changes: Changes) -> list[str]:
     """Record the result of a node. Returns the nodes that can start now, and the started followers of the node."""
     if request.obsolete:
         return []
     request.values[name] = value
+    _wake_readers(request, name, changes)
     ready = []
     for after in request.plan.after.get(name, ()):
         request.waits[after] -= 1
@@ -85,11 +105,67 @@ def record_result(request: Request, name: str, value: Any) -> list[str]:
     return ready + [node.name for node in request.plan.followers.get(name, ()) if node.name in request.gathers]
 
 
+def end_early(request: Request, node: Node, gather: Gather, changes: Changes) -> None:
+    """End a node that has started: a stream with the chunks that it has, any other with Skipped where answers miss."""
+    if gather.ended:
+        return
+    if node.streams:
+        present = next((i for i, answer in enumerate(gather.answers) if answer is PENDING), len(gather.answers))
+        del gather.answers[present:]
+        changes.streamed.append((request, node))
+    else:
+        _skip_pending(gather.answers, Skipped(node.name))
+    running = [item for item in request.elsewhere if item.node is node]
+    changes.cancels += [request.elsewhere.pop(item) for item in running]
+    gather.pending, gather.open = 0, False
+    end_if_complete(request, node, gather, changes)
+
+
 def end_if_complete(request: Request, node: Node, gather: Gather, changes: Changes) -> None:
     """End a node whose answers are all there."""
     if gather.complete():
         result = gather.answers if node.each or node.streams else gather.answers[0]
         changes.ended.append((request, node.name, result))
+
+
+def _skip_pending(answers: list[Any], skipped: Skipped) -> None:
+    for i, answer in enumerate(answers):
+        if answer is PENDING:
+            answers[i] = skipped
+        elif isinstance(answer, list):
+            _skip_pending(answer, skipped)
+
+
+def _stop(request: Request, names: Iterable[str], changes: Changes) -> None:
+    """End nodes early. One that has not started ends when it starts."""
+    for name in names:
+        node = request.plan.nodes.get(name)  # none where the client asked for outputs that do not need it
+        if node is None or name in request.values or name in request.stopped:
+            continue
+        request.stopped.add(name)
+        if gather := request.gathers.get(name):
+            end_early(request, node, gather, changes)
+
+
+def _wait(item: Item, waits: Waits, changes: Changes) -> None:
+    """Keep an item until its source has another chunk."""
+    item.value = waits.stream
+    item.request.waiting[item.node.name] = item, waits.source
+    _wake(item.request, item.node.name, changes)
+
+
+def _wake_readers(request: Request, name: str, changes: Changes) -> None:
+    for reader in request.plan.readers.get(name, ()):
+        _wake(request, reader, changes)
+
+
+def _wake(request: Request, name: str, changes: Changes) -> None:
+    """Queue the item of a node that waits for a chunk, if there is one now."""
+    item, source = request.waiting.get(name, (None, None))
+    if item is not None and source is not None and source.ready:
+        del request.waiting[name]
+        item.since = time.monotonic()
+        changes.queued.append(item)
 
 
 def _count_usage(item: Item, answer: Any) -> None:
@@ -123,7 +199,8 @@ def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
     Where the client takes the chunks one by one, the item waits instead until there is room for the next.
     """
     item.answers.append(chunk.value)
-    if len(item.answers) > MAX_ELEMENTS and not item.code.kind.continuous:  # an engine has a limit of its own
+    unbounded = item.code.kind.continuous or item.code.feeds  # an engine, or the sources, have limits of their own
+    if len(item.answers) > MAX_ELEMENTS and not unbounded:
         error = too_many(item.node.name, len(item.answers))
         _fail(item, Failure(error.status, error.message), changes)
         return
@@ -137,17 +214,16 @@ def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
         changes.queued.append(item)
 
 
-def _failed(item: Item, failure: Failure, changes: Changes) -> None:
+def _failed(item: Item, failure: Failure, changes: Changes, then: Consequence) -> None:
     """Apply the node's policy: retry, skip, default, fallback, or fail the request."""
     policy = item.node.policy
     begun = item.node.code.yields and bool(item.answers)  # chunks may be with the client already
-    final = item.code is policy.fallback or begun
     pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**item.failed_attempts)
     in_time = time.monotonic() + pause < item.request.root.deadline
     transient = failure.status in WORTH_RETRYING and failure.type not in FINAL
-    if final or (policy.on_error == "fail" and not policy.retries):
+    if begun:
         _fail(item, failure, changes)
-    elif item.failed_attempts < policy.retries and in_time and transient:
+    elif item.failed_attempts < item.code.attempts.retries and in_time and transient:
         item.settled = True
         changes.retries.append((pause, item.retry()))
     elif policy.on_error == "skip":
@@ -155,13 +231,14 @@ def _failed(item: Item, failure: Failure, changes: Changes) -> None:
         _answered(item, Skipped(item.node.name), changes)
     elif policy.on_error == "default":
         _answered(item, policy.default, changes)
-    elif policy.fallback is None:
+        _stop(item.request, then.stops, changes)
+    elif item.step == len(policy.fallbacks):
         _fail(item, failure, changes)
-    elif isinstance(item.fallback_value, Skipped):
-        _answered(item, item.fallback_value, changes)
+    elif isinstance(item.fallback_values[item.step], Skipped):
+        _answered(item, item.fallback_values[item.step], changes)
     else:
         item.settled = True
-        changes.queued.append(item.fall_back(policy.fallback))
+        changes.queued.append(item.fall_back())
 
 
 def _fail(item: Item, failure: Failure, changes: Changes) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic
 
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.options import OUTPUTS
 from torchserve_dag.runtime.engine.queue import ItemT
 from torchserve_dag.runtime.engine.station import Station
-from torchserve_dag.runtime.graph.graph import REQUEST, Graph, Node, Output, result_of
-from torchserve_dag.runtime.graph.upstream import upstream
+from torchserve_dag.runtime.graph.graph import REQUEST, Graph, Node, Output, result_of, used_by
 from torchserve_dag.runtime.messages import InputError
 
 ANSWER = ""
@@ -35,20 +35,22 @@ class Plan(Generic[ItemT]):
     """Node → the nodes that wait for it."""
     followers: Mapping[str, Sequence[Node]]
     """Streaming node → the nodes that run on its chunks as these arrive."""
+    readers: Mapping[str, Sequence[str]]
+    """Streaming node → the nodes with a function that takes its chunks when it wants them."""
     streaming: str | None
     """The node whose chunks the answer consists of, where the answer streams."""
     way: Sequence[str]
-    """The nodes that a chunk passes on its way to the client, from the node that yields to `streaming`; none where a
-    node on the way waits for the whole list of one of them, so that all chunks are kept."""
+    """The nodes that a chunk passes on its way to the client, from the node that yields to `streaming`; none where
+    another node reads one of them, too, so that its chunks are kept."""
     prefix: str = ""
     """Prefix of the names of a sub-workflow's codes, like `sub/`; empty for the workflow itself."""
 
 
 def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station[ItemT]], prefix: str = "") -> Plan[ItemT]:
     """The plan of requests that want `output`."""
-    used = upstream(output.needs, {name: node.needs for name, node in graph.nodes.items()})
+    used = used_by(output, graph.nodes)
     nodes = {name: node for name, node in graph.nodes.items() if name in used}
-    needs = {name: node.needs - {node.follows} for name, node in nodes.items()}
+    needs = {name: node.waits_for for name, node in nodes.items()}
     needs = {name: some or frozenset({REQUEST}) for name, some in needs.items()}
     needs[ANSWER] = frozenset(used & output.needs) or frozenset({REQUEST})
     after: dict[str, list[str]] = {}
@@ -56,9 +58,12 @@ def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station[ItemT
         for need in some:
             after.setdefault(need, []).append(name)
     followers: dict[str, list[Node]] = {}
+    readers: dict[str, list[str]] = {}
     for node in nodes.values():
         if node.follows:
             followers.setdefault(node.follows, []).append(node)
+        for name in node.feeds:
+            readers.setdefault(name, []).append(node.name)
     streaming = graph.streaming if output is graph.output else None
     return Plan(
         graph,
@@ -68,6 +73,7 @@ def make_plan(graph: Graph, output: Output, stations: Mapping[str, Station[ItemT
         {name: len(some) for name, some in needs.items()},
         after,
         followers,
+        readers,
         streaming,
         _way(streaming, nodes) if streaming else (),
         prefix,
@@ -78,8 +84,13 @@ def _way(streaming: str, nodes: Mapping[str, Node]) -> tuple[str, ...]:
     way = [streaming]
     while before := nodes[way[0]].follows:
         way.insert(0, before)
-    waits_for = {need for name in way for need in nodes[name].needs - {nodes[name].follows}}
-    return () if way[0] in upstream(waits_for, {name: node.needs for name, node in nodes.items()}) else tuple(way)
+    after = dict(pairwise(way))
+    read_by_others = any(
+        name in node.needs and (node.name != after.get(name) or name in node.waits_for)
+        for name in way
+        for node in nodes.values()
+    )
+    return () if read_by_others else tuple(way)
 
 
 class Plans(Generic[ItemT]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.counts import Written
 from torchserve_dag.runtime.engine.gather import Gather
 from torchserve_dag.runtime.engine.plan import Plan
-from torchserve_dag.runtime.engine.runner import Cancel, Release
+from torchserve_dag.runtime.engine.runner import Cancel, ChunkSource, Release
 from torchserve_dag.runtime.engine.span import Span
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream
@@ -47,6 +47,10 @@ class Request:
     """For each node that has not started: how many of the nodes that it needs have not ended."""
     gathers: dict[str, Gather] = field(default_factory=dict)
     """The answers so far, for each node that has started."""
+    stopped: set[str] = field(default_factory=set)
+    """The nodes that another has ended early."""
+    waiting: dict[str, tuple[Item, ChunkSource]] = field(default_factory=dict)
+    """For each node with a function that waits for another node's chunk: its item, and whose chunk that is."""
     elsewhere: dict[Item, Cancel] = field(default_factory=dict)
     """The request's items that run elsewhere, and how to cancel each."""
     pixels: int = 0
@@ -96,14 +100,17 @@ class Item(_WeaklyReferenceable):
     request: Request
     node: Node
     code: Code
-    """The code that runs the item: a branch of its node, or the fallback."""
+    """The code that runs the item: a branch of its node, or a fallback."""
     value: Any
     answers: list[Any]
     """The list that the item's answer is written into …"""
     index: int
     """… and the index in that list."""
-    fallback_value: Any = None
-    """What the fallback would be called with."""
+    fallback_values: Sequence[Any] = ()
+    """What each fallback would be called with."""
+    step: int = 0
+    """Which code it is: 0 for the node's own, then its fallbacks."""
+    round: int = 1
     failed_attempts: int = 0
     since: float = field(default_factory=time.monotonic)
     """When the item was queued, on time.monotonic()'s clock."""
@@ -120,22 +127,33 @@ class Item(_WeaklyReferenceable):
 
     def retry(self) -> Item:
         """The item for the next attempt; a late answer to this item is dropped."""
+        return self._next(self.code, self.value, self.step, self.round, self.failed_attempts + 1)
+
+    def fall_back(self) -> Item:
+        """The item that runs the next fallback instead of this one."""
+        code, value = self.node.policy.fallbacks[self.step], self.fallback_values[self.step]
+        return self._next(code, value, self.step + 1, self.round, 0)
+
+    def again(self, answer: Any) -> Item:
+        """The item of the next round, which gets this one's answer."""
+        value = dict.fromkeys(self.code.takes, answer) if self.code.kind.by_name else answer
+        return self._next(self.code, value, self.step, self.round + 1, 0)
+
+    def _next(self, code: Code, value: Any, step: int, round_: int, failed_attempts: int) -> Item:
         return Item(
             self.request,
             self.node,
-            self.code,
-            self.value,
+            code,
+            value,
             self.answers,
             self.index,
-            self.fallback_value,
-            self.failed_attempts + 1,
+            self.fallback_values,
+            step,
+            round_,
+            failed_attempts,
         )
-
-    def fall_back(self, fallback: Code) -> Item:
-        """The item that runs the fallback instead of this one."""
-        return Item(self.request, self.node, fallback, self.fallback_value, self.answers, self.index)
 
     @property
     def obsolete(self) -> bool:
-        """Whether nobody waits for an answer any more: the item is settled, or its request is obsolete."""
-        return self.settled or self.request.obsolete
+        """Whether nobody waits for an answer any more: the item is settled, its node ended, or its request obsolete."""
+        return self.settled or self.node.name in self.request.stopped or self.request.obsolete

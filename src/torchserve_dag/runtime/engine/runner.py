@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.declared import As, WrongTypeError
@@ -28,6 +28,9 @@ Cancel = Callable[[], None]
 
 Release = Callable[[], None]
 """Gives back what was reserved for an item. It may be called twice."""
+
+Reserved = Callable[[Release | Failure], None]
+"""Called from any thread, or at once, when something was reserved for an item, or it is refused."""
 
 Starter = Callable[[Any, Options, Done], Cancel]
 """Starts one item elsewhere: its value, the options of its call, which always have a time limit, and the callback for
@@ -58,6 +61,22 @@ class Stream:
     chunks: Iterator[Any]
 
 
+class ChunkSource(Protocol):
+    """The chunks of another node, which a function takes as they come."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a chunk to take, or their end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """An answer for an item that goes on once its source has another chunk."""
+
+    stream: Stream
+    source: ChunkSource
+
+
 def _nothing() -> None:
     """Nothing was reserved."""
 
@@ -72,8 +91,8 @@ class OwnEngine:
     room: int
     """How many items may be in progress."""
     load_now: Callable[[], EngineLoad]
-    reserve: Callable[[Any, Callable[[Release | Failure], None]], None] = lambda _, done: done(_nothing)
-    """Reserves what an item needs, before it waits for a place; calls back, from any thread, or at once."""
+    reserve: Callable[[Any, str | None, Reserved], None] = lambda _item, _client, done: done(_nothing)
+    """Reserves what an item of a client needs, before it waits for a place."""
 
 
 END: Final = object()
@@ -111,6 +130,63 @@ def stream_runner(name: str, begin: Callable[[Any], Iterator[Any]], as_declared:
         return [_guarded(name, step, item) for item in items]
 
     return run
+
+
+def feed_runner(name: str, begin: Callable[[Any], AsyncIterator[Any]], as_declared: As | None = None) -> Runner:
+    """A runner for an async generator function over other nodes' chunks: each call goes on to its next chunk, or to
+    where it waits for one of theirs.
+    """
+
+    def step(item: Any) -> Any:
+        stream = item if isinstance(item, Stream) else Stream(_Steps(begin(item), name))
+        chunk = next(stream.chunks, END)
+        if chunk is END:
+            return END
+        if isinstance(chunk, _Wanted):
+            return Waits(stream, chunk.source)
+        return Chunk(as_declared(chunk) if as_declared else chunk, stream)
+
+    def run(items: Sequence[Any]) -> list[Any]:
+        return [_guarded(name, step, item) for item in items]
+
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    source: ChunkSource
+
+
+class WaitFor:
+    """What a source's `__anext__` awaits where it has no chunk yet."""
+
+    def __init__(self, source: ChunkSource) -> None:
+        self._source = source
+
+    def __await__(self) -> Generator[_Wanted, None, None]:
+        yield _Wanted(self._source)
+
+
+class _Steps(Iterator[Any]):
+    """An async generator, driven without an event loop: all that it awaits are its sources."""
+
+    def __init__(self, chunks: AsyncIterator[Any], name: str) -> None:
+        self._chunks, self._name = chunks, name
+        self._next: Generator[Any, None, Any] | None = None
+        """Its next chunk, on which it is at work."""
+
+    def __next__(self) -> Any:
+        self._next = self._next or self._chunks.__anext__().__await__()
+        try:
+            wanted = self._next.send(None)
+        except StopIteration as done:
+            self._next = None
+            return done.value
+        except StopAsyncIteration:
+            raise StopIteration from None
+        if isinstance(wanted, _Wanted):
+            return wanted
+        raise RuntimeError(f"{self._name} awaits something other than the chunks that it takes")
 
 
 def internal_error(node: str, fault: str) -> Failure:

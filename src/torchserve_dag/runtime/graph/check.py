@@ -39,14 +39,14 @@ def check(project: Project, source: Source[WorkflowFile], inner: Callable[[Path]
     dependencies.refuse_unread(drafts, output_reads, file, problems)
     problems.stop()
 
-    typer = NodeTyper(problems)
-    request = typer.request_type(drafts)
+    typer = NodeTyper(drafts, problems)
+    request = typer.request_type()
     problems.stop()
 
     scope: dict[str, Any] = {REQUEST: request, PARAMETERS: dict[str, str]}
     nodes: dict[str, Node] = {}
     for name in order:
-        node = typer.node(drafts[name], scope, nodes)
+        node = typer.node(name, scope, nodes)
         if node is None:
             break
         nodes[name] = node

@@ -8,9 +8,9 @@ from graphlib import CycleError, TopologicalSorter
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.graph.drafts import Draft
 from torchserve_dag.runtime.graph.expression import ExpressionError, names_in
-from torchserve_dag.runtime.graph.finder import ONE
 from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST
 from torchserve_dag.runtime.graph.problems import Place, Problems
+from torchserve_dag.runtime.graph.signature import ONE
 from torchserve_dag.runtime.graph.upstream import upstream
 from torchserve_dag.runtime.project.workflow_file import WorkflowFile
 
@@ -75,7 +75,8 @@ def refuse_unread(
     drafts: Mapping[str, Draft], output_reads: frozenset[str], file: WorkflowFile, problems: Problems
 ) -> None:
     """Adds a problem for each node that the output does not depend on, and where no node reads the request."""
-    used = upstream(output_reads, {name: draft.needs for name, draft in drafts.items()})
+    needed = {name: draft.needs for name, draft in drafts.items()}
+    used = upstream(output_reads, needed, {name: draft.file.stops for name, draft in drafts.items()})
     shown = file.output if isinstance(file.output, str) else ", ".join(file.output.values())
     for name in file.nodes:
         if name not in used:

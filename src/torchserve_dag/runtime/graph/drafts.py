@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchserve_dag.runtime.data import plain
-from torchserve_dag.runtime.graph.finder import Finder, Signature
+from torchserve_dag.runtime.graph.finder import Finder
 from torchserve_dag.runtime.graph.graph import REQUEST
 from torchserve_dag.runtime.graph.problems import Place, Problems
-from torchserve_dag.runtime.project.workflow_file import CodeFile, NodeFile, OtherwiseFile, WorkflowFile
+from torchserve_dag.runtime.graph.signature import Signature
+from torchserve_dag.runtime.project.workflow_file import (
+    CodeFile,
+    FallbackFile,
+    NodeFile,
+    OtherwiseFile,
+    WorkflowFile,
+)
 
 
 @dataclass
@@ -33,13 +40,13 @@ class Draft:
     name: str
     file: NodeFile
     branches: list[DraftCode]
-    fallback: DraftCode | None = None
+    fallbacks: list[DraftCode] = field(default_factory=list)
     needs: frozenset[str] = frozenset()
     """The names that its expressions read: nodes, and the request."""
 
     @property
     def all(self) -> list[DraftCode]:
-        return [*self.branches, self.fallback] if self.fallback else self.branches
+        return [*self.branches, *self.fallbacks]
 
     @property
     def yields(self) -> bool:
@@ -79,18 +86,23 @@ class DraftReader:
                 self._code((name, "switch", i), f"{name}.{_branch_name(branch, i)}", branch, node, branch.when)
                 for i, branch in enumerate(node.switch)
             ]
-            taken = [*(branch.name for branch in branches if branch), f"{name}.fallback"]
+            taken = [*(branch.name for branch in branches if branch), *_fallback_names(name, node)]
             if len(set(taken)) < len(taken):  # the engine and the metrics know a branch by its name
                 for i, branch in enumerate(branches):
                     if branch:
                         branch.name = f"{branch.name}_{i + 1}"
         draft = Draft(name, node, [branch for branch in branches if branch])
-        if isinstance(node.on_error, OtherwiseFile) and node.on_error.fallback:
-            place = (name, "on_error", "fallback")
-            draft.fallback = self._code(place, f"{name}.fallback", node.on_error.fallback, node, None)
+        for i, (called, file) in enumerate(zip(_fallback_names(name, node), _fallbacks(node), strict=True)):
+            place: Place = (name, "on_error", "fallback")
+            in_list = isinstance(node.on_error, OtherwiseFile) and isinstance(node.on_error.fallback, list)
+            if code := self._code((*place, i) if in_list else place, called, file, node, None):
+                draft.fallbacks.append(code)
         if None in branches or not branches:
             return None
         self._check_yields(draft)
+        self._check_repeat(draft)
+        self._check_stops(draft)
+        self._check_feeds(draft)
         return draft
 
     def _code(self, place: Place, name: str, file: CodeFile, node: NodeFile, when: str | None) -> DraftCode | None:
@@ -132,14 +144,55 @@ class DraftReader:
             what = f"{called} yields, so it cannot be one of several"
             self._problems.add((name,), what, "give it a node of its own")
         if not draft.yields:
-            place, what = (name, "on_error", "fallback"), f"{called} yields, and what it stands in for does not"
-            self._problems.add(place, what, "let it return one answer")
+            what = f"{called} yields, and what it stands in for does not"
+            self._problems.add(yielding[0].place, what, "let it return one answer")
         if draft.file.levels:
             what = f"{called} yields, so it runs once for a request, not for each item"
             self._problems.add((name, "each"), what, "let a function after it take its chunks, with each")
-        if draft.yields and draft.file.on_error != "fail" and not draft.fallback:
+        if draft.yields and draft.file.on_error != "fail" and not draft.fallbacks:
             what = f"{called} yields, so a fallback may stand in for it before its first chunk, and nothing else"
             self._problems.add((name, "on_error"), what, "write a fallback")
+
+    def _check_repeat(self, draft: Draft) -> None:
+        if draft.file.repeat is None:
+            return
+        place = (draft.name, "repeat")
+        for code in draft.branches:
+            called = code.signature.called
+            if code.signature.yields:
+                what = f"{called} yields, and only a single answer can be the input of a next round"
+                self._problems.add_once(place, what, "gather its chunks in a workflow, and repeat that")
+            elif len(code.inputs) > 1:
+                what = f"{called} has several inputs, and its answer could be only one of them"
+                self._problems.add_once(place, what, "let it take, and give, one message that holds them all")
+
+    def _check_stops(self, draft: Draft) -> None:
+        others = [name for name in self._file.nodes if name != draft.name]
+        for target in draft.file.stops:
+            if target not in others:
+                hint = plain.did_you_mean(target, others)
+                self._problems.add((draft.name, "stops", target), f'there is no other node "{target}"', hint)
+
+    def _check_feeds(self, draft: Draft) -> None:
+        for code in draft.all:
+            for parameter in code.signature.feeds:
+                text = code.inputs.get(parameter, "").strip()
+                if text and text not in self._file.nodes:
+                    what = f'{code.signature.called} takes chunks as they come, and "{text}" is no node that gives any'
+                    self._problems.add(draft.input_place(parameter), what, "name a node")
+
+
+def _fallbacks(node: NodeFile) -> list[FallbackFile]:
+    return node.on_error.fallbacks if isinstance(node.on_error, OtherwiseFile) else []
+
+
+def _fallback_names(name: str, node: NodeFile) -> list[str]:
+    several = _fallbacks(node)
+    return (
+        [f"{name}.fallback_{i}" for i in range(1, len(several) + 1)]
+        if len(several) > 1
+        else [f"{name}.fallback"] * len(several)
+    )
 
 
 def _branch_name(branch: CodeFile, index: int) -> str:

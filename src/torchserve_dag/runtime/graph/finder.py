@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import collections.abc
 import inspect
-import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,31 +12,14 @@ from torchserve_dag.runtime.compat import archive as archives
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.data.source import CheckError
 from torchserve_dag.runtime.graph.graph import Graph, WorkflowCode
-from torchserve_dag.runtime.graph.kinds import FunctionCode, Kind, ServedCode, handler_code
+from torchserve_dag.runtime.graph.kinds import ServedCode, handler_code
 from torchserve_dag.runtime.graph.problems import Place, Problems
+from torchserve_dag.runtime.graph.signature import ONE, Signature, signature_of
 from torchserve_dag.runtime.graph.torchserve.kinds import ArchiveCode
 from torchserve_dag.runtime.graph.type_names import known_types, type_named
 from torchserve_dag.runtime.handler import streams, types_of
 from torchserve_dag.runtime.project.folders import Project, is_below
 from torchserve_dag.runtime.project.workflow_file import CodeFile, ServedFile, TorchServeFile, WorkflowFile
-
-_YIELDS = {collections.abc.Iterator, collections.abc.Generator}
-
-ONE = "item"
-"""The name of the only parameter of code that is called with one value."""
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Code, with the types of its parameters and of its answer for one item."""
-
-    called: str
-    """Its name in messages."""
-    kind: Kind
-    takes: Mapping[str, Any]
-    gives: Any
-    optional: frozenset[str] = frozenset()
-    yields: bool = False
 
 
 class RunsItselfError(Exception):
@@ -106,43 +86,11 @@ class Finder:
             known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
             self.problems.add(place, f'{path} has no function "{name}"', plain.did_you_mean(name, known))
             return None
-        return self._signature(place, function)
+        return signature_of(place, function, self.problems)
 
     def _functions(self) -> ModuleType:
         self.reads_functions = True
         return self.project.module(self.functions_path)
-
-    def _signature(self, place: Place, function: Callable[..., Any]) -> Signature | None:
-        called = function.__name__
-        try:
-            hints = typing.get_type_hints(function)
-        except Exception as error:  # noqa: BLE001 (annotations are the user's, and evaluated)
-            self.problems.add(place, f"the annotations of {called}: {error}")
-            return None
-        parameters = inspect.signature(function).parameters
-        before = len(self.problems)
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            self.problems.add(place, f"{called} is a coroutine", "write def, without async")
-        for parameter in parameters.values():
-            if parameter.kind not in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}:
-                what = f"{called}'s parameter {parameter.name} cannot be given by its name"
-                self.problems.add(place, what, "write it without * and /")
-        untyped = [p for p in (*parameters, "return") if p not in hints]
-        if untyped:
-            self.problems.add(place, f"{called} does not say the type of {', '.join(untyped)}", "annotate it")
-        for reason in dict.fromkeys(filter(None, map(plain.unresolved, hints.values()))):
-            self.problems.add(place, f"the annotations of {called}: {reason}")
-        gives = hints.get("return")
-        yields = (typing.get_origin(gives) or gives) in _YIELDS
-        if yields:
-            if not typing.get_args(gives):
-                self.problems.add(place, f"{called} does not say what it yields", "write like Iterator[Text]")
-            gives = (typing.get_args(gives) or (Any,))[0]
-        if len(self.problems) > before:
-            return None
-        optional = frozenset(p for p, v in parameters.items() if v.default is not inspect.Parameter.empty)
-        takes = {p: hints[p] for p in parameters}
-        return Signature(called, FunctionCode(function), takes, gives, optional, yields)
 
     def _workflow(self, place: Place, reference: str) -> Signature | None:
         path = self.project.find("workflows", reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,31 @@ PARAMETERS = "parameters"
 
 
 @dataclass(frozen=True, slots=True)
+class Circuit:
+    """When a code is not tried for a while."""
+
+    failures: int
+    """So many items in a row fail before it opens."""
+    open_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """How often an item is tried, and for how long."""
+
+    timeout_s: float | None = None
+    """The time limit of each attempt, its wait in the queue included."""
+    retries: int = 0
+    circuit: Circuit | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Code:
     """What runs the items of a node, and its input for each."""
 
     name: str
-    """The node's name; `NODE.BRANCH` in a switch; `NODE.fallback`. Metrics and spans carry this name."""
+    """The node's name; `NODE.BRANCH` in a switch; `NODE.fallback`, or `NODE.fallback_1` of several. Metrics and spans
+    carry this name."""
     takes: Mapping[str, Expression]
     """The expression for each parameter."""
     sees_skipped: frozenset[str]
@@ -38,6 +58,9 @@ class Code:
     """The largest batch; for code that runs elsewhere, the limit of items in flight."""
     yields: bool = False
     """Whether its answer comes in chunks."""
+    attempts: Attempts = Attempts()
+    feeds: Mapping[str, str] = field(default_factory=dict)
+    """For each parameter that takes chunks as they come: the node whose chunks they are."""
 
     @property
     def inner(self) -> Graph | None:
@@ -54,14 +77,20 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What happens to an item that fails."""
+    """What happens to an item whose attempts have failed."""
 
-    timeout_s: float | None = None
-    """The time limit of each attempt, its wait in the queue included."""
-    retries: int = 0
     on_error: Literal["fail", "skip", "default", "fallback"] = "fail"
     default: Any = None
-    fallback: Code | None = None
+    fallbacks: tuple[Code, ...] = ()
+    """Each runs where the code before it has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """Rounds of a node, each with the answer of the one before."""
+
+    until: Expression
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +112,35 @@ class Node:
     result: Any
     """The type of the node's result: a list for each loop of `each`; if the node streams, the list of its chunks."""
     needs: frozenset[str]
-    """The nodes (and `request`) that must have ended before this node can start."""
+    """The nodes (and `request`) that it reads."""
     depth: int
     """The number of nodes on the longest path from the request to this node."""
     policy: Policy = Policy()
     follows: str | None = None
     """The streaming node whose chunks are this node's items, each as it arrives."""
+    repeat: Repeat | None = None
+    stops: Mapping[str, Expression] = field(default_factory=dict)
+    """The nodes that it ends early, each with the condition on one of its answers."""
 
     @property
     def codes(self) -> list[Code]:
-        """The code of all branches, and of the fallback."""
-        fallback = [self.policy.fallback] if self.policy.fallback else []
-        return [branch.code for branch in self.branches] + fallback
+        """The code of all branches, and of the fallbacks."""
+        return [*(branch.code for branch in self.branches), *self.policy.fallbacks]
+
+    @functools.cached_property
+    def feeds(self) -> frozenset[str]:
+        """The nodes whose chunks a function of this node takes as they come."""
+        return frozenset(name for code in self.codes for name in code.feeds.values())
+
+    @functools.cached_property
+    def waits_for(self) -> frozenset[str]:
+        """The nodes that must have ended before this node can start."""
+        return self.needs - self.feeds - {self.follows}
+
+    @functools.cached_property
+    def decides(self) -> bool:
+        """Whether its answers decide what else runs."""
+        return self.repeat is not None or bool(self.stops)
 
     @property
     def code(self) -> Code:
@@ -127,6 +173,15 @@ def result_of(node: Node) -> Expression:
     """The expression that reads a node's result."""
     name = node.name
     return Expression(name, node.result, frozenset({name}), lambda values: values[name])
+
+
+def used_by(output: Output, nodes: Mapping[str, Node]) -> set[str]:
+    """The nodes that an output needs, and those that may end one of them early."""
+    return upstream(
+        output.needs,
+        {name: node.needs for name, node in nodes.items()},
+        {name: node.stops for name, node in nodes.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -169,8 +224,8 @@ class Graph:
         """
         limits: dict[str, float] = {}
         for node in self.nodes.values():
-            limit = min(2 * (node.policy.timeout_s or math.inf), float(self.serve.timeout_s))
             for code in node.codes:
+                limit = min(2 * (code.attempts.timeout_s or math.inf), float(self.serve.timeout_s))
                 limits[code.name] = limit
                 if code.inner:
                     inner = code.inner.time_limits
@@ -214,11 +269,11 @@ class Graph:
 
     def segment(self, output: Output, known: frozenset[str]) -> Graph:
         """The part of the graph that computes `output` from the request and the results of the nodes `known`."""
-        needs = {name: node.needs for name, node in self.nodes.items() if name not in known}
-        used = upstream(output.needs, needs)
+        nodes = {name: node for name, node in self.nodes.items() if name not in known}
+        used = used_by(output, nodes)
         nodes = {
             name: replace(node, needs=(node.needs - known) or frozenset({REQUEST}))
-            for name, node in self.nodes.items()
+            for name, node in nodes.items()
             if name in used
         }
         return replace(self, nodes=nodes, output=output)

@@ -89,21 +89,76 @@ class BranchFile(CodeFile):
 
 
 @dataclass(frozen=True, slots=True)
+class CircuitFile:
+    """When a code is not tried for a while, because it has failed again and again."""
+
+    failures: int = 5
+    """So many items in a row, of whichever requests, fail with 429 or 5xx before the circuit opens."""
+    open_s: float = 30.0
+    """So many seconds every item fails at once. Then one is tried: if it succeeds, the circuit is closed."""
+
+    def __post_init__(self) -> None:
+        if self.failures < 1:
+            raise WrongFieldError("failures is at least 1", "failures")
+        if not 0 < self.open_s < math.inf:
+            raise WrongFieldError("open_s is a number of seconds, more than 0", "open_s")
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackFile(CodeFile):
+    """What runs where the code before it has failed, with the same input. It names what runs as a node does."""
+
+    timeout_s: float | None = None
+    """As a node's."""
+    retry: int = 0
+    """As a node's."""
+    circuit: CircuitFile | None = None
+    """As a node's."""
+
+    def __post_init__(self) -> None:
+        _check_code(self)
+        _check_attempts(self)
+
+
+@dataclass(frozen=True, slots=True)
 class OtherwiseFile:
     """What replaces the answer of an item that failed: exactly one of the two."""
 
     default: Any = field(default_factory=lambda: _NOTHING)
     """A value."""
-    fallback: CodeFile | None = None
-    """What runs instead, with the same input: written as a node's, with `handler`, `function`, …"""
+    fallback: FallbackFile | list[FallbackFile] | None = None
+    """What runs instead, with the same input: written as a node's, with `handler`, `function`, … Of a list, each runs
+    where the one before it has failed, too."""
 
     def __post_init__(self) -> None:
         if self.has_default == (self.fallback is not None):
             raise ValueError("write either a default or a fallback")
+        if self.fallback == []:
+            raise WrongFieldError("there is no code in it", "fallback")
 
     @property
     def has_default(self) -> bool:
         return self.default is not _NOTHING
+
+    @property
+    def fallbacks(self) -> list[FallbackFile]:
+        if self.fallback is None:
+            return []
+        return self.fallback if isinstance(self.fallback, list) else [self.fallback]
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatFile:
+    """Rounds of a node: each gets the answer of the one before as its input."""
+
+    until: str
+    """The condition that ends them: an expression in which the node's name is the answer of the round."""
+    most: int
+    """The most rounds, 2 to 100. The answer of the last is the node's, even if the condition does not hold."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.most <= MOST_ROUNDS:  # noqa: PLR2004
+            raise WrongFieldError(f"most is 2 to {MOST_ROUNDS}", "most")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +182,14 @@ class NodeFile(CodeFile):
     """The longest time that one attempt of an item may take, in seconds, its time in the queue included."""
     retry: int = 0
     """How often a failed item is tried again, at most 10. Failures that the sender must mend (4xx) are not retried."""
+    circuit: CircuitFile | None = None
+    """When it is not tried for a while, because it has failed again and again: `{failures: 5, open_s: 30}`."""
+    repeat: RepeatFile | None = None
+    """Run it again with its own answer, until a condition holds: `{until: NODE.done, most: 3}`. All rounds together
+    have the request's time limit."""
+    stops: dict[str, str] = field(default_factory=dict)
+    """Other nodes that this one ends early: for each a condition, an expression in which this node's name is its
+    answer, or one of its answers where it has an `each` or yields: `{write: verdict.flagged}`."""
     on_error: Literal["fail", "skip"] | OtherwiseFile = "fail"
     """What a failed item does: `fail` fails its request, `skip` skips the item, `{default: VALUE}` or `{fallback: …}`
     replaces its answer."""
@@ -143,10 +206,7 @@ class NodeFile(CodeFile):
         if isinstance(self.each, dict):
             for name in self.each:
                 check_name("an item", name, "each")
-        if self.timeout_s is not None and not 0 < self.timeout_s < math.inf:
-            raise WrongFieldError("timeout_s is a number of seconds, more than 0", "timeout_s")
-        if not 0 <= self.retry <= MAX_RETRIES:
-            raise WrongFieldError(f"retry is 0 to {MAX_RETRIES}", "retry")
+        _check_attempts(self)
 
     @property
     def levels(self) -> dict[str, str]:
@@ -157,6 +217,7 @@ class NodeFile(CodeFile):
 
 
 MAX_RETRIES = 10
+MOST_ROUNDS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +284,13 @@ def _check_code(code: CodeFile) -> None:
         check_device(code.device)
     if code.batch is not None and code.batch < 1:
         raise WrongFieldError("batch is at least 1", "batch")
+
+
+def _check_attempts(file: NodeFile | FallbackFile) -> None:
+    if file.timeout_s is not None and not 0 < file.timeout_s < math.inf:
+        raise WrongFieldError("timeout_s is a number of seconds, more than 0", "timeout_s")
+    if not 0 <= file.retry <= MAX_RETRIES:
+        raise WrongFieldError(f"retry is 0 to {MAX_RETRIES}", "retry")
 
 
 def _check_switch(node: NodeFile, branches: list[BranchFile]) -> None:

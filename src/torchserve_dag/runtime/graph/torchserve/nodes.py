@@ -10,7 +10,17 @@ from typing import Any
 
 from torchserve_dag.runtime.compat.rows import Row
 from torchserve_dag.runtime.graph.expression import Expression
-from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST, Branch, Code, Graph, Node, Output, Policy, result_of
+from torchserve_dag.runtime.graph.graph import (
+    PARAMETERS,
+    REQUEST,
+    Attempts,
+    Branch,
+    Code,
+    Graph,
+    Node,
+    Output,
+    result_of,
+)
 from torchserve_dag.runtime.graph.kinds import FunctionCode, Kind
 from torchserve_dag.runtime.messages import Failure
 
@@ -56,9 +66,9 @@ def make_nodes(steps: Mapping[str, Step]) -> tuple[dict[str, Node], Output]:
             gives=bytes,
             kind=step.kind,
             batch=step.batch,
+            attempts=Attempts(step.timeout_s, step.retries),
         )
-        policy = Policy(timeout_s=step.timeout_s, retries=step.retries)
-        nodes[code.name] = _node(code, [graph_names[parent] for parent in step.parents], nodes, policy)
+        nodes[code.name] = _node(code, [graph_names[parent] for parent in step.parents], nodes)
     leaves = [name for name in steps if not any(name in step.parents for step in steps.values())]
     if len(leaves) == 1:
         return nodes, Output({"": result_of(nodes[graph_names[leaves[0]]])})
@@ -69,11 +79,11 @@ def make_nodes(steps: Mapping[str, Step]) -> tuple[dict[str, Node], Output]:
         gives=dict[str, Any],
         kind=FunctionCode(joined),
     )
-    nodes[code.name] = _node(code, [graph_names[leaf] for leaf in leaves], nodes, Policy())
+    nodes[code.name] = _node(code, [graph_names[leaf] for leaf in leaves], nodes)
     return nodes, Output({"": result_of(nodes[code.name])})
 
 
-def _node(code: Code, parents: list[str], nodes: Mapping[str, Node], policy: Policy) -> Node:
+def _node(code: Code, parents: list[str], nodes: Mapping[str, Node]) -> Node:
     return Node(
         name=code.name,
         branches=(Branch(None, code),),
@@ -82,7 +92,6 @@ def _node(code: Code, parents: list[str], nodes: Mapping[str, Node], policy: Pol
         result=code.gives,
         needs=frozenset(parents) or frozenset({REQUEST}),
         depth=1 + max((nodes[parent].depth for parent in parents), default=0),
-        policy=policy,
     )
 
 

@@ -112,6 +112,8 @@ def _refuse(node: Node) -> None:
         "an answer in chunks": node.streams,
         "several models to choose from": sum(models) > 1,
         "functions and models to choose from": len(set(models)) > 1,
+        "rounds": node.repeat is not None,
+        "nodes that it ends early": bool(node.stops),
     }
     for what, there in beyond.items():
         if there:
