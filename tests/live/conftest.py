@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +82,10 @@ def serve_files(request: pytest.FixtureRequest, root: Path, host: Host, *words: 
     of them start at once: a dozen for each server is enough.
     """
     alone = request.scope == "module"
-    for folder in ("handlers", "workflows", "model_store"):
+    for folder in ("handlers", "workflows"):
         (root / folder).mkdir()
-    for name in ("config.properties", "log4j2.xml"):
-        shutil.copy(ROOT / name, root)
-    rest = ports.free_run("127.0.0.1", 5, start=random.randrange(10_000, 30_000))  # others may look at the same time
+    rest = _free_ports()
     grpc = rest + 3
-    listen, metrics = ports.free(["127.0.0.1", "127.0.0.1"])
-    (root / "front_door.yaml").write_text(f"listen: 127.0.0.1:{listen}\nmetrics: 127.0.0.1:{metrics}\n")
     for module in {item.getparent(pytest.Module) for item in request.session.items}:
         if module and (module.path == request.path if alone else module.path.parent == request.path.parent):
             for name, text in module.obj.FILES.items():
@@ -98,9 +94,28 @@ def serve_files(request: pytest.FixtureRequest, root: Path, host: Host, *words: 
                     shutil.copy(text, root / name)
                 else:
                     (root / name).write_text(textwrap.dedent(text).replace("GRPC", f"127.0.0.1:{grpc}"))
-    run_tool(root, "build")
+    yield from _serve(root, rest, host, *words)
+
+
+def serve_project(root: Path, host: Host, models: Sequence[str]) -> Iterator[Serving]:
+    """Serve these models of a project, on free ports."""
+    yield from _serve(root, _free_ports(), host, models=models)
+
+
+def _free_ports() -> int:
+    """The first of five. Others may look at the same time."""
+    return ports.free_run("127.0.0.1", 5, start=random.randrange(10_000, 30_000))
+
+
+def _serve(root: Path, rest: int, host: Host, *words: str, models: Sequence[str] = ()) -> Iterator[Serving]:
+    (root / "model_store").mkdir()
+    for name in ("config.properties", "log4j2.xml"):
+        shutil.copy(ROOT / name, root)
+    listen, metrics = ports.free(["127.0.0.1", "127.0.0.1"])
+    (root / "front_door.yaml").write_text(f"listen: 127.0.0.1:{listen}\nmetrics: 127.0.0.1:{metrics}\n")
+    run_tool(root, "build", *models)
     try:
-        run_tool(root, "up", "--port", str(rest), "--grpc-port", str(grpc), "--host", host, *words)
+        run_tool(root, "up", "--port", str(rest), "--grpc-port", str(rest + 3), "--host", host, *words)
         yield Serving(root, State(root), host)
     finally:
         run_tool(root, "down")

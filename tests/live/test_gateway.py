@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +15,9 @@ import openai
 import pytest
 
 from tests.live.conftest import Serving, run_tool, serve_files
-from torchserve_dag.front_door.door import Door
+from tests.live.openai_access import WITHIN_S, Access, said
 from torchserve_dag.front_door.start import own_token
 from torchserve_dag.server.supervised import Supervised
-
-WITHIN_S = 600
 
 FILES: dict[str, str | Path] = {
     "workflows/talk.yaml": """
@@ -135,24 +132,6 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     yield from serve_files(request, tmp_path_factory.mktemp("gateway"), request.param)
 
 
-class Access:
-    """What a client needs to call a server: its address, its certificate, a token."""
-
-    def __init__(self, server: Serving, token: str) -> None:
-        record = Door(server.state).record()
-        assert record
-        self.root = f"https://localhost:{record.settings.listen.rpartition(':')[2]}"
-        self.token, self.trust = token, ssl.create_default_context(cafile=record.certificate)
-
-    def sync(self) -> openai.OpenAI:
-        http = httpx.Client(verify=self.trust, timeout=WITHIN_S)
-        return openai.OpenAI(base_url=f"{self.root}/v1", api_key=self.token, http_client=http, max_retries=0)
-
-    def plain(self) -> httpx.Client:
-        headers = {"authorization": f"Bearer {self.token}"}
-        return httpx.Client(base_url=self.root, verify=self.trust, timeout=WITHIN_S, headers=headers)
-
-
 @pytest.fixture
 def access(server: Serving) -> Access:
     return Access(server, own_token(server.state))
@@ -162,10 +141,6 @@ def access(server: Serving) -> Access:
 def client(access: Access) -> Iterator[openai.OpenAI]:
     with access.sync() as found:
         yield found
-
-
-def said(text: str) -> Any:
-    return [{"role": "user", "content": text}]
 
 
 def until(what: Callable[[], object]) -> None:

@@ -8,6 +8,7 @@ from torchserve_dag.front_door.backend import Resource
 from torchserve_dag.front_door.dynamic_files import SAMPLING, from_file
 from torchserve_dag.front_door.envoy_config import TYPES
 from torchserve_dag.runtime.data.options import MAX_REQUEST_ID
+from torchserve_dag.runtime.data.options import TOKEN as TOKEN_NAME
 
 REQUESTS_LOG, FEEDBACK_LOG, REFUSED_LOG = "requests.log", "feedback.log", "refused.log"
 REFUSED_PER_S = 10
@@ -31,7 +32,7 @@ def access_logs(folder: Path, logs: Path) -> list[Resource]:
         "grpc_status": "%GRPC_STATUS_NUMBER%",
         "duration_ms": "%DURATION%",
         "received_bytes": "%BYTES_RECEIVED%",
-        "token": "%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:token:sub)%",
+        "token": f"%REQUEST_HEADER({TOKEN_NAME})%",
         "client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
         "flags": "%RESPONSE_FLAGS%",
         "details": "%RESPONSE_CODE_DETAILS%",
@@ -52,7 +53,7 @@ def access_logs(folder: Path, logs: Path) -> list[Resource]:
         "time": "%START_TIME%",
         "request_id": "%DYNAMIC_METADATA(feedback:request_id)%",
         "score": "%DYNAMIC_METADATA(feedback:score)%",
-        "token": "%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:token:sub)%",
+        "token": f"%REQUEST_HEADER({TOKEN_NAME})%",
     }
     is_feedback = has_header({"name": ":path", "string_match": {"exact": "/feedback"}})
     refused = [_admitted(so=False), {"not_health_check_filter": {}}]
