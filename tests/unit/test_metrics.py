@@ -19,10 +19,14 @@ from hypothesis import strategies as st
 
 from torchserve_dag.direct.serving import metrics_of
 from torchserve_dag.front_door.door import Door
-from torchserve_dag.runtime.engine.counts import OPERATIONS, LanguageCounts, NodeCounts, Written
+from torchserve_dag.runtime.engine.counts import OPERATIONS, LanguageCounts, NodeCounts, WorkflowCounts, Written
 from torchserve_dag.runtime.engine.runner import OwnEngine
+from torchserve_dag.runtime.graph.graph import Graph
+from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.handler import EngineLoad
-from torchserve_dag.runtime.messages import Chat, Prompt, TextChunk, Usage
+from torchserve_dag.runtime.messages import Chat, Prompt, Text, TextChunk, Usage
+from torchserve_dag.runtime.project.folders import Project
+from torchserve_dag.runtime.telemetry.conversations import KeptCounts
 from torchserve_dag.runtime.telemetry.metrics import Publisher, publish_every
 from torchserve_dag.runtime.telemetry.series import (
     GAUGES,
@@ -33,8 +37,10 @@ from torchserve_dag.runtime.telemetry.series import (
     Series,
     gauges_of,
     series_of,
+    workflow_series,
 )
 from torchserve_dag.runtime.worker.protocol import Service
+from torchserve_dag.runtime.workflow import Workflow
 from torchserve_dag.server.prometheus import samples
 from torchserve_dag.server.state import State
 from torchserve_dag.stack.metrics_page import MetricsPage
@@ -283,6 +289,43 @@ def test_a_node_without_an_engine_of_its_own_has_no_such_metrics() -> None:
     assert not [name for name in names if "gen_ai" in name or "token" in name]
 
 
+def whole_flow(path: Path) -> Graph:
+    return read_graph(Project(path.parent.parent), path)
+
+
+def test_a_workflow_of_language_models_has_its_own_duration(write: Callable[..., Path]) -> None:
+    graph, whole = whole_flow(write("answer: {handler: upper}")), WorkflowCounts()
+    whole.duration_s.observe(0.3)
+    series = workflow_series(graph, whole, {"write": language_counts()}, None)
+    server = told(Publisher("flow", "1.0", lambda: series, print))
+
+    assert server.names["gen_ai_invoke_agent_duration_seconds_sum"] == [
+        "workflow", "version", "gen_ai_agent_name", "gen_ai_operation_name",
+    ]  # fmt: skip
+    about = ("flow", "1.0", "flow", "invoke_workflow")
+    assert server.value("gen_ai_invoke_agent_duration_seconds_sum", *about) == 0.3
+    assert server.value("gen_ai_invoke_agent_duration_seconds_bucket", *about, "0.2") == 0
+    assert server.value("gen_ai_invoke_agent_duration_seconds_bucket", *about, "0.4") == 1
+
+
+def test_so_has_one_whose_models_another_server_counts_but_not_a_handler_nor_one_without_tokens(
+    write: Callable[..., Path], project: Path
+) -> None:
+    flow, whole = whole_flow(write("answer: {handler: upper}")), WorkflowCounts()
+    handler = whole_flow(project / "handlers" / "upper.yaml")
+
+    assert workflow_series(flow, whole, {"ask": NodeCounts(usage=Usage.of(3, 4))}, None)
+    assert workflow_series(flow, whole, {"detect": NodeCounts()}, None) == {}
+    assert workflow_series(handler, whole, {"write": language_counts()}, None) == {}
+
+
+def test_every_request_that_did_not_fail_is_in_it(write: Callable[..., Path]) -> None:
+    with Workflow.load(write("answer: {handler: upper}")) as workflow:
+        workflow([Text("a"), Text("bad"), Text("b")])
+
+        assert workflow.engine.workflow_counts().duration_s.count == 2
+
+
 class TestTheDirectHostsPage:
     """What workers say, as JSON, becomes the page."""
 
@@ -308,11 +351,12 @@ class TestTheDirectHostsPage:
         counts, item = language_counts(), Answer(Chat.of("Hello"))
         counts.record_chunk(item, TextChunk("a", finish_reason="stop", usage=Usage.of(3, tokens)))
         own = {"write": OwnEngine(engine, "smol", 16, lambda: load)}
+        of_workflow = {("", "torchserve_dag_kept_total", ()): tokens}
         return metrics_of(
             cast(
                 "Service",
                 SimpleNamespace(
-                    metrics=lambda: series_of({"write": counts}, own),
+                    metrics=lambda: series_of({"write": counts}, own) | of_workflow,
                     gauges=lambda: gauges_of(own, dict.fromkeys(own, 0)),
                 ),
             )
@@ -339,6 +383,14 @@ class TestTheDirectHostsPage:
         assert values(PREFIX + "running") == [("a", 2), ("b", 3)]
         assert values(PREFIX + "cache_usage") == [("a", 0.5)]
         assert (None, 12) in values(PREFIX + "generated_tokens")
+
+    def test_what_belongs_to_a_whole_workflow_has_no_node(self, tmp_path: Path) -> None:
+        workers = self.Workers()
+        workers.said = {"a": self.worker("openvino", 5, EngineLoad()), "b": self.worker("openvino", 7, EngineLoad())}
+        page, _ = self.page(tmp_path, workers)
+
+        ((_, labels, value),) = samples(page.text(), "torchserve_dag_kept_total")
+        assert (sorted(labels), value) == (["Hostname", "version", "workflow"], 12)
 
     def test_a_worker_that_has_ended_counts_on_and_has_no_gauges(self, tmp_path: Path) -> None:
         workers = self.Workers()
@@ -370,27 +422,30 @@ class TestTheDirectHostsPage:
         assert ('model_name="smol"' in page.text()) is there
 
 
-def published() -> set[str]:
+@pytest.fixture
+def published(write: Callable[..., Path]) -> set[str]:
     """The names of all series."""
-    own = {"a": own_engine(EngineLoad(cache_usage=0))}
-    return {name for _, name, _ in (*series_of({"a": language_counts()}, own), *gauges_of(own, dict.fromkeys(own, 0)))}
+    own, counts = {"a": own_engine(EngineLoad(cache_usage=0))}, {"a": language_counts()}
+    whole = workflow_series(whole_flow(write("answer: {handler: upper}")), WorkflowCounts(), counts, KeptCounts())
+    return {name for _, name, _ in (*series_of(counts, own), *gauges_of(own, dict.fromkeys(own, 0)), *whole)}
 
 
-def test_the_pages_name_what_is_published_and_nothing_else() -> None:
+def test_the_pages_name_what_is_published_and_nothing_else(published: set[str]) -> None:
     docs = Path(__file__).parents[2] / "docs"
     table = (docs / "reference" / "metrics.md").read_text("utf-8")
-    histograms = {name.removesuffix("_bucket") for name in published() if name.endswith("_bucket")}
+    histograms = {name.removesuffix("_bucket") for name in published if name.endswith("_bucket")}
     gauges = {metric.name for metric in GAUGES}
-    counters = {name for name in published() - gauges if not name.startswith(tuple(histograms))}
+    counters = {name for name in published - gauges if not name.startswith(tuple(histograms))}
 
-    rows = dict(re.findall(r"^\| `((?:torchserve_dag_node|gen_ai)_\w+)` \| (\w+) \|", table, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `((?:torchserve_dag|gen_ai)_\w+)(?:\{[^`]*)?` \| (\w+) \|", table, re.MULTILINE))
     kinds = [(counters, "counter"), (histograms, "histogram"), (gauges, "gauge")]
     assert rows == {name: kind for names, kind in kinds for name in names}
-    named = set(re.findall(rf"(?:{PREFIX}|gen_ai_server_|gen_ai_client_)\w+", (docs / "metrics.md").read_text("utf-8")))
-    assert named <= published() | histograms | {PREFIX}
+    ours = rf"(?:{PREFIX}|torchserve_dag_(?:not_)?kept_|gen_ai_(?:server|client|invoke)_)\w+"
+    named = set(re.findall(ours, (docs / "metrics.md").read_text("utf-8")))
+    assert named <= published | histograms | {PREFIX}
 
 
-def test_the_dashboard_asks_for_series_that_there_are() -> None:
+def test_the_dashboard_asks_for_series_that_there_are(published: set[str]) -> None:
     """And its panels for the data source that whoever imports it chooses."""
     dashboard = json.loads((Path(__file__).parents[2] / "deploy" / "grafana" / "language.json").read_text("utf-8"))
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
@@ -398,6 +453,6 @@ def test_the_dashboard_asks_for_series_that_there_are() -> None:
     asked += [variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
     names = {name for text in asked for name in re.findall(r"(?:torchserve_dag|gen_ai|vllm:)\w+", text)}
 
-    assert names - {OPERATION, PROVIDER, MODEL, "gen_ai_token_type"} <= published()
+    assert names - {OPERATION, PROVIDER, MODEL, "gen_ai_token_type"} <= published
     assert len(asked) > len(panels) > 5
     assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}

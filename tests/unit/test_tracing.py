@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -17,9 +18,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from tests.unit.conftest import CARD, IMPORTS
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.span import Span
-from torchserve_dag.runtime.messages import Chat, Failure
+from torchserve_dag.runtime.engine.span_attributes import MAX_ATTRIBUTES, MAX_CHARACTERS, MAX_ELEMENTS, attributes_of
+from torchserve_dag.runtime.messages import Chat, Failure, Text
 from torchserve_dag.runtime.telemetry import tracing
 from torchserve_dag.runtime.workflow import Workflow
 
@@ -270,19 +273,23 @@ class Speaker(ContinuousHandler[Chat | Prompt, TextChunk]):
     def example(self) -> Chat: return Chat.of("Hello")
     def start(self, item: Chat | Prompt, reply: Reply[TextChunk]):
         reply.chunk(TextChunk("secret answer"))
-        reply.chunk(TextChunk(finish_reason="stop", usage=Usage.of(7, 2, 4)))
+        reply.chunk(TextChunk(finish_reason="stop", usage=Usage.of(7, 2, 4), served_by="spoken one"))
         reply.end()
         return lambda: None
     def load_now(self) -> EngineLoad: return EngineLoad(engine="spoken")
 """
 
 
+def write_speaker(project: Path) -> None:
+    names = "Chat, ContinuousHandler, EngineLoad, Prompt, Reply, TextChunk, Usage"
+    (project / "handlers" / "speaker.py").write_text(f"from torchserve_dag import {names}\n{SPEAKER}")
+    card = "card: {does: It speaks., input: A chat., output: Text., limits: None., weights: []}"
+    (project / "handlers" / "speaker.yaml").write_text(f'name: speaker\nversion: "1.0"\n{card}\n')
+
+
 def test_the_span_of_a_language_model_has_numbers_and_no_text(tmp_path: Path) -> None:
     (tmp_path / "handlers").mkdir()
-    names = "Chat, ContinuousHandler, EngineLoad, Prompt, Reply, TextChunk, Usage"
-    (tmp_path / "handlers" / "speaker.py").write_text(f"from torchserve_dag import {names}\n{SPEAKER}")
-    card = "card: {does: It speaks., input: A chat., output: Text., limits: None., weights: []}"
-    (tmp_path / "handlers" / "speaker.yaml").write_text(f'name: speaker\nversion: "1.0"\n{card}\n')
+    write_speaker(tmp_path)
     kept: list[Span] = []
     with Workflow.load(tmp_path / "handlers" / "speaker.yaml") as model:
         model.engine._observer = kept.extend
@@ -290,6 +297,7 @@ def test_the_span_of_a_language_model_has_numbers_and_no_text(tmp_path: Path) ->
 
     (span,) = [span for span in made(kept) if span.name == "speaker" and span.kind is SpanKind.INTERNAL]
     assert span.attributes is not None
+    assert span.attributes["torchserve_dag.served_by"] == "spoken one"
     found = {name: value for name, value in span.attributes.items() if name.startswith("gen_ai.")}
     assert found.pop("gen_ai.response.time_to_first_chunk") >= 0
     assert found == {
@@ -302,3 +310,186 @@ def test_the_span_of_a_language_model_has_numbers_and_no_text(tmp_path: Path) ->
         "gen_ai.usage.cache_read.input_tokens": 4,
     }
     assert "secret" not in str(kept)
+
+
+VERDICTS = """
+from collections.abc import Iterator, Mapping
+
+@dataclass(frozen=True)
+class Verdict:
+    category: str
+    text: str
+    scores: list[float]
+
+    def span_attributes(self) -> Mapping[str, object]:
+        if self.text == "secret trouble": raise RuntimeError("no")
+        return {"verdict": self.category, "scores": self.scores, "gen_ai.data_source.id": "docs/3"}
+
+@dataclass(frozen=True)
+class Piece:
+    number: int
+
+    def span_attributes(self) -> Mapping[str, object]:
+        return {"number": self.number}
+
+def judge(text: Text) -> Verdict:
+    return Verdict("insult", text.text, [0.75, 0.5])
+
+def pieces(text: Text) -> Iterator[Piece]:
+    yield Piece(1)
+    yield Piece(2)
+"""
+
+
+def spans_of(path: Path, message: object) -> list[Span]:
+    """The engine's spans of a request, that of the whole request first."""
+    kept: list[Span] = []
+    with Workflow.load(path) as workflow:
+        workflow.engine._observer = kept.extend
+        workflow([message])
+    return kept
+
+
+def test_a_message_says_what_of_it_is_on_the_span_and_nothing_else_is(write: Callable[..., Path]) -> None:
+    spans = spans_of(write("answer: {function: judge}", VERDICTS), Text("secret insult"))
+
+    (span,) = [span for span in made(spans) if span.name == "answer"]
+    assert span.attributes is not None
+    assert span.attributes["torchserve_dag.verdict"] == "insult"
+    assert span.attributes["torchserve_dag.scores"] == (0.75, 0.5)
+    assert span.attributes["gen_ai.data_source.id"] == "docs/3"
+    assert span.attributes["torchserve_dag.batch"] == 1
+    assert "secret" not in str(spans)
+
+
+def test_each_chunk_says_it_and_the_end_repeats_the_last(write: Callable[..., Path]) -> None:
+    spans = spans_of(write("answer: {function: pieces}", VERDICTS), Text("any"))
+
+    assert [span.attributes["number"] for span in spans if span.name == "answer"] == [1, 2, 2]
+
+
+def test_a_message_that_raises_says_nothing_and_fails_nothing(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: list[Span] = []
+    with Workflow.load(write("answer: {function: judge}", VERDICTS)) as workflow:
+        workflow.engine._observer = kept.extend
+        (answer,) = workflow([Text("secret trouble")])
+
+    assert answer.category == "insult"
+    assert "verdict" not in kept[-1].attributes
+    assert "Verdict.span_attributes raised" in caplog.text
+
+
+class Talkative:
+    """A message that says more than a span holds."""
+
+    def __init__(self, **said: object) -> None:
+        self.said = said
+
+    def span_attributes(self) -> dict[str, object]:
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"text": "a" * 1_000}, {"text": "a" * MAX_CHARACTERS}),
+        ({"numbers": list(range(1_000))}, {"numbers": tuple(range(MAX_ELEMENTS))}),
+        ({"mixed": [1, "a", None]}, {"mixed": ("1", "a")}),
+        ({"nothing": None, "image": object(), "map": {"a": 1}, "right": True}, {"right": True}),
+        ({"a" * 1_000: 1, "one": np.float32(0.5)}, {"one": 0.5}),
+        ({f"n{i}": i for i in range(100)}, {f"n{i}": i for i in range(MAX_ATTRIBUTES)}),
+    ],
+)
+def test_what_a_message_says_has_limits(said: dict[str, object], expected: dict[str, object]) -> None:
+    assert attributes_of(Talkative(**said)) == expected
+
+
+def speaking(write: Callable[..., Path], project: Path, nodes: str, functions: str = "") -> Path:
+    """A workflow with a language model."""
+    write_speaker(project)
+    return write(nodes, f"from torchserve_dag import TextChunk\n{functions}")
+
+
+def test_a_workflow_of_language_models_says_what_it_took_and_who_answered(
+    write: Callable[..., Path], project: Path
+) -> None:
+    functions = "def both(first: list[TextChunk], second: list[TextChunk]) -> Text: return Text(first[0].text)"
+    path = speaking(
+        write,
+        project,
+        """
+        first: {handler: speaker}
+        second: {handler: speaker}
+        answer: {function: both, inputs: {first: first, second: second}}
+        """,
+        functions,
+    )
+    spans = spans_of(path, Chat.of("secret question"))
+
+    (span,) = [span for span in made(spans) if span.kind is SpanKind.SERVER]
+    assert span.attributes == {
+        "torchserve_dag.request_id": spans[0].request_id,
+        "torchserve_dag.version": "1.0",
+        "torchserve_dag.served_by": ("spoken one",),
+        "gen_ai.operation.name": "invoke_workflow",
+        "gen_ai.agent.name": "flow",
+        "gen_ai.usage.input_tokens": 14,
+        "gen_ai.usage.output_tokens": 4,
+        "gen_ai.usage.cache_read.input_tokens": 8,
+    }
+    assert "secret" not in str(spans)
+
+
+def test_of_an_answer_in_chunks_the_time_to_the_first_is_there(write: Callable[..., Path], project: Path) -> None:
+    kept: list[Span] = []
+    with Workflow.load(speaking(write, project, "answer: {handler: speaker}")) as workflow:
+        workflow.engine._observer = kept.extend
+        assert len(list(workflow.stream(Chat.of("Hello")))) == 2
+
+    whole = kept[0]
+    first_s = whole.attributes["gen_ai.response.time_to_first_chunk"]
+    assert isinstance(first_s, float)
+    assert 0 <= first_s <= (whole.end_ns - whole.start_ns) / SECOND + 0.01
+
+
+def test_a_workflow_without_language_models_has_no_attributes_of_them(write: Callable[..., Path]) -> None:
+    spans = spans_of(write("answer: {handler: upper}"), Text("a"))
+
+    assert spans[0].attributes == {"version": "1.0"}
+
+
+TALKER = """
+from torchserve_dag import ContinuousHandler, EngineLoad, Reply
+
+@dataclass(frozen=True)
+class Piece:
+    number: int
+
+    def span_attributes(self) -> dict[str, object]:
+        return {"number": self.number}
+
+class Talker(ContinuousHandler[Text, Piece]):
+    def load(self, folder, settings, placement): pass
+    def example(self) -> Text: return Text("Hello")
+    def start(self, item: Text, reply: Reply[Piece]):
+        for number in range(3):
+            reply.chunk(Piece(number))
+        reply.end()
+        return lambda: None
+    def load_now(self) -> EngineLoad: return EngineLoad()
+"""
+
+
+def test_chunks_that_come_by_themselves_have_one_span_with_what_the_last_says(
+    write: Callable[..., Path], project: Path
+) -> None:
+    (project / "handlers" / "talker.py").write_text(IMPORTS + TALKER)
+    (project / "handlers" / "talker.yaml").write_text(f'name: talker\nversion: "1.0"\n{CARD}')
+    kept: list[Span] = []
+    with Workflow.load(write("answer: {handler: talker}")) as workflow:
+        workflow.engine._observer = kept.extend
+        assert [chunk.number for chunk in workflow.stream(Text("Hello"))] == [0, 1, 2]
+
+    assert [span.attributes["number"] for span in kept if span.name == "answer"] == [2]

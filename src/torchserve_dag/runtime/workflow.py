@@ -9,6 +9,7 @@ from typing import Any
 
 from torchserve_dag.runtime.compute.cores import cores, set_alone, share_cores
 from torchserve_dag.runtime.data.options import Options
+from torchserve_dag.runtime.engine.answered import Keep
 from torchserve_dag.runtime.engine.counts import NodeCounts
 from torchserve_dag.runtime.engine.engine import Engine
 from torchserve_dag.runtime.engine.request import Request
@@ -43,9 +44,10 @@ class Workflow:
         gpu: int | None = None,
         workers: int = 1,
         reuse: Reuse | None = None,
+        keep: Keep | None = None,
     ) -> None:
         """Load every node. `device` overrides the device of all nodes; `workers` processes share this machine's cores;
-        `reuse` gives handlers that are loaded already.
+        `reuse` gives handlers that are loaded already; `keep` gets each request's message with its answer.
 
         Raises CheckError, or ValueError for a device that is not there.
         """
@@ -72,6 +74,7 @@ class Workflow:
             },
             own_engines=self.own_engines,
             observer=tracing.observer(),
+            keep=keep,
             set_alone=set_alone,
         )
 

@@ -117,7 +117,8 @@ class MetricsPage:
         value: float,
     ) -> None:
         node, name, more = series
-        labels = {"workflow": version[0], "version": version[1], "node": node, "Hostname": self._host, **dict(more)}
+        of_node = {"node": node} if node else {}
+        labels = {"workflow": version[0], "version": version[1], **of_node, "Hostname": self._host, **dict(more)}
         names = [(name, labels)]
         if MODEL in labels and (self._all_as_vllm or labels[PROVIDER] == "vllm"):
             names += [(one, {"model_name": labels[MODEL], **labels}) for one in vllm_names(name, more)]

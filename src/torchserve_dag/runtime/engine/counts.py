@@ -19,6 +19,7 @@ FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.7
 TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 ANSWER_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 TOKENS = tuple(float(4**power) for power in range(14))
+WORKFLOW_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8, 409.6)
 
 OPERATIONS = ("chat", "text_completion")
 """What a model with an engine of its own is asked for, in OpenTelemetry's words."""
@@ -55,6 +56,7 @@ class Written:
     """When its first chunk came, on time.monotonic()'s clock."""
     usage: Usage | None = None
     finish_reasons: list[str] = field(default_factory=list)
+    served_by: str | None = None
 
 
 class Writing(Protocol):
@@ -93,6 +95,7 @@ class LanguageCounts:
             return
         if chunk.finish_reason:
             item.written.finish_reasons.append(chunk.finish_reason)
+        item.written.served_by = chunk.served_by or item.written.served_by
         if chunk.usage:
             item.written.usage = chunk.usage
             self.prompt_tokens.observe(chunk.usage.prompt_tokens)
@@ -165,3 +168,14 @@ class NodeCounts:
             batch=self.batch.copy(),
             language={operation: counts.copy() for operation, counts in self.language.items()},
         )
+
+
+@dataclass
+class WorkflowCounts:
+    """The requests of a whole workflow."""
+
+    duration_s: Histogram = field(default_factory=lambda: Histogram(WORKFLOW_S))
+    """For each request that did not fail: seconds from its arrival in the worker until its answer."""
+
+    def copy(self) -> WorkflowCounts:
+        return WorkflowCounts(self.duration_s.copy())

@@ -38,8 +38,9 @@ from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.photos import pixels_in
 from torchserve_dag.runtime.engine.admission import CLOSING, Admission
+from torchserve_dag.runtime.engine.answered import AnsweredRequest, Keep
 from torchserve_dag.runtime.engine.conditions import NOTHING, decide, decide_all
-from torchserve_dag.runtime.engine.counts import NodeCounts
+from torchserve_dag.runtime.engine.counts import NodeCounts, WorkflowCounts
 from torchserve_dag.runtime.engine.elsewhere import Elsewhere
 from torchserve_dag.runtime.engine.gather import PENDING
 from torchserve_dag.runtime.engine.item_span import add_span
@@ -48,6 +49,7 @@ from torchserve_dag.runtime.engine.node_start import make_items, read_inputs, st
 from torchserve_dag.runtime.engine.outcome import Changes, record_answer, record_result
 from torchserve_dag.runtime.engine.plan import ANSWER, Plan, Plans, make_plan
 from torchserve_dag.runtime.engine.request import Item, Request
+from torchserve_dag.runtime.engine.request_span import whole_span
 from torchserve_dag.runtime.engine.runner import (
     END,
     BatchStarter,
@@ -59,7 +61,8 @@ from torchserve_dag.runtime.engine.runner import (
     Waits,
     internal_error,
 )
-from torchserve_dag.runtime.engine.span import Observer, Span
+from torchserve_dag.runtime.engine.span import Observer
+from torchserve_dag.runtime.engine.span_attributes import note_attributes
 from torchserve_dag.runtime.engine.station import CPU, ELSEWHERE, Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream, SendChunk
 from torchserve_dag.runtime.engine.timers import Timers
@@ -88,13 +91,15 @@ class Engine:
         batch_starters: Mapping[str, BatchStarter] | None = None,
         own_engines: Mapping[str, OwnEngine] | None = None,
         observer: Observer | None = None,
+        keep: Keep | None = None,
         set_alone: SetAlone = lambda _: None,
     ) -> None:
         """`lanes`: the number of worker threads of each device; `devices`: where each code runs, `cpu` by default;
-        `own_engines`: of each code that is `continuous`.
+        `own_engines`: of each code that is `continuous`; `observer` gets spans, `keep` messages and answers.
         """
         self.graph = graph
-        self._observer = observer
+        self._observer, self._keep = observer, keep
+        self._whole = WorkflowCounts()
         self._lock = threading.Lock()
         self._runners, self._devices = runners, devices or {}
         self._starters, self._batch_starters, self._own = starters or {}, batch_starters or {}, own_engines or {}
@@ -189,13 +194,15 @@ class Engine:
             partial(_set_answer, future),
             self._end_request,
             options,
-            stream=AnswerStream(plan.streaming, on_chunk, self._lock, self._queue)
+            stream=AnswerStream(plan.streaming, on_chunk, self._lock, self._queue, keeps=self._keep is not None)
             if on_chunk and plan.streaming
             else None,
             future=future,
             idle_s=self._admission.timeout_s if on_chunk and plan.streaming and not options.timeout_s else None,
             began_ns=time.time_ns() if self._observer else 0,
         )
+        if self._keep:
+            future.add_done_callback(partial(_hand_over, self._keep, request))
         refusal = refusal or self._admission.admit(request)
         if refusal:
             request.answered = True
@@ -340,6 +347,8 @@ class Engine:
         changes = Changes()
         pixels = [pixels_in(answer) for answer in answers] if station is self._decoding else ()
         consequences = decide_all(items, answers)
+        if self._observer:
+            note_attributes(items, answers)
         with self._lock:
             station.record_run(len(items), now - began)
             failures = sum(isinstance(answer, Failure) for answer in answers)
@@ -365,6 +374,8 @@ class Engine:
         """A chunk that came by itself: it is counted with the whole answer of its item."""
         changes = Changes()
         then = decide(item, chunk) if item.node.decides else NOTHING
+        if self._observer:
+            note_attributes([item], [chunk])
         with self._lock:
             if item.obsolete:
                 return
@@ -423,6 +434,8 @@ class Engine:
                 return
             request.answered = True
             cancels = list(request.elsewhere.values())
+            if request.parent is None:
+                self._record_whole(request, answer)
             # Deleted below, without the lock.
             released = (request.values, request.gathers, request.elsewhere, request.waiting)
             # A caller may keep the request, but not its images.
@@ -445,6 +458,13 @@ class Engine:
         if self._observer and request.parent is None:
             self._observe(self._observer, request, answer)
 
+    def _record_whole(self, request: Request, answer: Any) -> None:
+        """Record that a client's request has ended, under the lock."""
+        if self._keep:
+            request.message = request.values.get(REQUEST, PENDING)
+        if not isinstance(answer, Failure):
+            self._whole.duration_s.observe(time.monotonic() - request.began)
+
     def _sweep(self) -> None:
         """Drop obsolete items from the queues."""
         with self._lock:
@@ -453,10 +473,8 @@ class Engine:
         self._dropped.clear()
 
     def _observe(self, observer: Observer, request: Request, answer: Any) -> None:
-        failure = answer if isinstance(answer, Failure) else None
-        whole = Span(self.graph.name, request.id, request.options.trace, request.began_ns, time.time_ns(), {}, failure)
         try:
-            observer([whole, *request.spans])
+            observer([whole_span(self.graph, request, answer), *request.spans])
         except Exception as error:  # noqa: BLE001 (an exporter may raise anything)
             logs.report(logger, error, f"request {request.id}: its spans could not be exported")
 
@@ -475,6 +493,11 @@ class Engine:
         """The counters of each code, by its name; `request` is the decoding of requests."""
         with self._lock:
             return {name: station.counts.copy() for name, station in self._stations.items()}
+
+    def workflow_counts(self) -> WorkflowCounts:
+        """The counters of whole requests."""
+        with self._lock:
+            return self._whole.copy()
 
     def queued(self) -> dict[str, int]:
         """How many items wait for each code, by its name."""
@@ -525,6 +548,14 @@ def _log_failures(name: str, items: Sequence[Item], answers: Sequence[Any]) -> N
         if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             fault = f" (fault {answer.fault})" if answer.fault else ""
             logger.error("request %s: %s: %s%s", item.request.id, name, answer.message, fault)
+
+
+def _hand_over(keep: Keep, request: Request, future: Future[Any]) -> None:
+    """Give an ended request to whoever keeps it, unless its message was never read."""
+    message, request.message = request.message, PENDING  # a caller may keep the request, but not its images
+    chunks = request.stream.take_kept() if request.stream else ()
+    if message is not PENDING and not future.cancelled():
+        keep(AnsweredRequest(request.id, message, chunks, future.result()))
 
 
 def _set_answer(future: Future[Any], answer: Any) -> None:

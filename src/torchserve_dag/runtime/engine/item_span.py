@@ -9,7 +9,7 @@ from typing import Any
 from torchserve_dag.runtime.engine.counts import operation_of
 from torchserve_dag.runtime.engine.request import Item
 from torchserve_dag.runtime.engine.runner import OwnEngine
-from torchserve_dag.runtime.engine.span import Attribute, Span
+from torchserve_dag.runtime.engine.span import SERVED_BY, Attribute, Span, usage_attributes
 from torchserve_dag.runtime.messages import Chat, Failure, Prompt
 
 
@@ -18,6 +18,7 @@ def add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> N
     end = time.time_ns()
     root = item.request.root
     attributes: dict[str, Attribute] = {
+        **item.said,
         "queue_s": began - item.since,
         "batch": batch,
         "tries": item.failed_attempts,
@@ -41,8 +42,8 @@ def _of_language(item: Item, own: OwnEngine) -> Mapping[str, Attribute]:
         attributes["gen_ai.response.time_to_first_chunk"] = written.first_token - item.since
         if written.finish_reasons:
             attributes["gen_ai.response.finish_reasons"] = tuple(written.finish_reasons)
+        if written.served_by:
+            attributes[SERVED_BY] = written.served_by
         if written.usage:
-            attributes["gen_ai.usage.input_tokens"] = written.usage.prompt_tokens
-            attributes["gen_ai.usage.output_tokens"] = written.usage.completion_tokens
-            attributes["gen_ai.usage.cache_read.input_tokens"] = written.usage.cached_tokens
+            attributes |= usage_attributes(written.usage)
     return attributes

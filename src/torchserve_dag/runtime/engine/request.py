@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.counts import Written
-from torchserve_dag.runtime.engine.gather import Gather
+from torchserve_dag.runtime.engine.gather import PENDING, Gather
 from torchserve_dag.runtime.engine.plan import Plan
 from torchserve_dag.runtime.engine.runner import Cancel, ChunkSource, Release
-from torchserve_dag.runtime.engine.span import Span
+from torchserve_dag.runtime.engine.span import Attribute, Span
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream
 from torchserve_dag.runtime.graph.graph import Code, Node
@@ -64,6 +64,10 @@ class Request:
     too."""
     spans: list[Span] = field(default_factory=list)
     began_ns: int = 0
+    began: float = field(default_factory=time.monotonic)
+    """On time.monotonic()'s clock."""
+    message: Any = PENDING
+    """The decoded message, from the request's end on, until it is kept."""
 
     def __post_init__(self) -> None:
         self.waits = dict(self.plan.waits)
@@ -118,6 +122,8 @@ class Item(_WeaklyReferenceable):
     """Gives back what the engine of its model has reserved for it."""
     written: Written | None = None
     """What is known of its answer, once its first chunk has come by itself."""
+    said: Mapping[str, Attribute] = field(default_factory=dict)
+    """What its answer, or its latest chunk, says of itself on its span."""
     settled: bool = False
     """Whether this attempt is over: it has its last answer, or another attempt or the fallback replaces it."""
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torchserve_dag.runtime.messages import Failure
+from torchserve_dag.runtime.messages import Failure, Usage
 
-Attribute = str | int | float | tuple[str, ...]
-"""The value of an attribute. Names that begin with `gen_ai.` are OpenTelemetry's, the others this package's."""
+Scalar = str | int | float | bool
+Attribute = Scalar | tuple[Scalar, ...]
+"""The value of an attribute. A name without a dot is this package's."""
+
+SERVED_BY = "served_by"
+"""Who has answered: the engine and the model; of a request, all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +31,12 @@ class Span:
 
 Observer = Callable[[Sequence[Span]], None]
 """Receives the spans of one request, with that of the whole request first. It must not block."""
+
+
+def usage_attributes(usage: Usage) -> dict[str, Attribute]:
+    """The tokens of an answer, under OpenTelemetry's names."""
+    return {
+        "gen_ai.usage.input_tokens": usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": usage.completion_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+    }

@@ -66,12 +66,25 @@ class AnswerStream(Generic[ItemT]):
     fewer than MAX_UNTAKEN chunks and MAX_UNTAKEN_BYTES to take.
     """
 
-    def __init__(self, node: str, on_chunk: SendChunk, lock: threading.Lock, resume: Callable[[ItemT], None]) -> None:
-        """`node` is the node whose chunks the answer consists of; `lock` is the engine's; `resume` queues an item."""
+    def __init__(
+        self,
+        node: str,
+        on_chunk: SendChunk,
+        lock: threading.Lock,
+        resume: Callable[[ItemT], None],
+        *,
+        keeps: bool = False,
+    ) -> None:
+        """`node` is the node whose chunks the answer consists of; `lock` is the engine's; `resume` queues an item;
+        `keeps`: whether all chunks are kept.
+        """
         self._node = node
         self._on_chunk = on_chunk
         self._lock = lock
         self._resume = resume
+        self.first_sent: float | None = None
+        """When the first chunk was sent, on time.monotonic()'s clock."""
+        self._keeps, self._kept = keeps, list[Any]()
         self._gather: Gather | None = None
         self._sent = 0
         self._untaken: dict[int, int] = {}
@@ -128,10 +141,18 @@ class AnswerStream(Generic[ItemT]):
             request.on_answer(answer[0])
         return item
 
+    def take_kept(self) -> list[Any]:
+        """The chunks that were sent, once the answer has ended and if they are kept."""
+        kept, self._kept = self._kept, []
+        return kept
+
     def _send_chunks(self, request: Streamed, chunks: Sequence[tuple[int, Any]]) -> Failure | None:
         """Returns the failure with which the request ends where a chunk cannot be sent."""
         try:
+            self.first_sent = self.first_sent or time.monotonic()
             for index, chunk in chunks:
+                if self._keeps:
+                    self._kept.append(chunk)
                 size = self._on_chunk(chunk, partial(self._take, index))
                 with self._lock:
                     if index in self._untaken:

@@ -12,6 +12,7 @@ from torchserve_dag.runtime.graph.drafts import DraftReader
 from torchserve_dag.runtime.graph.finder import Finder
 from torchserve_dag.runtime.graph.graph import PARAMETERS, REQUEST, Graph, Node
 from torchserve_dag.runtime.graph.problems import Problems
+from torchserve_dag.runtime.graph.redaction import redaction
 from torchserve_dag.runtime.graph.typed_nodes import NodeTyper
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.requirements import check_requirements
@@ -56,6 +57,7 @@ def check(project: Project, source: Source[WorkflowFile], inner: Callable[[Path]
     output = outputs.compiled(file, scope, problems)
     problems.stop()
 
+    redact = redaction(source, finder.functions)
     return Graph(
         name=file.name,
         version=file.version,
@@ -67,4 +69,5 @@ def check(project: Project, source: Source[WorkflowFile], inner: Callable[[Path]
         output=output,
         serve=file.serve,
         requirements=tuple(file.requirements),
+        redact=redact,
     )

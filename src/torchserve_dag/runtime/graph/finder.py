@@ -77,7 +77,7 @@ class Finder:
             self.problems.add(place, f"there is no {path}", f"write the function {name} there")
             return None
         try:
-            module = self._functions()
+            module = self.functions()
         except CheckError as error:
             self.problems.add_all(error)
             return None
@@ -88,7 +88,8 @@ class Finder:
             return None
         return signature_of(place, function, self.problems)
 
-    def _functions(self) -> ModuleType:
+    def functions(self) -> ModuleType:
+        """The module of the workflow's Python file. Raises CheckError."""
         self.reads_functions = True
         return self.project.module(self.functions_path)
 
@@ -163,7 +164,7 @@ class Finder:
         if text is None:
             return default
         try:
-            module = self._functions() if self.functions_path.is_file() else None
+            module = self.functions() if self.functions_path.is_file() else None
             kind = type_named(text, known_types(module))
         except ValueError as error:
             self.problems.add(place, str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -199,6 +199,13 @@ class Graph:
     serve: Serve
     requirements: tuple[str, ...] = ()
     """The packages that the workflow's own file names."""
+    redact: Callable[[str], str] | None = None
+    """The function that `serve.keep` names."""
+
+    @property
+    def of_handler(self) -> bool:
+        """Whether it is a handler, as a workflow of a single node."""
+        return self.path.parent.name == "handlers"
 
     @property
     def answer(self) -> Any:

@@ -12,6 +12,7 @@ from torchserve_dag.runtime.graph.expression import compile_expression
 from torchserve_dag.runtime.graph.finder import RunsItselfError
 from torchserve_dag.runtime.graph.graph import REQUEST, Branch, Code, Graph, Node, Output, result_of
 from torchserve_dag.runtime.graph.kinds import handler_code
+from torchserve_dag.runtime.graph.redaction import redaction
 from torchserve_dag.runtime.graph.score import check_score
 from torchserve_dag.runtime.graph.torchserve.spec import check_torchserve_file, is_torchserve_file
 from torchserve_dag.runtime.handler import streams, types_of
@@ -63,4 +64,15 @@ def handler_graph(project: Project, path: Path) -> Graph:
         depth=1,
     )
     output = Output({"": result_of(node)})
-    return Graph(model.name, model.version, model.card.does, path, None, takes, {model.name: node}, output, model.serve)
+    return Graph(
+        name=model.name,
+        version=model.version,
+        does=model.card.does,
+        path=path,
+        functions_path=None,
+        request=takes,
+        nodes={model.name: node},
+        output=output,
+        serve=model.serve,
+        redact=redaction(file, lambda: project.module(path.parent / model.code_file)),
+    )

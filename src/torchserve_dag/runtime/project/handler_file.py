@@ -15,6 +15,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 CODE = re.compile(r"[A-Za-z0-9_]+\.py\Z")
 DEVICE = re.compile(r"(auto|cpu|cuda(:[0-9]+)?)\Z")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*\Z")
+KEPT = re.compile(r"(/(.*/)?)?[A-Za-z0-9_-]+\.jsonl\Z")
 DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 Mode = Literal["batched", "asynchronous"]
@@ -118,6 +119,27 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepFile:
+    """Requests and their answers in a file, a line of JSON for each. Without this key they are kept nowhere."""
+
+    file: str = "conversations.jsonl"
+    """A name in the project's `logs/`, or an absolute path; it ends with `.jsonl`. Workflows may share a file. Only its
+    owner can read it."""
+    megabytes: int = 100
+    """How large the file may become, together with its older half in `NAME.1.jsonl`. What is older still is deleted."""
+    redact: str | None = None
+    """A function of the Python file beside the YAML, `def redact(text: str) -> str`. Each text of a message or of an
+    answer is kept as the function gives it. If the function raises, the request is not kept."""
+
+    def __post_init__(self) -> None:
+        if not KEPT.match(self.file):
+            what = f'"{self.file}" is not a name or an absolute path that ends with .jsonl, like conversations.jsonl'
+            raise WrongFieldError(what, "file")
+        if self.megabytes < 1:
+            raise WrongFieldError("megabytes is at least 1", "megabytes")
+
+
+@dataclass(frozen=True, slots=True)
 class Serve:
     """How TorchServe serves an archive: what `build` writes into its `model-config.yaml`."""
 
@@ -149,10 +171,12 @@ class Serve:
     score: str | None = None
     """A field of the answer that holds a number, how good the answer is, for experiments. Dots lead into nested fields:
     `best.score`."""
+    keep: KeepFile | None = None
+    """Keep requests and their answers in a file."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if each.name not in {"mode", "score"} and getattr(self, each.name) < 1:
+            if each.name not in {"mode", "score", "keep"} and getattr(self, each.name) < 1:
                 raise WrongFieldError(f"{each.name} is at least 1", each.name)
         if self.max_pixels > MOST_PIXELS:
             what = f"max_pixels is at most {MOST_PIXELS:,}: Pillow decodes no larger photo"

@@ -118,6 +118,7 @@ class Publisher:
     def _line(self, series: Series, value: float, kind: Literal["COUNTER", "GAUGE"] = "COUNTER") -> str:
         node, name, labels = series
         more = (("worker", self._worker),) if kind == "GAUGE" else ()
-        about = "".join(f",{key}:{text.translate(_SEPARATORS)}" for key, text in (("node", node), *labels, *more))
+        of_node = (("node", node),) if node else ()
+        about = "".join(f",{key}:{text.translate(_SEPARATORS)}" for key, text in (*of_node, *labels, *more))
         origin = f"#hostname:{self._host},{time.time():.0f}"
         return f"[METRICS]{name}.Count:{value!r}|#{self._labels}{about}|#type:{kind}|{origin}"

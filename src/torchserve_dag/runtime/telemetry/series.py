@@ -7,15 +7,21 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Generic, TypeVar
 
-from torchserve_dag.runtime.engine.counts import Histogram, LanguageCounts, NodeCounts
+from torchserve_dag.runtime.engine.counts import Histogram, LanguageCounts, NodeCounts, WorkflowCounts
+from torchserve_dag.runtime.engine.request_span import INVOKE_WORKFLOW
 from torchserve_dag.runtime.engine.runner import OwnEngine
+from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.handler import EngineLoad
+from torchserve_dag.runtime.messages import Usage
+from torchserve_dag.runtime.telemetry.conversations import KeptCounts
 
 Labels = tuple[tuple[str, str], ...]
 Series = tuple[str, str, Labels]
-"""A node, a name on the page, and the labels beside workflow, version and node; a histogram's bucket has `le` last."""
+"""A node, a name on the page, and the labels beside workflow, version and node; a histogram's bucket has `le` last.
+Of a whole workflow the node is empty, and no label."""
 
 PREFIX = "torchserve_dag_node_"
+AGENT = "gen_ai_agent_name"
 PROVIDER, MODEL, OPERATION = "gen_ai_provider_name", "gen_ai_request_model", "gen_ai_operation_name"
 """Labels of language models, as OpenTelemetry's conventions call them in Prometheus's form."""
 _TOKENS_OF = "gen_ai_token_type"
@@ -156,6 +162,45 @@ GAUGES: tuple[Metric[EngineLoad], ...] = (
 """Of every node whose model has an engine of its own, for each worker: they rise and fall."""
 
 
+WORKFLOW: tuple[Metric[WorkflowCounts], ...] = (
+    Metric(
+        "gen_ai_invoke_agent_duration_seconds",
+        "seconds",
+        f'`gen_ai.invoke_agent.duration`, with `{OPERATION}="{INVOKE_WORKFLOW}"`: until the end of an answer that did '
+        "not fail.",
+        lambda counts: counts.duration_s,
+        labels=((OPERATION, INVOKE_WORKFLOW),),
+    ),
+)
+"""Of every workflow that has language models."""
+
+_NOT_KEPT = "torchserve_dag_not_kept_total"
+KEPT: tuple[Metric[KeptCounts], ...] = (
+    Metric("torchserve_dag_kept_total", "requests", "Requests that were kept.", lambda counts: counts.kept),
+    Metric(
+        _NOT_KEPT,
+        "requests",
+        "Requests that were not kept, because the disk or `redact` was too slow.",
+        lambda counts: counts.busy,
+        labels=(("reason", "busy"),),
+    ),
+    Metric(
+        _NOT_KEPT,
+        "requests",
+        "Likewise, because `redact` raised.",
+        lambda counts: counts.redact,
+        labels=(("reason", "redact"),),
+    ),
+    Metric(
+        _NOT_KEPT,
+        "requests",
+        "Likewise, because the disk refused them, or they are no plain data.",
+        lambda counts: counts.unwritable,
+        labels=(("reason", "unwritable"),),
+    ),
+)
+"""Of every workflow whose `serve.keep` has requests kept."""
+
 _VLLM = [
     *((one.name, frozenset(one.labels), name) for one in LANGUAGE for name in one.vllm),
     *((one.name, frozenset(one.labels), name) for one in GAUGES for name in one.vllm),
@@ -174,6 +219,18 @@ def series_of(counts: Mapping[str, NodeCounts], own: Mapping[str, OwnEngine]) ->
             about = ((OPERATION, operation), *_labels(engine))
             found |= {(node, name, labels): value for name, labels, value in _series(LANGUAGE, language, about)}
     return found
+
+
+def workflow_series(
+    graph: Graph, whole: WorkflowCounts, counts: Mapping[str, NodeCounts], kept: KeptCounts | None
+) -> dict[Series, float]:
+    """Those of a whole workflow: of its requests, if its nodes have counted tokens or could, and of what it keeps."""
+    found: list[tuple[str, Labels, float]] = []
+    if not graph.of_handler and any(of_node.language or of_node.usage != Usage() for of_node in counts.values()):
+        found += _series(WORKFLOW, whole, ((AGENT, graph.name),))
+    if kept:
+        found += _series(KEPT, kept)
+    return {("", name, labels): value for name, labels, value in found}
 
 
 def gauges_of(own: Mapping[str, OwnEngine], queued: Mapping[str, int]) -> dict[Series, float]:

@@ -27,10 +27,7 @@ EXPORTERS = "OTEL_TRACES_EXPORTER"
 SERVICE = "torchserve-dag"
 """The default of `OTEL_SERVICE_NAME`."""
 PREFIX = "torchserve_dag."
-"""Prefix of the attributes that have no name in OpenTelemetry's semantic conventions."""
-
-LANGUAGE = "gen_ai."
-"""Prefix of the conventions' own attributes of language models."""
+"""Prefix of the attributes whose names have no dot: those of OpenTelemetry's semantic conventions have one."""
 
 _PROTOCOLS = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
@@ -81,9 +78,7 @@ def span_maker(provider: TracerProvider) -> Observer:
 
 
 def _attributes(span: Span) -> dict[str, Attribute]:
-    attributes = {
-        name if name.startswith(LANGUAGE) else f"{PREFIX}{name}": value for name, value in span.attributes.items()
-    }
+    attributes = {name if "." in name else f"{PREFIX}{name}": value for name, value in span.attributes.items()}
     if span.failure:
         attributes["error.type"] = span.failure.type
         attributes[f"{PREFIX}status"] = span.failure.status

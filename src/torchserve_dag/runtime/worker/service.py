@@ -32,7 +32,8 @@ from torchserve_dag.runtime.models.load import Reuse
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.project.requirements import differences
 from torchserve_dag.runtime.telemetry import scores
-from torchserve_dag.runtime.telemetry.series import gauges_of, series_of
+from torchserve_dag.runtime.telemetry.conversations import conversations_of
+from torchserve_dag.runtime.telemetry.series import gauges_of, series_of, workflow_series
 from torchserve_dag.runtime.worker.protocol import (
     Metrics,
     OnChunk,
@@ -79,7 +80,9 @@ class WorkflowService:
         """Load a project's graph. `build` is what the service says of itself; `reuse`: see Workflow."""
         self._build = build
         graph = self._graph_to_run(whole)
-        self._workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers, reuse=reuse)
+        self._kept = conversations_of(graph)
+        keep = self._kept.keep if self._kept else None
+        self._workflow = Workflow(project, graph, gpu=gpu, workers=graph.serve.workers, reuse=reuse, keep=keep)
         self._takes = graph.request
         self._takes_rows = takes_rows(graph)
         self.name, self.version = graph.name, graph.version
@@ -132,7 +135,12 @@ class WorkflowService:
         return self._workflow.engine.cancel(key)
 
     def metrics(self) -> Metrics:
-        return series_of(self._workflow.counts(), self._workflow.own_engines)
+        counts, whole = self._workflow.counts(), self._workflow.engine.workflow_counts()
+        kept = self._kept.counts() if self._kept else None
+        return {
+            **series_of(counts, self._workflow.own_engines),
+            **workflow_series(self._workflow.graph, whole, counts, kept),
+        }
 
     def gauges(self) -> Metrics:
         return gauges_of(self._workflow.own_engines, self._workflow.engine.queued())
@@ -142,6 +150,8 @@ class WorkflowService:
 
     def close(self) -> None:
         self._workflow.close()
+        if self._kept:
+            self._kept.close()
 
     def _respond(
         self,

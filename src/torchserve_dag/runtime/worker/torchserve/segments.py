@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -30,7 +31,8 @@ class SegmentService(WorkflowService):
 
     def _graph_to_run(self, graph: Graph) -> Graph:
         self._segment = segments(graph)[self._build["segment"]]
-        return self._segment.part()
+        part = self._segment.part()
+        return replace(part, serve=replace(part.serve, keep=None))  # it sees a part of each request only
 
     def submit(self, request: ServiceRequest, on_chunk: OnChunk | None = None) -> PendingResponse:  # noqa: ARG002
         try:
