@@ -269,8 +269,10 @@ def test_an_adapter_changes_its_own_answers_and_no_others(weights: Path, llama: 
         answers.append(Written())
         model.start(greedy(PROMPT, adapter=name, max_tokens=32), answers[-1])
     texts = [answer.wait().text() for answer in answers]
+    unknown = Written()
+    model.start(greedy(PROMPT, adapter="parrot"), unknown)
     with pytest.raises(InputError, match=r"there is no adapter parrot; known: pirate, poet\.") as raised:
-        model.start(greedy(PROMPT, adapter="parrot"), Written())
+        unknown.wait()
     model.close()
 
     assert texts == [greedy_text(llama, PROMPT, 32, weights / name if name else None) for name in names]

@@ -30,6 +30,7 @@ from torchserve_dag import (
     ResponseFormat,
     Tool,
 )  # fmt: skip
+from torchserve_dag.runtime.models.language.engines import load_engine_here
 from torchserve_dag.runtime.models.language.transformers.batch import ContinuousBatch
 from torchserve_dag.runtime.models.language.transformers.generate import GenerateThreads
 
@@ -48,7 +49,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(weights: Path, **settings) -> LanguageModel:
     made = LanguageSettings(**{"model": "llama", "engine": "transformers", "context": 1024} | settings)
-    return LanguageModel.load(weights, made, Placement(torch.device("cpu")))
+    return LanguageModel(load_engine_here(weights, made, Placement(torch.device("cpu"))), made)
 
 
 @pytest.fixture(scope="module")

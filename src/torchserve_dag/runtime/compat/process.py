@@ -88,6 +88,11 @@ class Process:
     def pid(self) -> int:
         return self._program.pid
 
+    @property
+    def link(self) -> socket.socket:
+        """This end of the socket, for a program whose messages are not those of link.py."""
+        return self._link
+
     def fileno(self) -> int:
         """The descriptor that is readable once the process has ended, between two batches."""
         return self._link.fileno()
@@ -110,7 +115,7 @@ class Process:
         except TimeoutError:
             raise self._too_slow(f"it did not read its batch within {within_s:g} s") from None
         except OSError:
-            raise self._ended() from None
+            raise self.ended() from None
 
     def answer(self, within_s: float, limit_s: float) -> Messages:
         """The next message about the batch, within what is left of its limit. Raises ProcessError."""
@@ -152,14 +157,15 @@ class Process:
         except OSError:
             received = None
         if received is None:
-            raise self._ended()
+            raise self.ended()
         return received
 
     def _too_slow(self, what: str) -> ProcessError:
         self.kill()
         return ProcessTooSlowError(f"{what}, so its process was ended")
 
-    def _ended(self) -> ProcessError:
+    def ended(self) -> ProcessError:
+        """Why its socket is closed; from now on, the process has ended."""
         try:
             status = self._program.wait(_END_S)
         except subprocess.TimeoutExpired:

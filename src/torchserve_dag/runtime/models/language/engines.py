@@ -9,13 +9,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchserve_dag.runtime.models.language.engine import LanguageEngine
+from torchserve_dag.runtime.models.language.engine import LanguageEngine, PromptReader
+from torchserve_dag.runtime.models.language.process.engine import EngineProcess
+from torchserve_dag.runtime.models.language.process.messages import Load
 from torchserve_dag.runtime.models.language.settings import EngineName, LanguageSettings
 from torchserve_dag.runtime.models.language.vllm import environment as vllm_environment
 
 if TYPE_CHECKING:  # it imports torch
     from torchserve_dag.runtime.compute.placement import Placement
 
+LoadPrompts = Callable[[Path, LanguageSettings], PromptReader]
+"""`load_prompts` of the module of an engine's tokenizer side. Raises ValueError."""
 LoadEngine = Callable[[Path, LanguageSettings, "Placement"], LanguageEngine]
 """`load` of an adapter's module: the folder of the weights, the settings, where to compute. Raises ValueError for
 settings, or files, that do not fit."""
@@ -31,11 +35,24 @@ class EngineEntry:
     """The top-level module of the package that it needs; None where its own module looks for what it needs."""
     install: str
     """What to run where that is missing."""
+    prompts: str | None = None
+    """The module of its tokenizer's side, if it steps in Python's process: it has one of its own then, and so holds up
+    no thread of the worker."""
+    on_torch: bool = True
+    """Whether its `load` wants a placement, which torch's device is part of; else it is loaded without one."""
 
 
 ENGINES = {
-    "openvino": EngineEntry("openvino.engine", "openvino_genai", "pip install 'torchserve-dag[language]'"),
-    "transformers": EngineEntry("transformers.engine", "transformers", "pip install 'torchserve-dag[serve]'"),
+    "openvino": EngineEntry(
+        "openvino.engine",
+        "openvino_genai",
+        "pip install 'torchserve-dag[language]'",
+        "openvino.prompts",
+        on_torch=False,
+    ),
+    "transformers": EngineEntry(
+        "transformers.engine", "transformers", "pip install 'torchserve-dag[serve]'", "transformers.prompts"
+    ),
     "llama.cpp": EngineEntry("llama_cpp.engine", "xllamacpp", "pip install xllamacpp==2026.10.11549"),
     "remote": EngineEntry("remote.engine", "httpx", "pip install 'httpx>=0.27,<1'"),
     "deepspeed": EngineEntry(
@@ -55,10 +72,28 @@ def engine_for(settings: LanguageSettings, placement: Placement) -> EngineName:
 
 
 def load_engine(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:
-    """The engine that the settings name, with its model loaded. Raises ValueError, ImportError."""
+    """The engine that the settings name, with its model loaded, where it computes best: in a process of its own, if it
+    would hold up the threads of this one. Raises ValueError, ImportError.
+    """
+    entry = _entry(settings)
+    if entry.prompts is None:
+        return load_engine_here(folder, settings, placement)
+    load_prompts: LoadPrompts = import_module(f"{__package__}.{entry.prompts}").load_prompts
+    folder = folder.absolute()
+    load = Load(f"{__package__}.{entry.module}", folder, settings, placement if entry.on_torch else None)
+    return EngineProcess(load, lambda: load_prompts(folder, settings))
+
+
+def load_engine_here(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:
+    """The engine in this process, whichever it is. Raises ValueError, ImportError."""
+    load: LoadEngine = import_module(f"{__package__}.{_entry(settings).module}").load
+    return load(folder, settings, placement)
+
+
+def _entry(settings: LanguageSettings) -> EngineEntry:
+    """Raises ImportError where the engine's package is missing."""
     name = settings.engine
     entry = ENGINES[name]
     if entry.package and not find_spec(entry.package):
         raise ImportError(f"the engine {name} needs the package {entry.package}: run {entry.install}")
-    load: LoadEngine = import_module(f"{__package__}.{entry.module}").load
-    return load(folder, settings, placement)
+    return entry

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable
 
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, Prompt, TextChunk
-from torchserve_dag.runtime.models.language.engine import Cancel, LanguageEngine
+from torchserve_dag.runtime.models.language.engine import Cancel, PromptTokens, StepEngine
 
 
 class EngineByAdapter:
-    """See LanguageEngine. Each adapter has an engine, with weights and a cache of its own; so has the model itself."""
+    """See StepEngine. Each adapter has an engine, with weights and a cache of its own; so has the model itself."""
 
-    def __init__(self, load: Callable[[str | None], LanguageEngine], adapters: Iterable[str]) -> None:
+    def __init__(self, load: Callable[[str | None], StepEngine], adapters: Iterable[str]) -> None:
         """`load` loads the engine of an adapter, or of the model itself. Raises what that raises."""
-        self._engines: dict[str | None, LanguageEngine] = {}
+        self._engines: dict[str | None, StepEngine] = {}
         try:
             for name in (None, *adapters):
                 self._engines[name] = load(name)
@@ -31,6 +31,15 @@ class EngineByAdapter:
     def start(self, request: Chat | Prompt, most_tokens: int, reply: Reply[TextChunk]) -> Cancel:
         return self._engine(request).start(request, most_tokens, reply)
 
+    def start_tokens(
+        self, request: Chat | Prompt, prompt: PromptTokens, most_tokens: int, reply: Reply[TextChunk]
+    ) -> Cancel:
+        return self._engine(request).start_tokens(request, prompt, most_tokens, reply)
+
+    def after_steps(self, call: Callable[[], None]) -> None:
+        for engine in self._engines.values():
+            engine.after_steps(call)
+
     def load_now(self) -> EngineLoad:
         loads = [engine.load_now() for engine in self._engines.values()]
         usage = max((load.cache_usage or 0.0 for load in loads), default=None)
@@ -43,7 +52,7 @@ class EngineByAdapter:
         for engine in self._engines.values():
             engine.close()
 
-    def _engine(self, request: Chat | Prompt) -> LanguageEngine:
+    def _engine(self, request: Chat | Prompt) -> StepEngine:
         engine = self._engines.get(request.adapter)
         if engine is None:
             known = ", ".join(name for name in self._engines if name)

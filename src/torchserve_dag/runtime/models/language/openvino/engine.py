@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -19,11 +19,12 @@ from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.compute.cores import cores
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, FinishReason, InputError, Prompt, TextChunk, TokenLogprob
-from torchserve_dag.runtime.models.language.chat_template import ChatTemplate
-from torchserve_dag.runtime.models.language.engine import Cancel, LanguageEngine
+from torchserve_dag.runtime.models.language.counted import CountedPrompts
+from torchserve_dag.runtime.models.language.engine import Cancel, PromptTokens, StepEngine
 from torchserve_dag.runtime.models.language.openvino.by_adapter import EngineByAdapter
 from torchserve_dag.runtime.models.language.openvino.generation_config import SUPPORTS, configure
 from torchserve_dag.runtime.models.language.openvino.lora import read_adapter
+from torchserve_dag.runtime.models.language.openvino.prompts import OpenVinoPrompts, as_tensor, last_line
 from torchserve_dag.runtime.models.language.openvino.vocabulary import ByteDetokenizer, Vocabulary, detokenizers
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 from torchserve_dag.runtime.models.language.writer import AnswerWriter, Detokenizer
@@ -39,7 +40,7 @@ HANGS_S = 60.0
 JOIN_S = 10.0
 
 
-def load(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:  # noqa: ARG001 (a CPU's engine)
+def load(folder: Path, settings: LanguageSettings, placement: Placement | None) -> StepEngine:  # noqa: ARG001 (a CPU's engine)
     """Raises ValueError for a model that is not there, or cannot be read."""
     if not settings.adapters:
         return OpenVinoEngine(folder, settings)
@@ -77,19 +78,13 @@ class OpenVinoEngine:
         self._prefix_cache = settings.prefix_cache and self._draft is None
         self.room = settings.room
         self._load()
-        template = (folder / settings.chat_template).read_text("utf-8") if settings.chat_template else None
         tokenizer = self._tokenizer
-        self._template = ChatTemplate(
-            template or tokenizer.chat_template or _PLAIN_CHAT,
-            bos_token=tokenizer.get_bos_token(),
-            eos_token=tokenizer.get_eos_token(),
-        )
+        self._prompts = CountedPrompts(OpenVinoPrompts(tokenizer, folder, settings))
         self._detokenizer = detokenizers(Vocabulary.of(tokenizer), self._encoded, tokenizer.decode)
         cut = len(self._encoded("a b " * MOST_CONTEXT))  # a tokenizer cuts what is longer than its model's context
         self.context = min(settings.context or MOST_CONTEXT, cut)
         self._served_by = f"openvino {Path(settings.model).stem}"
-        self._latest = threading.local()
-        """The request that this thread has counted last, with its tokens: it is started next."""
+        self._after_step: Callable[[], None] = _nothing
         self._changed = threading.Condition()
         self._starting: list[_Start] = []
         self._running: list[_Answer] = []
@@ -103,19 +98,22 @@ class OpenVinoEngine:
         self._thread.start()
 
     def count(self, request: Chat | Prompt) -> int:
-        text = self._template(request) if isinstance(request, Chat) else request.prompt
-        ids = self._tokenizer.encode(text, add_special_tokens=isinstance(request, Prompt)).input_ids
-        self._latest.request, self._latest.ids = request, ids
-        return int(ids.shape[1])
+        return self._prompts.count(request)
 
     def start(self, request: Chat | Prompt, most_tokens: int, reply: Reply[TextChunk]) -> Cancel:
-        if getattr(self._latest, "request", None) is not request:
-            self.count(request)
-        ids, self._latest.request = self._latest.ids, None
+        return self.start_tokens(request, self._prompts.take(request), most_tokens, reply)
+
+    def after_steps(self, call: Callable[[], None]) -> None:
+        self._after_step = call
+
+    def start_tokens(
+        self, request: Chat | Prompt, prompt: PromptTokens, most_tokens: int, reply: Reply[TextChunk]
+    ) -> Cancel:
+        """See StepEngine."""
         config = self._pipeline.get_config()
         configure(config, request, most_tokens, self._settings.draft_tokens if self._draft else None)
-        answers = AnswerWriter(reply, request, int(ids.shape[1]), self._served_by)
-        start = _Start(request, ids, config, answers, request.n or 1)
+        answers = AnswerWriter(reply, request, len(prompt.tokens), self._served_by)
+        start = _Start(request, as_tensor(prompt), config, answers, request.n or 1)
         with self._changed:
             if self._closed:
                 raise InputError("The model is closing.", HTTPStatus.SERVICE_UNAVAILABLE)
@@ -165,7 +163,7 @@ class OpenVinoEngine:
                 properties["adapters"] = self._adapter
             self._pipeline = openvino_genai.ContinuousBatchingPipeline(self._path, scheduler, "CPU", properties)
         except RuntimeError as error:
-            raise ValueError(f"OpenVINO cannot read {settings.model}: {_last_line(error)}") from None
+            raise ValueError(f"OpenVINO cannot read {settings.model}: {last_line(error)}") from None
         self._tokenizer = self._pipeline.get_tokenizer()
         self._cache_usage = 0.0
 
@@ -195,6 +193,7 @@ class OpenVinoEngine:
                     running, self._running = self._running, []
                 self._fail([*running, *starting], RuntimeError("the engine failed, and starts again"))
                 self._reload()
+            self._after_step()
         with self._changed:
             starting += self._starting
         self._fail([*self._running, *starting], InputError("The model is closing.", HTTPStatus.SERVICE_UNAVAILABLE))
@@ -324,10 +323,8 @@ def _draft(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _last_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
+def _nothing() -> None:
+    """Nobody is told."""
 
 
 _CANCELLED = InputError("The request was cancelled.", 499)
-_PLAIN_CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
-"""For a model without a template of its own."""

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,7 @@ from torchserve_dag.runtime.messages import Chat, InputError, OverloadedError, P
 from torchserve_dag.runtime.models.handler_process import PAUSES_S, REFUSE_AFTER
 from torchserve_dag.runtime.models.language.answer import BY_WRITER, WAITING, EngineAnswer, drawing
 from torchserve_dag.runtime.models.language.engine import Cancel
+from torchserve_dag.runtime.models.language.engine_errors import EngineEndedError, EngineTimeoutError
 from torchserve_dag.runtime.models.language.hub_folder import hub_config, hub_context, hub_folder, refuse_settings
 from torchserve_dag.runtime.models.language.ranks.processes import Ranks
 from torchserve_dag.runtime.models.language.ranks.rank import Job, RankSpec
@@ -40,18 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEEDS = 1 << 63
-
-
-class RankEndedError(InputError):
-    """The ranks ended with an answer in progress."""
-
-    type = "WorkerDied"
-
-
-class TokenTimeoutError(InputError):
-    """The next token did not come in time."""
-
-    type = "Timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +215,10 @@ class RankedEngine:
         again = "the processes that compute it are being started again. Try again."
         if isinstance(error, ProcessTooSlowError):
             what = f"The model gave no token within {self._options.token_s:g} s: {again}"
-            self._fail_now(TokenTimeoutError(what, HTTPStatus.GATEWAY_TIMEOUT))
+            self._fail_now(EngineTimeoutError(what))
         else:
             what = f"A process of the model ended while it wrote this answer: {again}"
-            self._fail_now(RankEndedError(what, HTTPStatus.INSUFFICIENT_STORAGE))  # TorchServe's status
+            self._fail_now(EngineEndedError(what))
         if failed >= REFUSE_AFTER:
             self._refusal = "The model's processes end again and again; they are started again after a pause."
             self._fail_waiting(OverloadedError(self._refusal))

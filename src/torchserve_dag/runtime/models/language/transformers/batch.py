@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class SettingError(ValueError):
 
 
 class ContinuousBatch:
-    """Keeps a model's continuous batch going, in the manager's thread; a second thread writes what it gives.
+    """Keeps a model's continuous batch going, in the manager's thread, which also writes what it gives.
 
     The manager has one generation config for all its requests. So it is set to take the most probable token, and each
     row's choice is made the most probable one by its own request's `Sampler`.
@@ -59,11 +59,11 @@ class ContinuousBatch:
         self._choices = self._manager.logit_processor = _Choices()
         self._manager.warmup()  # makes the cache
         self._cached = _count_cached(self._manager.batch_processor.cache)
+        self.after_step: Callable[[], None] = _nothing
+        """Called after each step that gave something, in the manager's thread."""
         self._answers: dict[str, AnswerTokens] = {}
         self._ids = itertools.count()
-        self._loop = asyncio.new_event_loop()
-        self._writer = threading.Thread(target=self._loop.run_forever, name="transformers-writer", daemon=True)
-        self._writer.start()
+        self._lock = threading.Lock()
         self._manager.start()
         try:
             self._try_out()
@@ -76,8 +76,9 @@ class ContinuousBatch:
         if not self._manager.is_running():
             raise RuntimeError("transformers' continuous batch has ended; the log says why")
         named = {f"answer-{next(self._ids)}": answer for answer in answers}
-        self._soon(lambda: self._add(tokens, named))
-        return lambda: self._soon(lambda: self._cancel(named))
+        for name, answer in named.items():
+            self._add(tokens, name, answer)
+        return lambda: self._cancel(named)
 
     def load_now(self) -> EngineLoad:
         processor = self._manager.batch_processor
@@ -94,33 +95,42 @@ class ContinuousBatch:
 
     def close(self) -> None:
         self._manager.stop(block=True, timeout=CLOSE_S, hard_stop=True)
-        self._soon(lambda: self._fail_all(RuntimeError("the engine was closed")))
-        self._soon(self._loop.stop)
-        self._writer.join(CLOSE_S)
+        for name in list(self._answers):
+            self._fail(name, RuntimeError("the engine was closed"))
 
-    def _add(self, tokens: list[int], named: dict[str, AnswerTokens]) -> None:
-        """In the writer's thread, as all that follows."""
-        for name, answer in named.items():
+    def _add(self, tokens: list[int], name: str, answer: AnswerTokens) -> None:
+        with self._lock:
             self._answers[name] = answer
             if answer.sampler.changes:
                 self._choices.samplers[name] = answer.sampler
-            self._manager.register_result_handler(name, functools.partial(self._take, name))
-            added = self._manager.add_request(
-                tokens,
-                request_id=name,
-                max_new_tokens=answer.most_tokens,
-                streaming=True,
-                eos_token_id=sorted(answer.ends),
-            )
-            if added is None:
-                self._forget(name).fail(RuntimeError("transformers' continuous batch has ended; the log says why"))
+        added = self._manager.add_request(
+            tokens,
+            request_id=name,
+            max_new_tokens=answer.most_tokens,
+            streaming=True,
+            eos_token_id=sorted(answer.ends),
+        )
+        if added is None:
+            self._fail(name, RuntimeError("transformers' continuous batch has ended; the log says why"))
 
-    def _take(self, name: str, output: Any) -> None:
+    def _take_all(self, outputs: Sequence[Any]) -> None:
+        """What a step gave, in the manager's thread. Its own way, by an event loop, would take a second thread, which
+        waits for Python's lock while the next step computes.
+        """
+        for output in outputs:
+            self._write(output)
+        self.after_step()
+
+    def _take(self, output: Any) -> None:
+        self._take_all([output])
+
+    def _write(self, output: Any) -> None:
+        name = output.request_id
         answer = self._answers.get(name)
         if answer is None:
             return
         if output.error is not None:
-            self._forget(name).fail(RuntimeError(output.error))
+            self._fail(name, RuntimeError(output.error))
             return
         answer.cached_tokens = self._cached.get(name, 0)
         if not answer.take(output.generated_tokens[answer.count :]):
@@ -128,42 +138,40 @@ class ContinuousBatch:
             if not output.is_finished():
                 self._manager.cancel_request(name)
 
-    def _cancel(self, named: dict[str, AnswerTokens]) -> None:
+    def _cancel(self, named: Iterable[str]) -> None:
         for name in named:
             if name in self._answers:
                 self._manager.cancel_request(name)
-                self._forget(name).fail(asyncio.CancelledError())
+                self._fail(name, asyncio.CancelledError())
 
-    def _forget(self, name: str) -> AnswerTokens:
-        self._manager.output_router.result_handlers.pop(name, None)  # the manager forgets only those that finish
-        self._choices.samplers.pop(name, None)
-        self._cached.pop(name, None)
-        return self._answers.pop(name)
+    def _forget(self, name: str) -> AnswerTokens | None:
+        """The answer, which is not in progress any more; None if it was not."""
+        with self._lock:
+            self._choices.samplers.pop(name, None)
+            self._cached.pop(name, None)
+            return self._answers.pop(name, None)
 
-    def _fail_all(self, error: Exception) -> None:
-        for name in list(self._answers):
-            self._forget(name).fail(error)
-
-    def _soon(self, call: Callable[[], None]) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(call)
+    def _fail(self, name: str, error: BaseException) -> None:
+        if answer := self._forget(name):
+            answer.fail(error)
 
     def _try_out(self) -> None:
         """One step, so that a model that cannot be batched fails while it is loaded. Raises ValueError."""
-        done = threading.Event()
-        outputs: list[Any] = []
+        outputs: SimpleQueue[Any] = SimpleQueue()
+        router = self._manager.output_router
+        router.deliver, router.deliver_batch = outputs.put, lambda batch: outputs.put(batch[0])
+        self._manager.add_request([0, 0], request_id="trial", max_new_tokens=1)
+        try:
+            error = outputs.get(timeout=TRIAL_S).error
+        except Empty:
+            error = f"there was no token after {TRIAL_S:g} s"
+        if error is not None:
+            raise ValueError(error)
+        router.deliver, router.deliver_batch = self._take, self._take_all
 
-        def keep(output: Any) -> None:
-            outputs.append(output)
-            done.set()
 
-        def add() -> None:
-            self._manager.register_result_handler("trial", keep)
-            self._manager.add_request([0, 0], request_id="trial", max_new_tokens=1)
-
-        self._soon(add)
-        if not done.wait(TRIAL_S) or outputs[0].error is not None:
-            raise ValueError(outputs[0].error if outputs else f"there was no token after {TRIAL_S:g} s")
+def _nothing() -> None:
+    """Nobody is told."""
 
 
 class _Choices:

@@ -7,9 +7,8 @@ computed by `generate`, a few answers at a time.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +16,13 @@ import torch
 
 from torchserve_dag.runtime.handler import EngineLoad, Reply
 from torchserve_dag.runtime.messages import Chat, InputError, Prompt, TextChunk
-from torchserve_dag.runtime.models.language.engine import Cancel
+from torchserve_dag.runtime.models.language.counted import CountedPrompts
+from torchserve_dag.runtime.models.language.engine import Cancel, PromptTokens
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 from torchserve_dag.runtime.models.language.transformers.answer_tokens import AnswerTokens
 from torchserve_dag.runtime.models.language.transformers.batch import ContinuousBatch, SettingError
 from torchserve_dag.runtime.models.language.transformers.generate import GenerateThreads
-from torchserve_dag.runtime.models.language.transformers.model import HubModel, ModelInputs
+from torchserve_dag.runtime.models.language.transformers.model import HubModel
 from torchserve_dag.runtime.models.language.transformers.sampler import Sampler
 from torchserve_dag.runtime.models.language.writer import AnswerWriter
 
@@ -36,8 +36,6 @@ SUPPORTS = frozenset(
     | {"tool_choice", "parallel_tool_calls"}
 )
 STUCK_S = 60.0
-KEPT = 64
-"""Prompts that were counted and have not been started yet."""
 
 Batches = dict[str | None, ContinuousBatch | GenerateThreads]
 """By the name of a LoRA adapter, and None for the model itself."""
@@ -71,7 +69,7 @@ def _batches(model: HubModel, settings: LanguageSettings) -> Batches:
 
 
 class TransformersEngine:
-    """A loaded model; see LanguageEngine."""
+    """A loaded model; see StepEngine."""
 
     def __init__(self, model: HubModel, settings: LanguageSettings, batches: Batches) -> None:
         self.room = min(getattr(batch, "room", settings.room) for batch in batches.values())
@@ -81,39 +79,39 @@ class TransformersEngine:
         )
         self._model, self._batches = model, batches
         self._served_by = f"transformers {settings.model}"
-        self._counted: OrderedDict[int, tuple[Chat | Prompt, ModelInputs]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._prompts = CountedPrompts(model.prompts)
         self._seen: dict[str | None, tuple[int | None, float]] = {}
 
     def count(self, request: Chat | Prompt) -> int:
-        inputs = self._model.inputs(request)
-        with self._lock:
-            self._counted[id(request)] = request, inputs  # so that `start` need not split it again
-            while len(self._counted) > KEPT:
-                self._counted.popitem(last=False)
-        return len(inputs.tokens)
+        return self._prompts.count(request)
 
     def start(self, request: Chat | Prompt, most_tokens: int, reply: Reply[TextChunk]) -> Cancel:
-        """See LanguageEngine."""
+        return self.start_tokens(request, self._prompts.take(request), most_tokens, reply)
+
+    def after_steps(self, call: Callable[[], None]) -> None:
+        for batch in self._batches.values():
+            batch.after_step = call
+
+    def start_tokens(
+        self, request: Chat | Prompt, prompt: PromptTokens, most_tokens: int, reply: Reply[TextChunk]
+    ) -> Cancel:
+        """See StepEngine."""
         batch = self._batches.get(request.adapter)
         if batch is None:
             names = ", ".join(sorted(filter(None, self._batches)))
             raise InputError(f"adapter: there is no adapter {request.adapter}; there are {names}.")
         if isinstance(request, Chat) and request.tool_choice not in {None, "auto", "none"}:
             raise InputError("tool_choice: the engine transformers knows auto and none.")
-        with self._lock:
-            counted = self._counted.pop(id(request), None)
-        inputs = counted[1] if counted and counted[0] is request else self._model.inputs(request)
         tools = isinstance(request, Chat) and bool(request.tools)
         decode = self._model.decode_with_marks if tools else self._model.decode
-        answers = AnswerWriter(reply, request, len(inputs.tokens), self._served_by)
+        answers = AnswerWriter(reply, request, len(prompt.tokens), self._served_by)
         writers = []
         for index in range(request.n or 1):
             sampler = Sampler(request, index, self._model.sampling, self._model.vocabulary)
             writers.append(AnswerTokens(answers, index, sampler, decode, self._model.ends, most_tokens))
         if isinstance(batch, ContinuousBatch):
-            return batch.start(inputs.tokens, writers)
-        return batch.start(inputs, writers)
+            return batch.start(prompt.tokens, writers)
+        return batch.start(prompt, writers)
 
     def load_now(self) -> EngineLoad:
         loads = [batch.load_now() for batch in self._batches.values()]

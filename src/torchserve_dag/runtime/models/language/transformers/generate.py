@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from torchserve_dag.runtime.handler import EngineLoad
-from torchserve_dag.runtime.models.language.engine import Cancel
+from torchserve_dag.runtime.models.language.engine import Cancel, PromptTokens
 from torchserve_dag.runtime.models.language.transformers.answer_tokens import AnswerTokens
-from torchserve_dag.runtime.models.language.transformers.model import ModelInputs, greedy
+from torchserve_dag.runtime.models.language.transformers.model import greedy
 
 MOST_THREADS = 4
 """Each answer has a thread of its own; more take each other's time."""
@@ -34,8 +34,10 @@ class GenerateThreads:
         self._open: set[_Run] = set()
         self._lock = threading.Lock()
         self._steps = 0
+        self.after_step: Callable[[], None] = _nothing
+        """Called after each step, in its thread, and after an answer has failed."""
 
-    def start(self, inputs: ModelInputs, answers: Sequence[AnswerTokens]) -> Cancel:
+    def start(self, inputs: PromptTokens, answers: Sequence[AnswerTokens]) -> Cancel:
         """Start answers to one prompt. Returns what cancels them."""
         run = _Run(inputs, answers)
         with self._lock:
@@ -82,6 +84,7 @@ class GenerateThreads:
                 self._open.discard(run)
         if run.error is not None:
             run.fail(run.error)
+            self.after_step()
 
     def _generate(self, run: _Run, answer: AnswerTokens) -> None:
         from transformers import LogitsProcessorList, StoppingCriteriaList  # noqa: PLC0415 (as everything of this engine)
@@ -97,6 +100,7 @@ class GenerateThreads:
         def stops(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG001 (transformers' own)
             self._steps += 1
             goes_on = answer.take(input_ids[0, prompt + answer.count :].tolist()) and run.error is None
+            self.after_step()
             return torch.tensor([not goes_on], device=device)
 
         config = greedy(max_new_tokens=answer.most_tokens, eos_token_id=sorted(answer.ends) or None, pad_token_id=0)
@@ -116,10 +120,14 @@ class GenerateThreads:
 class _Run:
     """The answers to one request."""
 
-    def __init__(self, inputs: ModelInputs, answers: Sequence[AnswerTokens]) -> None:
+    def __init__(self, inputs: PromptTokens, answers: Sequence[AnswerTokens]) -> None:
         self.inputs, self.answers = inputs, answers
         self.runs = False
         self.error: BaseException | None = None
 
     def fail(self, error: BaseException) -> None:
         self.answers[0].fail(error)
+
+
+def _nothing() -> None:
+    """Nobody is told."""

@@ -1,0 +1,1 @@
+"""An engine in a process of its own, so that its steps hold up no thread of the worker."""
