@@ -19,6 +19,7 @@ OPTIONAL = {
     "grpc",
     "httpx",
     "jinja2",
+    "numpy",
     "onnxruntime_genai",
     "opentelemetry",
     "openvino",

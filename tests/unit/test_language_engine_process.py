@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from torchserve_dag.runtime.models.language.openvino import engine as openvino
 from torchserve_dag.runtime.models.language.openvino.prompts import load_prompts
 from torchserve_dag.runtime.models.language.process import engine as process
 from torchserve_dag.runtime.models.language.process.engine import EngineProcess
-from torchserve_dag.runtime.models.language.process.messages import Load
+from torchserve_dag.runtime.models.language.process.messages import EngineSpec
 from torchserve_dag.runtime.models.language.settings import LanguageSettings
 
 CPU = Placement(torch.device("cpu"))
@@ -59,7 +58,7 @@ def loaded(weights: Path, engine: str = "openvino", **more: Any) -> EngineProces
 
 
 @pytest.fixture(scope="module")
-def engine(weights: Path, llama: Path) -> Iterator[EngineProcess]:  # noqa: ARG001 (it makes the files)
+def engine(weights: Path, llama: Path) -> Iterator[EngineProcess]:
     engine = loaded(weights)
     yield engine
     engine.close()
@@ -72,17 +71,24 @@ def running(engine: EngineProcess) -> Written:
     return written
 
 
+def keepers() -> int:
+    """The threads that keep engines' processes alive."""
+    return len([thread for thread in threading.enumerate() if thread.name.endswith(" process")])
+
+
 def works_again(engine: EngineProcess, before: int | None) -> None:
     """Wait until another process answers; until then, requests are refused in a sentence."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
+    refused: list[str] = []
+
+    def answers() -> bool:
         try:
-            assert len(start(engine, greedy(PROMPT), 4).wait().text()) > 0
+            return bool(start(engine, greedy(PROMPT), 4).wait().text())
         except OverloadedError as error:
-            assert "is being started again" in error.message
-            time.sleep(0.05)
-        else:
-            break
+            refused.append(error.message)
+            return False
+
+    until(answers)
+    assert all("is being started again" in sentence for sentence in refused)
     assert engine.pid not in {before, None}
     assert not engine.hangs()
 
@@ -146,9 +152,11 @@ def test_a_killed_process_fails_its_answers_and_another_takes_over(engine: Engin
     works_again(engine, pid)
 
 
-def test_a_process_that_hangs_is_ended_and_another_takes_over(weights: Path, llama: Path) -> None:  # noqa: ARG001
+def test_a_process_that_hangs_is_ended_and_another_takes_over(weights: Path, llama: Path) -> None:
     settings = settings_of("openvino")
-    engine = EngineProcess(Load(openvino.__name__, weights, settings, None), lambda: load_prompts(weights, settings), 3)
+    engine = EngineProcess(
+        EngineSpec(openvino.__name__, weights, settings, None), lambda: load_prompts(weights, settings), 3
+    )
     written, pid = running(engine), engine.pid
     assert pid
     os.kill(pid, signal.SIGSTOP)
@@ -181,7 +189,7 @@ def test_a_model_that_is_gone_is_tried_again_a_few_times_and_then_needs_another_
     engine.close()
 
 
-def test_the_process_ends_with_a_worker_that_is_killed(weights: Path, llama: Path) -> None:  # noqa: ARG001
+def test_the_process_ends_with_a_worker_that_is_killed(weights: Path, llama: Path) -> None:
     program = f"""
     import sys, time
     import torch
@@ -207,14 +215,14 @@ def test_the_process_ends_with_a_worker_that_is_killed(weights: Path, llama: Pat
 def test_what_fails_the_loading_keeps_its_class_and_its_sentence(weights: Path, llama: Path, name: str) -> None:
     (weights / "not.gguf").write_text("no model")
     there = settings_of(name, model=str(llama), options={"pages": 5, "CACHE_PAGES": 5})
-    errors, threads = [], threading.active_count()
+    errors, threads = [], keepers()
     for settings in (settings_of(name, model="not.gguf"), there):
         with pytest.raises((ValueError, OSError)) as raised:
             load_engine(weights, settings, CPU)
         errors.append(str(raised.value))
 
     assert "not.gguf" in errors[0]
-    until(lambda: threading.active_count() <= threads)
+    until(lambda: keepers() == threads)
 
 
 def test_a_model_of_such_an_engine_counts_before_it_starts(engine: EngineProcess) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torchserve_dag.runtime.models.language.engine import LanguageEngine, PromptReader
 from torchserve_dag.runtime.models.language.process.engine import EngineProcess
-from torchserve_dag.runtime.models.language.process.messages import Load
+from torchserve_dag.runtime.models.language.process.messages import EngineSpec
 from torchserve_dag.runtime.models.language.settings import EngineName, LanguageSettings
 from torchserve_dag.runtime.models.language.vllm import environment as vllm_environment
 
@@ -80,8 +80,8 @@ def load_engine(folder: Path, settings: LanguageSettings, placement: Placement) 
         return load_engine_here(folder, settings, placement)
     load_prompts: LoadPrompts = import_module(f"{__package__}.{entry.prompts}").load_prompts
     folder = folder.absolute()
-    load = Load(f"{__package__}.{entry.module}", folder, settings, placement if entry.on_torch else None)
-    return EngineProcess(load, lambda: load_prompts(folder, settings))
+    spec = EngineSpec(f"{__package__}.{entry.module}", folder, settings, placement if entry.on_torch else None)
+    return EngineProcess(spec, lambda: load_prompts(folder, settings))
 
 
 def load_engine_here(folder: Path, settings: LanguageSettings, placement: Placement) -> LanguageEngine:

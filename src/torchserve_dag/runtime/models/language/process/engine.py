@@ -25,13 +25,13 @@ from torchserve_dag.runtime.models.language.counted import CountedPrompts
 from torchserve_dag.runtime.models.language.engine_errors import EngineEndedError, EngineTimeoutError
 from torchserve_dag.runtime.models.language.process.message_socket import MessageSocket
 from torchserve_dag.runtime.models.language.process.messages import (
-    Cancel,
-    Failed,
-    Load,
-    Loaded,
-    NotLoaded,
+    AnswerFailed,
+    CancelAnswer,
+    EngineLoaded,
+    EngineNotLoaded,
+    EngineSpec,
     Progress,
-    Start,
+    StartAnswer,
 )
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,15 @@ CLIENT_CLOSED = 499
 class EngineProcess:
     """See LanguageEngine. It lives until `close`, one process after another."""
 
-    def __init__(self, load: Load, reader: Callable[[], interface.PromptReader], silent_s: float = SILENT_S) -> None:
-        """Start the process, and wait until the model is loaded; `reader` makes, meanwhile, what reads the prompts.
+    def __init__(
+        self, spec: EngineSpec, load_prompts: Callable[[], interface.PromptReader], silent_s: float = SILENT_S
+    ) -> None:
+        """Start the process, and wait until the model is loaded; meanwhile, `load_prompts` gives what reads prompts.
 
         Raises what the engine's `load` raises, and ValueError for a process that ends while it loads.
         """
-        self._load, self._silent_s = load, silent_s
-        self._name = f"{load.settings.engine} {load.settings.model}"
+        self._spec, self._silent_s = spec, silent_s
+        self._name = f"{spec.settings.engine} {spec.settings.model}"
         self._changed = threading.Condition()
         self._answers: dict[int, Reply[TextChunk]] = {}
         """Those in progress, by their numbers."""
@@ -66,7 +68,7 @@ class EngineProcess:
         self._process: Process | None = None
         self._messages: MessageSocket | None = None
         """To the process, once the model is loaded there."""
-        self._loaded: Loaded | None = None
+        self._loaded: EngineLoaded | None = None
         self._error: Exception | None = None
         """Why it has never been loaded."""
         self._now = EngineLoad()
@@ -81,7 +83,7 @@ class EngineProcess:
         self._thread = threading.Thread(target=self._keep, name=f"{self._name} process", daemon=True)
         self._thread.start()
         try:
-            self._prompts = CountedPrompts(reader())
+            self._prompts = CountedPrompts(load_prompts())
             loaded = self._wait()
         except BaseException:
             self.close()
@@ -108,7 +110,7 @@ class EngineProcess:
                 self._heard = time.monotonic()
             number = next(self._numbers)
             self._answers[number] = reply
-        self._send(messages, Start(number, request, prompt, most_tokens))
+        self._send(messages, StartAnswer(number, request, prompt, most_tokens))
         return lambda: self._cancel(number)
 
     def load_now(self) -> EngineLoad:
@@ -128,7 +130,7 @@ class EngineProcess:
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_S)
 
-    def _wait(self) -> Loaded:
+    def _wait(self) -> EngineLoaded:
         with self._changed:
             self._changed.wait_for(lambda: self._loaded or self._over)
         if self._loaded is None:
@@ -141,7 +143,7 @@ class EngineProcess:
         if reply is None:
             return
         if messages is not None:
-            self._send(messages, Cancel(number))
+            self._send(messages, CancelAnswer(number))
         reply.fail(InputError("The request was cancelled.", CLIENT_CLOSED))
 
     def _send(self, messages: MessageSocket, message: object) -> None:
@@ -183,7 +185,7 @@ class EngineProcess:
             process.interrupt()
         try:
             messages = MessageSocket(process.link)
-            messages.send(self._load)
+            messages.send(self._spec)
             self._follow(process, messages)
         finally:
             with self._changed:
@@ -213,11 +215,11 @@ class EngineProcess:
             match message:
                 case Progress():
                     self._take(message)
-                case Loaded():
+                case EngineLoaded():
                     with self._changed:
                         self._loaded, self._messages = message, messages
                         self._changed.notify_all()
-                case NotLoaded(error):
+                case EngineNotLoaded(error):
                     raise error
 
     def _take(self, progress: Progress) -> None:
@@ -231,7 +233,7 @@ class EngineProcess:
                 reply = self._answers.pop(number, None)
             if reply is None:
                 continue
-            if isinstance(event, Failed):
+            if isinstance(event, AnswerFailed):
                 reply.fail(event.exception())
             else:
                 self._served = True

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it imports torch, which not every engine needs
 # To the engine's process.
 
 
-class Load(NamedTuple):
+class EngineSpec(NamedTuple):
     """The first message: what to load."""
 
     module: str
@@ -29,7 +29,7 @@ class Load(NamedTuple):
     """None for an engine that computes on the CPU only: its process imports no torch."""
 
 
-class Start(NamedTuple):
+class StartAnswer(NamedTuple):
     """Start an answer."""
 
     answer: int
@@ -39,7 +39,7 @@ class Start(NamedTuple):
     most_tokens: int
 
 
-class Cancel(NamedTuple):
+class CancelAnswer(NamedTuple):
     """Nobody waits for an answer any more."""
 
     answer: int
@@ -48,7 +48,7 @@ class Cancel(NamedTuple):
 # To the worker.
 
 
-class Loaded(NamedTuple):
+class EngineLoaded(NamedTuple):
     """The engine is ready: see LanguageEngine."""
 
     supports: frozenset[str]
@@ -56,13 +56,13 @@ class Loaded(NamedTuple):
     context: int
 
 
-class NotLoaded(NamedTuple):
+class EngineNotLoaded(NamedTuple):
     """Why the engine cannot be loaded."""
 
     error: Exception
 
 
-class Failed(NamedTuple):
+class AnswerFailed(NamedTuple):
     """Why an answer ends: an InputError's parts, or an engine's fault, which has no status."""
 
     message: str
@@ -70,7 +70,7 @@ class Failed(NamedTuple):
     type: str = ""
 
     @classmethod
-    def of(cls, error: BaseException) -> Failed:
+    def of(cls, error: BaseException) -> AnswerFailed:
         if isinstance(error, InputError):
             return cls(error.message, error.status, error.type)
         return cls(f"{type(error).__name__}: {error}")
@@ -84,7 +84,7 @@ class Failed(NamedTuple):
         return error
 
 
-Event = TextChunk | Failed | None
+Event = TextChunk | AnswerFailed | None
 """What an answer gets: a chunk, why it ends, or that it has ended."""
 
 

@@ -25,14 +25,14 @@ from torchserve_dag.runtime.messages import InputError, TextChunk
 from torchserve_dag.runtime.models.language import engine as interface
 from torchserve_dag.runtime.models.language.process.message_socket import MessageSocket
 from torchserve_dag.runtime.models.language.process.messages import (
-    Cancel,
+    AnswerFailed,
+    CancelAnswer,
+    EngineLoaded,
+    EngineNotLoaded,
+    EngineSpec,
     Event,
-    Failed,
-    Load,
-    Loaded,
-    NotLoaded,
     Progress,
-    Start,
+    StartAnswer,
     carried,
 )
 
@@ -65,36 +65,35 @@ def main() -> None:
 
 def _serve(worker: socket.socket, messages: MessageSocket) -> None:
     try:
-        load = _first(worker, messages)
-        engine = _loaded(load)
+        engine = _loaded(_first(worker, messages))
     except EOFError:
         return
     except Exception as error:  # noqa: BLE001 (whatever a library raises, the worker says it)
-        messages.send(NotLoaded(carried(error)))
+        messages.send(EngineNotLoaded(carried(error)))
         while messages.unsent:
             select.select([], [worker], [])
             messages.push()
         return
     serving = EngineService(engine, messages)
-    messages.send(Loaded(engine.supports, engine.room, engine.context))
+    messages.send(EngineLoaded(engine.supports, engine.room, engine.context))
     serving.run(worker)
 
 
-def _first(worker: socket.socket, messages: MessageSocket) -> Load:
+def _first(worker: socket.socket, messages: MessageSocket) -> EngineSpec:
     """Raises EOFError."""
-    found: list[Load] = []
+    found: list[EngineSpec] = []
     while not found:
         select.select([worker], [], [])
         found = messages.receive()
     return found[0]
 
 
-def _loaded(load: Load) -> interface.StepEngine:
-    if load.placement is not None:
+def _loaded(spec: EngineSpec) -> interface.StepEngine:
+    if spec.placement is not None:
         from torchserve_dag.runtime.compute.cores import share_cores  # noqa: PLC0415
 
-        share_cores(load.placement.lanes)
-    engine: interface.StepEngine = import_module(load.module).load(load.folder, load.settings, load.placement)
+        share_cores(spec.placement.lanes)
+    engine: interface.StepEngine = import_module(spec.module).load(spec.folder, spec.settings, spec.placement)
     return engine
 
 
@@ -152,14 +151,14 @@ class EngineService:
         """Do what has come. Raises EOFError."""
         with self._reading:  # an answer is started before it is cancelled
             for message in self._messages.receive():
-                if isinstance(message, Start):
+                if isinstance(message, StartAnswer):
                     self._start(message)
-                elif isinstance(message, Cancel):
+                elif isinstance(message, CancelAnswer):
                     self._taken(message.answer)()
         if self._events:
             self._tell()
 
-    def _start(self, start: Start) -> None:
+    def _start(self, start: StartAnswer) -> None:
         reply = _Reply(start.answer, self.event)
         with self._changing:
             self._cancels[start.answer] = _nothing
@@ -193,7 +192,7 @@ class _Reply:
     def fail(self, error: BaseException) -> None:
         if isinstance(error, Exception) and not isinstance(error, InputError):
             logs.report(logger, error, "the engine raised")
-        self._on_event(self._answer, Failed.of(error))
+        self._on_event(self._answer, AnswerFailed.of(error))
 
 
 def _nothing() -> None:
