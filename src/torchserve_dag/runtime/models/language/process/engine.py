@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import select
 import socket
 import sys
 import threading
@@ -190,19 +189,13 @@ class EngineProcess:
         finally:
             with self._changed:
                 self._process = None
-            process.kill()
+            process.end()
 
     def _follow(self, process: Process, messages: MessageSocket) -> None:
         begun = time.monotonic()
         while not self._closed:
-            writing = [process.link] if messages.unsent else []
-            ready = select.select([process.link, self._woken], writing, [], LOOK_S)[0]
-            if self._woken in ready:
-                with contextlib.suppress(BlockingIOError):
-                    self._woken.recv(1 << 12)
-            messages.push()
-            if process.link in ready:
-                self._read(process, messages)
+            messages.wait(LOOK_S, self._woken)
+            self._read(process, messages)
             self._check_progress(process, begun)
 
     def _read(self, process: Process, messages: MessageSocket) -> None:
@@ -210,7 +203,8 @@ class EngineProcess:
             received = messages.receive()
         except EOFError:
             raise process.ended() from None
-        self._heard = time.monotonic()
+        if received:
+            self._heard = time.monotonic()
         for message in received:
             match message:
                 case Progress():

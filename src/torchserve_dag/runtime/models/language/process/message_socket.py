@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import select
 import socket
 import struct
 import threading
@@ -25,29 +27,37 @@ class MessageSocket:
 
     @property
     def unsent(self) -> int:
-        """Bytes that the other end has not had room for: call `push` once the socket is writable."""
+        """Bytes that the other end has not had room for; `wait` sends them on."""
         return len(self._unsent)
+
+    def wait(self, within_s: float | None, wake: socket.socket | None = None) -> None:
+        """Wait until something can be received, or there is room for what is unsent, or for `wake`, which is emptied."""
+        poll = select.poll()  # not select, which knows the first 1,024 descriptors only
+        poll.register(self._link, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        if wake is not None:
+            poll.register(wake, select.POLLIN)
+        ready = dict(poll.poll(None if within_s is None else 1000 * within_s))
+        if wake is not None and wake.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):
+                wake.recv(1 << 12)
+        self._push()
 
     def send(self, message: object) -> None:
         """Send a message, or as much of it as there is room for. If the other end is closed, `receive` says so."""
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         with self._sending:
             self._unsent += _HEAD.pack(len(data)) + data
-            self._push()
-
-    def push(self) -> None:
-        """Send more of what is unsent."""
-        with self._sending:
-            self._push()
+        self._push()
 
     def _push(self) -> None:
-        try:
-            while self._unsent:
-                del self._unsent[: self._link.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError:  # it is closed
-            self._unsent.clear()
+        with self._sending:
+            try:
+                while self._unsent:
+                    del self._unsent[: self._link.send(self._unsent)]
+            except BlockingIOError:
+                pass
+            except OSError:  # it is closed
+                self._unsent.clear()
 
     def receive(self) -> list[Any]:
         """The messages that have come, perhaps none. Raises EOFError where the other end is closed."""

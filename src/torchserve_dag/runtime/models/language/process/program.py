@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
 import socket
 import sys
 import threading
@@ -57,33 +56,32 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     messages = MessageSocket(worker)
     try:
-        _serve(worker, messages)
+        _serve(messages)
     finally:
         sys.stdout.flush()
         os._exit(0)  # not by the interpreter's end: a step may be under way, in C++
 
 
-def _serve(worker: socket.socket, messages: MessageSocket) -> None:
+def _serve(messages: MessageSocket) -> None:
     try:
-        engine = _loaded(_first(worker, messages))
+        engine = _loaded(_first(messages))
     except EOFError:
         return
     except Exception as error:  # noqa: BLE001 (whatever a library raises, the worker says it)
         messages.send(EngineNotLoaded(carried(error)))
         while messages.unsent:
-            select.select([], [worker], [])
-            messages.push()
+            messages.wait(None)
         return
     serving = EngineService(engine, messages)
     messages.send(EngineLoaded(engine.supports, engine.room, engine.context))
-    serving.run(worker)
+    serving.run()
 
 
-def _first(worker: socket.socket, messages: MessageSocket) -> EngineSpec:
+def _first(messages: MessageSocket) -> EngineSpec:
     """Raises EOFError."""
     found: list[EngineSpec] = []
     while not found:
-        select.select([worker], [], [])
+        messages.wait(None)
         found = messages.receive()
     return found[0]
 
@@ -109,19 +107,16 @@ class EngineService:
         self._telling, self._reading, self._changing = threading.Lock(), threading.Lock(), threading.Lock()
         engine.after_steps(self._after_step)
 
-    def run(self, worker: socket.socket) -> None:
+    def run(self) -> None:
         """Until the worker closes its socket."""
         beat = time.monotonic()
         while True:
             busy = self._cancels or self._told[0].running or self._told[0].waiting
-            writing = [worker] if self._messages.unsent else []
-            ready = select.select([worker], writing, [], BEAT_S if busy or writing else None)
-            self._messages.push()
-            if ready[0]:
-                try:
-                    self._read()
-                except EOFError:
-                    return
+            self._messages.wait(BEAT_S if busy else None)
+            try:
+                self._read()
+            except EOFError:
+                return
             if time.monotonic() - beat >= BEAT_S:
                 beat = time.monotonic()
                 self._tell(always=bool(self._cancels))
