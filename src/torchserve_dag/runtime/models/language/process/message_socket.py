@@ -31,7 +31,7 @@ class MessageSocket:
         return len(self._unsent)
 
     def wait(self, within_s: float | None, wake: socket.socket | None = None) -> None:
-        """Wait until something can be received, or there is room for what is unsent, or for `wake`, which is emptied."""
+        """Wait for something to receive, for room for what is unsent, or for `wake`, which is emptied."""
         poll = select.poll()  # not select, which knows the first 1,024 descriptors only
         poll.register(self._link, select.POLLIN | (select.POLLOUT if self._unsent else 0))
         if wake is not None:
