@@ -247,9 +247,9 @@ class Engine:
         with self._lock:
             inputs = [(request, node, *read_inputs(request, node)) for request, node in ready if not request.obsolete]
         started = []
-        for request, node, values, chunks in inputs:
+        for request, node, values, answers, chunks in inputs:
             try:
-                started.append((request, node, make_items(request, node, values, chunks), len(chunks)))
+                started.append((request, node, make_items(request, node, values, answers, chunks), len(chunks)))
             except InputError as error:
                 self._end_request(request, Failure(error.status, error.message, node=request.plan.prefix + node.name))
             except Exception as error:  # noqa: BLE001 (a user's object may raise anything)

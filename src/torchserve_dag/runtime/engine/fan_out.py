@@ -42,17 +42,17 @@ def fan_out(request: Request, node: Node, values: Mapping[str, Any]) -> tuple[Ga
 
 
 def follow(
-    request: Request, node: Node, values: Mapping[str, Any], gather: Gather, chunks: Sequence[tuple[int, Any]]
+    request: Request, node: Node, values: Mapping[str, Any], answers: list[Any], chunks: Sequence[tuple[int, Any]]
 ) -> list[Item]:
     """Items for new chunks (index, chunk) of the stream that a node follows; a skipped chunk is answered here."""
     items = []
     scope = dict(values)
     for index, chunk in chunks:
         if isinstance(chunk, Skipped):
-            gather.answers[index] = chunk
+            answers[index] = chunk
             continue
         scope[node.each[0].name] = chunk
-        item = _item_or_skipped(request, node, scope, gather.answers, index)
+        item = _item_or_skipped(request, node, scope, answers, index)
         if item is not None:
             items.append(item)
     return items

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 from torchserve_dag.runtime.engine.gather import PENDING
@@ -11,10 +11,20 @@ from torchserve_dag.runtime.engine.runner import WaitFor
 from torchserve_dag.runtime.messages import Skipped
 
 
-class Feed(AsyncIterator[Any]):
-    """A ChunkSource: the chunks of one node, of one request. Of a node that is skipped there are none.
+class Feed(AsyncIterable[Any]):
+    """The chunks of one node, of one request, for each attempt from the first on. Of a skipped node there are none."""
 
-    It reads without the engine's lock: answers are only ever added, in the places that wait for them.
+    def __init__(self, request: Request, node: str) -> None:
+        self._request, self._node = request, node
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return _Chunks(self._request, self._node)
+
+
+class _Chunks(AsyncIterator[Any]):
+    """A ChunkSource.
+
+    It reads without the engine's lock: answers are only ever added to a list, in the places that wait for them.
     """
 
     def __init__(self, request: Request, node: str) -> None:

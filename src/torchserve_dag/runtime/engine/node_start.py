@@ -11,7 +11,7 @@ from typing import Any
 
 from torchserve_dag.runtime.engine.fan_out import fan_out, follow
 from torchserve_dag.runtime.engine.gather import PENDING, Gather
-from torchserve_dag.runtime.engine.outcome import Changes, end_early, end_if_complete
+from torchserve_dag.runtime.engine.outcome import Changes, end_early, end_if_complete, wake_readers
 from torchserve_dag.runtime.engine.request import Item, Request
 from torchserve_dag.runtime.graph.graph import Node
 from torchserve_dag.runtime.messages import Skipped
@@ -20,10 +20,12 @@ Made = tuple[Gather | None, list[Item], Any]
 """A node's gather and items; for a skipped node None, no items, and the Skipped."""
 
 
-def read_inputs(request: Request, node: Node) -> tuple[Mapping[str, Any], list[tuple[int, Any]]]:
-    """The values that a ready node reads; for a node that follows a stream, also the new chunks with their indices."""
+def read_inputs(request: Request, node: Node) -> tuple[Mapping[str, Any], list[Any], list[tuple[int, Any]]]:
+    """The values that a ready node reads; for a node that follows a stream, also the list that its answers are written
+    into, and the new chunks with their indices in it.
+    """
     if not node.follows or request.obsolete:
-        return request.values, []
+        return request.values, [], []
     gather = request.gathers.setdefault(node.name, Gather([], open=True))
     _stream_to_client(request, node, gather)
     source = request.gathers.get(node.follows)
@@ -31,15 +33,17 @@ def read_inputs(request: Request, node: Node) -> tuple[Mapping[str, Any], list[t
     gather.consumed += len(chunks)
     gather.answers += [PENDING] * len(chunks)
     gather.pending += len(chunks)
-    return request.values, chunks
+    return request.values, gather.answers, chunks
 
 
-def make_items(request: Request, node: Node, values: Mapping[str, Any], chunks: list[tuple[int, Any]]) -> Made:
+def make_items(
+    request: Request, node: Node, values: Mapping[str, Any], answers: list[Any], chunks: list[tuple[int, Any]]
+) -> Made:
     """Raises InputError for too many elements, and whatever an expression raises."""
     if not node.follows:
         return fan_out(request, node, values)
     gather = request.gathers.get(node.name)
-    return (gather, follow(request, node, values, gather, chunks), None) if gather else (None, [], None)
+    return (gather, follow(request, node, values, answers, chunks), None) if gather else (None, [], None)
 
 
 def start_node(request: Request, node: Node, made: Made, chunks: int, changes: Changes) -> None:
@@ -56,6 +60,9 @@ def start_node(request: Request, node: Node, made: Made, chunks: int, changes: C
         source = request.gathers.get(node.follows)
         gather.pending -= chunks - len(items)
         counts.skipped += chunks - len(items)
+        if len(items) < chunks:  # the skipped ones are answers, which others take
+            changes.streamed.append((request, node))
+            wake_readers(request, node.name, changes)
         value = request.values.get(node.follows)
         if isinstance(value, Skipped) and not gather.ended:
             # `gather` stays open, so that recording this result skips the node's own followers in turn.

@@ -47,6 +47,9 @@ class Changes:
     """Streaming nodes with new chunks, or at their end."""
     cancels: list[Cancel] = field(default_factory=list)
     """What ends items that run elsewhere."""
+    dropped: list[Any] = field(default_factory=list)
+    """What nobody needs any more, kept until the lock is released: its end may run the `finally` of a user's
+    generator."""
 
     def take_ended(self) -> list[tuple[Request, str, Any]]:
         ended, self.ended = self.ended, []
@@ -87,7 +90,7 @@ def record_answer(item: Item, answer: Any, changes: Changes, then: Consequence |
         _answered(item, answer, changes)
         _stop(item.request, then.stops, changes)
     if item.node.streams:
-        _wake_readers(item.request, item.node.name, changes)
+        wake_readers(item.request, item.node.name, changes)
 
 
 def record_result(request: Request, name: str, value: Any, changes: Changes) -> list[str]:
@@ -95,7 +98,7 @@ def record_result(request: Request, name: str, value: Any, changes: Changes) -> 
     if request.obsolete:
         return []
     request.values[name] = value
-    _wake_readers(request, name, changes)
+    wake_readers(request, name, changes)
     ready = []
     for after in request.plan.after.get(name, ()):
         request.waits[after] -= 1
@@ -111,12 +114,14 @@ def end_early(request: Request, node: Node, gather: Gather, changes: Changes) ->
         return
     if node.streams:
         present = next((i for i, answer in enumerate(gather.answers) if answer is PENDING), len(gather.answers))
-        del gather.answers[present:]
+        changes.dropped.append(gather.answers)  # what still runs may write into it
+        gather.answers = gather.answers[:present]
         changes.streamed.append((request, node))
     else:
         _skip_pending(gather.answers, Skipped(node.name))
     running = [item for item in request.elsewhere if item.node is node]
     changes.cancels += [request.elsewhere.pop(item) for item in running]
+    changes.dropped.append(request.waiting.pop(node.name, None))
     gather.pending, gather.open = 0, False
     end_if_complete(request, node, gather, changes)
 
@@ -154,7 +159,7 @@ def _wait(item: Item, waits: Waits, changes: Changes) -> None:
     _wake(item.request, item.node.name, changes)
 
 
-def _wake_readers(request: Request, name: str, changes: Changes) -> None:
+def wake_readers(request: Request, name: str, changes: Changes) -> None:
     for reader in request.plan.readers.get(name, ()):
         _wake(request, reader, changes)
 
@@ -199,8 +204,8 @@ def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
     Where the client takes the chunks one by one, the item waits instead until there is room for the next.
     """
     item.answers.append(chunk.value)
-    unbounded = item.code.kind.continuous or item.code.feeds  # an engine, or the sources, have limits of their own
-    if len(item.answers) > MAX_ELEMENTS and not unbounded:
+    unbounded = item.code.kind.continuous  # an engine has limits of its own
+    if len(item.answers) > MAX_ELEMENTS and not unbounded and len(item.answers) > MAX_ELEMENTS + _taken(item):
         error = too_many(item.node.name, len(item.answers))
         _fail(item, Failure(error.status, error.message), changes)
         return
@@ -214,8 +219,15 @@ def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
         changes.queued.append(item)
 
 
+def _taken(item: Item) -> int:
+    """How many chunks the sources of a function over chunks have given."""
+    gathers = item.request.gathers
+    return sum(len(gathers[name].answers) for name in item.code.feeds.values() if name in gathers)
+
+
 def _failed(item: Item, failure: Failure, changes: Changes, then: Consequence) -> None:
     """Apply the node's policy: retry, skip, default, fallback, or fail the request."""
+    changes.dropped.append(item.request.waiting.pop(item.node.name, None))
     policy = item.node.policy
     begun = item.node.code.yields and bool(item.answers)  # chunks may be with the client already
     pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**item.failed_attempts)

@@ -12,7 +12,7 @@ from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.engine.counts import Written
 from torchserve_dag.runtime.engine.gather import PENDING, Gather
 from torchserve_dag.runtime.engine.plan import Plan
-from torchserve_dag.runtime.engine.runner import Cancel, ChunkSource, Release
+from torchserve_dag.runtime.engine.runner import Cancel, ChunkSource, Release, Stream
 from torchserve_dag.runtime.engine.span import Attribute, Span
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.engine.streaming import AnswerStream
@@ -133,7 +133,8 @@ class Item(_WeaklyReferenceable):
 
     def retry(self) -> Item:
         """The item for the next attempt; a late answer to this item is dropped."""
-        return self._next(self.code, self.value, self.step, self.round, self.failed_attempts + 1)
+        value = self.value.inputs if isinstance(self.value, Stream) else self.value
+        return self._next(self.code, value, self.step, self.round, self.failed_attempts + 1)
 
     def fall_back(self) -> Item:
         """The item that runs the next fallback instead of this one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, Protocol
@@ -59,6 +59,8 @@ class Stream:
     """The value of a streaming node's item, once its first chunk is there."""
 
     chunks: Iterator[Any]
+    inputs: Any = None
+    """What another attempt begins with, where this one may fail before its first chunk."""
 
 
 class ChunkSource(Protocol):
@@ -132,13 +134,23 @@ def stream_runner(name: str, begin: Callable[[Any], Iterator[Any]], as_declared:
     return run
 
 
-def feed_runner(name: str, begin: Callable[[Any], AsyncIterator[Any]], as_declared: As | None = None) -> Runner:
+def feed_runner(
+    name: str,
+    begin: Callable[[Any], AsyncIterator[Any]],
+    as_declared: As | None = None,
+    *,
+    feeds: Collection[str],
+) -> Runner:
     """A runner for an async generator function over other nodes' chunks: each call goes on to its next chunk, or to
-    where it waits for one of theirs.
+    where it waits for one of theirs. `feeds`: its parameters that take chunks.
     """
 
+    def begin_stream(inputs: Mapping[str, Any]) -> Stream:
+        taken = {parameter: aiter(inputs[parameter]) for parameter in feeds}
+        return Stream(_Steps(begin({**inputs, **taken}), name), inputs)
+
     def step(item: Any) -> Any:
-        stream = item if isinstance(item, Stream) else Stream(_Steps(begin(item), name))
+        stream = item if isinstance(item, Stream) else begin_stream(item)
         chunk = next(stream.chunks, END)
         if chunk is END:
             return END

@@ -129,8 +129,11 @@ class Node:
 
     @functools.cached_property
     def feeds(self) -> frozenset[str]:
-        """The nodes whose chunks a function of this node takes as they come."""
-        return frozenset(name for code in self.codes for name in code.feeds.values())
+        """The nodes whose chunks a function of this node takes as they come, and that nothing here reads whole."""
+        whole = [value for code in self.codes for p, value in code.takes.items() if p not in code.feeds]
+        whole += [when for when in (self.when, *(branch.when for branch in self.branches)) if when]
+        fed = {name for code in self.codes for name in code.feeds.values()}
+        return frozenset(fed.difference(*(value.names for value in whole)))
 
     @functools.cached_property
     def waits_for(self) -> frozenset[str]:

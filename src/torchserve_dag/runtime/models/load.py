@@ -112,7 +112,8 @@ class Loader:
                 runner = stream_runner(name, handler.stream) if code.yields else handler
                 return Loaded(runner, device=str(handler.placement.device), hangs=lambda: handler.hangs, close=close)
             case FunctionCode(function):
-                make = feed_runner if code.feeds else stream_runner if code.yields else function_runner
+                over_chunks = partial(feed_runner, feeds=frozenset(code.feeds))
+                make = over_chunks if code.feeds else stream_runner if code.yields else function_runner
                 check = as_declared(code.gives, name, also=(Failure,))
                 return Loaded(make(function.__name__, partial(_by_name, function), check))
             case ArchiveCode() | RowsFunctionCode():
