@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from tests.unit.test_chunks_stops_rounds import problem, texts, workflow
-from torchserve_dag import Failure, Workflow
+from torchserve_dag import Failure, Text, Workflow
 from torchserve_dag.runtime.engine.circuit import Breaker
 from torchserve_dag.runtime.graph.graph import Circuit
 
 MORE = '''
+
+import time
 
 calls = {"first": 0, "second": 0}
 broken = {"first", "second"}
@@ -41,6 +43,20 @@ def answered(name: str, text: Text) -> Text:
 
 def yielded(text: Text) -> Iterator[Text]:
     yield first(text)
+
+
+def breaks_off(text: Text) -> Iterator[Text]:
+    calls["first"] += 1
+    yield text
+    raise AwayError("It broke off.", 503)
+
+
+def late(text: Text) -> Text:
+    """Answers once its attempt has been given up; but "quick" at once."""
+    calls["first"] += 1
+    if text.text != "quick":
+        time.sleep(0.4)
+    return text
 
 
 def canned(text: Text) -> Text:
@@ -154,6 +170,52 @@ def test_a_time_out_counts(load) -> None:
     assert flow([b"a"])[0].text == "Sorry."
     assert time.monotonic() - began < 5
     module["go"].set()
+
+
+def test_an_answer_that_comes_too_late_closes_no_circuit(load) -> None:
+    nodes = "ask: {function: late, timeout_s: 0.1, circuit: {failures: 2, open_s: 30}}"
+    flow, module = load(nodes)
+
+    failed = []
+    for _ in range(3):
+        failed += flow([b"a"])
+        time.sleep(0.6)  # its late answer comes
+
+    assert [one.type for one in failed] == ["Timeout", "Timeout", "CircuitOpen"]
+    assert module["calls"]["first"] == 2
+    assert flow.counts()["ask"].failures == 3
+
+
+def test_a_stream_that_breaks_off_again_and_again_opens_the_circuit(load) -> None:
+    flow, module = load("ask: {function: breaks_off, circuit: {failures: 2, open_s: 30}}")
+
+    failed = [flow([b"a"])[0] for _ in range(3)]
+
+    assert [one.type for one in failed] == ["InputError"] * 2 + ["CircuitOpen"]
+    assert module["calls"]["first"] == 2
+
+
+def test_each_attempt_counts(load) -> None:
+    """A retry finds the circuit that the attempts before it have opened."""
+    flow, module = load("ask: {function: first, retry: 5, circuit: {failures: 3, open_s: 30}}")
+
+    failed = flow([b"a"])[0]
+
+    assert failed.type == "CircuitOpen"
+    assert module["calls"]["first"] == 3
+
+
+def test_after_an_attempt_that_nobody_waited_for_another_decides(load) -> None:
+    """The one item that is tried is cancelled: the circuit does not stay open for ever."""
+    flow, module = load("ask: {function: late, timeout_s: 0.1, circuit: {failures: 1, open_s: 0.3}}")
+    flow([b"a"])
+    time.sleep(0.4)
+    tried = flow.submit(Text("a"))
+    tried.cancel()
+    time.sleep(0.7)
+
+    assert flow([b"quick"])[0].text == "quick"
+    assert flow([b"quick"])[0].text == "quick"
 
 
 def test_a_circuit_closes_with_one_success() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
+from torchserve_dag.runtime.engine.runner import Chunk, Waits
 from torchserve_dag.runtime.graph.graph import Circuit
 from torchserve_dag.runtime.messages import Failure
 
@@ -29,11 +31,17 @@ class Breaker:
         self._open_until = now + self._circuit.open_s
         return True
 
-    def record(self, failure: Failure | None, now: float) -> None:
-        """An attempt has ended. What the sender has to mend says nothing about the code."""
-        if failure is not None and failure.type == OPEN:
+    def record(self, answer: Any, now: float) -> None:
+        """An attempt has an answer, or a Failure. A stream counts at its end: many break off after their first chunk."""
+        if isinstance(answer, Chunk | Waits):
             return
-        if failure is None or not _is_its_own(failure):
+        if not isinstance(answer, Failure):
+            self._failures = 0
+        elif answer.type != OPEN:
+            self._record_failure(answer, now)
+
+    def _record_failure(self, failure: Failure, now: float) -> None:
+        if not _is_its_own(failure):  # the code has looked at what was sent
             self._failures = 0
             return
         self._failures += 1

@@ -39,6 +39,8 @@ def decide(item: Item, answer: Any) -> Consequence | Failure:
 
     Called without the engine's lock: the properties of users' messages are users' code.
     """
+    if item.obsolete:
+        return NOTHING
     policy = item.node.policy
     if isinstance(answer, Failure) and policy.on_error == "default":
         answer = policy.default

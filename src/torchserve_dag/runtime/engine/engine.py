@@ -154,7 +154,7 @@ class Engine:
             start=start,
             one_at_a_time=code.kind.one_at_a_time,
             own_engine=own,
-            circuit=code.attempts.circuit,
+            attempts=code.attempts,
             dropped=self._dropped,
         )
         self._stations[name] = station
@@ -283,19 +283,26 @@ class Engine:
     def _by_station(
         self, items: Sequence[Item], now: float
     ) -> tuple[dict[Station[Item], list[Item]], list[tuple[Item, Failure]]]:
-        """Items to queue, with their time limits; and those that are not tried. Under the lock."""
+        """Items to queue, and those that are not tried. Under the lock."""
         queued: dict[Station[Item], list[Item]] = {}
         refused: list[tuple[Item, Failure]] = []
         for item in items:
-            station, goes_on = item.station, isinstance(item.value, Stream)
-            if station.breaker and not goes_on and not station.breaker.admits(now):
-                refused.append((item, station.breaker.refusal(station.name, now)))
-                continue
-            queued.setdefault(station, []).append(item)
-            limit = item.code.attempts.timeout_s
-            if limit and not goes_on:  # the limit holds for all chunks together
-                self._timers.schedule(item.since + limit, item, partial(self._time_out, limit))
+            station = item.station
+            if station.limits and (failure := self._limit(item, station, now)):
+                refused.append((item, failure))
+            else:
+                queued.setdefault(station, []).append(item)
         return queued, refused
+
+    def _limit(self, item: Item, station: Station[Item], now: float) -> Failure | None:
+        """Set the time limit of an attempt; or the Failure of one that is not made. Under the lock."""
+        if isinstance(item.value, Stream) or item.obsolete:  # the limit holds for all chunks together
+            return None
+        if station.breaker and not station.breaker.admits(now):
+            return station.breaker.refusal(station.name, now)
+        if limit := item.code.attempts.timeout_s:
+            self._timers.schedule(item.since + limit, item, partial(self._time_out, limit))
+        return None
 
     def _queue(self, item: Item) -> None:
         self._enqueue(Changes(queued=[item]))
@@ -352,15 +359,19 @@ class Engine:
         with self._lock:
             station.record_run(len(items), now - began)
             failures = sum(isinstance(answer, Failure) for answer in answers)
+            if failures:
+                failures = sum(
+                    isinstance(answer, Failure) and not item.ended for item, answer in zip(items, answers, strict=True)
+                )
             station.counts.record_batch((began - item.since for item in items), now - began, failures)
             for item, answer, then in zip(items, answers, consequences, strict=True):
                 if item.written and answer is END:
                     station.counts.record_end(item)
                 if self._observer and not isinstance(answer, Waits):
                     add_span(item, answer, began, now, len(items))
-                if station.breaker and not isinstance(answer, Waits):
-                    station.breaker.record(answer if isinstance(answer, Failure) else None, now)
                 if not item.obsolete:
+                    if station.breaker:
+                        station.breaker.record(answer, now)
                     record_answer(item, answer, changes, then)
             for item, held in zip(items, pixels, strict=bool(pixels)):
                 if not item.request.obsolete:

@@ -126,17 +126,19 @@ def _make_item(
             value = _input_of(branch.code, request, scope)
             if isinstance(value, Skipped):
                 return value
-            fallback_values = [_input_of(code, request, scope) for code in node.policy.fallbacks]
+            fallbacks = node.policy.fallbacks
+            fallback_values = [_input_of(code, request, scope) for code in fallbacks] if fallbacks else ()
             return Item(request, node, branch.code, value, answers, index, fallback_values)
     return Skipped(node.name)
 
 
 def _input_of(code: Code, request: Request, scope: Mapping[str, Any]) -> Any:
     """The input of a code for one item, or Skipped."""
-    inputs = {
-        parameter: Feed(request, code.feeds[parameter]) if parameter in code.feeds else expression.evaluate(scope)
-        for parameter, expression in code.takes.items()
-    }
+    feeds = code.feeds
+    if feeds:
+        inputs = {p: Feed(request, feeds[p]) if p in feeds else e.evaluate(scope) for p, e in code.takes.items()}
+    else:
+        inputs = {p: e.evaluate(scope) for p, e in code.takes.items()}
     for parameter, value in inputs.items():
         if isinstance(value, Skipped) and parameter not in code.sees_skipped:
             return value

@@ -65,31 +65,25 @@ class Changes:
 
 def record_answer(item: Item, answer: Any, changes: Changes, then: Consequence | Failure = NOTHING) -> None:
     """Record an item's answer, its next chunk, or its Failure, and what it decides."""
-    if isinstance(then, Failure):
-        _fail(item, then, changes)
-        return
-    if isinstance(answer, Waits):
-        _wait(item, answer, changes)
-        return
-    if item.node.streams:
+    streams = item.node.streams
+    if streams:
+        if isinstance(answer, Waits):
+            _wait(item, answer, changes)
+            return
         changes.streamed.append((item.request, item.node))
         if item.request.idle_s:
             item.request.deadline = max(item.request.deadline, time.monotonic() + item.request.idle_s)
     if item.code.kind.is_model:
         _count_usage(item, answer.value if isinstance(answer, Chunk) else answer)
-    if isinstance(answer, Failure):
+    if then is not NOTHING and _decided(item, answer, changes, then):
+        pass
+    elif isinstance(answer, Failure):
         _failed(item, answer, changes, then)
     elif isinstance(answer, Chunk):
         _add_chunk(item, answer, changes)
-        _stop(item.request, then.stops, changes)
-    elif then.again:
-        item.settled = True
-        changes.queued.append(item.again(answer))
-        _stop(item.request, then.stops, changes)
     else:
         _answered(item, answer, changes)
-        _stop(item.request, then.stops, changes)
-    if item.node.streams:
+    if streams:
         wake_readers(item.request, item.node.name, changes)
 
 
@@ -98,7 +92,8 @@ def record_result(request: Request, name: str, value: Any, changes: Changes) -> 
     if request.obsolete:
         return []
     request.values[name] = value
-    wake_readers(request, name, changes)
+    if request.plan.readers:
+        wake_readers(request, name, changes)
     ready = []
     for after in request.plan.after.get(name, ()):
         request.waits[after] -= 1
@@ -139,6 +134,20 @@ def _skip_pending(answers: list[Any], skipped: Skipped) -> None:
             answers[i] = skipped
         elif isinstance(answer, list):
             _skip_pending(answer, skipped)
+
+
+def _decided(item: Item, answer: Any, changes: Changes, then: Consequence | Failure) -> bool:
+    """Carry out what an answer decides. Returns whether nothing else follows from it."""
+    if isinstance(then, Failure):
+        _fail(item, then, changes)
+        return True
+    if isinstance(answer, Failure):  # its default decides, once its attempts are over
+        return False
+    _stop(item.request, then.stops, changes)
+    if then.again:
+        item.settled = True
+        changes.queued.append(item.again(answer))
+    return then.again
 
 
 def _stop(request: Request, names: Iterable[str], changes: Changes) -> None:
@@ -225,7 +234,7 @@ def _taken(item: Item) -> int:
     return sum(len(gathers[name].answers) for name in item.code.feeds.values() if name in gathers)
 
 
-def _failed(item: Item, failure: Failure, changes: Changes, then: Consequence) -> None:
+def _failed(item: Item, failure: Failure, changes: Changes, then: Consequence | Failure) -> None:
     """Apply the node's policy: retry, skip, default, fallback, or fail the request."""
     changes.dropped.append(item.request.waiting.pop(item.node.name, None))
     policy = item.node.policy
@@ -243,7 +252,8 @@ def _failed(item: Item, failure: Failure, changes: Changes, then: Consequence) -
         _answered(item, Skipped(item.node.name), changes)
     elif policy.on_error == "default":
         _answered(item, policy.default, changes)
-        _stop(item.request, then.stops, changes)
+        if isinstance(then, Consequence):
+            _stop(item.request, then.stops, changes)
     elif item.step == len(policy.fallbacks):
         _fail(item, failure, changes)
     elif isinstance(item.fallback_values[item.step], Skipped):

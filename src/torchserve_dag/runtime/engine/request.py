@@ -161,6 +161,14 @@ class Item(_WeaklyReferenceable):
         )
 
     @property
+    def ended(self) -> bool:
+        """Whether this attempt has its last answer, or has been given up, or its node has been ended early."""
+        return self.settled or self.node.name in self.request.stopped
+
+    @property
     def obsolete(self) -> bool:
         """Whether nobody waits for an answer any more: the item is settled, its node ended, or its request obsolete."""
-        return self.settled or self.node.name in self.request.stopped or self.request.obsolete
+        request = self.request
+        if self.settled or request.answered or (request.stopped and self.node.name in request.stopped):
+            return True
+        return request.parent is not None and request.parent.obsolete

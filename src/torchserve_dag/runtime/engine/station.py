@@ -11,7 +11,7 @@ from torchserve_dag.runtime.engine.circuit import Breaker
 from torchserve_dag.runtime.engine.counts import OPERATIONS, LanguageCounts, NodeCounts
 from torchserve_dag.runtime.engine.queue import FairQueue, ItemT
 from torchserve_dag.runtime.engine.runner import OwnEngine, Runner
-from torchserve_dag.runtime.graph.graph import Circuit
+from torchserve_dag.runtime.graph.graph import Attempts
 
 CPU, ELSEWHERE = "cpu", "elsewhere"
 
@@ -51,7 +51,7 @@ class Station(Generic[ItemT]):
         start: Callable[[Sequence[ItemT]], None] | None = None,
         one_at_a_time: bool = False,
         own_engine: OwnEngine | None = None,
-        circuit: Circuit | None = None,
+        attempts: Attempts = Attempts(),
         dropped: list[ItemT],
     ) -> None:
         """A station has a `runner`, which lanes call with batches, or `start`, which starts an item elsewhere.
@@ -83,7 +83,9 @@ class Station(Generic[ItemT]):
         self._bulk: FairQueue[ItemT] = FairQueue(dropped, by_token=by_token)
         self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": self._interactive, "bulk": self._bulk}
         self.own_engine = own_engine
-        self.breaker = Breaker(circuit) if circuit else None
+        self.breaker = Breaker(attempts.circuit) if attempts.circuit else None
+        self.limits = attempts.timeout_s is not None or self.breaker is not None
+        """Whether an attempt has a time limit, or may not be made."""
         self._share = max(1, batch - max(1, batch // OF_OTHERS))
         self._of_token: Counter[str] = Counter()
         """Of an own engine's items in flight: how many belong to each token."""
