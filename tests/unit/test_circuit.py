@@ -207,7 +207,7 @@ def test_each_attempt_counts(load) -> None:
 
 def test_after_an_attempt_that_nobody_waited_for_another_decides(load) -> None:
     """The one item that is tried is cancelled: the circuit does not stay open for ever."""
-    flow, module = load("ask: {function: late, timeout_s: 0.1, circuit: {failures: 1, open_s: 0.3}}")
+    flow, _ = load("ask: {function: late, timeout_s: 0.1, circuit: {failures: 1, open_s: 0.3}}")
     flow([b"a"])
     time.sleep(0.4)
     tried = flow.submit(Text("a"))

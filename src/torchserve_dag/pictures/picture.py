@@ -16,6 +16,7 @@ from torchserve_dag.runtime.messages import Skipped
 
 ANSWER = ""
 """The name of the shape that stands for the answer; no node can have it."""
+AS_IT_COMES = "as it comes"
 _LONGEST_DEFAULT = 60
 _DRAWN_FIRST: tuple[DrawnAs, ...] = (
     "workflow",
@@ -208,7 +209,7 @@ def _arrow(need: str, node: Node) -> Arrow:
             element = _element(level.list.type)
             says.append(("each " if level.name == "item" else f"each {level.name} in ") + level.list.text)
     if need in node.needs - node.waits_for:
-        says.append("as it comes")
+        says.append(AS_IT_COMES)
     taken = [
         _element(value.type) if code.feeds.get(parameter) == need else value.type
         for code in node.codes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torchserve_dag.pictures.picture import ANSWER, Arrow, LiveRates, Picture, Shape, picture
+from torchserve_dag.pictures.picture import ANSWER, AS_IT_COMES, Arrow, LiveRates, Picture, Shape, picture
 from torchserve_dag.runtime.graph.graph import REQUEST, Graph
 
 
@@ -38,6 +38,8 @@ def _below(shape: Shape, arrows: Iterable[Arrow]) -> Iterable[str]:
         if arrow.end == shape.name:
             how = ", ".join(arrow.says) or ("after" if arrow.kind == "when" else "reads")
             source = "" if arrow.kind == "each" else f" {arrow.start or ANSWER}"
+            if arrow.says == (AS_IT_COMES,):  # by a function that takes the chunks itself
+                how, source = f"reads {arrow.start}", f" {AS_IT_COMES}"
             types = f": {', '.join(arrow.types)}" if arrow.types else ""
             yield f"{how}{source}{types}"
     for inner in shape.inner:

@@ -32,7 +32,7 @@ class Breaker:
         return True
 
     def record(self, answer: Any, now: float) -> None:
-        """An attempt has an answer, or a Failure. A stream counts at its end: many break off after their first chunk."""
+        """An attempt has an answer, or a Failure. A stream counts at its end: many break off after a chunk."""
         if isinstance(answer, Chunk | Waits):
             return
         if not isinstance(answer, Failure):

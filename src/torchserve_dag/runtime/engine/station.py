@@ -51,7 +51,7 @@ class Station(Generic[ItemT]):
         start: Callable[[Sequence[ItemT]], None] | None = None,
         one_at_a_time: bool = False,
         own_engine: OwnEngine | None = None,
-        attempts: Attempts = Attempts(),
+        attempts: Attempts | None = None,
         dropped: list[ItemT],
     ) -> None:
         """A station has a `runner`, which lanes call with batches, or `start`, which starts an item elsewhere.
@@ -83,8 +83,8 @@ class Station(Generic[ItemT]):
         self._bulk: FairQueue[ItemT] = FairQueue(dropped, by_token=by_token)
         self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": self._interactive, "bulk": self._bulk}
         self.own_engine = own_engine
-        self.breaker = Breaker(attempts.circuit) if attempts.circuit else None
-        self.limits = attempts.timeout_s is not None or self.breaker is not None
+        self.breaker = Breaker(attempts.circuit) if attempts and attempts.circuit else None
+        self.limits = bool(self.breaker or (attempts and attempts.timeout_s))
         """Whether an attempt has a time limit, or may not be made."""
         self._share = max(1, batch - max(1, batch // OF_OTHERS))
         self._of_token: Counter[str] = Counter()
