@@ -10,7 +10,7 @@ import inspect
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -181,6 +181,8 @@ class Op:
     """By the digit of the answer."""
     slow: bool = False
     yields: bool = False
+    feeds: frozenset[str] = frozenset()
+    """The parameters whose chunks it takes as they come. It yields, then."""
 
     def __str__(self) -> str:
         """For a test report."""
@@ -231,6 +233,30 @@ class Op:
                 time.sleep(n * SLOW_S)
             yield chunk
 
+    async def over(self, values: Mapping[str, Any]) -> AsyncIterator[Any]:
+        """Makes a chunk of each of the first source and one of each other source, and holds some of them back. Its last
+        chunk is made of what the other sources have left.
+        """
+        first, *others = sorted(self.feeds)
+        whole = {name: value for name, value in values.items() if name not in self.feeds}
+        async for one in values[first]:
+            taken = {first: one} | {name: await anext(values[name], None) for name in others}
+            n, name = self._made_of({**whole, **taken})
+            if n % 3:
+                yield make(self.gives, n, name)
+        left: dict[str, Any] = {first: []}
+        for other in others:
+            left[other] = [chunk async for chunk in values[other]]
+        yield make(self.gives, *self._made_of({**whole, **left}))
+
+    def _made_of(self, values: Mapping[str, Any]) -> tuple[int, str]:
+        n, name = self.digit_and_id(values)
+        with journal().call_in_flight():
+            self.begin(n, name)
+        if fate := self.fate(n, name):
+            fail(fate, self.name, name)
+        return n, name
+
     def function(self) -> Callable[..., Any]:
         """The Python function of a project. `tag` names the request where the other inputs do not."""
 
@@ -240,8 +266,12 @@ class Op:
         def in_chunks(**values: Any) -> Iterator[Any]:
             yield from self.chunks(values)
 
-        made: Callable[..., Any] = in_chunks if self.yields else whole
-        kinds = {name: kind.annotation for name, kind in self.takes.items()} | {"tag": str | None}
+        async def over_chunks(**values: Any) -> AsyncIterator[Any]:
+            async for chunk in self.over(values):
+                yield chunk
+
+        made: Callable[..., Any] = over_chunks if self.feeds else in_chunks if self.yields else whole
+        kinds = {name: self._annotation(name) for name in self.takes} | {"tag": str | None}
         parameters = [
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None if name == "tag" else inspect.Parameter.empty
@@ -250,9 +280,17 @@ class Op:
         ]
         answer = self.gives.annotation
         made.__name__ = self.name
-        made.__annotations__ = kinds | {"return": Iterator[answer] if self.yields else answer}  # type: ignore[valid-type]
+        chunks: Any = AsyncIterator[answer] if self.feeds else Iterator[answer]  # type: ignore[valid-type]
+        made.__annotations__ = kinds | {"return": chunks if self.yields else answer}
         made.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return made
+
+    def _annotation(self, parameter: str) -> Any:
+        kind = self.takes[parameter]
+        if parameter not in self.feeds:
+            return kind.annotation
+        assert kind.of is not None
+        return AsyncIterator[kind.of.annotation]  # type: ignore[name-defined]
 
 
 def fail(fate: Fate, op: str, name: str) -> None:

@@ -7,7 +7,7 @@ engine may meet first, and all calls that the engine may have made by then.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,23 +99,35 @@ class _Request:
     def run(self, message: Any, outputs: Sequence[str] = ()) -> tuple[Any, list[Fail], Mapping[str, Any]]:
         asked: Mapping[str, Expression] = {name: Path(name, (), self.flow.request) for name in outputs}
         asked = asked or self.flow.outputs
-        wanted = self.flow.needed([root for value in asked.values() for root in value.roots])
+        roots = [root for value in asked.values() for root in value.roots]
+        wanted, read = self.flow.needed(roots), self.flow.needed(roots, stoppers=False)
         values: dict[str, Any] = {"parameters": self.parameters, "request": message}
         for name, step in self.flow.steps.items():
-            if name in wanted:
+            if name in read:
                 values[name] = self.step(step, values)
+            elif name in wanted:
+                values[name] = self.unread(step, values)
         if self.failures:
             return None, self.failures, values
         answers = {name: evaluate(value, values) for name, value in asked.items()}
         return answers.get("", answers), [], values
 
+    def unread(self, step: Step, values: Mapping[str, Any]) -> Any:
+        """A step that may end others, and whose result nobody waits for: the request may end before it does."""
+        before, failures = Counter(self.book.journal.calls), len(self.failures)
+        result = self.step(step, values)
+        self.book.loose |= set(self.book.journal.calls - before)
+        self.book.unknown |= len(self.failures) > failures
+        return result
+
     def step(self, step: Step, values: Mapping[str, Any]) -> Any:
         broken = {root for root in step.roots if isinstance(values[root], Broken)}
         if broken:
-            if broken != {step.could_follow}:
+            if broken == {step.could_follow}:
+                (source,) = broken  # the items are made of the chunks before the failure
+                values = {**values, source: list(values[source].chunks)}
+            elif not broken <= step.fed:
                 return Broken()
-            (source,) = broken  # the items are made of the chunks before the failure
-            values = {**values, source: list(values[source].chunks)}
         result = self.loops(step, list(step.levels), values, ()) if step.levels else self.item(step, values, ())
         if not _is_broken(result) and not broken:
             return result
@@ -149,18 +161,32 @@ class _Request:
         taken = self.taken(step, run, here)
         if isinstance(taken, Skipped):
             return taken
-        fails: list[Fail] = []
-        for left in range(step.retry, -1, -1):
+        answer: Any = None
+        for turn in range(step.repeat.most if step.repeat else 1):
+            fails, answer = self.attempts(step, run, taken, (*place, turn), step.retry)
+            if fails:
+                return self.otherwise(step, here, place, fails, answer)
+            said = {step.name: answer, "parameters": self.parameters}
+            if not step.repeat or isinstance(answer, Skipped) or evaluate(step.repeat.until, said):
+                break
+            taken = dict.fromkeys(taken, answer)
+        return answer
+
+    def attempts(
+        self, step: Step, run: Run, taken: dict[str, Any], place: tuple[Any, ...], retry: int
+    ) -> tuple[list[Fail], Any]:
+        """The failures of the last attempt, or the answer of the first that succeeds."""
+        for left in range(retry, -1, -1):
             made = len(self.book.flaky_calls)
             fails, answer = self.call(step, run, taken, place)
             if not fails:
-                return answer
+                break
             flaky = set(self.book.flaky_calls[made:])
             if run.flow and left and flaky and (len(fails) > 1 or flaky != {fails[0].call}):
                 self.book.unknown = True
-            if all(fail.status < 500 for fail in fails):
+            if all(fail.status < 500 for fail in fails) or _begun(answer):
                 break
-        return self.otherwise(step, here, place, fails, answer)
+        return fails, answer
 
     def otherwise(
         self, step: Step, here: Mapping[str, Any], place: tuple[Any, ...], fails: list[Fail], answer: Any
@@ -170,20 +196,23 @@ class _Request:
             return Skipped(step.name)
         if step.on_error == "default":
             return step.default
-        if step.fallback:
-            taken = self.taken(step, step.fallback, here)
+        for run in () if _begun(answer) else step.fallbacks:
+            taken = self.taken(step, run, here)
             if isinstance(taken, Skipped):
-                return taken
-            fails, answer = self.call(step, step.fallback, taken, (*place, "fallback"))
+                return [taken] if step.yields else taken
+            fails, answer = self.attempts(step, run, taken, (*place, run.called), run.retry)
             if not fails:
-                return answer
+                single = step.yields and run.op is not None and not run.op.yields
+                return [answer] if single else answer
+            if _begun(answer):
+                break
         self.failures += fails
         return Broken(answer if isinstance(answer, tuple) else ())
 
     def taken(self, step: Step, run: Run, here: Mapping[str, Any]) -> dict[str, Any] | Skipped:
         taken = {name: evaluate(value, here) for name, value in step.args.items()}
         for name, value in taken.items():
-            if isinstance(value, Skipped) and not run.takes[name].skips:
+            if isinstance(value, Skipped) and name not in run.feeds and not run.takes[name].skips:
                 return value
         return taken
 
@@ -198,8 +227,10 @@ class _Request:
         try:
             if not op.yields:
                 return [], op.call(values)
-            for chunk in op.chunks(values):
+            for chunk in _over(op, values) if op.feeds else op.chunks(values):
                 chunks.append(chunk)  # noqa: PERF402 (the chunks before a failure are needed)
+        except _CutOffError:
+            return [], Broken(tuple(chunks))
         except InputError as error:
             return [Fail(error.status, error.message, step.name, call)], tuple(chunks)
         except BaseException:  # noqa: BLE001 (whatever code raises fails its item)
@@ -246,6 +277,36 @@ def _read(path: Path, values: Mapping[str, Any]) -> Any:
             return value
         value = value.get(name) if isinstance(value, Mapping) else getattr(value, name)
     return value
+
+
+class _CutOffError(BaseException):
+    """There is no next chunk, and no end, because the node that gives them has failed."""
+
+
+async def _source(value: Any) -> AsyncIterator[Any]:
+    """The chunks of a node, given its result."""
+    chunks = value.chunks if isinstance(value, Broken) else () if isinstance(value, Skipped) else value
+    for chunk in chunks:
+        yield chunk
+    if isinstance(value, Broken):
+        raise _CutOffError
+
+
+def _over(op: Op, values: Mapping[str, Any]) -> Iterator[Any]:
+    """What a function over chunks yields. Nothing that it awaits is ever waited for."""
+    chunks = op.over({name: _source(value) if name in op.feeds else value for name, value in values.items()})
+    while True:
+        try:
+            anext(chunks).__await__().send(None)
+        except StopIteration as chunk:
+            yield chunk.value
+        except StopAsyncIteration:
+            return
+
+
+def _begun(answer: Any) -> bool:
+    """Whether a stream has failed after its first chunk."""
+    return isinstance(answer, tuple) and bool(answer)
 
 
 def _is_broken(result: Any) -> bool:

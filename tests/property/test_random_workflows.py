@@ -124,7 +124,7 @@ def test_an_item_that_reaches_its_node_s_deadline_has_its_answer_or_what_stands_
         retry=retry,
         on_error=policy,
         default=Num(1, "default"),
-        fallback=Run(instead) if policy == "fallback" else None,
+        fallbacks=(Run(instead),) if policy == "fallback" else (),
     )
     text = write(project, Flow("flow", BAG, {"n1": step}, {"": PathTo("n1", (), step.result)}))
     request = Bag(0, "r:request", [Num(n, f"r:{i}") for i, n in enumerate(numbers)])

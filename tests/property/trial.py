@@ -181,8 +181,9 @@ def _codes(flow: Flow, prefix: str) -> Iterator[tuple[str, Op]]:
     for step in flow.steps.values():
         for run in step.all_runs:
             name = f"{prefix}{step.name}"
-            if run is step.fallback:
-                name += ".fallback"
+            if run in step.fallbacks:
+                several = len(step.fallbacks) > 1
+                name += f".fallback_{step.fallbacks.index(run) + 1}" if several else ".fallback"
             elif len(step.runs) > 1:
                 name += f".{run.called}"
             if run.op:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from hypothesis import strategies as st
@@ -148,6 +148,12 @@ class Run:
     flow: Flow | None = None
     batch: int | None = None
     when: Expression | None = None
+    retry: int = 0
+    """Of a fallback."""
+
+    @property
+    def feeds(self) -> frozenset[str]:
+        return self.op.feeds if self.op else frozenset()
 
     @property
     def called(self) -> str:
@@ -168,6 +174,12 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    until: Expression
+    most: int
+
+
+@dataclass(frozen=True)
 class Step:
     """A node."""
 
@@ -184,7 +196,14 @@ class Step:
     retry: int = 0
     on_error: Otherwise = "fail"
     default: Any = None
-    fallback: Run | None = None
+    fallbacks: tuple[Run, ...] = ()
+    repeat: Rounds | None = None
+    stops: Mapping[str, Expression] = field(default_factory=dict)
+    """Other steps, with conditions on an answer."""
+    stopped: bool = False
+    """Whether another step, which is not made of its answers, may end it."""
+    circuit: bool = False
+    """Whether it has a circuit, which never opens."""
 
     @property
     def yields(self) -> bool:
@@ -192,7 +211,16 @@ class Step:
 
     @property
     def all_runs(self) -> tuple[Run, ...]:
-        return (*self.runs, self.fallback) if self.fallback else self.runs
+        return (*self.runs, *self.fallbacks)
+
+    @property
+    def fed(self) -> frozenset[str]:
+        """The nodes that it takes nothing of but their chunks, as they come."""
+        fed, whole = set(), set(self.when.roots if self.when else ())
+        for run in self.all_runs:
+            for name, arg in self.args.items():
+                (fed if name in run.feeds else whole).update(arg.roots)
+        return frozenset(fed - whole)
 
     @property
     def roots(self) -> frozenset[str]:
@@ -220,11 +248,11 @@ class Step:
             arg.kind.skips and not run.takes[name].skips
             for run in self.all_runs
             for name, arg in self.args.items()
-            if name != "tag"
+            if name != "tag" and name not in run.feeds
         )
         if self.yields:
             return listing(gives).skipping(skips)
-        gives = gives.skipping(gives.skips or skips or self.on_error == "skip")
+        gives = gives.skipping(gives.skips or skips or self.on_error == "skip" or self.stopped)
         for path in reversed([*self.levels.values()]):
             assert path.kind.of is not None
             gives = listing(gives.skipping(gives.skips or path.kind.of.skips)).skipping(path.kind.skips)
@@ -243,6 +271,9 @@ class Step:
             "timeout_s": self.timeout_s,
             "retry": self.retry,
             "on_error": self._otherwise_yaml,
+            "repeat": {"until": self.repeat.until.text, "most": self.repeat.most} if self.repeat else None,
+            "stops": {name: condition.text for name, condition in self.stops.items()},
+            "circuit": {"failures": 1_000_000} if self.circuit else None,
         }
         return data | {key: value for key, value in said.items() if value}
 
@@ -250,8 +281,9 @@ class Step:
     def _otherwise_yaml(self) -> Any:
         if self.on_error == "default":
             return {"default": plain.flatten(self.default)}
-        if self.fallback:
-            return {"fallback": _run_yaml(self.fallback)}
+        if self.fallbacks:
+            several = [_run_yaml(run) for run in self.fallbacks]
+            return {"fallback": several if len(several) > 1 else several[0]}
         return "skip" if self.on_error == "skip" else None
 
 
@@ -261,6 +293,8 @@ def _run_yaml(run: Run) -> dict[str, Any]:
         data["batch"] = run.batch
     if run.when:
         data["when"] = run.when.text
+    if run.retry:
+        data["retry"] = run.retry
     return data
 
 
@@ -322,8 +356,8 @@ class Flow:
         output = self.outputs.get("")
         return output.root if isinstance(output, Path) and not output.fields and self.streams(output.root) else None
 
-    def needed(self, names: Sequence[str]) -> set[str]:
-        """The named steps and those that they need."""
+    def needed(self, names: Sequence[str], *, stoppers: bool = True) -> set[str]:
+        """The named steps and those that they need; with `stoppers`, also those that may end one of these."""
         found: set[str] = set()
         todo = list(names)
         while todo:
@@ -331,6 +365,7 @@ class Flow:
             if name in self.steps and name not in found:
                 found.add(name)
                 todo += self.steps[name].roots
+                todo += [other for other, step in self.steps.items() if stoppers and name in step.stops]
         return found
 
 
@@ -407,10 +442,16 @@ class _Maker:
         for i in range(self.one([1, *range(1, most + 1), most])):
             step = self.step(f"{prefix}{i + 1}", scope, steps, deeper, fails)
             steps[step.name] = step
-            scope[step.name] = step.result
+            self.stop(step.name, steps)
+            scope[step.name] = steps[step.name].result
         every = Flow(name, request, steps, self.outputs(steps, scope))
         used = every.needed([root for value in every.outputs.values() for root in value.roots])
-        return Flow(name, request, {name: step for name, step in steps.items() if name in used}, every.outputs)
+        kept = {
+            name: replace(step, stops={target: when for target, when in step.stops.items() if target in used})
+            for name, step in steps.items()
+            if name in used
+        }
+        return Flow(name, request, kept, every.outputs)
 
     def outputs(self, steps: Mapping[str, Step], scope: Mapping[str, Kind]) -> dict[str, Expression]:
         last, first = list(steps)[-1], next(iter(steps))
@@ -447,19 +488,28 @@ class _Maker:
         for level, path in levels.items():
             assert path.kind.of is not None
             here[level] = path.kind.of.sure  # a skipped element is its own answer
-        yields = not levels and self.often(18)
-        args, form = self.args(here, levels, first=not before)
-        retry = 0 if yields else self.one([0, 0, 0, 1, 2])
-        on_error = "fail" if yields else self.one(["fail", "fail", "fail", "skip", "default", "fallback"])
+        streams = [root for root in before if Flow("", NUM, before, {}).streams(root)]
+        fed = bool(streams) and not levels and self.often(40)
+        yields = fed or (not levels and self.often(18))
+        args, form = self.fed(here, streams) if fed else self.args(here, levels, first=not before)
+        retry = self.one([0, 0, 0, 1, 2])
+        on_error = self.one(["fail", "fail", "fail", *([] if yields else ["skip", "default"]), "fallback"])
         fails = OFTEN if retry or on_error != "fail" else fails
         deep = sum(1 for _ in levels)
-        main = self.run(name, args, form, deeper, fails, most_deep=DEEPEST - deep, yields=yields)
+        repeat = None
+        if fed:
+            feeds = frozenset(one for one in args if one in {"x", "y"} and args[one].text in streams)
+            op = self.function(f"do_{name}", args, self.kind(0), fails, yields=True)
+            main = Run(replace(op, feeds=feeds, takes=self.taken_as_they_come(op, args, feeds)))
+        else:
+            main = self.run(name, args, form, deeper, fails, most_deep=DEEPEST - deep, yields=yields)
+            main, repeat = self.rounds(name, main, args, fails, yields=yields)
         runs: tuple[Run, ...] = (main,)
-        if not yields and self.often(20):
+        if not yields and not repeat and self.often(20):
             runs = self.switch(name, main, args, here, fails)
-        fallback = None
+        fallbacks: tuple[Run, ...] = ()
         if on_error == "fallback":
-            fallback = Run(self.function(f"{name}_instead", args, main.gives, SELDOM))
+            fallbacks = tuple(self.fallback(f"{name}_instead{i}", args, main) for i in range(1 + self.upto(2)))
         when = self.condition(here) if self.often(25) else None
         return Step(
             name,
@@ -472,8 +522,74 @@ class _Maker:
             retry=retry,
             on_error=on_error,  # type: ignore[arg-type]
             default=make(main.gives.sure, self.upto(9), "default") if on_error == "default" else None,
-            fallback=fallback,
+            fallbacks=fallbacks,
+            repeat=repeat,
+            circuit=self.often(10),
         )
+
+    def fed(
+        self, here: Mapping[str, Kind], streams: Sequence[str]
+    ) -> tuple[dict[str, Expression], Literal["default", "input", "inputs"]]:
+        """The inputs of a function over the chunks of one step or two, and perhaps a whole value."""
+        args: dict[str, Expression] = {"x": self.stream(here, streams)}
+        if self.often(40):
+            args["y"] = self.stream(here, streams)
+        if self.often(40):
+            args["z"] = self.one(paths(here))
+        return args | ({"tag": TAG} if self.often(90) else {}), "inputs"
+
+    def stream(self, here: Mapping[str, Kind], streams: Sequence[str]) -> Path:
+        root = streams[len(streams) - 1 - self.upto(len(streams) - 1)]
+        return Path(root, (), here[root])
+
+    def taken_as_they_come(self, op: Op, args: Mapping[str, Expression], feeds: frozenset[str]) -> dict[str, Kind]:
+        return {name: args[name].kind.sure if name in feeds else kind for name, kind in op.takes.items()}
+
+    def fallback(self, name: str, args: Mapping[str, Expression], main: Run) -> Run:
+        yields = main.op is not None and main.op.yields and self.often(50)
+        op = self.function(name, args, main.gives, OFTEN if self.often(50) else SELDOM, yields=yields)
+        if yields and main.feeds:
+            op = replace(op, feeds=main.feeds, takes=self.taken_as_they_come(op, args, main.feeds))
+        return Run(op, retry=self.one([0, 0, 1, 2]))
+
+    def rounds(
+        self, name: str, main: Run, args: Mapping[str, Expression], fails: int, *, yields: bool
+    ) -> tuple[Run, Rounds | None]:
+        """Rounds for what a step runs, where that can be: an op is made to give what it takes."""
+        kind = args["x"].kind
+        if yields or len(args) > 1 or kind.sure not in {NUM, BAG} or not self.often(30):
+            return main, None
+        if main.op:
+            main = Run(self.function(f"do_{name}", args, kind.sure.skipping(self.often(20)), fails))
+        if main.gives.sure != kind.sure or main.takes["x"].sure != kind.sure:
+            return main, None
+        return main, Rounds(self.condition({name: kind.sure}), 2 + self.upto(3))
+
+    def stop(self, name: str, steps: dict[str, Step]) -> None:
+        """Let a step end one of which it takes the chunks, or be ended by one before it: under a condition that is
+        never true, so that nothing else changes.
+        """
+        step = steps[name]
+        flow = Flow("", NUM, steps, {})
+        sources = {*step.fed, *([step.could_follow] if step.could_follow else [])}
+        targets = [source for source in sources if flow.streams(source)]
+        if targets and self.often(20):
+            never = self.never(name, step.runs[0].gives)
+            steps[name] = replace(step, stops={self.one(sorted(targets)): never})
+        others = [other for other in steps if other != name]
+        if others and self.often(20):
+            other = self.one(others)
+            never = self.never(other, steps[other].runs[0].gives)
+            steps[other] = replace(steps[other], stops={**steps[other].stops, name: never})
+            steps[name] = replace(steps[name], stopped=not flow.streams(name))
+
+    def never(self, name: str, gives: Kind) -> Expression:
+        kind = gives.sure
+        if kind.of:
+            return Compare(Length(Path(name, (), kind)), ">", Constant(99))
+        if kind == MAPPING:
+            return Compare(MODE, "==", Constant("never"))
+        return Compare(Path(name, ("n",) if kind in {NUM, BAG} else (), INT), ">", Constant(99))
 
     def levels(self, scope: Mapping[str, Kind], flow: Flow) -> dict[str, Path]:
         lists = [path for path in paths(scope) if path.kind.name == "list"]
