@@ -71,7 +71,7 @@ def flow_of(target: Target, *, follows: bool, limit: int, slow: bool) -> tuple[F
     together=st.integers(1, 4),
 )
 def test_a_node_that_is_ended_early_has_a_part_of_its_answers(
-    project: Path, target: Target, follows: bool, limit: int, slow: bool, numbers: list[int], together: int
+    project: Path, target: Target, *, follows: bool, limit: int, slow: bool, numbers: list[int], together: int
 ) -> None:
     flow, ended = flow_of(target, follows=follows, limit=limit, slow=slow)
     text = write(project, flow)

@@ -358,11 +358,7 @@ class Engine:
             note_attributes(items, answers)
         with self._lock:
             station.record_run(len(items), now - began)
-            failures = sum(isinstance(answer, Failure) for answer in answers)
-            if failures:
-                failures = sum(
-                    isinstance(answer, Failure) and not item.ended for item, answer in zip(items, answers, strict=True)
-                )
+            failures = _count_failures(items, answers)
             station.counts.record_batch((began - item.since for item in items), now - began, failures)
             for item, answer, then in zip(items, answers, consequences, strict=True):
                 if item.written and answer is END:
@@ -552,6 +548,13 @@ _DECODE = Code(REQUEST, {}, frozenset(), Any, DecodeCode())
 _DECODING = Node(
     name=REQUEST, branches=(Branch(None, _DECODE),), each=(), when=None, result=Any, needs=frozenset(), depth=0
 )
+
+
+def _count_failures(items: Sequence[Item], answers: Sequence[Any]) -> int:
+    """How many attempts have failed; those that were given up before are counted already."""
+    if not any(isinstance(answer, Failure) for answer in answers):
+        return 0
+    return sum(isinstance(answer, Failure) and not item.ended for item, answer in zip(items, answers, strict=True))
 
 
 def _log_failures(name: str, items: Sequence[Item], answers: Sequence[Any]) -> None:
