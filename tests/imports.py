@@ -20,7 +20,7 @@ PACKAGE = "torchserve_dag"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("commands",),
-    ("bench", "dev", "stack", "tuning"),
+    ("bench", "dev", "evaluation", "stack", "tuning"),
     ("gateway", "releases"),
     ("front_door",),
     ("server", "templates"),

@@ -22,6 +22,7 @@ from torchserve_dag.commands.chat import chat
 from torchserve_dag.commands.check import check
 from torchserve_dag.commands.common import fail
 from torchserve_dag.commands.dev import dev
+from torchserve_dag.commands.evaluate import evaluate
 from torchserve_dag.commands.experiment import experiment
 from torchserve_dag.commands.export import export
 from torchserve_dag.commands.graph import graph
@@ -67,7 +68,7 @@ app = typer.Typer(
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     new, check, graph, dev, tune, export, build, up, serve_version, status, logs, call, chat, default, restart, down,
-    routes,
+    routes, evaluate,
     rollout, promote, rollback, retire, experiment, bench,
 )  # fmt: skip
 for command in COMMANDS:

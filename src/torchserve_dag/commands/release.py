@@ -54,6 +54,13 @@ def rollout(
         str, typer.Option(metavar="TIME", help="Roll back if a step has not had these requests after this time.")
     ] = "1h",
     ready: Annotated[str, typer.Option(metavar="TIME", help="How long the new version may take to load.")] = "10m",
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SCORE>=NUMBER",
+            help="What the version's evaluation must show, such as 'recall >= .8'; may be repeated. See evaluate.",
+        ),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Show the progress until the rollout ends.")] = True,
     json: JsonOption = False,
     project: ProjectOption = None,
@@ -63,10 +70,12 @@ def rollout(
     The rollout continues when this command is interrupted. At its end the new version gets all requests, and the old
     version stays loaded. The first version of a model gets all requests at once.
     """
+    from torchserve_dag.evaluation import requirement
     from torchserve_dag.front_door.door import Door
     from torchserve_dag.releases import stop_if
     from torchserve_dag.releases.rollout import weights_before
     from torchserve_dag.releases.rollout_store import RolloutPlan, RolloutStore
+    from torchserve_dag.releases.versions import find_archive
     from torchserve_dag.server.connect import running
     from torchserve_dag.server.state import State
 
@@ -80,6 +89,7 @@ def rollout(
             return
         try:
             stop_if.read(stop)
+            required = [requirement.read(one) for one in require or ()]
         except ValueError as error:
             fail(f"{error}.")
         steps = _steps(canary)
@@ -89,6 +99,8 @@ def rollout(
         door = Door(state)
         if door.record() is None:
             fail("The server runs without the front door, which splits the requests: start it with torchserve-dag up.")
+        if required:
+            requirement.check_released(root, find_archive(state, name, version), required)
         traffic = door.traffic()
         split = traffic.split(name)
         if split is None or not split.weights:

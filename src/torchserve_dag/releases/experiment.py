@@ -7,13 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, quantiles, stdev
 
-from scipy import stats
-
+from torchserve_dag.releases import intervals
+from torchserve_dag.releases.intervals import Interval
 from torchserve_dag.releases.request_log import LoggedRequest
-
-CONFIDENCE = 0.95
-POWER = 0.8
-"""The probability that `needed` more requests settle a difference, if its true size is the observed one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +44,21 @@ class Difference:
     of: tuple[int, int]
     """How many requests of each version have this measure."""
     needed: int | None
-    """How many more requests of this model settle the difference; 0 if it is settled; None without a difference."""
+    """How many more requests of this model, or items of a data set, settle the difference; 0 if it is settled; None
+    without a difference."""
+
+    @classmethod
+    def between(
+        cls, what: str, values: Sequence[float], interval: Interval, sizes: tuple[int, int], spread: float, whole: int
+    ) -> Difference:
+        """`spread` is the variance of the difference, times `whole`: how many observations there are."""
+        difference, (low, high) = values[1] - values[0], interval
+        needed: int | None = None
+        if not low <= 0 <= high:
+            needed = 0
+        elif difference:
+            needed = max(0, math.ceil(intervals.needed(difference, spread) - whole)) or 1
+        return cls(what, values[0], values[1], difference, low, high, sizes, needed)
 
     @property
     def settled(self) -> bool:
@@ -102,55 +112,29 @@ def _arm(version: str, part: Sequence[LoggedRequest]) -> Arm:
 
 
 def _errors(first: Sequence[LoggedRequest], second: Sequence[LoggedRequest], whole: int) -> Difference:
-    """The share of requests that failed or that the fallback answered, with Newcombe's interval (1998, method 10)."""
+    """The share of requests that failed or that the fallback answered."""
     counts = [sum(one.failed or one.fell_back for one in part) for part in (first, second)]
     sizes = (len(first), len(second))
     shares = [count / size for count, size in zip(counts, sizes, strict=True)]
-    ranges = [
-        stats.binomtest(count, size).proportion_ci(CONFIDENCE, method="wilson")
-        for count, size in zip(counts, sizes, strict=True)
-    ]
-    difference = shares[1] - shares[0]
-    low = difference - math.hypot(shares[1] - ranges[1].low, ranges[0].high - shares[0])
-    high = difference + math.hypot(ranges[1].high - shares[1], shares[0] - ranges[0].low)
     spreads = (shares[0] * (1 - shares[0]), shares[1] * (1 - shares[1]))
-    return _difference("errors", shares, (low, high), sizes, spreads, whole)
+    return _difference("errors", shares, intervals.difference_of_shares(counts, sizes), sizes, spreads, whole)
 
 
 def _means(what: str, first: Sequence[float], second: Sequence[float], whole: int) -> Difference:
-    """The difference of two means, with Welch's interval (1947)."""
-    means = [fmean(first), fmean(second)]
-    sizes = (len(first), len(second))
+    means, sizes = [fmean(first), fmean(second)], (len(first), len(second))
     spreads = (stdev(first) ** 2, stdev(second) ** 2)
-    parts = [spread / size for spread, size in zip(spreads, sizes, strict=True)]
-    error = math.sqrt(sum(parts))
-    difference = means[1] - means[0]
-    if not error:
-        return _difference(what, means, (difference, difference), sizes, spreads, whole)
-    freedom = sum(parts) ** 2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
-    reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-    return _difference(what, means, (difference - reach, difference + reach), sizes, spreads, whole)
+    return _difference(what, means, intervals.difference_of_means(first, second), sizes, spreads, whole)
 
 
 def _difference(
     what: str,
     values: Sequence[float],
-    interval: tuple[float, float],
+    interval: Interval,
     sizes: tuple[int, int],
     spreads: tuple[float, float],
     whole: int,
 ) -> Difference:
     """`whole` is the number of requests of both versions; `sizes` are how many of each have this measure."""
-    difference = values[1] - values[0]
-    interim = Difference(what, values[0], values[1], difference, *interval, sizes, None)
-    if interim.settled:
-        needed: int | None = 0
-    elif difference:
-        # The sample size, split as it is today, at which the standard error is small enough for CONFIDENCE and POWER.
-        reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))
-        shares = [size / whole for size in sizes]
-        wanted = sum(spread / share for spread, share in zip(spreads, shares, strict=True)) * (reach / difference) ** 2
-        needed = max(0, math.ceil(wanted - whole)) or 1
-    else:
-        needed = None
-    return Difference(what, values[0], values[1], difference, *interval, sizes, needed)
+    shares = [size / whole for size in sizes]  # the sample size is split as it is today
+    spread = sum(spread / share for spread, share in zip(spreads, shares, strict=True))
+    return Difference.between(what, values, interval, sizes, spread, whole)

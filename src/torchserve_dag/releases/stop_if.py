@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from torchserve_dag.releases.comparison import Comparison
 from torchserve_dag.releases.version_metrics import VersionMetrics
 from torchserve_dag.runtime.data.plain import did_you_mean
 
@@ -19,7 +20,6 @@ PATIENCE_MS = 1000.0
 FEW_REQUESTS = 20
 """Baseline requests needed before durations are compared with it."""
 
-_TERM = re.compile(r"(?P<what>\w+) *> *(?P<number>\d+(?:\.\d+)?) *(?P<unit>%|x|ms|s)")
 _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 _KNOWN = ["errors", *_PERCENTILES]
 
@@ -89,13 +89,12 @@ def reason(terms: list[Condition], new: VersionMetrics, old: VersionMetrics) -> 
 
 
 def _condition(text: str) -> Condition:
-    match = _TERM.fullmatch(text)
-    if not match:
+    term = Comparison.read(text)
+    if term is None or term.operator != ">" or not term.unit:
         raise ValueError(f'"{text}" is not a condition: write "errors > 1%", "p99 > 1.3x" or "p95 > 800ms"')
-    what, number, unit = match["what"], float(match["number"]), match["unit"]
-    if what not in _KNOWN:
-        raise ValueError(f'"{what}" is not measured; {did_you_mean(what, _KNOWN)}')
-    if (unit == "%") != (what == "errors") and unit != "x":
+    if term.what not in _KNOWN:
+        raise ValueError(f'"{term.what}" is not measured; {did_you_mean(term.what, _KNOWN)}')
+    if (term.unit == "%") != (term.what == "errors") and term.unit != "x":
         raise ValueError(f'"{text}": errors are a percentage or times the old version\'s, durations ms, s or times')
-    scale = {"%": 0.01, "x": 1.0, "ms": 1.0, "s": 1000.0}[unit]
-    return Condition(what, number * scale, unit == "x")
+    scale = {"%": 0.01, "x": 1.0, "ms": 1.0, "s": 1000.0}[term.unit]
+    return Condition(term.what, term.number * scale, term.unit == "x")

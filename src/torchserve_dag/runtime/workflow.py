@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -90,13 +91,25 @@ class Workflow:
 
         An item is a message of the type that the workflow accepts, or its bytes.
         """
+        return list(self.map(items, parameters))
+
+    def map(self, items: Iterable[Any], parameters: Mapping[str, str] | None = None) -> Iterator[Any]:
+        """The answers to any number of requests, in order, each as soon as it is there; a Failure where one failed.
+
+        Items are taken as there is room for them: a few are in memory. Whoever leaves the loop cancels the rest.
+        """
         window = 2 * self._most_at_once
-        requests: list[Request] = []
-        for i, item in enumerate(items):
-            if i >= window:  # the rest of a long list waits here, where its time limits do not run yet
-                requests[i - window].future.result()
-            requests.append(self.submit(item, parameters))
-        return [request.future.result() for request in requests]
+        requests: deque[Request] = deque()
+        try:
+            for item in items:
+                if len(requests) == window:  # the rest of a long list waits here, where its time limits do not run yet
+                    yield requests.popleft().future.result()
+                requests.append(self.submit(item, parameters))
+            while requests:
+                yield requests.popleft().future.result()
+        finally:
+            for request in requests:
+                request.cancel()
 
     def stream(self, item: Any, parameters: Mapping[str, str] | None = None) -> Iterator[Any]:
         """The chunks of the answer to one request, as they come. Whoever leaves the loop cancels the request.

@@ -129,9 +129,9 @@ class Modules:
             return modules
 
     def load(self, path: Path) -> ModuleType:
-        """The module of a file in `handlers/` or `workflows/`. Raises CheckError."""
+        """The module of a file of the project, mostly in `handlers/` or `workflows/`. Raises CheckError."""
         try:
-            return importlib.import_module(f"{self._package}.{path.parent.name}.{path.stem}")
+            return importlib.import_module(".".join((self._package, *self._inside(path).with_suffix("").parts)))
         except SyntaxError as error:  # perhaps in a file that this file imports
             file, line, what = Path(error.filename or path), error.lineno or 1, f"not valid Python: {error.msg}"
             raise CheckError([self._problem(path, file, line, what)]) from None
@@ -229,8 +229,17 @@ class Modules:
 
     def _problem(self, path: Path, file: Path, line: int, what: str, help_: str = "") -> Problem:
         """A mistake in a file that the import of `path` read, named as `path` is."""
+        root = path
+        for _ in self._inside(path).parts:
+            root = root.parent
         own = file.is_relative_to(self.root)
-        return Problem(str(path.parent.parent / file.relative_to(self.root) if own else file), line, what, help_)
+        return Problem(str(root / file.relative_to(self.root) if own else file), line, what, help_)
+
+    def _inside(self, path: Path) -> Path:
+        """Where in the project a file is, whose folder may be a link."""
+        path = path.absolute()
+        root = next((folder for folder in path.parents if folder.resolve() == self.root), path.parent.parent)
+        return path.relative_to(root)
 
     def _line_in(self, trace: TracebackType | None) -> tuple[Path, int] | None:
         """The innermost of the project's lines that a traceback has."""
