@@ -126,10 +126,13 @@ def rollout(served: Served, *words: str, code: int = 0) -> dict[str, Any]:
 
 def test_a_good_version_takes_over_and_goes_back_and_no_request_fails(served: Served) -> None:
     """The version comes while it serves; routes.yaml says in the end what is served, and keeps its comments."""
-    path = served.root / "routes.yaml"
+    path, data = served.root / "routes.yaml", served.root / "data.jsonl"
+    data.write_text('{"input": "which?", "expected": "2.0"}\n')
+    tool(served.root, "evaluate", "good/2.0", "--data", str(data), "--score", "exact")
     with Load(served, ["good"], 100) as load:
         time.sleep(0.5)
-        done = rollout(served, "good", "2.0", "--canary", "20,100", "--every", "2s", "--stop-if", "errors > 1%")
+        steps = ("--canary", "20,100", "--every", "2s", "--stop-if", "errors > 1%")
+        done = rollout(served, "good", "2.0", *steps, "--require", "exact >= 1", "--require", "errors <= 0")
         assert (done["stage"], done["share"], done["before"]) == ("done", 100, {"1.0": 100})
         assert 'versions: {"2.0": 100}  # good' in path.read_text()
         time.sleep(0.5)
@@ -319,6 +322,9 @@ def test_what_cannot_be_rolled_out_is_refused_in_one_sentence(served: Served) ->
         ("good", "2.0", "--canary", "50,20"): '"50,20" is not a list of steps',
         ("good", "2.0", "--every", "soon"): '"soon" is not a time',
         ("good", "2.0", "--stop-if", "errors > 5"): '"errors > 5" is not a condition',
+        ("good", "2.0", "--require", "exact"): '"exact" is not a requirement',
+        ("slow", "2.0", "--require", "exact >= .8"): "slow/2.0 was not evaluated, and exact >= 0.8 is required",
+        ("good", "2.0", "--require", "exact > 1"): "good/2.0 has exact 1 of 1 items",
         ("good",): "Which version of good?",
     }
     for words, sentence in refused.items():

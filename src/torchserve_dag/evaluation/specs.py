@@ -54,11 +54,7 @@ class ScoreSpec:
             hint = plain.did_you_mean(text.partition("@")[0].partition(":")[0], KNOWN)
             raise ValueError(f'"{text}" is no scorer; {hint}, or write FILE.py:FUNCTION')
         if (match["scorer"] == RECALL) != (match["first"] is not None):
-            what = (
-                "recall@5 counts the first 5 elements of an answer"
-                if match["scorer"] == RECALL
-                else "only recall has @"
-            )
+            what = "only recall has an @" if match["first"] else "recall@5 is of the first 5 elements of an answer"
             raise ValueError(f'"{text}" is no scorer: {what}')
         return cls(text, match["scorer"], int(match["first"] or 0), match["field"] or "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torchserve_dag.archives import mar
@@ -18,6 +19,10 @@ from torchserve_dag.runtime.workflow import Workflow
 from torchserve_dag.server import properties
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
+
+ITEM_S = 600
+"""How long an item may take at least. The limits of a workflow are for clients; here items wait for each other, on a
+machine that may be busy, and how long they take is not what is measured."""
 
 
 def model_store(root: Path) -> Path:
@@ -59,7 +64,8 @@ def loaded(root: Path, archive: Archive, device: str | None = None) -> Iterator[
         project, graph, _ = read_archive(Path(folder))
         if takes_rows(graph):
             raise ServerError(f"{which} is in TorchServe's form, whose inputs have no type: it cannot be evaluated.")
-        with Workflow(project, graph, device=device) as workflow:
+        patient = replace(graph, serve=replace(graph.serve, timeout_s=max(ITEM_S, graph.serve.timeout_s)))
+        with Workflow(project, patient, device=device) as workflow:
             yield workflow
 
 
