@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ def late(text: Text) -> Text:
     if text.text != "quick":
         time.sleep(0.4)
     return text
+
+
+def silent(text: Text) -> Iterator[Text]:
+    go.wait(20)
+    yield text
 
 
 def canned(text: Text) -> Text:
@@ -218,6 +224,31 @@ def test_after_an_attempt_that_nobody_waited_for_another_decides(load) -> None:
     assert flow([b"quick"])[0].text == "quick"
 
 
+def test_a_limit_for_the_first_chunk_lets_an_answer_go_on(load) -> None:
+    """`words` waits for `go` after the chunk "wait", longer than the limit."""
+    flow, module = load("ask: {function: words, first_chunk_s: 0.5, on_error: {fallback: {function: canned}}}")
+    threading.Timer(1, module["go"].set).start()
+
+    assert texts(flow([b"a wait b"])[0]) == ["a", "wait", "b"]
+
+
+def test_a_stream_that_does_not_begin_in_time_has_a_fallback(load) -> None:
+    flow, module = load("ask: {function: silent, first_chunk_s: 0.2, on_error: {fallback: {function: canned}}}")
+
+    assert texts(flow([b"a"])[0]) == ["Sorry."]
+    module["go"].set()
+
+
+def test_a_fallback_may_be_for_transient_failures_only(load) -> None:
+    flow, module = load("ask: {function: first, on_error: {fallback: [{function: canned, after: transient}]}}")
+
+    assert flow([b"a"])[0].text == "Sorry."
+    module["status"] = 422
+    failed = flow([b"a"])[0]
+    assert isinstance(failed, Failure)
+    assert (failed.status, failed.message) == (422, "first is away.")
+
+
 def test_a_circuit_closes_with_one_success() -> None:
     breaker = Breaker(Circuit(failures=2, open_s=10))
     away = Failure(503, "It is away.")
@@ -235,6 +266,9 @@ def test_a_circuit_closes_with_one_success() -> None:
     [
         ("circuit: {failures: 0}", "failures is at least 1"),
         ("circuit: {open_s: 0}", "open_s is a number of seconds"),
+        ("first_chunk_s: 1", "gives no chunks"),
+        ("on_error: {fallback: [{function: loud, first_chunk_s: 0}]}", "first_chunk_s is a number of seconds"),
+        ("on_error: {fallback: [{function: loud, after: some}]}", "after"),
         ("on_error: {fallback: []}", "there is no code in it"),
         ("on_error: {fallback: [{function: words}]}", "yields, and what it stands in for does not"),
         ("on_error: {fallback: [{function: nobody}]}", 'has no function "nobody"'),

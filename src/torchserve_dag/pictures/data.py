@@ -59,6 +59,8 @@ def _code(code: Code, rates: LiveRates | None, within: str) -> dict[str, Any]:
         "device": kind.device,
         "streams": code.yields,
         "timeout_s": code.attempts.timeout_s,
+        "first_chunk_s": code.attempts.first_chunk_s,
+        "after": code.attempts.after,
         "retries": code.attempts.retries,
         "circuit": plain.flatten(code.attempts.circuit),
     }

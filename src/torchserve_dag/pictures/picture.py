@@ -138,7 +138,7 @@ def _rows(node: Node, live: LiveRates | None, within: str) -> Iterable[TextRow]:
         yield TextRow("policy", f"ends {target} when {condition.text}")
     policy = node.policy
     for code in policy.fallbacks:
-        yield TextRow("when", "on error")
+        yield TextRow("when", "on error" if code.attempts.after == "any" else "on transient error")
         yield from _code_rows(code, node, live, within)
         yield from _attempts_rows(code)
     if policy.on_error in {"skip", "default"}:
@@ -150,6 +150,7 @@ def _rows(node: Node, live: LiveRates | None, within: str) -> Iterable[TextRow]:
 def _attempts_rows(code: Code) -> Iterable[TextRow]:
     attempts = code.attempts
     limits = [f"timeout {attempts.timeout_s:g} s"] if attempts.timeout_s is not None else []
+    limits += [f"first chunk in {attempts.first_chunk_s:g} s"] if attempts.first_chunk_s is not None else []
     limits += [f"retry {attempts.retries}"] if attempts.retries else []
     if circuit := attempts.circuit:
         limits.append(f"not tried for {circuit.open_s:g} s after {circuit.failures} failures")

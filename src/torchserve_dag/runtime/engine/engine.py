@@ -295,13 +295,16 @@ class Engine:
         return queued, refused
 
     def _limit(self, item: Item, station: Station[Item], now: float) -> Failure | None:
-        """Set the time limit of an attempt; or the Failure of one that is not made. Under the lock."""
-        if isinstance(item.value, Stream) or item.obsolete:  # the limit holds for all chunks together
+        """Set the time limits of an attempt; or the Failure of one that is not made. Under the lock."""
+        if isinstance(item.value, Stream) or item.obsolete:  # the limits hold for all chunks together
             return None
         if station.breaker and not station.breaker.admits(now):
             return station.breaker.refusal(station.name, now)
-        if limit := item.code.attempts.timeout_s:
-            self._timers.schedule(item.since + limit, item, partial(self._time_out, limit))
+        attempts = item.code.attempts
+        if attempts.timeout_s:
+            self._timers.schedule(item.since + attempts.timeout_s, item, partial(self._time_out, attempts.timeout_s))
+        if limit := attempts.first_chunk_s:
+            self._timers.schedule(item.since + limit, item, partial(self._time_out_first, limit))
         return None
 
     def _queue(self, item: Item) -> None:
@@ -316,12 +319,18 @@ class Engine:
         failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, f"{item.station.name} took longer than {limit:g} s.", "Timeout")
         self._give_up(item, failure)
 
-    def _give_up(self, item: Item, failure: Failure) -> None:
+    def _time_out_first(self, limit: float, item: Item) -> None:
+        """Fail an attempt that has given no chunk in time."""
+        message = f"{item.station.name} gave nothing within {limit:g} s."
+        failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, message, "Timeout")
+        self._give_up(item, failure, unless_begun=True)
+
+    def _give_up(self, item: Item, failure: Failure, *, unless_begun: bool = False) -> None:
         """Fail an attempt that nobody waits for any longer, or that is not made."""
         changes = Changes()
         then = decide(item, failure) if item.node.decides else NOTHING
         with self._lock:
-            if item.obsolete:
+            if item.obsolete or (unless_begun and item.answers):
                 return
             cancel = item.request.elsewhere.get(item)
             item.station.counts.failures += 1

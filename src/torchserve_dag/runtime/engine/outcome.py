@@ -17,7 +17,7 @@ from torchserve_dag.runtime.engine.fan_out import MAX_ELEMENTS, too_many
 from torchserve_dag.runtime.engine.gather import PENDING, Gather
 from torchserve_dag.runtime.engine.request import Item, Request
 from torchserve_dag.runtime.engine.runner import END, Cancel, Chunk, Waits
-from torchserve_dag.runtime.graph.graph import REQUEST, Node
+from torchserve_dag.runtime.graph.graph import REQUEST, Code, Node
 from torchserve_dag.runtime.messages import Failure, Skipped, Usage
 
 FIRST_PAUSE_S = 0.05
@@ -254,13 +254,18 @@ def _failed(item: Item, failure: Failure, changes: Changes, then: Consequence | 
         _answered(item, policy.default, changes)
         if isinstance(then, Consequence):
             _stop(item.request, then.stops, changes)
-    elif item.step == len(policy.fallbacks):
+    elif item.step == len(policy.fallbacks) or not _stands_in(policy.fallbacks[item.step], failure):
         _fail(item, failure, changes)
     elif isinstance(item.fallback_values[item.step], Skipped):
         _answered(item, item.fallback_values[item.step], changes)
     else:
         item.settled = True
         changes.queued.append(item.fall_back())
+
+
+def _stands_in(fallback: Code, failure: Failure) -> bool:
+    """Whether a fallback runs after this failure of the code before it."""
+    return fallback.attempts.after == "any" or failure.status in WORTH_RETRYING
 
 
 def _fail(item: Item, failure: Failure, changes: Changes) -> None:

@@ -136,6 +136,10 @@ class DraftReader:
         return {wanted[0]: node.input or (list(node.levels)[-1] if node.levels else REQUEST)}
 
     def _check_yields(self, draft: Draft) -> None:
+        for code in draft.all:
+            if not code.signature.yields and getattr(code.file, "first_chunk_s", None) is not None:
+                what = f"{code.signature.called} gives no chunks"
+                self._problems.add((*code.place, "first_chunk_s"), what, "write timeout_s")
         yielding = [code for code in draft.all if code.signature.yields]
         if not yielding:
             return

@@ -38,6 +38,10 @@ class Attempts:
     """The time limit of each attempt, its wait in the queue included."""
     retries: int = 0
     circuit: Circuit | None = None
+    first_chunk_s: float | None = None
+    """The time limit of each attempt until its first chunk."""
+    after: Literal["any", "transient"] = "any"
+    """Of a fallback: after which failures of the code before it."""
 
 
 @dataclass(frozen=True, slots=True)

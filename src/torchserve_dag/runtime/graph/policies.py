@@ -13,7 +13,8 @@ from torchserve_dag.runtime.project.workflow_file import FallbackFile, NodeFile,
 def attempts_of(file: NodeFile | FallbackFile) -> Attempts:
     """How the items of a node, or of a fallback, are tried."""
     circuit = Circuit(file.circuit.failures, file.circuit.open_s) if file.circuit else None
-    return Attempts(file.timeout_s, file.retry, circuit)
+    after = file.after if isinstance(file, FallbackFile) else "any"
+    return Attempts(file.timeout_s, file.retry, circuit, file.first_chunk_s, after)
 
 
 def policy_of(name: str, file: NodeFile, gives: Any, fallbacks: tuple[Code, ...], problems: Problems) -> Policy:

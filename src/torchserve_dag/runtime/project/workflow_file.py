@@ -108,7 +108,12 @@ class CircuitFile:
 class FallbackFile(CodeFile):
     """What runs where the code before it has failed, with the same input. It names what runs as a node does."""
 
+    after: Literal["any", "transient"] = "any"
+    """After which failures it runs: any, or only those that may be over soon (429, 5xx, time-outs, an open circuit).
+    With `transient` a client is told what it has to mend, which would fail here as well."""
     timeout_s: float | None = None
+    """As a node's."""
+    first_chunk_s: float | None = None
     """As a node's."""
     retry: int = 0
     """As a node's."""
@@ -180,6 +185,9 @@ class NodeFile(CodeFile):
     """A condition, an expression. Where it is false, the item or the node is skipped."""
     timeout_s: float | None = None
     """The longest time that one attempt of an item may take, in seconds, its time in the queue included."""
+    first_chunk_s: float | None = None
+    """For code that yields: the longest time until the first chunk of an attempt, in seconds, its time in the queue
+    included. Until then another may stand in; an answer that has begun is not cut off by it."""
     retry: int = 0
     """How often a failed item is tried again, at most 10. Failures that the sender must mend (4xx) are not retried."""
     circuit: CircuitFile | None = None
@@ -287,8 +295,10 @@ def _check_code(code: CodeFile) -> None:
 
 
 def _check_attempts(file: NodeFile | FallbackFile) -> None:
-    if file.timeout_s is not None and not 0 < file.timeout_s < math.inf:
-        raise WrongFieldError("timeout_s is a number of seconds, more than 0", "timeout_s")
+    for name in ("timeout_s", "first_chunk_s"):
+        limit = getattr(file, name)
+        if limit is not None and not 0 < limit < math.inf:
+            raise WrongFieldError(f"{name} is a number of seconds, more than 0", name)
     if not 0 <= file.retry <= MAX_RETRIES:
         raise WrongFieldError(f"retry is 0 to {MAX_RETRIES}", "retry")
 

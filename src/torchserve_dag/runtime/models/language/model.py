@@ -71,6 +71,8 @@ class LanguageModel:
     def start(self, request: Chat | Prompt, reply: Reply[TextChunk]) -> Cancel:
         """Start an answer; see ContinuousHandler.start."""
         _, most = self._measured(request)
+        if self._settings.served_as:
+            reply = _NamedReply(reply, self._settings.served_as)
         return self.engine.start(self._with_defaults(request), most, reply)
 
     def _measured(self, request: Chat | Prompt) -> tuple[int, int]:
@@ -113,6 +115,17 @@ class LanguageModel:
 
     def close(self) -> None:
         self.engine.close()
+
+
+class _NamedReply:
+    """A reply whose chunks name the model as the settings do."""
+
+    def __init__(self, reply: Reply[TextChunk], name: str) -> None:
+        self._reply, self._name = reply, name
+        self.end, self.fail = reply.end, reply.fail
+
+    def chunk(self, chunk: TextChunk) -> None:
+        self._reply.chunk(replace(chunk, served_by=self._name) if chunk.served_by else chunk)
 
 
 def check_supported(request: Chat | Prompt, supports: frozenset[str], engine: str) -> None:

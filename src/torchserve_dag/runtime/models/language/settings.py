@@ -57,6 +57,8 @@ class LanguageSettings:
     """A file or folder below `weights/`; for `remote` and `vllm` also the model's name there."""
     engine: EngineName = "auto"
     """What computes it."""
+    served_as: str | None = None
+    """What answers call it, in `served_by`; without it, the engine and the model's name there or its file's."""
     room: int = 18
     """Answers that the engine computes at the same time; those of one token of the front door leave one place of
     eight to others. More wait, and tokens take turns."""
