@@ -31,8 +31,8 @@ HANDLERS = [
     "text_classifier",
 ]
 OF_PHOTOS = HANDLERS[:-1]
-ELSEWHERE = ["text_embedding/1.0", "text_generation/1.0"]
-"""Tested in unit/test_text_embedding.py, and in engines/ and below."""
+ELSEWHERE = ["text_embedding/1.0", "text_generation/1.0", "large_generation/1.0", "hosted_generation/1.0"]
+"""Tested in unit/test_text_embedding.py, in engines/ and below, and in unit/test_chat_with_fallback.py."""
 
 Load = Callable[[str], Stages]
 Read = Callable[[str], Photo]

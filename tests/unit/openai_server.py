@@ -26,6 +26,8 @@ class OpenAiServer:
     """Runs in a thread of its own, on a free port. What a prompt says is what happens: see `_answer`."""
 
     def __init__(self) -> None:
+        self.fault: str | None = None
+        """What happens to every request, whatever its prompt says; none where it is empty."""
         self.bodies: list[dict[str, Any]] = []
         """The requests that came."""
         self.headers: list[dict[str, str]] = []
@@ -58,6 +60,7 @@ class OpenAiServer:
         self.bodies.append(body)
         self.headers.append(dict(request.headers) | {"x-port": str(request.client and request.client.port)})
         prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        prompt = prompt if self.fault is None else self.fault
         self.times[prompt] += 1
         refused = self._refuse(request, prompt)
         if refused is not None:
