@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torchserve_dag.clients import RestClient as RestClient
     from torchserve_dag.clients import ServingError as ServingError
     from torchserve_dag.runtime.compute.placement import Placement as Placement
+    from torchserve_dag.runtime.data.data_url import decode_photo as decode_photo
+    from torchserve_dag.runtime.data.data_url import photo_urls as photo_urls
     from torchserve_dag.runtime.handler import ContinuousHandler as ContinuousHandler
     from torchserve_dag.runtime.handler import EngineLoad as EngineLoad
     from torchserve_dag.runtime.handler import Handler as Handler
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "clients": ("AsyncGrpcClient", "AsyncRestClient", "GrpcClient", "RequestRefused", "RestClient", "ServingError"),
     "runtime.compute.placement": ("Placement",),
+    "runtime.data.data_url": ("decode_photo", "photo_urls"),
     "runtime.handler": ("ContinuousHandler", "EngineLoad", "Handler", "NoSettings", "Reply"),
     "runtime.messages": (
         "Box",

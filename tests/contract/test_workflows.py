@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.contract.conftest import ROOT
 from torchserve_dag.runtime.data import codec
-from torchserve_dag.runtime.messages import Failure, Photo
+from torchserve_dag.runtime.messages import Chat, ChatMessage, ContentPart, Failure, ImageUrl, Photo
 from torchserve_dag.runtime.workflow import Workflow
+from workflows.counted import counts_rightly
 
 Read = Callable[[str], Photo]
 
@@ -86,3 +88,19 @@ def test_the_crops_of_all_requests_go_through_the_classifier_together(batched: W
 
     assert items == sum(len(answer.objects) for answer in answers) >= 30
     assert after.batches - before.batches < len([answer for answer in answers if answer.objects])
+
+
+def test_a_language_model_describes_a_photo() -> None:
+    """Its sentence about the cup is right; about fourteen objects it is right, or the plain one is there."""
+    with Workflow.load(ROOT / "workflows" / "describe_photo.yaml", device="cpu") as workflow:
+        coffee, many = workflow([_chat("coffee.jpg"), _chat("many.jpg")])
+
+    assert counts_rightly(coffee.text, {"cup": 1})
+    assert coffee.served_by.startswith("openvino")
+    assert counts_rightly(many.text, {"cup": 12, "diningtable": 2}) == (many.served_by != "plain sentence")
+
+
+def _chat(name: str) -> Chat:
+    body = base64.b64encode((ROOT / "photos" / name).read_bytes()).decode()
+    photo = ContentPart("image_url", image_url=ImageUrl(f"data:image/jpeg;base64,{body}"))
+    return Chat(messages=[ChatMessage("user", [photo])])

@@ -28,6 +28,8 @@ class OpenAiServer:
     def __init__(self) -> None:
         self.fault: str | None = None
         """What happens to every request, whatever its prompt says; none where it is empty."""
+        self.words = WORDS
+        """What it answers."""
         self.bodies: list[dict[str, Any]] = []
         """The requests that came."""
         self.headers: list[dict[str, str]] = []
@@ -66,7 +68,7 @@ class OpenAiServer:
         if refused is not None:
             return refused
         if prompt == "whole":
-            message = {"role": "assistant", "content": "".join(WORDS)}
+            message = {"role": "assistant", "content": "".join(self.words)}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
             return JSONResponse({"model": "capital-2", "choices": [choice], "usage": USAGE})
         if prompt == "no answer":
@@ -94,7 +96,7 @@ class OpenAiServer:
         try:
             if chat:
                 yield _event({"delta": {"role": "assistant", "content": ""}})
-            for place, word in enumerate(WORDS):
+            for place, word in enumerate(self.words):
                 if place == 2 and prompt == "stops in the middle":
                     return
                 if place == 2 and prompt == "silent in the middle":

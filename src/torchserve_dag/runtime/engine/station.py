@@ -84,7 +84,7 @@ class Station(Generic[ItemT]):
         self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": self._interactive, "bulk": self._bulk}
         self.own_engine = own_engine
         self.breaker = Breaker(attempts.circuit) if attempts and attempts.circuit else None
-        self.limits = bool(self.breaker or (attempts and attempts.timeout_s))
+        self.limits = bool(self.breaker or (attempts and (attempts.timeout_s or attempts.first_chunk_s)))
         """Whether an attempt has a time limit, or may not be made."""
         self._share = max(1, batch - max(1, batch // OF_OTHERS))
         self._of_token: Counter[str] = Counter()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from torchserve_dag.runtime.data import photos
+from torchserve_dag.runtime.data import data_url
 from torchserve_dag.runtime.messages import Chat, InputError, Prompt
 from torchserve_dag.runtime.models.language.chat_template import ChatTemplate
 from torchserve_dag.runtime.models.language.engine import PromptTokens
@@ -107,19 +105,7 @@ def _images(request: Chat | Prompt) -> list[Image.Image]:
     """The photos of a chat, in order. Raises InputError."""
     if isinstance(request, Prompt):
         return []
-    parts = (part for message in request.messages if isinstance(message.content, list) for part in message.content)
-    urls = [part.image_url.url for part in parts if part.image_url]
+    urls = data_url.photo_urls(request)
     if len(urls) > MOST_PHOTOS:
         raise InputError(f"messages: the chat has {len(urls)} photos; send at most {MOST_PHOTOS}.")
-    return [_image(url) for url in urls]
-
-
-def _image(url: str) -> Image.Image:
-    head, _, data = url.partition(",")
-    if not head.endswith(";base64"):
-        raise InputError("messages: a photo's URL is data:image/jpeg;base64,… with the photo in base64.")
-    try:
-        body = base64.b64decode(data, validate=True)
-    except binascii.Error:
-        raise InputError("messages: a photo's base64 is damaged; encode the file again.") from None
-    return photos.decode(body, MOST_PIXELS).image
+    return [data_url.decode_photo(url, MOST_PIXELS).image for url in urls]
