@@ -166,6 +166,24 @@ def test_an_engine_that_cannot_start_again_says_so(weights: Path, llama: Path, m
         start(engine, greedy("The fox"))
 
 
+def test_a_long_idle_time_does_not_pass_for_a_step_that_hangs(
+    engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that hangs is replaced: the first request after a quiet hour must not have it ended."""
+    step, seen = engine._step, []
+
+    def seen_step() -> None:
+        seen.append(engine.hangs())
+        step()
+
+    monkeypatch.setattr(engine, "_step", seen_step)
+    engine._stepped -= 3600
+    start(engine, greedy("The fox")).wait()
+
+    assert seen
+    assert not any(seen)
+
+
 def test_tokens_in_progress_are_bounded(engine: OpenVinoEngine) -> None:
     """One request more than fits is refused at once; what another had reserved is free again after it."""
     model = LanguageModel(engine, LanguageSettings("whole/llama.gguf", engine="openvino", tokens_in_flight=700))

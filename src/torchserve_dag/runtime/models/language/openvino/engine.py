@@ -176,8 +176,9 @@ class OpenVinoEngine:
         while True:
             with self._changed:
                 while not (self._closed or self._starting or self._running):
-                    self._stepped = time.monotonic()
                     self._changed.wait()
+                if not self._running:
+                    self._stepped = time.monotonic()  # the wait for a request counts for no step
                 starting, self._starting = self._starting, []
                 if self._closed:
                     break
