@@ -263,10 +263,18 @@ def test_both_backgrounds_have_a_colour_for_every_class(everything: Graph) -> No
         assert f".{name} " in dark.replace(",", " ")
 
 
-def test_the_picture_in_the_docs_is_drawn_from_its_file() -> None:
-    drawn = read_graph(Project(ROOT), ROOT / "workflows" / "detect_classify-2.0.yaml")
+@pytest.mark.parametrize(
+    ("file", "picture"),
+    [
+        ("detect_classify-2.0", "detect_classify"),
+        ("describe_photo", "describe_photo"),
+        ("chat_with_fallback", "chat_with_fallback"),
+    ],
+)
+def test_the_picture_in_the_docs_is_drawn_from_its_file(file: str, picture: str) -> None:
+    drawn = read_graph(Project(ROOT), ROOT / "workflows" / f"{file}.yaml")
 
-    assert svg(drawn) == (ROOT / "docs" / "pictures" / "detect_classify.svg").read_text("utf-8")
+    assert svg(drawn) == (ROOT / "docs" / "pictures" / f"{picture}.svg").read_text("utf-8")
 
 
 # The layout.
