@@ -18,7 +18,7 @@ def add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> N
     end = time.time_ns()
     root = item.request.root
     attributes: dict[str, Attribute] = {
-        **item.said,
+        **(item.said or {}),
         "queue_s": began - item.since,
         "batch": batch,
         "tries": item.failed_attempts,

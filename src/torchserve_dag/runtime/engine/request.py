@@ -122,7 +122,7 @@ class Item(_WeaklyReferenceable):
     """Gives back what the engine of its model has reserved for it."""
     written: Written | None = None
     """What is known of its answer, once its first chunk has come by itself."""
-    said: Mapping[str, Attribute] = field(default_factory=dict)
+    said: Mapping[str, Attribute] | None = None
     """What its answer, or its latest chunk, says of itself on its span."""
     settled: bool = False
     """Whether this attempt is over: it has its last answer, or another attempt or the fallback replaces it."""
