@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torchserve_dag.runtime.messages import Embedding as Embedding
     from torchserve_dag.runtime.messages import FailedError as FailedError
     from torchserve_dag.runtime.messages import Failure as Failure
+    from torchserve_dag.runtime.messages import FinishReason as FinishReason
     from torchserve_dag.runtime.messages import FunctionCall as FunctionCall
     from torchserve_dag.runtime.messages import FunctionTool as FunctionTool
     from torchserve_dag.runtime.messages import ImageUrl as ImageUrl
@@ -54,9 +55,18 @@ if TYPE_CHECKING:
     from torchserve_dag.runtime.messages import Tool as Tool
     from torchserve_dag.runtime.messages import ToolCall as ToolCall
     from torchserve_dag.runtime.messages import Usage as Usage
+    from torchserve_dag.runtime.models.language.choice import Choice as Choice
+    from torchserve_dag.runtime.models.language.choice import put_together as put_together
+    from torchserve_dag.runtime.models.language.json_answer import UnfitAnswerError as UnfitAnswerError
+    from torchserve_dag.runtime.models.language.json_answer import read_json_answer as read_json_answer
+    from torchserve_dag.runtime.models.language.json_schema import check_schema as check_schema
+    from torchserve_dag.runtime.models.language.json_schema import in_grammars as in_grammars
     from torchserve_dag.runtime.models.language.model import LanguageModel as LanguageModel
     from torchserve_dag.runtime.models.language.settings import LanguageSettings as LanguageSettings
     from torchserve_dag.runtime.models.language.settings import Remote as Remote
+    from torchserve_dag.runtime.models.language.tool_functions import call_tool as call_tool
+    from torchserve_dag.runtime.models.language.tool_functions import failed_call as failed_call
+    from torchserve_dag.runtime.models.language.tool_functions import tool_of as tool_of
     from torchserve_dag.runtime.workflow import Workflow as Workflow
 
 _HOMES = {
@@ -73,6 +83,7 @@ _HOMES = {
         "Embedding",
         "FailedError",
         "Failure",
+        "FinishReason",
         "FunctionCall",
         "FunctionTool",
         "ImageUrl",
@@ -93,8 +104,12 @@ _HOMES = {
         "ToolCall",
         "Usage",
     ),
+    "runtime.models.language.choice": ("Choice", "put_together"),
+    "runtime.models.language.json_answer": ("UnfitAnswerError", "read_json_answer"),
+    "runtime.models.language.json_schema": ("check_schema", "in_grammars"),
     "runtime.models.language.model": ("LanguageModel",),
     "runtime.models.language.settings": ("LanguageSettings", "Remote"),
+    "runtime.models.language.tool_functions": ("call_tool", "failed_call", "tool_of"),
     "runtime.workflow": ("Workflow",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

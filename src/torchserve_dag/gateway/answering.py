@@ -16,10 +16,11 @@ from torchserve_dag.direct.leaving import while_client_stays
 from torchserve_dag.gateway import estimate
 from torchserve_dag.gateway.calls import ModelCalls
 from torchserve_dag.gateway.errors import ApiError
-from torchserve_dag.gateway.form import Form, Head, put_together
+from torchserve_dag.gateway.form import Form, Head
 from torchserve_dag.gateway.limits import Reservation
 from torchserve_dag.gateway.text import TextAnswer
 from torchserve_dag.runtime.messages import Chat, Prompt, TextChunk, Usage
+from torchserve_dag.runtime.models.language.choice import put_together
 
 T = TypeVar("T")
 EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}

@@ -7,9 +7,10 @@ from typing import Any
 
 from torchserve_dag.gateway import fields
 from torchserve_dag.gateway.errors import ApiError
-from torchserve_dag.gateway.form import DONE, Choice, Head, event, usage_fields
+from torchserve_dag.gateway.form import DONE, Head, event, usage_fields
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.messages import Chat, TextChunk, TokenLogprob, ToolCall, Usage
+from torchserve_dag.runtime.models.language.choice import Choice
 
 NEUTRAL = {**fields.NEUTRAL, "modalities": (["text"],)}
 

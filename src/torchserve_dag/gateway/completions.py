@@ -8,8 +8,9 @@ from typing import Any
 
 from torchserve_dag.gateway import fields
 from torchserve_dag.gateway.errors import ApiError
-from torchserve_dag.gateway.form import DONE, Choice, Head, event, usage_fields
+from torchserve_dag.gateway.form import DONE, Head, event, usage_fields
 from torchserve_dag.runtime.messages import Prompt, TextChunk, TokenLogprob, Usage
+from torchserve_dag.runtime.models.language.choice import Choice
 
 MAX_PROMPTS = 128
 

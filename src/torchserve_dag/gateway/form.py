@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torchserve_dag.gateway.errors import ApiError
-from torchserve_dag.runtime.messages import FinishReason, FunctionCall, TextChunk, TokenLogprob, ToolCall, Usage
+from torchserve_dag.runtime.messages import TextChunk, Usage
+from torchserve_dag.runtime.models.language.choice import Choice
 
 DONE = b"data: [DONE]\n\n"
 
@@ -38,46 +39,6 @@ class Form(Protocol):
 
     def whole(self, head: Head, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """An answer that is no stream."""
-
-
-@dataclass(slots=True)
-class Choice:
-    """One of the answers to a request, put together from its chunks."""
-
-    text: str = ""
-    finish_reason: FinishReason = "stop"
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None
-    served_by: str | None = None
-
-    def tool_call(self, part: ToolCall) -> None:
-        """Add a part of a call to the call of its index; without one, a call of its own."""
-        for at, call in enumerate(self.tool_calls):
-            if part.index is not None and call.index == part.index:
-                name = call.function.name or part.function.name
-                arguments = (call.function.arguments or "") + (part.function.arguments or "")
-                whole = replace(call, id=call.id or part.id, function=FunctionCall(name, arguments))
-                self.tool_calls[at] = whole
-                return
-        self.tool_calls.append(part)
-
-
-def put_together(chunks: Sequence[TextChunk]) -> list[Choice]:
-    """The answers, in the order of their indexes; one, which is empty, without any chunk."""
-    found: dict[int, Choice] = {}
-    texts: dict[int, list[str]] = {}
-    for chunk in chunks:
-        choice = found.setdefault(chunk.index, Choice())
-        texts.setdefault(chunk.index, []).append(chunk.text)
-        choice.finish_reason = chunk.finish_reason or choice.finish_reason
-        choice.served_by = chunk.served_by or choice.served_by
-        if chunk.logprobs is not None:
-            choice.logprobs = [*(choice.logprobs or []), *chunk.logprobs]
-        for part in chunk.tool_calls or ():
-            choice.tool_call(part)
-    for index, choice in found.items():
-        choice.text = "".join(texts[index])
-    return [found[index] for index in sorted(found)] or [Choice()]
 
 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torchserve_dag.gateway import fields
 from torchserve_dag.gateway.errors import ApiError
-from torchserve_dag.gateway.form import Choice, Head, event
+from torchserve_dag.gateway.form import Head, event
 from torchserve_dag.runtime.messages import Chat, TextChunk, Usage
+from torchserve_dag.runtime.models.language.choice import Choice
 
 STATELESS = "no conversation is kept here; send all of it as input"
 NEUTRAL: dict[str, Sequence[Any]] = {
