@@ -20,7 +20,7 @@ from torchserve_dag import Chat, ContinuousHandler, FunctionCall, NoSettings, Pl
 
 
 class Scripted(ContinuousHandler[Chat, TextChunk]):
-    '''Writes the answers that stand in a chat's first message of the user, one a round, in chunks of five characters.'''
+    '''Writes the answers that stand in a chat's first message of the user, one a round, in chunks.'''
 
     room = 64
 
@@ -34,8 +34,9 @@ class Scripted(ContinuousHandler[Chat, TextChunk]):
         script = json.loads(next(message.text for message in item.messages if message.role == "user"))
         said = script[min(sum(message.role == "assistant" for message in item.messages), len(script) - 1)]
         text, calls = echo(item) if "echo" in said else said.get("text", ""), said.get("calls", [])
-        for begin in range(0, len(text), 5):
-            reply.chunk(TextChunk(text[begin : begin + 5]))
+        size = max(5, len(text) // 8)
+        for begin in range(0, len(text), size):
+            reply.chunk(TextChunk(text[begin : begin + size]))
         for place, (name, arguments) in enumerate(calls):  # in two parts, as servers of OpenAI's API send them
             first = FunctionCall(name, arguments[:3])
             reply.chunk(TextChunk(tool_calls=[ToolCall(first, f"c{place}", "function", place)]))

@@ -29,7 +29,10 @@ from torchserve_dag import (
     read_json_answer,
 )
 from torchserve_dag.archives.signature import signature
+from torchserve_dag.pictures.mermaid import mermaid
+from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.messages import FunctionTool
+from torchserve_dag.runtime.project.folders import Project
 
 POINT = {
     "type": "object",
@@ -299,3 +302,9 @@ def test_a_real_engine_gives_documents_that_fit_or_failures(real: Workflow) -> N
     assert {answer.status for answer in answers if isinstance(answer, Failure)} == {422}
     assert isinstance(answers[0], Failure)
     assert all(isinstance(answer, TextChunk) for answer in answers[1:4])
+
+
+def test_the_page_shows_the_workflow() -> None:
+    picture = mermaid(read_graph(Project(ROOT), ROOT / "workflows" / "extract.yaml"))
+
+    assert f"```mermaid\n{picture}```" in (ROOT / "docs" / "structured-output.md").read_text("utf-8")

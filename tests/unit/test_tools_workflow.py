@@ -30,7 +30,10 @@ from torchserve_dag import (
     tool_of,
 )
 from torchserve_dag.archives.signature import signature
+from torchserve_dag.pictures.mermaid import mermaid
+from torchserve_dag.runtime.graph.read import read_graph
 from torchserve_dag.runtime.messages import FunctionTool
+from torchserve_dag.runtime.project.folders import Project
 
 LLAMA = """
 name: text_generation
@@ -297,3 +300,9 @@ def _functions(workflow: Workflow) -> Any:
     """The functions of the loaded project."""
     inner = workflow.graph.nodes["dialogue"].code.kind.graph  # type: ignore[attr-defined]
     return inner.nodes["call"].code.kind.function.__globals__["TOOLS"]
+
+
+def test_the_page_shows_the_workflow() -> None:
+    picture = mermaid(read_graph(Project(ROOT), ROOT / "workflows" / "tools.yaml"))
+
+    assert f"```mermaid\n{picture}```" in (ROOT / "docs" / "tools.md").read_text("utf-8")

@@ -17,7 +17,7 @@ from torchserve_dag.runtime.data.plain import Wrong
 from torchserve_dag.runtime.messages import InputError
 from torchserve_dag.runtime.models.language.json_schema import resolve
 
-MOST_STEPS = 300_000
+MOST_STEPS = 100_000
 """Comparisons of a value with a schema, or of two values. A schema whose references branch could need any number."""
 _TOO_MUCH = f"The answer is not compared with the schema in {MOST_STEPS:,} steps: make the schema simpler."
 MOST_KEY = 40
