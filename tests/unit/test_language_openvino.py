@@ -107,6 +107,8 @@ def test_an_answer_holds_to_its_schema(engine: OpenVinoEngine) -> None:
         ({"type": "array", "maxItems": 10**9}, "schema.maxItems: write a whole number"),
         ({"anyOf": [{"enum": []}]}, "schema.anyOf[0].enum: write a list"),
         ({"items": 5}, "schema.items: a schema is an object"),
+        ({"properties": {"a": False}}, "schema.properties.a: no value fits false"),
+        ({"anyOf": [{"$ref": "#"}]}, "schema: a $ref leads back to itself before any value"),
     ],
 )
 def test_a_schema_that_cannot_be_held_to_is_refused_by_name(
