@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +50,9 @@ class Extraction:
     @property
     def ended(self) -> bool:
         return self.cut_off or not self.wrong
+
+    def span_attributes(self) -> Mapping[str, object]:
+        return {"rounds": self.rounds, "fits": not self.wrong, "cut_off": self.cut_off}
 
 
 def ask(extraction: Extraction) -> Chat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Annotated, Any
@@ -93,6 +93,20 @@ class Said:
     served_by: str | None
 
 
+@dataclass(frozen=True)
+class Called:
+    """A call that was made."""
+
+    name: str
+    message: ChatMessage
+    """Its result, as the model gets it."""
+
+    def span_attributes(self) -> Mapping[str, object]:
+        """Which function it was, as OpenTelemetry names it; a name that the model made up is not repeated."""
+        known = self.name in {function.__name__ for function in TOOLS}
+        return {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": self.name if known else "unknown"}
+
+
 def ask(dialogue: Dialogue) -> Chat:
     """The chat for the model, which may write what is left of the tokens."""
     return replace(dialogue.chat, tools=_TOLD, max_tokens=dialogue.tokens, max_completion_tokens=None)
@@ -106,24 +120,25 @@ def said(chunks: list[TextChunk]) -> Said:
     return Said(choice.text, calls, choice.finish_reason, usage, choice.served_by)
 
 
-def call(call: ToolCall) -> ChatMessage:
+def call(call: ToolCall) -> Called:
     """A call's result, as the model gets it."""
-    return call_tool(TOOLS, call)
+    return Called(call.function.name or "", call_tool(TOOLS, call))
 
 
-def not_called(call: ToolCall) -> ChatMessage:
+def not_called(call: ToolCall) -> Called:
     """In place of the result of a call that was not in time."""
-    return ChatMessage("tool", failed_call(f"{call.function.name} did not answer in time."), tool_call_id=call.id)
+    name = call.function.name or ""
+    return Called(name, ChatMessage("tool", failed_call(f"{name} did not answer in time."), tool_call_id=call.id))
 
 
-def go_on(before: Dialogue, said: Said, results: list[ChatMessage]) -> Dialogue:
+def go_on(before: Dialogue, said: Said, called: list[Called]) -> Dialogue:
     """The dialogue after the round. It has ended if nothing was called, or if there are no tokens left."""
     left = before.tokens - said.usage.completion_tokens
     reason = said.finish_reason if not said.tool_calls or said.finish_reason == "length" else None
-    messages = [*before.chat.messages, ChatMessage("assistant", said.text, tool_calls=said.tool_calls), *results]
+    messages = [*before.chat.messages, ChatMessage("assistant", said.text, tool_calls=said.tool_calls)]
     return replace(
         before,
-        chat=replace(before.chat, messages=messages),
+        chat=replace(before.chat, messages=[*messages, *(one.message for one in called)]),
         tokens=max(left, 0),
         answer=said.text,
         finish_reason=reason or ("length" if left < 1 else None),

@@ -296,10 +296,24 @@ def test_the_projects_tools_stand_what_models_write(workflow: Workflow, name: st
     assert call_tool([functions[name]], ToolCall(FunctionCall(name, arguments))).text == result
 
 
+def test_a_span_names_the_function_and_nothing_that_the_model_made_up(workflow: Workflow) -> None:
+    node = _call_node(workflow)
+    names = [
+        node(ToolCall(FunctionCall(name, "{}"))).span_attributes()["gen_ai.tool.name"]
+        for name in ("calculate", "My secret")
+    ]
+
+    assert names == ["calculate", "unknown"]
+
+
 def _functions(workflow: Workflow) -> Any:
     """The functions of the loaded project."""
+    return _call_node(workflow).__globals__["TOOLS"]
+
+
+def _call_node(workflow: Workflow) -> Any:
     inner = workflow.graph.nodes["dialogue"].code.kind.graph  # type: ignore[attr-defined]
-    return inner.nodes["call"].code.kind.function.__globals__["TOOLS"]
+    return inner.nodes["call"].code.kind.function
 
 
 def test_the_page_shows_the_workflow() -> None:
