@@ -35,6 +35,7 @@ def write_hub_project(root: Path) -> Path:
         "transformers_detector": (make_detector, {"threshold": 0.05}),
         "transformers_classifier": (make_photo_classifier, {"top": 2}),
         "text_classifier": (make_text_classifier, {"max_tokens": 16}),
+        "text_moderation": (make_text_classifier, {"max_tokens": 8, "categories": {"rude": {"labels": ["NEGATIVE"]}}}),
     }
     (root / "handlers").mkdir(parents=True)
     for name, (make, settings) in models.items():

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torchserve_dag.runtime.messages import JsonSchema as JsonSchema
     from torchserve_dag.runtime.messages import Label as Label
     from torchserve_dag.runtime.messages import Labels as Labels
+    from torchserve_dag.runtime.messages import Moderation as Moderation
     from torchserve_dag.runtime.messages import Objects as Objects
     from torchserve_dag.runtime.messages import OverloadedError as OverloadedError
     from torchserve_dag.runtime.messages import Photo as Photo
@@ -91,6 +92,7 @@ _HOMES = {
         "JsonSchema",
         "Label",
         "Labels",
+        "Moderation",
         "Objects",
         "OverloadedError",
         "Photo",

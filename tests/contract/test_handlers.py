@@ -16,7 +16,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from torchserve_dag.runtime.data import codec, plain
-from torchserve_dag.runtime.messages import Chat, Failure, Labels, Objects, Photo, Text
+from torchserve_dag.runtime.messages import Chat, Failure, Labels, Moderation, Objects, Photo, Text
 from torchserve_dag.runtime.models.load import load_handler
 from torchserve_dag.runtime.models.stages import Stages
 from torchserve_dag.runtime.project.folders import Project
@@ -29,8 +29,9 @@ HANDLERS = [
     "transformers_detector",
     "transformers_classifier",
     "text_classifier",
+    "text_moderation",
 ]
-OF_PHOTOS = HANDLERS[:-1]
+OF_PHOTOS = HANDLERS[:-2]
 ELSEWHERE = ["text_embedding/1.0", "text_generation/1.0", "large_generation/1.0", "hosted_generation/1.0"]
 """Tested in unit/test_text_embedding.py, in engines/ and below, and in unit/test_chat_with_fallback.py."""
 
@@ -231,6 +232,9 @@ def _alike(a: Any, b: Any, within: float) -> bool:
     if isinstance(a, Labels) and isinstance(b, Labels):
         scores = {label.name: label.score for label in b.labels}
         return all(abs(label.score - scores.get(label.name, 9)) <= within for label in a.labels)
+    if isinstance(a, Moderation) and isinstance(b, Moderation):
+        scores = b.category_scores
+        return all(abs(score - scores.get(name, 9)) <= within for name, score in a.category_scores.items())
     if isinstance(a, Objects) and isinstance(b, Objects) and len(a.objects) == len(b.objects):
         return all(
             x.label == y.label

@@ -19,7 +19,7 @@ from torchserve_dag.front_door.backend import MODELS
 from torchserve_dag.front_door.door import Door, Traffic
 from torchserve_dag.front_door.splits import ServedVersion
 from torchserve_dag.front_door.tokens import Token, TokenStore
-from torchserve_dag.gateway import chat, completions, embeddings, estimate, fields, responses
+from torchserve_dag.gateway import chat, completions, embeddings, estimate, fields, moderations, responses
 from torchserve_dag.gateway.app import GatewayApp
 from torchserve_dag.gateway.errors import ApiError
 from torchserve_dag.gateway.limits import Spending
@@ -33,6 +33,7 @@ from torchserve_dag.server.state import State
 SERVED = (
     ServedVersion("talk", "1.0", 60.0, ours=True, streams=True, language=("chat", "completion")),
     ServedVersion("vectors", "1.0", 60.0, ours=True, language=("embedding",)),
+    ServedVersion("judge", "1.0", 60.0, ours=True, language=("moderation",)),
     ServedVersion("photos", "1.0", 60.0, ours=True),
 )
 USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
@@ -201,9 +202,46 @@ class TestAnswers:
         assert [one.data[0].embedding for one in found] == [[0.5, -2.0]] * 2
         assert [one.usage.prompt_tokens for one in found] == [3, 3]
 
+    def test_texts_are_judged_in_order_by_the_only_model_for_it(self, model: Model) -> None:
+        verdicts = [
+            {"flagged": flagged, "categories": {"rude": flagged}, "category_scores": {"rude": score}}
+            for flagged, score in ((True, 0.75), (False, 0.25))
+        ]
+        for verdict in (verdicts[1], *verdicts):
+            model.says(verdict, kind="application/json")
+        one, two = model.call(
+            lambda client: client.moderations.create(input="a"),
+            lambda client: client.moderations.create(
+                model="judge/1.0", input=[{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+            ),
+        )
+
+        assert (one.model, one.results[0].flagged, len(one.results)) == ("judge/1.0", False, 1)
+        assert one.id.startswith("modr-")
+        by_text = dict(zip((body["text"] for _, body in model.asked[1:]), verdicts, strict=True))
+        assert [one.flagged for one in two.results] == [by_text[text]["flagged"] for text in "bc"]
+        assert two.results[0].categories.model_dump(exclude_unset=True) == by_text["b"]["categories"]
+        assert two.results[0].category_scores.model_dump(exclude_unset=True) == by_text["b"]["category_scores"]
+        assert [head.split()[1] for head, _ in model.asked] == ["/predictions/judge"] + ["/predictions/judge/1.0"] * 2
+
+    def test_a_model_has_to_be_named_where_there_are_several_to_judge_or_none(self, model: Model) -> None:
+        TokenStore(model.door.folder).issue("bob", 60, models=["vectors"])
+        (none,) = model.call(lambda client: client.moderations.create(input="a"), token="bob")  # noqa: S106
+        more = (*SERVED, ServedVersion("other", "1.0", 60.0, ours=True, language=("moderation",)))
+        model.door.change(lambda now: Traffic(now.torchserve, more, sockets={}))
+        several, wrong = model.call(
+            lambda client: client.moderations.create(input="a"),
+            lambda client: client.moderations.create(input="a", model="talk"),
+        )
+
+        assert [(one.status_code, one.param) for one in (none, several, wrong)] == [(400, "model")] * 3
+        assert "none is served for /v1/moderations" in str(none)
+        assert "write one of judge, other" in str(several)
+        assert "not at /v1/moderations" in str(wrong)
+
     def test_without_a_way_to_the_models_it_says_so(self, model: Model) -> None:
         self_closed = model.call(lambda client: client.models.list())
-        assert [one.id for one in self_closed[0].data] == ["talk", "vectors"]
+        assert [one.id for one in self_closed[0].data] == ["judge", "talk", "vectors"]
 
         model.answers = [b""]
         (broken,) = model.call(ask())
@@ -273,11 +311,13 @@ class TestLimits:
         ("Text", "Iterator[Text]", []),
         ("Text", "Embedding", ["embedding"]),
         ("Chat", "Embedding", []),
+        ("Text", "Moderation", ["moderation"]),
+        ("Chat", "Moderation", []),
     ],
 )
 def test_an_archive_says_what_it_may_be_asked(tmp_path: Path, takes: str, gives: str, language: list[str]) -> None:
     (tmp_path / "workflows").mkdir()
-    names = "Chat, Embedding, Labels, Prompt, Text, TextChunk"
+    names = "Chat, Embedding, Labels, Moderation, Prompt, Text, TextChunk"
     code = f"from collections.abc import Iterator\nfrom torchserve_dag import {names}\n"
     (tmp_path / "workflows/a.py").write_text(f"{code}def run(asked: {takes}) -> {gives}:\n    {_BODY[gives[:8]]}\n")
     text = 'name: a\nversion: "1"\ndoes: It.\nnodes: {run: {function: run}}\noutput: run\n'
@@ -341,6 +381,23 @@ class TestRequests:
         for read, given in ((completions.read, {"prompt": [1, 2]}), (embeddings.read, {"input": [[1]]})):
             with pytest.raises(ApiError, match="not read"):
                 read(given)
+
+    @pytest.mark.parametrize(
+        ("given", "param"),
+        [
+            ({}, "input"),
+            ({"input": []}, "input"),
+            ({"input": ["a", 3]}, "input"),
+            ({"input": [{"type": "image_url", "image_url": {"url": "data:"}}]}, "input"),
+            ({"input": ["a"] * (moderations.MAX_TEXTS + 1)}, "input"),
+            ({"input": "a", "threshold": 0.1}, "threshold"),
+        ],
+    )
+    def test_what_cannot_be_judged_is_named(self, given: dict[str, Any], param: str) -> None:
+        with pytest.raises(ApiError) as refused:
+            moderations.read(given)
+
+        assert (refused.value.status, refused.value.param) == (400, param)
 
     def test_a_response_is_a_chat(self) -> None:
         photo = {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "low"}

@@ -8,7 +8,7 @@ fields. Of `takes`, `optional` names the fields that a client may leave out. A K
     list[KIND]              a list of scalars, or of such lists
     json                    whatever else, as JSON
 
-`language` lists what OpenAI's API at `/v1` may ask of it: `chat`, `completion`, `embedding`.
+`language` lists what OpenAI's API at `/v1` may ask of it: `chat`, `completion`, `embedding`, `moderation`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from typing import Any, Literal
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.graph.graph import Graph
 from torchserve_dag.runtime.graph.torchserve.nodes import takes_rows
-from torchserve_dag.runtime.messages import Chat, Embedding, Photo, Prompt, Text, TextChunk
+from torchserve_dag.runtime.messages import Chat, Embedding, Moderation, Photo, Prompt, Text, TextChunk
 
 _NAMES = {Photo: "photo", Text: "text", bytes: "bytes", bool: "bool", int: "int", float: "float", str: "str"}
 _WHOLE = frozenset({"photo", "text", "bytes", "json"})
 """What lists have no kind of their own for: they are JSON."""
 _JSON = "json"
 _ASKED = {Chat: "chat", Prompt: "completion"}
+_OF_TEXT = {Embedding: "embedding", Moderation: "moderation"}
+"""What an answer to a text makes of the model."""
 _WRITTEN = frozenset({TextChunk, Text, str})
 """What an answer in words consists of."""
 
@@ -47,7 +49,8 @@ def _language(graph: Graph) -> list[str]:
         (answer,) = typing.get_args(answer)
     if _parts(answer) <= _WRITTEN:
         return sorted(_ASKED[kind] for kind in _parts(graph.request) & _ASKED.keys())
-    return ["embedding"] if (graph.request, whole.type) == (Text, Embedding) else []
+    kind = _OF_TEXT.get(whole.type) if graph.request is Text else None
+    return [kind] if kind else []
 
 
 def _parts(kind: Any) -> set[Any]:

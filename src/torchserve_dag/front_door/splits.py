@@ -23,7 +23,7 @@ class ServedVersion:
     streams: bool = False
     """Whether answers may be streamed in chunks."""
     language: tuple[str, ...] = ()
-    """What OpenAI's API at `/v1` may ask of it: `chat`, `completion`, `embedding`."""
+    """What OpenAI's API at `/v1` may ask of it: `chat`, `completion`, `embedding`, `moderation`."""
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -16,24 +16,25 @@ from starlette.routing import Route
 from torchserve_dag.direct.leaving import while_client_stays
 from torchserve_dag.front_door.backend import MODELS
 from torchserve_dag.front_door.tokens import Token, TokenStore
-from torchserve_dag.gateway import chat, completions, embeddings, estimate, fields, responses
+from torchserve_dag.gateway import chat, completions, embeddings, estimate, fields, moderations, responses
 from torchserve_dag.gateway.answering import TextResponse
 from torchserve_dag.gateway.call import ModelsSocket
 from torchserve_dag.gateway.calls import ModelCalls
-from torchserve_dag.gateway.embedding_calls import embed
 from torchserve_dag.gateway.errors import ApiError
 from torchserve_dag.gateway.form import Form
 from torchserve_dag.gateway.limits import Spending
 from torchserve_dag.gateway.models import Kind, Models
 from torchserve_dag.gateway.process import Gateway
+from torchserve_dag.gateway.text_calls import AnswerT, ask_each
 from torchserve_dag.runtime.data.options import TOKEN
-from torchserve_dag.runtime.messages import Chat, Prompt
+from torchserve_dag.runtime.messages import Chat, Embedding, Moderation, Prompt, Text, Usage
 from torchserve_dag.server.state import State
 
 logger = logging.getLogger(__name__)
 
 USED = "used_tokens.sqlite3"
 _EMBEDDING: Kind = "embedding"
+_MODERATION: Kind = "moderation"
 
 
 class GatewayApp:
@@ -50,6 +51,7 @@ class GatewayApp:
                 Route("/v1/completions", self._complete, methods=["POST"]),
                 Route("/v1/responses", self._respond, methods=["POST"]),
                 Route("/v1/embeddings", self._embed, methods=["POST"]),
+                Route("/v1/moderations", self._moderate, methods=["POST"]),
                 Route("/v1/models", self._list, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._describe, methods=["GET"]),
             ],
@@ -96,18 +98,34 @@ class GatewayApp:
         asked = embeddings.read(data)
         token = self._token(request)
         calls = self._calls(request, model, _EMBEDDING, token)
-        reservation = self._spending.reserve(token, sum(map(estimate.prompt_tokens, asked.input)))
+        vectors, usage, limits = await self._ask_each(request, calls, token, Embedding, asked.input)
+        whole = embeddings.whole(calls.answered_by, vectors, usage, asked.encoding_format)
+        return JSONResponse(whole, headers=limits)
+
+    async def _moderate(self, request: Request) -> Response:
+        data = await _fields(request)
+        token = self._token(request)
+        model = fields.model_in(data) if "model" in data else self._models.only(_MODERATION, token)
+        texts = moderations.read(data)
+        calls = self._calls(request, model, _MODERATION, token)
+        verdicts, _, limits = await self._ask_each(request, calls, token, Moderation, texts)
+        return JSONResponse(moderations.whole(calls.request_id, calls.answered_by, verdicts), headers=limits)
+
+    async def _ask_each(
+        self, request: Request, calls: ModelCalls, token: Token | None, kind: type[AnswerT], texts: Sequence[Text]
+    ) -> tuple[list[AnswerT], Usage, Mapping[str, str]]:
+        """The texts' answers, what they have cost, and the headers that say what is left. Raises ApiError."""
+        reservation = self._spending.reserve(token, sum(map(estimate.prompt_tokens, texts)))
         tokens = 0
         try:
-            found = await while_client_stays(request.receive, embed(calls, asked.input))
+            found = await while_client_stays(request.receive, ask_each(calls, kind, texts))
             if found is None:
                 raise ClientDisconnect
-            vectors, usage, tokens = found
+            answers, usage, tokens = found
         finally:
             if reservation:
                 reservation.settle(tokens)
-        whole = embeddings.whole(calls.answered_by, vectors, usage, asked.encoding_format)
-        return JSONResponse(whole, headers=reservation.headers() if reservation else {})
+        return answers, usage, reservation.headers() if reservation else {}
 
     async def _list(self, request: Request) -> Response:
         token = self._token(request)
@@ -148,7 +166,7 @@ async def _failed(_: Request, error: Exception) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else HTTPStatus.NOT_FOUND
-    known = "chat/completions, completions, responses, embeddings and models"
+    known = "chat/completions, completions, responses, embeddings, moderations and models"
     message = f"{request.method} {request.url.path[:100]} is not here; below /v1 there are {known}."
     return JSONResponse(ApiError(status, message, code="unknown_url").fields(), status)
 

@@ -1,4 +1,4 @@
-"""The models of `/v1`: those served models that take chats, prompts or texts to embed."""
+"""The models of `/v1`: those served models that take chats, prompts, or texts to embed or to judge."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torchserve_dag.runtime.data import plain
 from torchserve_dag.server.errors import ServerError
 from torchserve_dag.server.state import State
 
-Kind = Literal["chat", "completion", "embedding"]
+Kind = Literal["chat", "completion", "embedding", "moderation"]
 CALLS: Mapping[str, str] = {
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
     "embedding": "/v1/embeddings",
+    "moderation": "/v1/moderations",
 }
 _ASKED = re.compile(r"([\w.-]{1,128})(?:/([\w.+-]{1,64}))?(?::([\w./-]{1,128}))?", re.ASCII)
 _AGAIN = {"retry-after": "1"}
@@ -61,6 +62,15 @@ class Models:
             message = f"{found.name} is called at {calls}, not at {CALLS[kind]}."
             raise ApiError(HTTPStatus.BAD_REQUEST, message, param="model")
         return found
+
+    def only(self, kind: Kind, token: Token | None) -> str:
+        """The one model of a kind that a token may call, for a request that names none. Raises ApiError."""
+        self._read()
+        of_kind = {one.model for one in self._served if kind in one.language and may_call(token, one.model)}
+        if len(of_kind) != 1:
+            which = f"write one of {', '.join(sorted(of_kind))}" if of_kind else f"none is served for {CALLS[kind]}"
+            raise ApiError(HTTPStatus.BAD_REQUEST, f"model: it is missing; {which}.", param="model")
+        return of_kind.pop()
 
     def described(self, asked: str, token: Token | None) -> dict[str, Any]:
         """A model as OpenAI's API describes it. Raises ApiError."""

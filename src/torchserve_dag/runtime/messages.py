@@ -530,3 +530,20 @@ class Embedding:
     """The vector: of length 1, as many numbers as the model has dimensions."""
     usage: Usage | None = None
     """What it has cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moderation:
+    """A verdict on a text."""
+
+    flagged: bool
+    """Whether the text is in any of the categories."""
+    categories: dict[str, bool] = field(default_factory=dict)
+    """Category → whether the text is in it: whether its score reaches the category's threshold."""
+    category_scores: dict[str, float] = field(default_factory=dict)
+    """Category → how sure the classifier is that the text is in it, 0 to 1."""
+
+    @property
+    def named(self) -> str:
+        """The categories that the text is in, in words."""
+        return " and ".join(name for name, is_in in self.categories.items() if is_in)

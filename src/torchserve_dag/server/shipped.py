@@ -18,4 +18,11 @@ def shipped(path: str) -> Path:
 
 def ready_handlers() -> list[str]:
     """The names of the handlers that serve published models, whichever their settings name."""
-    return ["text_classifier", "text_embedding", "text_generation", "transformers_classifier", "transformers_detector"]
+    return [
+        "text_classifier",
+        "text_embedding",
+        "text_generation",
+        "text_moderation",
+        "transformers_classifier",
+        "transformers_detector",
+    ]
