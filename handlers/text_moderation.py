@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from torchserve_dag import Handler, InputError, Moderation, Placement, Text
 
@@ -117,8 +116,8 @@ class WordFilter:
     """A linear model of which words are in a text: scikit-learn's TfidfVectorizer and calibrated LinearSVC.
 
     The vocabulary lists the words in the order of the arrays: `idf` [word]; `weight` [model, word]; `bias`, `slope` and
-    `offset` [model]. A text is the vector of its words' counts, times `idf`, of length 1. Each model makes a margin m of
-    it, and the probability 1 / (1 + exp(slope * m + offset)); the text's is the mean of all models'.
+    `offset` [model]. A text is the vector of its words' counts, times `idf`, of length 1. Each model makes a margin m
+    of it, and the probability 1 / (1 + exp(slope * m + offset)); the text's is the mean of all models'.
     """
 
     labels = ["profanity"]  # noqa: RUF012 (a Protocol's)
@@ -153,6 +152,8 @@ class HubClassifier:
     """A text classification model of the hub."""
 
     def __init__(self, local: Path, settings: ModerationSettings, placement: Placement) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415 (a filter has no need)
+
         name = str(local) if local.is_dir() else settings.model
         self._placement = placement
         self._tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.revision)

@@ -206,6 +206,8 @@ class Measured:
     """Of each answer that began in the window: the time to its first token."""
     per_token_s: list[float]
     """Likewise: the mean time per token after the first."""
+    whole_s: list[float]
+    """Likewise: the time to its end."""
     answers: int
     errors: list[str]
     tokens: int
@@ -222,7 +224,9 @@ def summary(answers: list[Answer], begin: float, end: float, cpu: float) -> Meas
     errors = [answer.error or "it has no end" for answer in answers if not answer.ok]
     total = sum(answer.tokens for answer in answers)
     first, per_token = [answer.first_s for answer in within], [answer.per_token_s for answer in within]
-    return Measured(tokens / (end - begin), first, per_token, len(within), errors[:5], total, cpu / (end - begin))
+    whole = [answer.times[-1] - answer.began for answer in within]
+    speed, busy = tokens / (end - begin), cpu / (end - begin)
+    return Measured(speed, first, per_token, whole, len(within), errors[:5], total, busy)
 
 
 async def run(load: Load) -> Measured:

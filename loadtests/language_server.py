@@ -90,7 +90,7 @@ def serving(
     """Serve a model of `weights`, a file or folder, with these settings of `handlers/text_generation.py`. `more` are
     other files of the project. `serve` are settings of that name in the handler's YAML.
     """
-    (root / "weights").mkdir()
+    (root / "weights").mkdir(exist_ok=True)
     (root / "weights" / weights.name).symlink_to(weights.resolve(), target_is_directory=weights.is_dir())
     handlers = root / "handlers"
     handlers.mkdir()
