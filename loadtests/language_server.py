@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +85,16 @@ class LanguageServer:
 
 @contextmanager
 def serving(
-    root: Path, weights: Path, settings: dict[str, Any], more: dict[str, str] | None = None, **serve: Any
+    root: Path,
+    weights: Path,
+    settings: dict[str, Any],
+    more: dict[str, str] | None = None,
+    names: Sequence[str] = (),
+    **serve: Any,
 ) -> Iterator[LanguageServer]:
     """Serve a model of `weights`, a file or folder, with these settings of `handlers/text_generation.py`. `more` are
-    other files of the project. `serve` are settings of that name in the handler's YAML.
+    other files of the project, and `names` what is served of it, if not all. `serve` are settings of that name in the
+    handler's YAML.
     """
     (root / "weights").mkdir(exist_ok=True)
     (root / "weights" / weights.name).symlink_to(weights.resolve(), target_is_directory=weights.is_dir())
@@ -104,7 +110,7 @@ def serving(
         "card": {**CARD, "weights": [held]},
     }
     (handlers / f"{NAME}.yaml").write_text(json.dumps(file, indent=1))  # JSON is YAML
-    small_project.make(root, {"front_door.yaml": LIMITS, **(more or {})})
+    small_project.make(root, {"front_door.yaml": LIMITS, **(more or {})}, names)
     try:
         small_project.tool(root, "up", "--free-ports", "--host", "direct")
         state = State(root)

@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace) -> list[str]:
         root = Path(folder) / "project"
         settings = {"room": options.room, "tokens_in_flight": IN_FLIGHT}
         weights = weights_for("openvino", "smollm2", Path(folder))
-        with serving(root, weights, settings, files(root)) as server:
+        with serving(root, weights, settings, files(root), (ALONE, MODERATED)) as server:
             found = rows(in_turns(server, options))
             nodes = per_node(server)
     print_table("moderated_chat beside text_generation", found)

@@ -121,6 +121,20 @@ FILES: dict[str, str | Path] = {
         def embed(text: Text) -> Embedding:
             return Embedding([float(len(text.text)), 0.25, -1.5], Usage.of(len(text.text.split())))
         """,
+    "workflows/judge.yaml": """
+        name: judge
+        version: "1.0"
+        does: Flags a text that shouts.
+        nodes: {judge: {function: judge}}
+        output: judge
+        """,
+    "workflows/judge.py": """
+        from torchserve_dag import Moderation, Text
+
+        def judge(text: Text) -> Moderation:
+            loud = text.text.isupper()
+            return Moderation(loud, {"loud": loud}, {"loud": float(loud)})
+        """,
 }
 
 HOSTS = ("direct", "torchserve")
@@ -199,6 +213,15 @@ def test_texts_and_whole_answers_are_chats_too(client: openai.OpenAI) -> None:
     assert (whole.message.content, whole.finish_reason) == ("cba", "stop")
 
 
+def test_texts_are_judged_by_a_model_that_needs_no_name(client: openai.OpenAI) -> None:
+    found = client.moderations.create(input=["hello", "HELLO", "hello"])
+    named = client.moderations.create(model="judge/1.0", input="HELLO")
+
+    assert [one.flagged for one in found.results] == [False, True, False]
+    assert (found.model, named.model, named.results[0].flagged) == ("judge/1.0", "judge/1.0", True)
+    assert named.results[0].category_scores.model_dump(exclude_unset=True) == {"loud": 1.0}
+
+
 def test_completions_responses_and_embeddings(client: openai.OpenAI) -> None:
     completions = client.completions.create(model="talk", prompt=["a b", "c"], max_tokens=1, logprobs=1)
     events = list(client.responses.create(model="talk", input="a b", instructions="Speak.", stream=True))
@@ -237,7 +260,7 @@ def test_tools_and_adapters_reach_the_model(client: openai.OpenAI) -> None:
 
 
 def test_models_are_those_that_speak(client: openai.OpenAI) -> None:
-    assert [one.id for one in client.models.list()] == ["plain", "talk", "vectors", "whole"]
+    assert [one.id for one in client.models.list()] == ["judge", "plain", "talk", "vectors", "whole"]
     assert client.models.retrieve("talk").created > 0
     with pytest.raises(openai.NotFoundError, match='did you mean "talk"'):
         client.chat.completions.create(model="tolk", messages=said("a"))
