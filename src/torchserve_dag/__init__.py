@@ -46,8 +46,11 @@ if TYPE_CHECKING:
     from torchserve_dag.runtime.messages import Moderation as Moderation
     from torchserve_dag.runtime.messages import Objects as Objects
     from torchserve_dag.runtime.messages import OverloadedError as OverloadedError
+    from torchserve_dag.runtime.messages import Passage as Passage
+    from torchserve_dag.runtime.messages import Passages as Passages
     from torchserve_dag.runtime.messages import Photo as Photo
     from torchserve_dag.runtime.messages import Prompt as Prompt
+    from torchserve_dag.runtime.messages import Query as Query
     from torchserve_dag.runtime.messages import ResponseFormat as ResponseFormat
     from torchserve_dag.runtime.messages import Skipped as Skipped
     from torchserve_dag.runtime.messages import Text as Text
@@ -68,6 +71,8 @@ if TYPE_CHECKING:
     from torchserve_dag.runtime.models.language.tool_functions import call_tool as call_tool
     from torchserve_dag.runtime.models.language.tool_functions import failed_call as failed_call
     from torchserve_dag.runtime.models.language.tool_functions import tool_of as tool_of
+    from torchserve_dag.runtime.retrieval.passage_index import PassageIndex as PassageIndex
+    from torchserve_dag.runtime.retrieval.settings import SearchSettings as SearchSettings
     from torchserve_dag.runtime.workflow import Workflow as Workflow
 
 _HOMES = {
@@ -95,8 +100,11 @@ _HOMES = {
         "Moderation",
         "Objects",
         "OverloadedError",
+        "Passage",
+        "Passages",
         "Photo",
         "Prompt",
+        "Query",
         "ResponseFormat",
         "Skipped",
         "Text",
@@ -112,6 +120,8 @@ _HOMES = {
     "runtime.models.language.model": ("LanguageModel",),
     "runtime.models.language.settings": ("LanguageSettings", "Remote"),
     "runtime.models.language.tool_functions": ("call_tool", "failed_call", "tool_of"),
+    "runtime.retrieval.passage_index": ("PassageIndex",),
+    "runtime.retrieval.settings": ("SearchSettings",),
     "runtime.workflow": ("Workflow",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -26,6 +26,7 @@ from torchserve_dag.commands.evaluate import evaluate
 from torchserve_dag.commands.experiment import experiment
 from torchserve_dag.commands.export import export
 from torchserve_dag.commands.graph import graph
+from torchserve_dag.commands.index import index
 from torchserve_dag.commands.logs import logs
 from torchserve_dag.commands.new import new
 from torchserve_dag.commands.release import promote, retire, rollback, rollout, routes
@@ -51,9 +52,10 @@ class _Commands(TyperGroup):
             missing = (error.name or "").partition(".")[0]
             if missing in {"", "torchserve_dag"}:
                 raise
+            extra = "retrieval" if missing in {"lancedb", "pyarrow", "pypdf"} else "serve"
             fail(
                 f"torchserve-dag {ctx.invoked_subcommand} needs {missing}, which is not installed: "
-                "pip install 'torchserve-dag[serve]'"
+                f"pip install 'torchserve-dag[{extra}]'"
             )
 
 
@@ -67,7 +69,8 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    new, check, graph, dev, tune, export, build, up, serve_version, status, logs, call, chat, default, restart, down,
+    new, check, graph, dev, tune, export, index,
+    build, up, serve_version, status, logs, call, chat, default, restart, down,
     routes, evaluate,
     rollout, promote, rollback, retire, experiment, bench,
 )  # fmt: skip

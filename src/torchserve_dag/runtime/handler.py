@@ -54,6 +54,9 @@ class Handler(Generic[Item, Prepared, Output, Answer]):
     Settings: ClassVar[type] = NoSettings
     """A frozen dataclass: the keys that `settings:` in the handler's YAML may have."""
 
+    warms_up: bool = True
+    """Whether the example is run at the start. `load` may set it to False, where what is asked may be away."""
+
     def load(self, folder: Path, settings: Any, placement: Placement) -> None:
         """Make the model ready. `folder` holds the weights; put modules in place with `placement.put`."""
         raise NotImplementedError

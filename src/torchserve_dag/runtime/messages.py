@@ -547,3 +547,65 @@ class Moderation:
     def named(self) -> str:
         """The categories that the text is in, in words."""
         return " and ".join(name for name, is_in in self.categories.items() if is_in)
+
+    def span_attributes(self) -> dict[str, bool | tuple[str, ...]]:
+        """For the span of the node that gave it: the verdict and its categories, never the text."""
+        return {"flagged": self.flagged, "categories": tuple(name for name, is_in in self.categories.items() if is_in)}
+
+
+# Of retrieval.
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What is looked for in an index of documents."""
+
+    text: str
+    """A question, or words."""
+    embedding: Embedding
+    """Its vector, of the model that embedded the index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A part of a document, with its place in it."""
+
+    text: str
+    """The words of the passage, as they stand in the document."""
+    document: str
+    """The path of the document."""
+    heading: str
+    """The headings above the passage, outermost first, with " > " between them; empty where there are none."""
+    begin: int
+    """Where it begins in the document: the number of characters before it. Of HTML and PDF, in the text that was read
+    from them."""
+    end: int
+    """Where it ends: the number of characters before the first that is not part of it."""
+    line: int
+    """The line of the document that it begins in, from 1; of a PDF, of the page."""
+    page: int | None
+    """Of a PDF: the page, from 1."""
+    similarity: float
+    """The cosine of the angle between its vector and the query's: 1 where they mean the same, about 0 where they have
+    nothing to do with each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """What an index has for a query."""
+
+    passages: list[Passage]
+    """The best first. None is an ordinary answer: nothing was near enough."""
+    index: str
+    """The name of the index."""
+    version: int
+    """The version of the index that answered."""
+
+    def span_attributes(self) -> dict[str, str | int | float]:
+        """For the span of the node that gave it: which index answered, and how near it came."""
+        nearest = max((one.similarity for one in self.passages), default=None)
+        return {
+            "gen_ai.data_source.id": f"{self.index}/{self.version}",
+            "passages": len(self.passages),
+            **({} if nearest is None else {"similarity": nearest}),
+        }

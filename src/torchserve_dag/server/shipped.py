@@ -19,6 +19,7 @@ def shipped(path: str) -> Path:
 def ready_handlers() -> list[str]:
     """The names of the handlers that serve published models, whichever their settings name."""
     return [
+        "passage_search",
         "text_classifier",
         "text_embedding",
         "text_generation",

@@ -24,10 +24,17 @@ def add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> N
         "tries": item.failed_attempts,
         **({"round": item.round} if item.node.repeat else {}),
         **(_of_language(item, own) if (own := item.station.own_engine) else {}),
+        **_of_answer(answer),
     }
     failure = answer if isinstance(answer, Failure) else None
     start_ns = end - int((now - began) * 1e9)
     root.spans.append(Span(item.station.name, root.id, root.options.trace, start_ns, end, attributes, failure))
+
+
+def _of_answer(answer: Any) -> Mapping[str, Attribute]:
+    """What a message wants to have said of itself: its `span_attributes()`."""
+    told = getattr(answer, "span_attributes", None)
+    return told() if callable(told) else {}
 
 
 def _of_language(item: Item, own: OwnEngine) -> Mapping[str, Attribute]:

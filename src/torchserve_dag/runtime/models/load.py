@@ -188,7 +188,8 @@ def load_handler(
             model.warm_up()
         return model
     stages = Stages(file.value.name, handler, placement, run.micro_batch, file.value.serve.timeout_s, check)
-    stages.warm_up(batch or run.batch)
+    if handler.warms_up:
+        stages.warm_up(batch or run.batch)
     return stages
 
 

@@ -19,6 +19,7 @@ from torchserve_dag.runtime.data.parts import BODY, fields_apart
 from torchserve_dag.runtime.engine.runner import Cancel, Done
 from torchserve_dag.runtime.graph.kinds import ServedCode
 from torchserve_dag.runtime.messages import Failure, InputError, Photo, Text
+from torchserve_dag.runtime.project.home import STATE
 from torchserve_dag.runtime.project.workflow_file import TLS
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,6 @@ OPTIONS = (
 
 MAX_PLAIN_PHOTO = 6_500_000
 """Bytes of pixels up to which a photo is sent uncompressed. TorchServe's default limit is 6,553,500 bytes."""
-
-STATE = "TORCHSERVE_DAG_STATE"
-"""The environment variable with the state folder of the server that a worker belongs to (server/processes.py)."""
 
 _TOO_LARGE = ("error code 8", "maximum size", "larger than max")
 """Parts of the errors for a body that is too large. TorchServe sends only the first, which is RST_STREAM's CANCEL."""

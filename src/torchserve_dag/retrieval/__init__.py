@@ -1,0 +1,1 @@
+"""Builds and updates indexes of documents, for `torchserve-dag index`."""
