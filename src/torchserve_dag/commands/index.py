@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,6 +70,9 @@ def _update(root: Path, folder: Path, name: str | None, embedding: str, keep: in
     from torchserve_dag.retrieval.update import update
     from torchserve_dag.runtime.project.handler_file import NAME
 
+    for quiet, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(quiet, value)  # there is a bar already
+
     if not folder.is_dir():
         fail(f"{folder} is no folder.")
     name = name or folder.resolve().name
@@ -116,12 +120,12 @@ def _list(root: Path, name: str | None, *, json: bool) -> None:
     if not versions:
         fail(f"There is no index{f' {name}' if name else ''}: torchserve-dag index FOLDER makes one.")
     table = Table(box=None, pad_edge=False)
-    for column in ("index", "version", "", "made", "documents", "passages", "size", "embedding", "of"):
+    for column in ("index", "version", "", "made (UTC)", "documents", "passages", "size"):
         table.add_column(column, justify="right" if column in {"version", "documents", "passages", "size"} else "left")
     for one in versions:
         numbers = (f"{one.documents:,}", f"{one.passages:,}", decimal(one.bytes))
-        answers = "answers" if one.current else ""
-        table.add_row(one.index, str(one.version), answers, one.created, *numbers, one.embedding, escape(one.folder))
+        made = one.created[:16].replace("T", " ")
+        table.add_row(one.index, str(one.version), "answers" if one.current else "", made, *numbers)
     out.print(table)
 
 

@@ -7,14 +7,17 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchserve_dag.retrieval.documents import Document
 from torchserve_dag.retrieval.embedder import Embedder
 from torchserve_dag.retrieval.splitting import Piece
 from torchserve_dag.retrieval.versions import PART
-from torchserve_dag.retrieval.writer import Writer
 from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.retrieval.folder import ABOUT, About, Indexed, IndexFolder
+
+if TYPE_CHECKING:
+    from torchserve_dag.retrieval.writer import Writer
 
 EMBEDDED_AT_ONCE = 256
 """Passages that wait for their vectors: enough to fill the batches of every core."""
@@ -82,6 +85,9 @@ class Draft:
 
     def _writer(self) -> Writer:
         if self._table is None:
+            # After the model: OpenVINO forks a process while it loads one, and the store must not be open then.
+            from torchserve_dag.retrieval.writer import Writer  # noqa: PLC0415
+
             self._table = Writer(self._folder, self.width)
         return self._table
 
