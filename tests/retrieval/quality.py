@@ -16,7 +16,9 @@ from typing import get_args
 
 from torchserve_dag import Embedding, Passage, PassageIndex, Query, SearchSettings, Text, Workflow
 from torchserve_dag.retrieval.update import update
+from torchserve_dag.runtime.retrieval.folder import IndexFolder
 from torchserve_dag.runtime.retrieval.settings import Mode
+from torchserve_dag.runtime.retrieval.version import PLACE, IndexVersion
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -75,6 +77,16 @@ class Measured:
         index = PassageIndex(self.root, SearchSettings("docs", DEPTH, least, mode))
         return index.search(Query(question, self._vectors[question])).passages
 
+    def passages(self, document: str) -> list[Passage]:
+        """All that a document was split into."""
+        folder = IndexFolder.of(self.root, "docs")
+        rows = IndexVersion.open(folder, self.report.version).table.search().limit(self.report.passages).to_list()
+        return [
+            Passage(**{name: row[name] for name in PLACE}, similarity=0.0)
+            for row in rows
+            if row["document"] == document
+        ]
+
     def ranks(self, mode: Mode) -> list[int | None]:
         return [one.rank(self.search(one.question, mode)) for one in self.questions]
 
@@ -90,7 +102,9 @@ def main() -> None:
         for mode in MODES:
             ranks = measured.ranks(mode)
             quality = Quality.of(ranks)
-            missed = [one.question for one, rank in zip(measured.questions, ranks, strict=True) if rank is None or rank > 5]
+            missed = [
+                one.question for one, rank in zip(measured.questions, ranks, strict=True) if rank is None or rank > 5
+            ]
             lines.append(f"{mode}: recall@5 {quality.recall_at_5:.3f}, MRR {quality.mrr:.3f}")
             lines += [f"  not among the first five: {question}" for question in missed]
         asked = sorted(measured.nearest(one.question) for one in measured.questions)

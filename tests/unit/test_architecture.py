@@ -20,6 +20,7 @@ OPTIONAL = {
     "httpx",
     "jinja2",
     "numpy",
+    "lancedb",
     "onnxruntime_genai",
     "opentelemetry",
     "openvino",

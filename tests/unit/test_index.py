@@ -63,6 +63,7 @@ class Words(Handler[Text, list[str], list[float], Embedding]):
     def postprocess(self, output: list[float], item: Text) -> Embedding:
         return Embedding(output)
 '''
+WORD = "word"
 CARD = 'name: words\nversion: "1.0"\ncard: {does: a, input: b, output: c, limits: d, weights: []}\n'
 
 Index = Callable[..., IndexReport]
@@ -75,7 +76,9 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "handlers" / "words.py").write_text(EMBEDS)
     (tmp_path / "handlers" / "words.yaml").write_text(CARD)
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "door.md").write_text("# The door\n\nIt listens on port 8443.\n\n## Tokens\n\nA token is secret.\n")
+    (tmp_path / "notes" / "door.md").write_text(
+        "# The door\n\nIt listens on port 8443.\n\n## Tokens\n\nA token is secret.\n"
+    )
     (tmp_path / "notes" / "plain.txt").write_text("Nothing in particular stands here.\n")
     return tmp_path
 
@@ -155,7 +158,7 @@ def test_a_folder_that_is_suddenly_empty_leaves_the_index_as_it_is(root: Path, i
     shutil.rmtree(root / "notes")
     (root / "notes").mkdir()
 
-    with pytest.raises(IndexingError, match="has no document that can be indexed.*the index stays as it is"):
+    with pytest.raises(IndexingError, match=r"has no document that can be indexed.*the index stays as it is"):
         index()
     assert IndexFolder.of(root, "notes").current() == 1
 
@@ -209,7 +212,9 @@ def test_old_versions_are_deleted_and_the_current_one_never(root: Path, index: I
 
 def test_what_cannot_be_indexed_is_named_in_a_sentence_and_the_rest_goes_on(root: Path, index: Index) -> None:
     notes = root / "notes"
-    (notes / "broken.pdf").write_bytes(b"%PDF-1.7\n1 0 obj <</Type /Catalog /Pages 2 0 R>> endobj\ntrailer <</Root 1 0 R>>")
+    (notes / "broken.pdf").write_bytes(
+        b"%PDF-1.7\n1 0 obj <</Type /Catalog /Pages 2 0 R>> endobj\ntrailer <</Root 1 0 R>>"
+    )
     (notes / "cut.pdf").write_bytes(pdf(["A page."])[:400])
     (notes / "empty.md").write_text(" \n")
     (notes / "image.md").write_bytes(bytes(range(256)) * 10)
@@ -251,7 +256,7 @@ def pdf(pages: list[str], **more: str) -> bytes:
 def test_a_passage_of_a_pdf_names_its_page(root: Path, index: Index) -> None:
     (root / "notes" / "two.pdf").write_bytes(pdf(["The first page.", "The second page."]))
     (root / "notes" / "scan.pdf").write_bytes(pdf([""]))
-    (root / "notes" / "secret.pdf").write_bytes(pdf(["Secret."], owner_password="a", user_password="b"))
+    (root / "notes" / "secret.pdf").write_bytes(pdf(["Secret."], owner_password=WORD, user_password=WORD))
     report = index()
     found = [(row["text"], row["page"], row["line"]) for row in rows(root, 1) if row["document"] == "notes/two.pdf"]
 
@@ -265,12 +270,14 @@ def test_a_passage_of_a_pdf_names_its_page(root: Path, index: Index) -> None:
 def test_a_reader_that_hangs_or_dies_costs_one_document(root: Path) -> None:
     os.mkfifo(root / "pipe.md")  # whoever reads it waits for ever
     good = Document("notes/plain.txt", root / "notes" / "plain.txt", "text", "")
-    with ReaderProcess(limit_s=0.5) as reader:
-        with pytest.raises(DocumentError, match=r"^pipe.md takes longer than 0.5 s to read: left out\.$"):
-            reader.read(Document("pipe.md", root / "pipe.md", "markdown", ""))
+    pipe = Document("pipe.md", root / "pipe.md", "markdown", "")
+    hangs = pytest.raises(DocumentError, match=r"^pipe.md takes longer than 0.5 s to read: left out\.$")
+    with ReaderProcess(limit_s=0.5) as reader, hangs:
+        reader.read(pipe)
     with ReaderProcess() as reader:
         assert reader.read(good)
-        process, _ = reader._running or pytest.fail()
+        assert reader._running is not None
+        process, _ = reader._running
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
         with pytest.raises(DocumentError, match=r"cannot be read within 2 GB of memory: left out\.$"):

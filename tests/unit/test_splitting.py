@@ -74,7 +74,9 @@ def test_any_text_is_split_and_nothing_is_lost(text: str, most: int) -> None:
     assert "".join("".join(one.text for one in pieces).split()) == "".join(text.split())
 
 
-@pytest.mark.parametrize("text", ["שלום עולם. " * 200, "مرحبا بالعالم؟ " * 200, "これは文書です。" * 300, "x" * 5000, "e\u0301" * 2000])
+@pytest.mark.parametrize(
+    "text", ["שלום עולם. " * 200, "مرحبا بالعالم؟ " * 200, "これは文書です。" * 300, "x" * 5000, "e\u0301" * 2000]
+)
 def test_texts_of_every_script_are_split(text: str) -> None:
     """Right to left, without spaces, and without any place to end; an accent stays with its letter."""
     pieces = list(split([Section(text, "", 0, 1)]))
