@@ -15,6 +15,8 @@ from torchserve_dag.archives.build import build
 from torchserve_dag.retrieval import versions
 from torchserve_dag.retrieval.update import update
 from torchserve_dag.runtime.data import plain
+from torchserve_dag.runtime.engine.item_span import _of_answer
+from torchserve_dag.runtime.engine.span import Span
 from torchserve_dag.runtime.messages import Failure, InputError, OverloadedError
 from torchserve_dag.runtime.project.folders import Project
 from torchserve_dag.runtime.retrieval import passage_index
@@ -210,10 +212,15 @@ def test_the_handler_answers_a_batch_and_names_the_version(root: Path) -> None:
     settings = "least_similarity: 0.25"
     path = root / "handlers" / "passage_search.yaml"
     path.write_text(path.read_text().replace(settings, "least_similarity: 0.2"))
+    spans: list[Span] = []
     with Workflow.load(path) as handler:
+        handler.engine._observer = spans.extend
         found, nothing, blank = handler([query("Where listens the front door?"), query("quantum"), query(" ")])
 
     assert found.passages[0].document == "docs/door.md"
+    told = [one.attributes for one in spans if "gen_ai.data_source.id" in one.attributes]
+    assert len(told) == 2
+    assert any(found.span_attributes().items() <= attributes.items() for attributes in told)
     assert found.span_attributes() == {
         "gen_ai.data_source.id": "docs/1",
         "passages": len(found.passages),
@@ -259,3 +266,12 @@ def test_an_archive_finds_the_index_of_the_project_that_serves_it(
     monkeypatch.setenv("TORCHSERVE_DAG_INDEXES", str(root / "indexes"))
 
     assert (alone, served, answer()) == (503, 200, 200)
+
+
+def test_a_message_that_cannot_tell_of_itself_is_still_an_answer() -> None:
+    class Raises:
+        def span_attributes(self) -> dict[str, str]:
+            raise ValueError("not now")
+
+    assert _of_answer(Raises()) == {}
+    assert _of_answer({"span_attributes": 1}) == {}

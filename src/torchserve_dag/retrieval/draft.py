@@ -17,13 +17,13 @@ from torchserve_dag.runtime.data import plain
 from torchserve_dag.runtime.retrieval.folder import ABOUT, About, Indexed, IndexFolder
 
 if TYPE_CHECKING:
-    from torchserve_dag.retrieval.writer import Writer
+    from torchserve_dag.retrieval.writer import PassageWriter
 
 EMBEDDED_AT_ONCE = 256
 """Passages that wait for their vectors: enough to fill the batches of every core."""
 
 
-class Draft:
+class IndexDraft:
     """The model is loaded, and the table is made, only where there is something to embed or to write.
 
     Use it in a `with`: what was not published is deleted.
@@ -34,7 +34,7 @@ class Draft:
         self._root, self._index, self._handler, self.width = root, index, handler, width
         self._folder = index.path / f".new{PART}"
         self._embedder: Embedder | None = None
-        self._table: Writer | None = None
+        self._table: PassageWriter | None = None
         self._waiting: list[tuple[Document, Piece]] = []
         self._passages: Counter[str] = Counter()
         self._digests: dict[str, str] = {}
@@ -83,15 +83,15 @@ class Draft:
         (self._folder / ABOUT).write_text(text, "utf-8")
         self._folder.rename(self._index.of_version(about.version))
 
-    def _writer(self) -> Writer:
+    def _writer(self) -> PassageWriter:
         if self._table is None:
             # After the model: OpenVINO forks a process while it loads one, and the store must not be open then.
-            from torchserve_dag.retrieval.writer import Writer  # noqa: PLC0415
+            from torchserve_dag.retrieval.writer import PassageWriter  # noqa: PLC0415
 
-            self._table = Writer(self._folder, self.width)
+            self._table = PassageWriter(self._folder, self.width)
         return self._table
 
-    def __enter__(self) -> Draft:
+    def __enter__(self) -> IndexDraft:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from torchserve_dag.retrieval.documents import Document, DocumentError, IndexingError, find
-from torchserve_dag.retrieval.draft import Draft
+from torchserve_dag.retrieval.draft import IndexDraft
 from torchserve_dag.retrieval.embedder import described
 from torchserve_dag.retrieval.reader_process import ReaderProcess
 from torchserve_dag.retrieval.splitting import split
@@ -74,7 +74,7 @@ def update(
         found = find(folder)
         known = earlier if before and before.fingerprint == fingerprint else {}
         kept = {one.name: known[one.name] for one in found.documents if _unchanged(one, known)}
-        with Draft(root, index, embedding, before.width if before else 0) as draft:
+        with IndexDraft(root, index, embedding, before.width if before else 0) as draft:
             to_read = [one for one in found.documents if one.name not in kept]
             problems = [*found.problems, *_read(to_read, draft, progress)]
             new = draft.documents
@@ -140,7 +140,7 @@ def _unchanged(document: Document, known: Mapping[str, Indexed]) -> bool:
     return document.name in known and known[document.name].sha256 == document.sha256
 
 
-def _read(documents: Sequence[Document], draft: Draft, progress: Progress) -> list[str]:
+def _read(documents: Sequence[Document], draft: IndexDraft, progress: Progress) -> list[str]:
     """Read and embed documents. Returns a sentence for each that cannot be read."""
     problems: list[str] = []
     with ReaderProcess() as reader:

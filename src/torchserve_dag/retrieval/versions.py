@@ -19,7 +19,7 @@ PART = ".part"
 
 
 @dataclass(frozen=True, slots=True)
-class VersionState:
+class IndexVersionState:
     """A version of an index, as `torchserve-dag index --list` has it."""
 
     index: str
@@ -35,7 +35,7 @@ class VersionState:
     """On disk."""
 
 
-def states(root: Path, name: str | None = None) -> list[VersionState]:
+def states(root: Path, name: str | None = None) -> list[IndexVersionState]:
     """The versions of an index, or of all of a project."""
     folder = IndexFolder.of(root, name or "any").path.parent
     names = [name] if name else sorted(path.name for path in folder.glob("*") if path.is_dir())
@@ -43,10 +43,10 @@ def states(root: Path, name: str | None = None) -> list[VersionState]:
     return [_state(index, version) for index in indexes for version in index.versions()]
 
 
-def _state(index: IndexFolder, version: int) -> VersionState:
+def _state(index: IndexFolder, version: int) -> IndexVersionState:
     about, here = about_of(index, version), index.of_version(version)
     size = sum(path.stat().st_size for path in here.rglob("*") if path.is_file())
-    return VersionState(
+    return IndexVersionState(
         index.name,
         version,
         index.current() == version,

@@ -18,7 +18,7 @@ ROWS = 2_048
 """Written at a time."""
 
 
-class Writer:
+class PassageWriter:
     """The table in a version's folder. Nobody reads it before `finish`."""
 
     def __init__(self, folder: Path, width: int) -> None:

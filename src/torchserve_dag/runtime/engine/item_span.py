@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.engine.counts import operation_of
 from torchserve_dag.runtime.engine.request import Item
 from torchserve_dag.runtime.engine.runner import OwnEngine
 from torchserve_dag.runtime.engine.span import SERVED_BY, Attribute, Span, usage_attributes
 from torchserve_dag.runtime.messages import Chat, Failure, Prompt
+
+logger = logging.getLogger(__name__)
 
 
 def add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> None:
@@ -32,9 +36,15 @@ def add_span(item: Item, answer: Any, began: float, now: float, batch: int) -> N
 
 
 def _of_answer(answer: Any) -> Mapping[str, Attribute]:
-    """What a message wants to have said of itself: its `span_attributes()`."""
+    """What a message says of itself: its `span_attributes()`, which may be a user's."""
     told = getattr(answer, "span_attributes", None)
-    return told() if callable(told) else {}
+    if not callable(told):
+        return {}
+    try:
+        return dict(told())
+    except Exception as error:  # noqa: BLE001 (a span that lacks something is better than no answer)
+        logs.report(logger, error, f"{type(answer).__name__}.span_attributes raised")
+        return {}
 
 
 def _of_language(item: Item, own: OwnEngine) -> Mapping[str, Attribute]:
