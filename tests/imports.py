@@ -21,8 +21,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("commands",),
     ("bench", "dev", "evaluation", "stack", "tuning"),
-    ("gateway", "releases"),
-    ("bench", "dev", "stack", "tuning"),
     ("gateway", "releases", "retrieval"),
     ("front_door",),
     ("server", "templates"),

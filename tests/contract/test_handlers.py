@@ -32,10 +32,15 @@ HANDLERS = [
     "text_moderation",
 ]
 OF_PHOTOS = HANDLERS[:-2]
-ELSEWHERE = ["text_embedding/1.0", "text_generation/1.0", "large_generation/1.0", "hosted_generation/1.0"]
-"""Tested in unit/test_text_embedding.py, in engines/ and below, and in unit/test_chat_with_fallback.py."""
-ELSEWHERE = ["passage_search/1.0", "text_embedding/1.0", "text_generation/1.0"]
-"""Tested in unit/test_passage_index.py, in unit/test_text_embedding.py, and in engines/ and below."""
+ELSEWHERE = [
+    "hosted_generation/1.0",
+    "large_generation/1.0",
+    "passage_search/1.0",
+    "text_embedding/1.0",
+    "text_generation/1.0",
+]
+"""Tested in unit/test_text_embedding.py and test_passage_index.py, in engines/ and below, and in
+unit/test_chat_with_fallback.py."""
 
 Load = Callable[[str], Stages]
 Read = Callable[[str], Photo]

@@ -71,8 +71,6 @@ app = typer.Typer(
 COMMANDS: tuple[Callable[..., None], ...] = (
     new, check, graph, dev, tune, export, index,
     build, up, serve_version, status, logs, call, chat, default, restart, down,
-    new, check, graph, dev, tune, export, index,
-    build, up, serve_version, status, logs, call, chat, default, restart, down,
     routes, evaluate,
     rollout, promote, rollback, retire, experiment, bench,
 )  # fmt: skip
