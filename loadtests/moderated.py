@@ -73,7 +73,10 @@ def rows(found: dict[Key, list[Measured]]) -> list[dict[str, Any]]:
     """The medians of all rounds."""
 
     def median(rounds: list[Measured], name: str) -> float:
-        return statistics.median([value for one in rounds for value in getattr(one, name)])
+        values: list[float] = [value for one in rounds for value in getattr(one, name)]
+        if not values:
+            raise SystemExit("no answer began within a measurement: measure for longer, with --seconds")
+        return statistics.median(values)
 
     return [
         {
