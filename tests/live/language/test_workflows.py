@@ -116,8 +116,7 @@ def test_where_no_hosted_model_is_another_answers(client: openai.OpenAI) -> None
     )
 
     assert answer.choices[0].message.content == "The capital of France is Paris."
-    assert answer.system_fingerprint
-    assert "SmolLM2" in answer.system_fingerprint
+    assert answer.system_fingerprint == "own large model"
 
 
 def test_a_model_that_may_call_tools_answers(client: openai.OpenAI) -> None:
