@@ -262,6 +262,25 @@ def test_a_panic_of_a_library_does_not_end_a_lane(write: Write) -> None:
     assert answers[10] == Text("ok")
 
 
+def test_a_fault_of_the_engine_itself_costs_its_requests_and_no_lane(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [True] * 4  # as many as there are lanes, and more
+
+    def record_run(*_: object) -> None:
+        if broken:
+            broken.pop()
+            raise TypeError("a fault")
+
+    path = write("answer: {function: loud}", "def loud(text: Text) -> Text: return Text(text.text.upper())")
+    with Workflow.load(path) as workflow:
+        monkeypatch.setattr(workflow.engine._stations["answer"], "record_run", record_run)
+        failures = [workflow([b"a"])[0] for _ in range(4)]
+        assert workflow([b"a"])[0] == Text("A")
+
+    assert {(failure.status, failure.node, failure.type) for failure in failures} == {(500, "answer", "InternalError")}
+
+
 def test_nodes_that_run_one_handler_share_its_weights(write: Write) -> None:
     path = write("""
         one: {handler: upper}

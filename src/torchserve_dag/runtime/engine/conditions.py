@@ -29,7 +29,7 @@ NOTHING = Consequence()
 
 def decide_all(items: Sequence[Item], answers: Sequence[Any]) -> Sequence[Consequence | Failure]:
     """What each answer to the items of one node decides."""
-    if not items[0].node.decides:
+    if not (items and items[0].node.decides):
         return [NOTHING] * len(items)
     return [decide(item, answer) for item, answer in zip(items, answers, strict=True)]
 

@@ -354,7 +354,12 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 (a lane must not end: SystemExit, or a Rust panic, is no Exception)
             fault = logs.report(logger, error, f"{station.name} raised", line=False)
             answers = [internal_error(station.name, fault)] * len(items)
-        self._deliver(station, items, answers, began)
+        try:
+            self._deliver(station, items, answers, began)
+        except BaseException as error:  # noqa: BLE001 (a fault of the engine's costs these requests, and not the lane)
+            fault = logs.report(logger, error, f"{station.name}: the engine raised", line=False)
+            for item in items:
+                self._end_request(item.request, internal_error(station.name, fault))
 
     # The effects of the answers, which outcome.py decides.
 
