@@ -82,7 +82,7 @@ def serve_files(request: pytest.FixtureRequest, root: Path, host: Host, *words: 
     of them start at once: a dozen for each server is enough.
     """
     alone = request.scope == "module"
-    for folder in ("handlers", "workflows"):
+    for folder in ("handlers", "workflows", "model_store"):
         (root / folder).mkdir()
     rest = _free_ports()
     grpc = rest + 3
@@ -108,7 +108,7 @@ def _free_ports() -> int:
 
 
 def _serve(root: Path, rest: int, host: Host, *words: str, models: Sequence[str] = ()) -> Iterator[Serving]:
-    (root / "model_store").mkdir()
+    (root / "model_store").mkdir(exist_ok=True)
     for name in ("config.properties", "log4j2.xml"):
         shutil.copy(ROOT / name, root)
     listen, metrics = ports.free(["127.0.0.1", "127.0.0.1"])
