@@ -129,6 +129,9 @@ class _Request:
             elif not broken <= step.fed:
                 return Broken()
         result = self.loops(step, list(step.levels), values, ()) if step.levels else self.item(step, values, ())
+        if step.fed and isinstance(result, Skipped):  # it does not wait for what its sources do, so the answer may not
+            self.book.loose |= set(self.book.journal.calls)
+            self.book.unknown |= bool(self.failures)
         if not _is_broken(result) and not broken:
             return result
         if isinstance(result, Broken):

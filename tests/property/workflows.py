@@ -572,7 +572,8 @@ class _Maker:
         step = steps[name]
         flow = Flow("", NUM, steps, {})
         sources = {*step.fed, *([step.could_follow] if step.could_follow else [])}
-        targets = [source for source in sources if flow.streams(source)]
+        ended = ended_before(step, flow)
+        targets = [source for source in sources if flow.streams(source) and source not in ended]
         if targets and self.often(20):
             never = self.never(name, step.runs[0].gives)
             steps[name] = replace(step, stops={self.one(sorted(targets)): never})
@@ -711,3 +712,12 @@ class _Maker:
             return Compare(Length(atom), self.one(list(SIGNS)), Constant(self.upto(3)))
         sign = self.one(["==", "!="] if atom.kind.skips else [">", "<=", "<", ">=", "==", "!="])
         return Compare(atom, sign, Constant(self.upto(9)))
+
+
+def ended_before(step: Step, flow: Flow) -> set[str]:
+    """The steps that have ended before a step has its first answer."""
+    sources = {*step.fed, *([step.could_follow] if step.could_follow else [])} & flow.steps.keys()
+    ended = set(flow.needed(sorted(step.roots - sources), stoppers=False))
+    for source in sources:
+        ended |= ended_before(flow.steps[source], flow)
+    return ended
