@@ -15,6 +15,7 @@ import pytest
 from torchserve_dag import ContinuousHandler, EngineLoad, FailedError, Failure, Reply, Text, Usage, Workflow
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.source import CheckError
+from torchserve_dag.runtime.engine.queue import TokenQueue
 from torchserve_dag.runtime.engine.runner import OwnEngine
 from torchserve_dag.runtime.engine.station import Station
 from torchserve_dag.runtime.models.continuous import ContinuousModel
@@ -191,6 +192,27 @@ def test_of_eight_places_one_token_leaves_one(room: int, share: int) -> None:
     assert [item.request for item in station.take(room - share)] == [other] * (room - share)
     station.leave(taken[0])
     assert len(station.take(1)) == 1
+
+
+def test_a_token_that_must_wait_costs_one_look_however_long_its_line_is() -> None:
+    queue: TokenQueue = TokenQueue(dropped := [])
+    busy, other = (SimpleNamespace(options=Options(token=name)) for name in ("busy", "other"))
+    lines = [SimpleNamespace(request=SimpleNamespace(root=busy), obsolete=n < 500, number=n) for n in range(1_000)]
+    lines.append(SimpleNamespace(request=SimpleNamespace(root=other), obsolete=False, number=1_000))
+    for item in lines:
+        queue.push(item)
+    looked: list[int] = []
+
+    def fits(item: SimpleNamespace) -> bool:
+        looked.append(item.number)
+        return item.request.root is other
+
+    assert [item.number for item in queue.take(10, fits)] == [1_000]
+    assert (looked, len(dropped), len(queue)) == ([500, 1_000], 500, 500)
+    assert [item.number for item in queue.take(3, lambda _: True)] == [500, 501, 502]
+    lines[503].obsolete = lines[999].obsolete = True
+    queue.drop_obsolete()
+    assert len(queue) == 495
 
 
 def test_a_generator_is_never_far_ahead_of_a_loop(tmp_path: Path) -> None:

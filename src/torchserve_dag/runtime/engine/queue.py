@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -51,23 +52,24 @@ class FairQueue(Generic[ItemT]):
     in line at the latest. (Start-time fair queueing, Goyal et al., 1997, with every item the same length.)
     """
 
-    def __init__(self, dropped: list[ItemT], *, by_token: bool = False) -> None:
+    def __init__(self, dropped: list[ItemT]) -> None:
         """Obsolete items go to `dropped`, which the caller clears without the lock.
 
-        Dropping the last reference to a stream runs the `finally` of a user's generator. `by_token`: tokens of the
-        front door take turns, instead of requests.
+        Dropping the last reference to a stream runs the `finally` of a user's generator.
         """
         self._dropped = dropped
-        self._by_token = by_token
         self.heap: list[tuple[int, int, ItemT]] = []
         """The queued items, by rank."""
         self._order = itertools.count()
-        self._ranks: dict[ClientRequest | str, int] = {}
-        """For each request, or token, with items in the queue: the rank of its last item."""
+        self._ranks: dict[ClientRequest, int] = {}
+        """For each request with items in the queue: the rank of its last item."""
         self._now = 0
 
+    def __len__(self) -> int:
+        return len(self.heap)
+
     def push(self, item: ItemT) -> None:
-        client = self._client(item)
+        client = item.request.root
         rank = max(self._ranks.get(client, 0), self._now) + 1
         self._ranks[client] = rank
         heapq.heappush(self.heap, (rank, next(self._order), item))
@@ -78,19 +80,14 @@ class FairQueue(Generic[ItemT]):
             self._dropped.append(self._pop())
         return self.heap[0][2] if self.heap else None
 
-    def take(self, most: int, fits: Callable[[ItemT], bool] = lambda _: True) -> list[ItemT]:
-        """Take up to `most` items. One that does not fit stays; `fits` is called once for each that might be taken."""
+    def take(self, most: int) -> list[ItemT]:
+        """Take up to `most` items."""
         items: list[ItemT] = []
-        staying: list[tuple[int, int, ItemT]] = []
         while self.heap and len(items) < most:
             if self.heap[0][2].obsolete:
                 self._dropped.append(self._pop())
-            elif fits(self.heap[0][2]):
-                items.append(self._pop())
             else:
-                staying.append(heapq.heappop(self.heap))
-        for entry in staying:
-            heapq.heappush(self.heap, entry)
+                items.append(self._pop())
         return items
 
     def drop_obsolete(self) -> None:
@@ -103,14 +100,71 @@ class FairQueue(Generic[ItemT]):
             else:
                 self.push(item)
 
-    def _client(self, item: ItemT) -> ClientRequest | str:
-        root = item.request.root
-        return (self._by_token and root.options.token) or root
-
     def _pop(self) -> ItemT:
         rank, _, item = heapq.heappop(self.heap)
         self._now = rank
-        client = self._client(item)
+        client = item.request.root
         if self._ranks.get(client) == rank:  # no other item of this request waits
             del self._ranks[client]
         return item
+
+
+class TokenQueue(Generic[ItemT]):
+    """Items for a model with an engine of its own, of requests of one priority. Not locked, as a FairQueue.
+
+    Tokens of the front door take turns, and a request without a token. Each has a line of its own, so that one whose
+    items must wait costs the others nothing, however long its line is.
+    """
+
+    def __init__(self, dropped: list[ItemT]) -> None:
+        """For `dropped` see FairQueue."""
+        self._dropped = dropped
+        self._lines: dict[ClientRequest | str, deque[ItemT]] = {}
+        self._turns: list[tuple[int, int, ClientRequest | str]] = []
+        """A heap: each line by the rank of its first item."""
+        self._order = itertools.count()
+        self._now = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def push(self, item: ItemT) -> None:
+        root = item.request.root
+        client = root.options.token or root
+        line = self._lines.get(client)
+        if line is not None:
+            line.append(item)
+            return
+        self._lines[client] = deque([item])
+        heapq.heappush(self._turns, (self._now + 1, next(self._order), client))
+
+    def take(self, most: int, fits: Callable[[ItemT], bool]) -> list[ItemT]:
+        """Take up to `most` items. A line whose first item does not fit stays; `fits` is called once for each that
+        might be taken.
+        """
+        items: list[ItemT] = []
+        staying: list[tuple[int, int, ClientRequest | str]] = []
+        while self._turns and len(items) < most:
+            rank, order, client = heapq.heappop(self._turns)
+            line = self._lines[client]
+            while line and line[0].obsolete:
+                self._dropped.append(line.popleft())
+            if line and not fits(line[0]):
+                staying.append((rank, order, client))
+                continue
+            if line:
+                items.append(line.popleft())
+                self._now = rank
+            if line:
+                heapq.heappush(self._turns, (rank + 1, next(self._order), client))
+            else:
+                del self._lines[client]
+        for turn in staying:
+            heapq.heappush(self._turns, turn)
+        return items
+
+    def drop_obsolete(self) -> None:
+        """Drop the obsolete items, at any position."""
+        for client, line in self._lines.items():
+            self._dropped += [item for item in line if item.obsolete]
+            self._lines[client] = deque(item for item in line if not item.obsolete)

@@ -9,7 +9,7 @@ from typing import Any, Generic
 from torchserve_dag.runtime.data.options import Priority
 from torchserve_dag.runtime.engine.circuit import Breaker
 from torchserve_dag.runtime.engine.counts import OPERATIONS, LanguageCounts, NodeCounts
-from torchserve_dag.runtime.engine.queue import FairQueue, ItemT
+from torchserve_dag.runtime.engine.queue import FairQueue, ItemT, TokenQueue
 from torchserve_dag.runtime.engine.runner import OwnEngine, Runner
 from torchserve_dag.runtime.graph.graph import Attempts
 
@@ -26,10 +26,6 @@ OF_OTHERS = 8
 
 EMA_WEIGHT = 0.2
 """Weight of the newest batch in the moving average of an item's run time."""
-
-
-def _always(_: Any) -> bool:
-    return True
 
 
 def _not_used(_: Any) -> Any:
@@ -78,10 +74,13 @@ class Station(Generic[ItemT]):
         """In lanes: the device's turn that took this station's last batch. Elsewhere: this station's turns."""
         self.item_s = 0.0
         """Moving average of the run time of one item; 0 before the first."""
-        by_token = own_engine is not None  # its items take long: no token's may keep those of others waiting
-        self._interactive: FairQueue[ItemT] = FairQueue(dropped, by_token=by_token)
-        self._bulk: FairQueue[ItemT] = FairQueue(dropped, by_token=by_token)
-        self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": self._interactive, "bulk": self._bulk}
+        self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": FairQueue(dropped), "bulk": FairQueue(dropped)}
+        self._lines: dict[Priority, TokenQueue[ItemT]] = {
+            "interactive": TokenQueue(dropped),
+            "bulk": TokenQueue(dropped),
+        }
+        """Where a model with an engine of its own has its items: these take long, and no token's may keep those of
+        others waiting."""
         self.own_engine = own_engine
         self.breaker = Breaker(attempts.circuit) if attempts and attempts.circuit else None
         self.limits = bool(self.breaker or (attempts and (attempts.timeout_s or attempts.first_chunk_s)))
@@ -111,11 +110,12 @@ class Station(Generic[ItemT]):
 
     def __len__(self) -> int:
         """How many items are queued."""
-        return len(self._interactive.heap) + len(self._bulk.heap)
+        return sum(len(queue) for queue in (self._lines if self.own_engine else self.queues).values())
 
     def push(self, items: Iterable[ItemT]) -> None:
+        queues = self._lines if self.own_engine else self.queues
         for item in items:
-            self.queues[item.request.root.options.priority].push(item)
+            queues[item.request.root.options.priority].push(item)
 
     def peek(self, priority: Priority) -> ItemT | None:
         return self.queues[priority].peek()
@@ -123,9 +123,11 @@ class Station(Generic[ItemT]):
     def take(self, most: int, first: Priority = "interactive") -> list[ItemT]:
         """Take up to `most` items: those of priority `first`, then those of the other priority."""
         other: Priority = "bulk" if first == "interactive" else "interactive"
-        fits = self._fits if self.own_engine else _always
-        items = self.queues[first].take(most, fits)
-        return items + self.queues[other].take(most - len(items), fits) if len(items) < most else items
+        if self.own_engine:
+            items = self._lines[first].take(most, self._fits)
+            return items + self._lines[other].take(most - len(items), self._fits)
+        items = self.queues[first].take(most)
+        return items + self.queues[other].take(most - len(items)) if len(items) < most else items
 
     def leave(self, item: ItemT) -> None:
         """An item that ran elsewhere is answered."""
@@ -144,7 +146,7 @@ class Station(Generic[ItemT]):
         return True
 
     def drop_obsolete(self) -> None:
-        for queue in self.queues.values():
+        for queue in (self._lines if self.own_engine else self.queues).values():
             queue.drop_obsolete()
 
 
