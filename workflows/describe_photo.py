@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from http import HTTPStatus
 
-from torchserve_dag import Chat, ChatMessage, InputError, Photo, Skipped, TextChunk, Usage, decode_photo, photo_urls
+from torchserve_dag import (
+    Chat,
+    ChatMessage,
+    InputError,
+    Photo,
+    Skipped,
+    TextChunk,
+    Usage,
+    decode_photo,
+    photo_urls,
+    put_together,
+)
 from workflows.counted import NUMBERS, counts_rightly, names_of, plural
 from workflows.detect_classify import Description
 
@@ -48,8 +59,9 @@ def ask(chat: Chat, counts: dict[str, int]) -> Chat:
 
 def sentence(written: list[TextChunk]) -> TextChunk:
     """The model's answer as a whole."""
-    text, last = "".join(chunk.text for chunk in written).strip(), written[-1]
-    return TextChunk(text, finish_reason=last.finish_reason, usage=last.usage, served_by=last.served_by)
+    (whole,) = put_together(written)
+    text, reason = whole.text.strip(), whole.finish_reason
+    return TextChunk(text, finish_reason=reason, usage=whole.usage, served_by=whole.served_by)
 
 
 def answer(found: Description, counts: dict[str, int], written: TextChunk | Skipped) -> TextChunk:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torchserve_dag import Chat, FunctionCall, InputError, Moderation, Text, TextChunk, ToolCall
+from torchserve_dag import Chat, Choice, InputError, Moderation, Text, TextChunk, ToolCall
 
 MOST = 240
 """Characters of a piece: a sentence that does not end is cut here, between two words if it has any."""
@@ -46,12 +46,11 @@ def prompt(chat: Chat) -> Text:
 
 async def pieces(answer: AsyncIterator[TextChunk]) -> AsyncIterator[Piece]:
     """The answer in sentences, or parts of them; calls of tools whole, at its end, with whatever its end says."""
-    before, held, last = "", "", TextChunk()
-    calls: dict[int, ToolCall] = {}
+    before, held, last, called = "", "", TextChunk(), Choice()
     async for chunk in answer:
         held += chunk.text
-        for call in chunk.tool_calls or ():
-            _add(calls, call)
+        for part in chunk.tool_calls or ():
+            called.tool_call(part)
         last = TextChunk(
             finish_reason=chunk.finish_reason or last.finish_reason,
             usage=chunk.usage or last.usage,
@@ -60,8 +59,8 @@ async def pieces(answer: AsyncIterator[TextChunk]) -> AsyncIterator[Piece]:
         while cut := _cut(held):
             yield Piece(Text(_context(before) + held[:cut]), TextChunk(held[:cut]))
             before, held = (before + held[:cut])[-2 * CONTEXT :], held[cut:]
-    said = "\n".join([_context(before) + held, *map(_said_by, calls.values())])
-    yield Piece(Text(said), replace(last, text=held, tool_calls=list(calls.values()) or None))
+    said = "\n".join([_context(before) + held, *map(_said_by, called.tool_calls)])
+    yield Piece(Text(said), replace(last, text=held, tool_calls=called.tool_calls or None))
 
 
 async def released(
@@ -99,17 +98,6 @@ def _context(before: str) -> str:
     """The end of what was said, from the beginning of a word if there is one."""
     end = before[-CONTEXT:]
     return end[end.find(" ") + 1 :] if len(before) > CONTEXT else end
-
-
-def _add(calls: dict[int, ToolCall], part: ToolCall) -> None:
-    """Add a part of a call to the call of its index; without one, as a call of its own."""
-    index = len(calls) if part.index is None else part.index
-    before = calls.get(index, ToolCall(FunctionCall(), index=index))
-    name = before.function.name or part.function.name
-    arguments = (before.function.arguments or "") + (part.function.arguments or "")
-    calls[index] = replace(
-        before, function=FunctionCall(name, arguments), id=before.id or part.id, type=before.type or part.type
-    )
 
 
 def _said_by(call: ToolCall) -> str:

@@ -181,7 +181,7 @@ def test_one_token_leaves_room_for_others(model: Workflow) -> None:
 
 @pytest.mark.parametrize(("room", "share"), [(18, 16), (16, 14), (8, 7), (2, 1), (1, 1)])
 def test_of_eight_places_one_token_leaves_one(room: int, share: int) -> None:
-    own = OwnEngine("engine", "model", room, EngineLoad)
+    own = OwnEngine("engine", "model", room, EngineLoad, lambda _item, _client, done: done(list))
     station: Station = Station("n", batch=room, depth=(), start=lambda _: None, own_engine=own, dropped=[])
     busy, other = (SimpleNamespace(root=SimpleNamespace(options=Options(token=name))) for name in ("busy", "other"))
     station.push([SimpleNamespace(request=busy, obsolete=False)] * 40)
@@ -194,22 +194,41 @@ def test_of_eight_places_one_token_leaves_one(room: int, share: int) -> None:
     assert len(station.take(1)) == 1
 
 
+def test_a_fault_of_the_engine_itself_ends_its_request_and_not_who_brings_the_chunk(
+    model: Workflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record_chunk(*_: object) -> None:
+        raise TypeError("a fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine._stations["speller"].counts, "record_chunk", record_chunk)
+        failed = model([Text("ab")])[0]
+
+    assert isinstance(failed, Failure)
+    assert (failed.status, failed.node) == (500, "speller")
+    assert texts(model([Text("ab")])[0]) == "ab"
+
+
 def test_a_token_that_must_wait_costs_one_look_however_long_its_line_is() -> None:
-    queue: TokenQueue = TokenQueue(dropped := [])
+    looked: list[int] = []
+    only_other = [True]
+
+    def fits(item: SimpleNamespace) -> bool:
+        looked.append(item.number)
+        return item.request.root is other or not only_other
+
+    queue: TokenQueue = TokenQueue(dropped := [], fits)
     busy, other = (SimpleNamespace(options=Options(token=name)) for name in ("busy", "other"))
     lines = [SimpleNamespace(request=SimpleNamespace(root=busy), obsolete=n < 500, number=n) for n in range(1_000)]
     lines.append(SimpleNamespace(request=SimpleNamespace(root=other), obsolete=False, number=1_000))
     for item in lines:
         queue.push(item)
-    looked: list[int] = []
 
-    def fits(item: SimpleNamespace) -> bool:
-        looked.append(item.number)
-        return item.request.root is other
-
-    assert [item.number for item in queue.take(10, fits)] == [1_000]
+    assert [item.number for item in queue.take(10)] == [1_000]
     assert (looked, len(dropped), len(queue)) == ([500, 1_000], 500, 500)
-    assert [item.number for item in queue.take(3, lambda _: True)] == [500, 501, 502]
+    only_other.clear()
+    assert queue.peek().number == 500
+    assert [item.number for item in queue.take(3)] == [500, 501, 502]
     lines[503].obsolete = lines[999].obsolete = True
     queue.drop_obsolete()
     assert len(queue) == 495

@@ -222,7 +222,7 @@ def language_counts() -> NodeCounts:
 
 
 def own_engine(load: EngineLoad) -> OwnEngine:
-    return OwnEngine("openvino", "smol", 16, lambda: load)
+    return OwnEngine("openvino", "smol", 16, lambda: load, lambda _item, _client, done: done(list))
 
 
 CHAT = ("flow", "1.0", "write", "chat", "openvino", "smol")
@@ -350,7 +350,7 @@ class TestTheDirectHostsPage:
         """What serving.py answers for a worker that has written so many tokens."""
         counts, item = language_counts(), Answer(Chat.of("Hello"))
         counts.record_chunk(item, TextChunk("a", finish_reason="stop", usage=Usage.of(3, tokens)))
-        own = {"write": OwnEngine(engine, "smol", 16, lambda: load)}
+        own = {"write": OwnEngine(engine, "smol", 16, lambda: load, lambda _item, _client, done: done(list))}
         of_workflow = {("", "torchserve_dag_kept_total", ()): tokens}
         return metrics_of(
             cast(

@@ -10,22 +10,10 @@ from typing import Any
 import openai
 import pytest
 
+from loadtests.language_costs import PERSON
 from tests.live.conftest import Serving
 from tests.live.openai_access import said
 from torchserve_dag import Chat, TextChunk
-
-PEOPLE: Any = {
-    "type": "json_schema",
-    "json_schema": {
-        "name": "person",
-        "schema": {
-            "type": "object",
-            "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
-            "required": ["name", "age"],
-            "additionalProperties": False,
-        },
-    },
-}
 
 
 def streamed(client: openai.OpenAI, model: str, messages: Any, **more: Any) -> tuple[str, str | None]:
@@ -86,8 +74,8 @@ class TestExtract:
     def test_the_answer_fits_the_schema(self, client: openai.OpenAI) -> None:
         messages = said("Ada Lovelace is 36 years old.")
         for text, reason in (
-            whole(client, "extract", messages, response_format=PEOPLE, max_tokens=60, temperature=0),
-            streamed(client, "extract", messages, response_format=PEOPLE, max_tokens=60, temperature=0),
+            whole(client, "extract", messages, response_format=PERSON, max_tokens=60, temperature=0),
+            streamed(client, "extract", messages, response_format=PERSON, max_tokens=60, temperature=0),
         ):
             document = json.loads(text)
             assert reason == "stop"
@@ -96,7 +84,7 @@ class TestExtract:
 
     def test_an_answer_that_was_cut_off_is_a_failure(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.UnprocessableEntityError, match="cut off"):
-            whole(client, "extract", said("Ada is 36."), response_format=PEOPLE, max_tokens=2)
+            whole(client, "extract", said("Ada is 36."), response_format=PERSON, max_tokens=2)
 
 
 def test_a_photo_is_described_with_the_right_counts(client: openai.OpenAI, photo_path: Path) -> None:

@@ -14,6 +14,7 @@
     outcome.py     what an answer changes: results, retries, fallbacks, failures, nodes that are ready next
     feed.py        the chunks of a node, for a function that takes them as they come
     circuit.py     code that has failed again and again is not tried for a while
+    failures.py    failed attempts, counted and logged
     streaming.py   the chunks of an answer, to the client
     timers.py      deadlines, and the pauses before retries
 
@@ -38,10 +39,11 @@ from torchserve_dag.runtime import logs
 from torchserve_dag.runtime.data.options import Options
 from torchserve_dag.runtime.data.photos import pixels_in
 from torchserve_dag.runtime.engine.admission import CLOSING, Admission
-from torchserve_dag.runtime.engine.answered import AnsweredRequest, Keep
+from torchserve_dag.runtime.engine.answered import Keep, hand_over
 from torchserve_dag.runtime.engine.conditions import NOTHING, decide, decide_all
 from torchserve_dag.runtime.engine.counts import NodeCounts, WorkflowCounts
 from torchserve_dag.runtime.engine.elsewhere import Elsewhere
+from torchserve_dag.runtime.engine.failures import count_failures, log_failures
 from torchserve_dag.runtime.engine.gather import PENDING
 from torchserve_dag.runtime.engine.item_span import add_span
 from torchserve_dag.runtime.engine.lanes import Lanes, SetAlone
@@ -202,7 +204,7 @@ class Engine:
             began_ns=time.time_ns() if self._observer else 0,
         )
         if self._keep:
-            future.add_done_callback(partial(_hand_over, self._keep, request))
+            future.add_done_callback(partial(hand_over, self._keep, request))
         refusal = refusal or self._admission.admit(request)
         if refusal:
             request.answered = True
@@ -354,16 +356,27 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 (a lane must not end: SystemExit, or a Rust panic, is no Exception)
             fault = logs.report(logger, error, f"{station.name} raised", line=False)
             answers = [internal_error(station.name, fault)] * len(items)
-        try:
-            self._deliver(station, items, answers, began)
-        except BaseException as error:  # noqa: BLE001 (a fault of the engine's costs these requests, and not the lane)
-            fault = logs.report(logger, error, f"{station.name}: the engine raised", line=False)
-            for item in items:
-                self._end_request(item.request, internal_error(station.name, fault))
+        self._deliver(station, items, answers, began)
 
     # The effects of the answers, which outcome.py decides.
 
     def _deliver(self, station: Station[Item], items: Sequence[Item], answers: Sequence[Any], began: float) -> None:
+        with self._faults(station, items):
+            self._take_answers(station, items, answers, began)
+
+    @contextmanager
+    def _faults(self, station: Station[Item], items: Sequence[Item]) -> Iterator[None]:
+        """A fault of the engine's own costs the requests of these items, and not the thread that brings the answers."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001 (a lane must not end, nor what reads an engine's process)
+            fault = logs.report(logger, error, f"{station.name}: the engine raised", line=False)
+            for item in items:
+                self._end_request(item.request, internal_error(station.name, fault))
+
+    def _take_answers(
+        self, station: Station[Item], items: Sequence[Item], answers: Sequence[Any], began: float
+    ) -> None:
         now = time.monotonic()
         changes = Changes()
         pixels = [pixels_in(answer) for answer in answers] if station is self._decoding else ()
@@ -372,7 +385,7 @@ class Engine:
             note_attributes(items, answers)
         with self._lock:
             station.record_run(len(items), now - began)
-            failures = _count_failures(items, answers)
+            failures = count_failures(items, answers)
             station.counts.record_batch((began - item.since for item in items), now - began, failures)
             for item, answer, then in zip(items, answers, consequences, strict=True):
                 if item.written and answer is END:
@@ -388,11 +401,15 @@ class Engine:
                     self._admission.hold(item.request, held)
                     station.paused = self._admission.full_of_pixels
         if failures:
-            _log_failures(station.name, items, answers)
+            log_failures(station.name, items, answers)
         self._apply(changes)
 
     def _deliver_chunk(self, item: Item, chunk: Chunk) -> None:
         """A chunk that came by itself: it is counted with the whole answer of its item."""
+        with self._faults(item.station, [item]):
+            self._take_chunk(item, chunk)
+
+    def _take_chunk(self, item: Item, chunk: Chunk) -> None:
         changes = Changes()
         then = decide(item, chunk) if item.node.decides else NOTHING
         if self._observer:
@@ -562,28 +579,6 @@ _DECODE = Code(REQUEST, {}, frozenset(), Any, DecodeCode())
 _DECODING = Node(
     name=REQUEST, branches=(Branch(None, _DECODE),), each=(), when=None, result=Any, needs=frozenset(), depth=0
 )
-
-
-def _count_failures(items: Sequence[Item], answers: Sequence[Any]) -> int:
-    """How many attempts have failed; those that were given up before are counted already."""
-    if not any(isinstance(answer, Failure) for answer in answers):
-        return 0
-    return sum(isinstance(answer, Failure) and not item.ended for item, answer in zip(items, answers, strict=True))
-
-
-def _log_failures(name: str, items: Sequence[Item], answers: Sequence[Any]) -> None:
-    for item, answer in zip(items, answers, strict=True):
-        if isinstance(answer, Failure) and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            fault = f" (fault {answer.fault})" if answer.fault else ""
-            logger.error("request %s: %s: %s%s", item.request.id, name, answer.message, fault)
-
-
-def _hand_over(keep: Keep, request: Request, future: Future[Any]) -> None:
-    """Give an ended request to whoever keeps it, unless its message was never read."""
-    message, request.message = request.message, PENDING  # a caller may keep the request, but not its images
-    chunks = request.stream.take_kept() if request.stream else ()
-    if message is not PENDING and not future.cancelled():
-        keep(AnsweredRequest(request.id, message, chunks, future.result()))
 
 
 def _set_answer(future: Future[Any], answer: Any) -> None:

@@ -213,8 +213,8 @@ def _add_chunk(item: Item, chunk: Chunk, changes: Changes) -> None:
     Where the client takes the chunks one by one, the item waits instead until there is room for the next.
     """
     item.answers.append(chunk.value)
-    unbounded = item.code.kind.continuous  # an engine has limits of its own
-    if len(item.answers) > MAX_ELEMENTS and not unbounded and len(item.answers) > MAX_ELEMENTS + _taken(item):
+    bounded = not item.code.kind.continuous  # an engine has a limit of its own
+    if bounded and len(item.answers) > MAX_ELEMENTS + (_taken(item) if item.code.feeds else 0):
         error = too_many(item.node.name, len(item.answers))
         _fail(item, Failure(error.status, error.message), changes)
         return

@@ -44,8 +44,23 @@ class Queued(Protocol):
 ItemT = TypeVar("ItemT", bound=Queued)
 
 
+class ItemQueue(Protocol[ItemT]):
+    """Items of one code, of requests of one priority. Not locked: the engine's lock is held while it is used."""
+
+    def __len__(self) -> int: ...
+    def push(self, item: ItemT) -> None: ...
+    def peek(self) -> ItemT | None:
+        """The next item, without taking it. Obsolete items before it are dropped."""
+
+    def take(self, most: int) -> list[ItemT]:
+        """Take up to `most` items."""
+
+    def drop_obsolete(self) -> None:
+        """Drop the obsolete items, at any position in the queue."""
+
+
 class FairQueue(Generic[ItemT]):
-    """Items of one node, of requests of one priority. Not locked: the engine's lock is held while it is used.
+    """An ItemQueue in which requests take turns.
 
     The rank of a request's next item is one more than that of its last, and more than the rank of the item taken
     last. So if a request with a thousand items and a request with a single item wait, the single item is second
@@ -110,15 +125,18 @@ class FairQueue(Generic[ItemT]):
 
 
 class TokenQueue(Generic[ItemT]):
-    """Items for a model with an engine of its own, of requests of one priority. Not locked, as a FairQueue.
+    """An ItemQueue for a model with an engine of its own: tokens of the front door take turns.
 
-    Tokens of the front door take turns, and a request without a token. Each has a line of its own, so that one whose
-    items must wait costs the others nothing, however long its line is.
+    Each token has a line of its own, and so has a request without one. A line whose items must wait
+    costs the others nothing, however long it is.
     """
 
-    def __init__(self, dropped: list[ItemT]) -> None:
-        """For `dropped` see FairQueue."""
-        self._dropped = dropped
+    def __init__(self, dropped: list[ItemT], fits: Callable[[ItemT], bool]) -> None:
+        """`fits` is called once for each item that might be taken: one that does not fit keeps its whole line waiting.
+
+        For `dropped` see FairQueue.
+        """
+        self._dropped, self._fits = dropped, fits
         self._lines: dict[ClientRequest | str, deque[ItemT]] = {}
         self._turns: list[tuple[int, int, ClientRequest | str]] = []
         """A heap: each line by the rank of its first item."""
@@ -138,33 +156,42 @@ class TokenQueue(Generic[ItemT]):
         self._lines[client] = deque([item])
         heapq.heappush(self._turns, (self._now + 1, next(self._order), client))
 
-    def take(self, most: int, fits: Callable[[ItemT], bool]) -> list[ItemT]:
-        """Take up to `most` items. A line whose first item does not fit stays; `fits` is called once for each that
-        might be taken.
-        """
+    def peek(self) -> ItemT | None:
+        while self._turns:
+            if line := self._next_line():
+                return line[0]
+        return None
+
+    def take(self, most: int) -> list[ItemT]:
         items: list[ItemT] = []
         staying: list[tuple[int, int, ClientRequest | str]] = []
         while self._turns and len(items) < most:
+            line = self._next_line()
+            if not line:
+                continue
             rank, order, client = heapq.heappop(self._turns)
-            line = self._lines[client]
-            while line and line[0].obsolete:
-                self._dropped.append(line.popleft())
-            if line and not fits(line[0]):
+            if not self._fits(line[0]):
                 staying.append((rank, order, client))
                 continue
-            if line:
-                items.append(line.popleft())
-                self._now = rank
-            if line:
-                heapq.heappush(self._turns, (rank + 1, next(self._order), client))
-            else:
-                del self._lines[client]
+            items.append(line.popleft())
+            self._now = rank
+            heapq.heappush(self._turns, (rank + 1, next(self._order), client))
         for turn in staying:
             heapq.heappush(self._turns, turn)
         return items
 
     def drop_obsolete(self) -> None:
-        """Drop the obsolete items, at any position."""
         for client, line in self._lines.items():
             self._dropped += [item for item in line if item.obsolete]
             self._lines[client] = deque(item for item in line if not item.obsolete)
+
+    def _next_line(self) -> deque[ItemT]:
+        """The line whose turn it is, without the obsolete items at its front. One that is empty then is no more."""
+        client = self._turns[0][2]
+        line = self._lines[client]
+        while line and line[0].obsolete:
+            self._dropped.append(line.popleft())
+        if not line:
+            heapq.heappop(self._turns)
+            del self._lines[client]
+        return line

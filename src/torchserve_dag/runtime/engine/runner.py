@@ -79,10 +79,6 @@ class Waits:
     source: ChunkSource
 
 
-def _nothing() -> None:
-    """Nothing was reserved."""
-
-
 @dataclass(frozen=True, slots=True)
 class OwnEngine:
     """The engine of a model that batches by itself."""
@@ -93,7 +89,7 @@ class OwnEngine:
     room: int
     """How many items may be in progress."""
     load_now: Callable[[], EngineLoad]
-    reserve: Callable[[Any, str | None, Reserved], None] = lambda _item, _client, done: done(_nothing)
+    reserve: Callable[[Any, str | None, Reserved], None]
     """Reserves what an item of a client needs, before it waits for a place."""
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic
+from typing import Any, Generic, get_args
 
 from torchserve_dag.runtime.data.options import Priority
 from torchserve_dag.runtime.engine.circuit import Breaker
 from torchserve_dag.runtime.engine.counts import OPERATIONS, LanguageCounts, NodeCounts
-from torchserve_dag.runtime.engine.queue import FairQueue, ItemT, TokenQueue
+from torchserve_dag.runtime.engine.queue import FairQueue, ItemQueue, ItemT, TokenQueue
 from torchserve_dag.runtime.engine.runner import OwnEngine, Runner
 from torchserve_dag.runtime.graph.graph import Attempts
 
@@ -74,13 +74,11 @@ class Station(Generic[ItemT]):
         """In lanes: the device's turn that took this station's last batch. Elsewhere: this station's turns."""
         self.item_s = 0.0
         """Moving average of the run time of one item; 0 before the first."""
-        self.queues: dict[Priority, FairQueue[ItemT]] = {"interactive": FairQueue(dropped), "bulk": FairQueue(dropped)}
-        self._lines: dict[Priority, TokenQueue[ItemT]] = {
-            "interactive": TokenQueue(dropped),
-            "bulk": TokenQueue(dropped),
+        self.queues: dict[Priority, ItemQueue[ItemT]] = {
+            priority: TokenQueue(dropped, self._fits) if own_engine else FairQueue(dropped)
+            for priority in get_args(Priority)
         }
-        """Where a model with an engine of its own has its items: these take long, and no token's may keep those of
-        others waiting."""
+        """Items of an own engine take long: no token's may keep those of others waiting."""
         self.own_engine = own_engine
         self.breaker = Breaker(attempts.circuit) if attempts and attempts.circuit else None
         self.limits = bool(self.breaker or (attempts and (attempts.timeout_s or attempts.first_chunk_s)))
@@ -110,12 +108,11 @@ class Station(Generic[ItemT]):
 
     def __len__(self) -> int:
         """How many items are queued."""
-        return sum(len(queue) for queue in (self._lines if self.own_engine else self.queues).values())
+        return sum(map(len, self.queues.values()))
 
     def push(self, items: Iterable[ItemT]) -> None:
-        queues = self._lines if self.own_engine else self.queues
         for item in items:
-            queues[item.request.root.options.priority].push(item)
+            self.queues[item.request.root.options.priority].push(item)
 
     def peek(self, priority: Priority) -> ItemT | None:
         return self.queues[priority].peek()
@@ -123,9 +120,6 @@ class Station(Generic[ItemT]):
     def take(self, most: int, first: Priority = "interactive") -> list[ItemT]:
         """Take up to `most` items: those of priority `first`, then those of the other priority."""
         other: Priority = "bulk" if first == "interactive" else "interactive"
-        if self.own_engine:
-            items = self._lines[first].take(most, self._fits)
-            return items + self._lines[other].take(most - len(items), self._fits)
         items = self.queues[first].take(most)
         return items + self.queues[other].take(most - len(items)) if len(items) < most else items
 
@@ -146,7 +140,7 @@ class Station(Generic[ItemT]):
         return True
 
     def drop_obsolete(self) -> None:
-        for queue in (self._lines if self.own_engine else self.queues).values():
+        for queue in self.queues.values():
             queue.drop_obsolete()
 
 
